@@ -1,0 +1,43 @@
+# What a person types. Every target sets up what is missing first; the second time that costs nothing.
+
+PYTHON ?= python3
+JOBS ?= 2
+export PYTHON
+# Enough to run everything from this folder where nothing can be installed, and harmless where it is.
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
+export PYTHONUNBUFFERED := 1
+
+READY := .venv/ready
+RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
+XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench gpu lint aot
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
+	@scripts/setup.sh
+
+setup: $(READY) ## make .venv ready (every other target does it when needed)
+
+demo: $(READY) ## CartPole end to end: record, declare, train, compare, draw; OUT=folder (default out/demo)
+	@$(RUN) -m examples.cartpole --out $(or $(OUT),out/demo)
+
+test: $(READY) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q $(ARGS)
+
+bench: $(READY) ## the dispatcher against a per-edge loop and a dense mask, and what compiling a plan costs
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
+
+lint: $(READY) ## ruff
+	@$(RUN) -m ruff check .
+
+aot: $(READY) ## compile every shipped kernel configuration for every architecture, without a GPU
+	@$(RUN) -m benchmarks.aot
+
+# No set-up here: a GPU machine is measured with its own torch and Triton, and may have no network.
+gpu: ## on an NVIDIA machine: every configuration against float64, then timings; OUT=folder
+	@$(PYTHON) -m benchmarks.gpu --out $(or $(OUT),out/gpu)

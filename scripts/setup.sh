@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Makes .venv ready for `make demo`, `make test` and the rest. Run through make, which skips it while it is up to date.
+#
+#   a fresh machine with a package index   installs torch (CPU build, pinned) and everything else
+#   a machine that has torch already       keeps that torch, whatever its build, and adds what is missing
+#   a machine without a network            installs only this project and uses the packages that it finds
+#   nothing can be installed               the Makefile exports PYTHONPATH=.:kernels, which is enough to run everything
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python="${PYTHON:-python3}"
+stamp=.venv/ready
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "setup: Python 3.10 or newer is needed; $python is $("$python" --version). Set PYTHON=/path/to/python3." >&2
+    exit 1
+}
+
+if [ ! -x .venv/bin/python ]; then
+    # With the system's packages: a GPU machine keeps the torch that was built for its driver.
+    "$python" -m venv --system-site-packages .venv || {
+        rm -rf .venv
+        mkdir .venv
+        echo "setup: no virtual environment could be made (on Debian: apt install python3-venv); using $python as it is."
+        touch "$stamp"
+        exit 0
+    }
+fi
+venv=.venv/bin/python
+
+version_of() { "$venv" -c "import importlib.metadata as m; print(m.version('$1'))" 2>/dev/null; }
+
+constraints=.venv/constraints.txt
+if torch="$(version_of torch)"; then
+    echo "setup: keeping torch $torch"
+    echo "torch==$torch" >"$constraints"
+    if triton="$(version_of triton)"; then echo "triton==$triton" >>"$constraints"; fi
+else
+    cp constraints-cpu.txt "$constraints"
+    echo "setup: installing $(grep '^torch' "$constraints")"
+    "$venv" -m pip install --quiet -c "$constraints" torch || echo "setup: torch could not be installed" >&2
+fi
+
+if "$venv" -m pip install --quiet -c "$constraints" -e ".[dev,data]"; then
+    echo "setup: installed canvas-engineering with its dev and data extras"
+elif "$venv" -m pip install --quiet --no-index --no-deps --no-build-isolation -e .; then
+    echo "setup: no package index answered; installed canvas-engineering alone, on the packages that are here"
+else
+    echo "setup: nothing could be installed; running from this folder with PYTHONPATH=.:kernels"
+fi
+
+"$venv" -c 'import torch' || {
+    echo "setup: there is no torch, and none could be installed: install torch>=2.6 for $python and run make again." >&2
+    exit 1
+}
+touch "$stamp"
