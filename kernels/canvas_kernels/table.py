@@ -1,0 +1,388 @@
+"""BlockTable: which query rows see which key rows, in which softmax, with which weight.
+
+The format is made for attention whose pattern is a modest number of rectangles once positions are well ordered: it costs
+memory per rectangle, never per pair, and every executor derives its own walk from it (see ``kernels/README.md`` for the contract).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from .tiling import TileClass, Tiling, build_tilings, expand_ranges
+
+_LIVE: weakref.WeakValueDictionary[str, BlockTable] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Dense pieces of a table: query rows that see the same keys in one segment.
+
+    Cell c holds query rows ``q_start[c] … q_stop[c] − 1`` of segment ``segment[c]``, whose first row has slot ``slot[c]``; its keys are
+    those of the rectangles ``rectangle[ptr[c] : ptr[c + 1]]``, in ascending key order. All arrays are int64.
+    """
+
+    segment: np.ndarray
+    q_start: np.ndarray
+    q_stop: np.ndarray
+    slot: np.ndarray
+    ptr: np.ndarray
+    rectangle: np.ndarray
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """Device view of the slots, in slot order: what the gradient of gains needs.
+
+    ``position`` int64 [n_slots], ``weight`` float32 [n_slots], ``replace`` int64 [n_slots] (0 adds, 1 replaces), ``per_edge`` int64 [n_edges]
+    (slots of one edge are contiguous and edges ascend).
+    """
+
+    position: torch.Tensor
+    weight: torch.Tensor
+    replace: torch.Tensor
+    per_edge: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTable:
+    """Rectangles of a block-sparse attention pattern, grouped in segments (one softmax per segment and query row).
+
+    Build it with :meth:`from_rectangles`; fields, dtypes and order are those of ``kernels/README.md``. What the format means, as the loop that
+    gives back the dense matrix of largest weights:
+
+        for r in range(len(table.weight)):
+            block = dense[table.q_start[r]:table.q_stop[r], table.k_start[r]:table.k_stop[r]]
+            np.maximum(block, table.weight[r], out=block)
+
+    >>> table = BlockTable.from_rectangles("edge", 4, 2, q_start=[0, 0], q_stop=[4, 2], k_start=[0, 2], k_stop=[2, 4],
+    ...                                    segment=[0, 1], weight=[1.0, 0.5], edge=[0, 1])
+    >>> table.pairs, table.n_slots
+    (12, 6)
+    >>> table.to_dense()
+    array([[1. , 1. , 0.5, 0.5],
+           [1. , 1. , 0.5, 0.5],
+           [1. , 1. , 0. , 0. ],
+           [1. , 1. , 0. , 0. ]])
+    """
+
+    form: str
+    n_positions: int
+    n_edges: int
+    n_slots: int
+    q_start: np.ndarray
+    q_stop: np.ndarray
+    k_start: np.ndarray
+    k_stop: np.ndarray
+    segment: np.ndarray
+    weight: np.ndarray
+    edge: np.ndarray
+    replace: np.ndarray
+    slot: np.ndarray
+    cache: dict = field(default_factory=dict, repr=False)
+    """Derived objects of executors (tilings per device, groups, …), keyed by the executor."""
+
+    @classmethod
+    def from_rectangles(
+        cls,
+        form,
+        n_positions,
+        n_edges,
+        *,
+        q_start,
+        q_stop,
+        k_start,
+        k_stop,
+        weight,
+        segment=None,
+        edge=None,
+        replace=None,
+    ) -> BlockTable:
+        """Check, sort and freeze rectangles (any array-likes of one length R).
+
+        ``form`` is "edge" (``segment`` and ``edge`` wanted, int [R]; ``replace`` bool [R] optional) or "joint" (neither).
+        Raises ValueError for ranges that are empty or leave ``[0, n_positions)``, weights that are not finite and positive, and segments
+        whose rows disagree about weight, edge or class. Within one segment the keys of a row must not repeat; that is the caller's promise
+        (checking it costs as much as executing).
+        """
+        if form not in ("edge", "joint"):
+            raise ValueError(f"form must be 'edge' or 'joint', got {form!r}")
+        ranges = [np.asarray(a, dtype=np.int64).reshape(-1) for a in (q_start, q_stop, k_start, k_stop)]
+        count = len(ranges[0])
+        weight = np.asarray(weight, dtype=np.float32).reshape(-1)
+        if form == "joint":
+            if edge is not None or segment is not None or replace is not None:
+                raise ValueError("joint form has one softmax per row: it takes no segment, edge or replace")
+            segment = edge = np.zeros(count, np.int64)
+        elif edge is None or segment is None:
+            raise ValueError("edge form needs the segment and the edge of every rectangle")
+        segment, edge = (np.asarray(a, dtype=np.int64).reshape(-1) for a in (segment, edge))
+        replace = np.zeros(count, bool) if replace is None else np.asarray(replace, dtype=bool).reshape(-1)
+        lengths = {"q_start": count, "q_stop": len(ranges[1]), "k_start": len(ranges[2]), "k_stop": len(ranges[3])}
+        lengths |= {"segment": len(segment), "weight": len(weight), "edge": len(edge), "replace": len(replace)}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"rectangle arrays differ in length: {lengths}")
+        if n_positions < 0 or n_positions >= 2**31:
+            raise ValueError(f"n_positions must lie in [0, 2^31), got {n_positions}")
+        for name, start, stop in (("q", *ranges[:2]), ("k", *ranges[2:])):
+            bad = (start < 0) | (stop <= start) | (stop > n_positions)
+            if bad.any():
+                i = int(bad.argmax())
+                raise ValueError(
+                    f"rectangle {i}: {name} range [{start[i]}, {stop[i]}) is empty or outside [0, {n_positions})"
+                )
+        bad = ~(np.isfinite(weight) & (weight > 0))
+        if bad.any():
+            raise ValueError(f"rectangle {int(bad.argmax())}: weight {weight[bad.argmax()]} is not finite and positive")
+        if count and (edge.min() < 0 or edge.max() >= max(n_edges, 1)):
+            raise ValueError(f"edge numbers must lie in [0, {n_edges}), got {edge.min()} … {edge.max()}")
+        if form == "edge":
+            order = np.lexsort((ranges[2], ranges[0], segment, edge))
+            # segments are renumbered along edges, so that the slots of an edge are contiguous whatever numbers the caller chose
+            segment = segment[order]
+            fresh = np.ones(count, bool)
+            fresh[1:] = (segment[1:] != segment[:-1]) | (edge[order][1:] != edge[order][:-1])
+            segment_sorted = np.cumsum(fresh) - 1
+            if len(np.unique(segment)) != int(fresh.sum()):
+                raise ValueError("a segment's rectangles must share one edge")
+        else:
+            order = np.lexsort((ranges[2], ranges[0]))
+            segment_sorted = np.zeros(count, np.int64)
+        ranges = [a[order] for a in ranges]
+        weight, edge, replace = weight[order], edge[order], replace[order]
+        if form == "edge":
+            same = segment_sorted[1:] == segment_sorted[:-1]
+            if (same & ((weight[1:] != weight[:-1]) | (replace[1:] != replace[:-1]))).any():
+                raise ValueError("a segment's rectangles must share one weight and one class")
+            slot, n_slots = _assign_slots(segment_sorted, ranges[0], ranges[1])
+        else:
+            slot, n_slots = ranges[0].copy(), int(n_positions)
+        if n_slots >= 2**31:
+            raise ValueError(f"{n_slots} (segment, query row) pairs: the kernels address fewer than 2^31")
+        arrays = [a.astype(np.int32) for a in ranges]
+        arrays += [segment_sorted.astype(np.int32), weight, edge.astype(np.int32), replace, slot]
+        for array in arrays:
+            array.setflags(write=False)
+        table = cls(form, int(n_positions), int(n_edges), int(n_slots), *arrays)
+        return table
+
+    def __post_init__(self):
+        _LIVE[self.key] = self
+
+    @staticmethod
+    def lookup(key: str) -> BlockTable:
+        """The live table with this :attr:`key`; KeyError when it has been garbage-collected."""
+        table = _LIVE.get(key)
+        if table is None:
+            raise KeyError(
+                f"no live BlockTable has the key {key}: keep the plan alive as long as what was compiled with it"
+            )
+        return table
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of the content: equal tables have equal keys, in every process."""
+        digest = hashlib.sha1(f"{self.form}/{self.n_positions}/{self.n_edges}".encode(), usedforsecurity=False)
+        for array in (
+            self.q_start,
+            self.q_stop,
+            self.k_start,
+            self.k_stop,
+            self.segment,
+            self.weight,
+            self.edge,
+            self.replace,
+        ):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    # -- sizes ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def pairs(self) -> int:
+        """Number of (query, key) pairs, counted once per segment."""
+        rows = (self.q_stop - self.q_start).astype(np.int64)
+        return int(rows @ (self.k_stop - self.k_start).astype(np.int64))
+
+    @property
+    def density(self) -> float:
+        """pairs / n_positions²: 1 for dense attention; may exceed 1 where segments overlap."""
+        return self.pairs / max(self.n_positions, 1) ** 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the host arrays."""
+        names = ("q_start", "q_stop", "k_start", "k_stop", "segment", "weight", "edge", "replace", "slot")
+        return sum(getattr(self, name).nbytes for name in names)
+
+    def flops(self, head_dim: int, batch_heads: int = 1, backward: bool = False) -> int:
+        """Floating-point operations that the selected pairs need: 4·head_dim a pair forward, 10·head_dim backward."""
+        return self.pairs * head_dim * batch_heads * (10 if backward else 4)
+
+    def to_dense(self) -> np.ndarray:
+        """(n, n) float64: the largest weight over all rectangles that pair row i with column j, 0 where none does. For tests: grows as n²."""
+        dense = np.zeros((self.n_positions, self.n_positions))
+        for q0, q1, k0, k1, w in zip(self.q_start, self.q_stop, self.k_start, self.k_stop, self.weight, strict=True):
+            block = dense[q0:q1, k0:k1]
+            np.maximum(block, w, out=block)
+        return dense
+
+    def __str__(self) -> str:
+        return (
+            f"BlockTable({self.form}, {self.n_positions} positions, {len(self.weight)} rectangles, density {self.density:.4f})\n"
+            + (self.draw())
+        )
+
+    def draw(self, size: int = 32) -> str:
+        """The pattern in characters, at most ``size`` × ``size`` of them: share of selected pairs as ` ░▒▓█`."""
+        n = self.n_positions
+        size = max(1, min(size, n))
+        edges = np.linspace(0, n, size + 1)
+        covered = np.zeros((size, size))
+
+        def overlap(start, stop):
+            return np.clip(np.minimum(stop, edges[1:]) - np.maximum(start, edges[:-1]), 0, None)
+
+        for q0, q1, k0, k1 in zip(self.q_start, self.q_stop, self.k_start, self.k_stop, strict=True):
+            rows, columns = overlap(q0, q1), overlap(k0, k1)
+            i, j = rows.nonzero()[0], columns.nonzero()[0]
+            covered[i[0] : i[-1] + 1, j[0] : j[-1] + 1] += np.outer(rows[i], columns[j])
+        share = covered / max(n / size, 1e-9) ** 2
+        shades = np.array(list(" ░▒▓█"))[np.minimum(np.ceil(share * 4), 4).astype(int)]
+        return "\n".join("".join(row) for row in shades)
+
+    # -- derived structures ----------------------------------------------------------------------------------------------
+
+    def cells(self) -> Cells:
+        """Maximal query ranges with equal keys, per segment (cached)."""
+        if "cells" not in self.cache:
+            self.cache["cells"] = self._cells()
+        return self.cache["cells"]
+
+    def _cells(self) -> Cells:
+        stride = self.n_positions + 1
+        base = self.segment.astype(np.int64) * stride
+        first, stop = base + self.q_start, base + self.q_stop
+        marks = np.unique(np.concatenate([first, stop]))
+        low = np.searchsorted(marks, first)
+        owner, run = expand_ranges(low, np.searchsorted(marks, stop) - low)
+        order = np.lexsort((self.k_start[owner], run))
+        owner, run = owner[order], run[order]
+        runs, counts = np.unique(run, return_counts=True)
+        ptr = np.concatenate([[0], np.cumsum(counts)])
+        lead = owner[ptr[:-1]]
+        q_start = marks[runs] - base[lead] if len(runs) else marks
+        q_stop = marks[runs + 1] - base[lead] if len(runs) else marks
+        slot = self.slot[lead] + (q_start - self.q_start[lead])
+        return Cells(self.segment[lead].astype(np.int64), q_start, q_stop, slot, ptr, owner)
+
+    def has_keys(self) -> np.ndarray:
+        """bool [n]: rows that some rectangle lets see a key."""
+        delta = np.zeros(self.n_positions + 1, np.int64)
+        np.add.at(delta, self.q_start, 1)
+        np.add.at(delta, self.q_stop, -1)
+        return np.cumsum(delta[:-1]) > 0
+
+    def row_sums(self, active: torch.Tensor | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(2, n) float32: Σ_r w_r over the reads of each row, adding reads first, replacing reads second.
+
+        ``active`` (n_edges,) drops the reads of edges where it is 0. One pass over the reads on the device, no atomics, no host sync.
+        """
+        if active is not None:
+            device = active.device
+        if self.n_positions == 0 or not len(self.weight):
+            return torch.zeros(2, self.n_positions, device=device)
+        weight, edge, lengths, run_of_row = self._row_sum_index(torch.device(device))
+        if active is not None:
+            weight = weight * active.to(weight.dtype)[edge]
+        return torch.segment_reduce(weight, "sum", lengths=lengths, axis=1, initial=0.0, unsafe=True)[:, run_of_row]
+
+    def _row_sum_index(self, device: torch.device):
+        key = ("row_sum_index", str(device))
+        if key not in self.cache:
+            cells = self.cells()
+            lead = cells.rectangle[cells.ptr[:-1]]
+            marks = np.unique(np.concatenate([[0, self.n_positions], cells.q_start, cells.q_stop]))
+            low = np.searchsorted(marks, cells.q_start)
+            owner, run = expand_ranges(low, np.searchsorted(marks, cells.q_stop) - low)
+            order = np.argsort(run, kind="stable")
+            owner, run = lead[owner[order]], run[order]
+            lengths = np.bincount(run, minlength=len(marks) - 1)
+            weight = np.where(self.replace[owner], [[0.0], [1.0]], [[1.0], [0.0]]) * self.weight[owner]
+            run_of_row = np.repeat(np.arange(len(marks) - 1), np.diff(marks))
+            arrays = (
+                weight.astype(np.float32),
+                self.edge[owner].astype(np.int64),
+                np.stack([lengths, lengths]),
+                run_of_row,
+            )
+            self.cache[key] = tuple(torch.from_numpy(a).to(device) for a in arrays)
+        return self.cache[key]
+
+    def row_scale(self, active: torch.Tensor | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(2, n) float32 factors that turn sums over reads into averages: see :func:`normalise_row_sums`. Cached while ``active`` is None."""
+        if active is not None:
+            return normalise_row_sums(self.row_sums(active))
+        key = ("row_scale", str(torch.device(device)))
+        if key not in self.cache:
+            self.cache[key] = normalise_row_sums(self.row_sums(device=device))
+        return self.cache[key]
+
+    def slot_layout(self, device: torch.device | str = "cpu") -> SlotLayout:
+        """Slots as device tensors (edge form), cached."""
+        key = ("slot_layout", str(torch.device(device)))
+        if key not in self.cache:
+            cells = self.cells()
+            lead = cells.rectangle[cells.ptr[:-1]]
+            owner, position = expand_ranges(cells.q_start, cells.q_stop - cells.q_start)
+            order = np.argsort(cells.slot[owner] + position - cells.q_start[owner])
+            owner, position = lead[owner[order]], position[order]
+            arrays = (position, self.weight[owner], self.replace[owner].astype(np.int64))
+            arrays += (np.bincount(self.edge[owner], minlength=self.n_edges),)
+            self.cache[key] = SlotLayout(*(torch.from_numpy(a).to(device) for a in arrays))
+        return self.cache[key]
+
+    def device_tilings(
+        self, device: torch.device | str, classes: tuple[TileClass, ...], transposed: bool = False
+    ) -> tuple[Tiling, ...]:
+        """The walks of one pass, a launch each (empty ones left out), on ``device``; cached."""
+        key = ("tilings", str(torch.device(device)), classes, transposed)
+        if key not in self.cache:
+            host = ("tilings", "host", classes, transposed)
+            if host not in self.cache:
+                self.cache[host] = build_tilings(self, classes, transposed)
+            self.cache[key] = tuple(tiling.to(device) for tiling in self.cache[host])
+        return self.cache[key]
+
+
+def normalise_row_sums(sums: torch.Tensor) -> torch.Tensor:
+    """(2, n) weight sums (adding, replacing) → (2, n) row scales: 1/ΣW of the class in force at each row, 0 for the other class and for rows
+    without reads. Replacing reads, where there are any, are in force alone."""
+    adding, replacing = sums
+    replaced = replacing > 0
+    add_scale = torch.where(replaced | (adding <= 0), 0.0, 1.0 / adding)
+    return torch.stack([add_scale, torch.where(replaced, 1.0 / replacing, 0.0)])
+
+
+def _assign_slots(segment: np.ndarray, q_start: np.ndarray, q_stop: np.ndarray) -> tuple[np.ndarray, int]:
+    """Slots for rectangles sorted by (segment, q_start): consecutive along each connected query range of a segment."""
+    if not len(segment):
+        return np.zeros(0, np.int64), 0
+    # the furthest query row seen so far in the same segment; the offset keeps segments apart in one accumulate
+    stride = int(q_stop.max()) + 1
+    offset = segment * stride
+    reach = np.maximum.accumulate(offset + q_stop)
+    fresh = np.ones(len(segment), bool)
+    fresh[1:] = offset[1:] + q_start[1:] > np.maximum(reach[:-1], offset[1:])
+    fresh[1:] |= segment[1:] != segment[:-1]
+    piece = np.cumsum(fresh) - 1
+    piece_start = q_start[fresh]
+    piece_stop = np.maximum.reduceat(q_stop, fresh.nonzero()[0])
+    size = piece_stop - piece_start
+    base = np.concatenate([[0], np.cumsum(size)])
+    return base[piece] + q_start - piece_start[piece], int(base[-1])
