@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from canvas_kernels.table import BlockTable, normalise_row_sums
 from canvas_kernels.tiling import LAST, REPLACE, TileClass, build_tilings, cut_tiles
 
 
 def random_table(seed: int) -> BlockTable:
-    """Edge-form table: up to 11 segments, each of one or two rectangles with disjoint keys and unrelated query ranges."""
+    """Edge-form table: up to 11 segments, each of one or two rectangles with disjoint keys and unrelated query
+    ranges."""
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 100))
     columns = {name: [] for name in ("q_start", "q_stop", "k_start", "k_stop", "segment", "weight", "edge", "replace")}

@@ -1,7 +1,8 @@
 """BlockTable: which query rows see which key rows, in which softmax, with which weight.
 
-The format is made for attention whose pattern is a modest number of rectangles once positions are well ordered: it costs
-memory per rectangle, never per pair, and every executor derives its own walk from it (see ``kernels/README.md`` for the contract).
+The format is made for attention whose pattern is a modest number of rectangles once positions are well ordered: it
+costs memory per rectangle, never per pair, and every executor derives its own walk from it (see ``kernels/README.md``
+for the contract).
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _LIVE: weakref.WeakValueDictionary[str, BlockTable] = weakref.WeakValueDictionar
 class Cells:
     """Dense pieces of a table: query rows that see the same keys in one segment.
 
-    Cell c holds query rows ``q_start[c] … q_stop[c] − 1`` of segment ``segment[c]``, whose first row has slot ``slot[c]``; its keys are
-    those of the rectangles ``rectangle[ptr[c] : ptr[c + 1]]``, in ascending key order. All arrays are int64.
+    Cell c holds query rows ``q_start[c] … q_stop[c] − 1`` of segment ``segment[c]``, whose first row has slot
+    ``slot[c]``; its keys are those of the rectangles ``rectangle[ptr[c] : ptr[c + 1]]``, in ascending key order. All
+    arrays are int64.
     """
 
     segment: np.ndarray
@@ -39,8 +41,8 @@ class Cells:
 class SlotLayout:
     """Device view of the slots, in slot order: what the gradient of gains needs.
 
-    ``position`` int64 [n_slots], ``weight`` float32 [n_slots], ``replace`` int64 [n_slots] (0 adds, 1 replaces), ``per_edge`` int64 [n_edges]
-    (slots of one edge are contiguous and edges ascend).
+    ``position`` int64 [n_slots], ``weight`` float32 [n_slots], ``replace`` int64 [n_slots] (0 adds, 1 replaces),
+    ``per_edge`` int64 [n_edges] (slots of one edge are contiguous and edges ascend).
     """
 
     position: torch.Tensor
@@ -53,8 +55,8 @@ class SlotLayout:
 class BlockTable:
     """Rectangles of a block-sparse attention pattern, grouped in segments (one softmax per segment and query row).
 
-    Build it with :meth:`from_rectangles`; fields, dtypes and order are those of ``kernels/README.md``. What the format means, as the loop that
-    gives back the dense matrix of largest weights:
+    Build it with :meth:`from_rectangles`; fields, dtypes and order are those of ``kernels/README.md``. What the format
+    means, as the loop that gives back the dense matrix of largest weights:
 
         for r in range(len(table.weight)):
             block = dense[table.q_start[r]:table.q_stop[r], table.k_start[r]:table.k_stop[r]]
@@ -105,10 +107,10 @@ class BlockTable:
     ) -> BlockTable:
         """Check, sort and freeze rectangles (any array-likes of one length R).
 
-        ``form`` is "edge" (``segment`` and ``edge`` wanted, int [R]; ``replace`` bool [R] optional) or "joint" (neither).
-        Raises ValueError for ranges that are empty or leave ``[0, n_positions)``, weights that are not finite and positive, and segments
-        whose rows disagree about weight, edge or class. Within one segment the keys of a row must not repeat; that is the caller's promise
-        (checking it costs as much as executing).
+        ``form`` is "edge" (``segment`` and ``edge`` wanted, int [R]; ``replace`` bool [R] optional) or "joint"
+        (neither). Raises ValueError for ranges that are empty or leave ``[0, n_positions)``, weights that are not
+        finite and positive, and segments whose rows disagree about weight, edge or class. Within one segment the keys
+        of a row must not repeat; that is the caller's promise (checking it costs as much as executing).
         """
         if form not in ("edge", "joint"):
             raise ValueError(f"form must be 'edge' or 'joint', got {form!r}")
@@ -143,7 +145,8 @@ class BlockTable:
             raise ValueError(f"edge numbers must lie in [0, {n_edges}), got {edge.min()} … {edge.max()}")
         if form == "edge":
             order = np.lexsort((ranges[2], ranges[0], segment, edge))
-            # segments are renumbered along edges, so that the slots of an edge are contiguous whatever numbers the caller chose
+            # segments are renumbered along edges, so that the slots of an edge are contiguous whatever numbers the
+            # caller chose
             segment = segment[order]
             fresh = np.ones(count, bool)
             fresh[1:] = (segment[1:] != segment[:-1]) | (edge[order][1:] != edge[order][:-1])
@@ -225,7 +228,8 @@ class BlockTable:
         return self.pairs * head_dim * batch_heads * (10 if backward else 4)
 
     def to_dense(self) -> np.ndarray:
-        """(n, n) float64: the largest weight over all rectangles that pair row i with column j, 0 where none does. For tests: grows as n²."""
+        """(n, n) float64: the largest weight over all rectangles that pair row i with column j, 0 where none does. For
+        tests: grows as n²."""
         dense = np.zeros((self.n_positions, self.n_positions))
         for q0, q1, k0, k1, w in zip(self.q_start, self.q_stop, self.k_start, self.k_stop, self.weight, strict=True):
             block = dense[q0:q1, k0:k1]
@@ -233,10 +237,8 @@ class BlockTable:
         return dense
 
     def __str__(self) -> str:
-        return (
-            f"BlockTable({self.form}, {self.n_positions} positions, {len(self.weight)} rectangles, density {self.density:.4f})\n"
-            + (self.draw())
-        )
+        head = f"BlockTable({self.form}, {self.n_positions} positions, {len(self.weight)} rectangles"
+        return f"{head}, density {self.density:.4f})\n{self.draw()}"
 
     def draw(self, size: int = 32) -> str:
         """The pattern in characters, at most ``size`` × ``size`` of them: share of selected pairs as ` ░▒▓█`."""
@@ -256,7 +258,8 @@ class BlockTable:
         shades = np.array(list(" ░▒▓█"))[np.minimum(np.ceil(share * 4), 4).astype(int)]
         return "\n".join("".join(row) for row in shades)
 
-    # -- derived structures ----------------------------------------------------------------------------------------------
+    # -- derived structures
+    # ----------------------------------------------------------------------------------------------
 
     def cells(self) -> Cells:
         """Maximal query ranges with equal keys, per segment (cached)."""
@@ -291,7 +294,8 @@ class BlockTable:
     def row_sums(self, active: torch.Tensor | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
         """(2, n) float32: Σ_r w_r over the reads of each row, adding reads first, replacing reads second.
 
-        ``active`` (n_edges,) drops the reads of edges where it is 0. One pass over the reads on the device, no atomics, no host sync.
+        ``active`` (n_edges,) drops the reads of edges where it is 0. One pass over the reads on the device, no
+        atomics, no host sync.
         """
         if active is not None:
             device = active.device
@@ -325,7 +329,8 @@ class BlockTable:
         return self.cache[key]
 
     def row_scale(self, active: torch.Tensor | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(2, n) float32 factors that turn sums over reads into averages: see :func:`normalise_row_sums`. Cached while ``active`` is None."""
+        """(2, n) float32 factors that turn sums over reads into averages: see :func:`normalise_row_sums`. Cached while
+        ``active`` is None."""
         if active is not None:
             return normalise_row_sums(self.row_sums(active))
         key = ("row_scale", str(torch.device(device)))
@@ -361,8 +366,8 @@ class BlockTable:
 
 
 def normalise_row_sums(sums: torch.Tensor) -> torch.Tensor:
-    """(2, n) weight sums (adding, replacing) → (2, n) row scales: 1/ΣW of the class in force at each row, 0 for the other class and for rows
-    without reads. Replacing reads, where there are any, are in force alone."""
+    """(2, n) weight sums (adding, replacing) → (2, n) row scales: 1/ΣW of the class in force at each row, 0 for the
+    other class and for rows without reads. Replacing reads, where there are any, are in force alone."""
     adding, replacing = sums
     replaced = replacing > 0
     add_scale = torch.where(replaced | (adding <= 0), 0.0, 1.0 / adding)

@@ -1,4 +1,5 @@
-"""Tilings: one pass's walk over a BlockTable, as the flat tables that kernels read (``kernels/README.md`` has the format)."""
+"""Tilings: one pass's walk over a BlockTable, as the flat tables that kernels read (``kernels/README.md`` has the
+format)."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ REPLACE = 1 << 17
 
 
 class TileClass(NamedTuple):
-    """A tile size that kernels are built for: ``block_m`` tile rows × ``block_n`` walked rows, and the time of one such block relative to
-    the other classes' (any unit)."""
+    """A tile size that kernels are built for: ``block_m`` tile rows × ``block_n`` walked rows, and the time of one
+    such block relative to the other classes' (any unit)."""
 
     block_m: int
     block_n: int
@@ -26,7 +27,8 @@ class TileClass(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tiling:
-    """One launch: ``tiles`` int32 [T, 4], ``rows`` int32 [R + 1, 4], ``weight`` and ``log2_weight`` float32 [R + 1], ``edge`` int32 [R + 1]."""
+    """One launch: ``tiles`` int32 [T, 4], ``rows`` int32 [R + 1, 4], ``weight`` and ``log2_weight`` float32 [R + 1],
+    ``edge`` int32 [R + 1]."""
 
     block_m: int
     block_n: int
@@ -52,7 +54,8 @@ class Tiling:
 
 
 def expand_ranges(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(owner, value): every integer of the ranges ``[start_i, start_i + length_i)``, with the i it came from, both int64."""
+    """(owner, value): every integer of the ranges ``[start_i, start_i + length_i)``, with the i it came from, both
+    int64."""
     length = np.asarray(length, np.int64)
     owner = np.repeat(np.arange(len(length)), length)
     first = np.cumsum(length) - length
@@ -62,8 +65,8 @@ def expand_ranges(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np
 def cut_tiles(n: int, start: np.ndarray, stop: np.ndarray, block: int) -> np.ndarray:
     """Tile starts for rows [0, n), ascending, int64: no tile is longer than ``block``.
 
-    Ranges of at least ``block`` rows get tiles of their own (a tile across two of them would walk both); stretches of shorter
-    ranges are cut evenly, tiles straddling them.
+    Ranges of at least ``block`` rows get tiles of their own (a tile across two of them would walk both); stretches of
+    shorter ranges are cut evenly, tiles straddling them.
     """
     marks = np.unique(np.concatenate([[0, n], start, stop]))
     long = np.diff(marks) >= block
@@ -77,7 +80,8 @@ def cut_tiles(n: int, start: np.ndarray, stop: np.ndarray, block: int) -> np.nda
 def build_tilings(table: BlockTable, classes: tuple[TileClass, ...], transposed: bool) -> tuple[Tiling, ...]:
     """Cut the table's positions into tiles, each of the class that walks its blocks in the least estimated time.
 
-    ``classes`` go from large to small, each ``block_m`` a multiple of the next. Cost: rectangles × tiles met, vectorised.
+    ``classes`` go from large to small, each ``block_m`` a multiple of the next. Cost: rectangles × tiles met,
+    vectorised.
     """
     n = table.n_positions
     tile_side, walk_side = ((table.q_start, table.q_stop), (table.k_start, table.k_stop))
