@@ -1,0 +1,484 @@
+"""Which positions inside a connection attend to which: mask specifications, boxes and rectangle covers.
+
+A *box* of a canvas is an int64 array of shape ``[D, 2]`` with ``D = 1 + n_spatial``: half-open ranges
+``((t0, t1), (s0_lo, s0_hi), ...)`` in absolute canvas coordinates. Nothing here enumerates positions, except
+`mask_to_index_pairs`, whose result is made of them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import operator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from canvas_engineering.canvas import CanvasLayout
+
+__all__ = [
+    "MaskSpec",
+    "PatternCover",
+    "Rect",
+    "mask_to_index_pairs",
+    "pattern_cover",
+    "rect_cover",
+    "split_boxes",
+]
+
+_KINDS = ("full", "tile", "sparse")
+
+
+def _checked_tile(value: Any, what: str) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError:
+        size = 0
+    if isinstance(value, bool) or size < 1:
+        raise ValueError(f"MaskSpec {what} must be an int of at least 1, got {value!r}")
+    return size
+
+
+def _nested(values: Any) -> Any:
+    return tuple(_nested(value) for value in values) if isinstance(values, list) else values
+
+
+def _checked_pattern(pattern: Any) -> tuple:
+    try:
+        array = pattern.detach().cpu().numpy() if isinstance(pattern, torch.Tensor) else np.asarray(pattern)
+    except ValueError as error:
+        raise ValueError(
+            f"MaskSpec pattern must be a nested tuple of bools with rows of equal length: {error}"
+        ) from error
+    if array.dtype != np.bool_ or array.ndim < 2 or array.size == 0:
+        raise ValueError(
+            "MaskSpec pattern must be a nested tuple of bools of dst's box shape (t, s0, ...) or of shape "
+            f"(|src|, |dst|), got dtype {array.dtype} and shape {array.shape}"
+        )
+    return _nested(array.tolist())
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """How a connection's reads are split or thinned.
+
+    Args:
+        kind: "full" (every query sees every key of its read), "tile" (one read per tile of src's spatial grid, its
+            keys those of dst in the same absolute tile, or all of dst's where dst has none there) or "sparse"
+            (only the pairs that ``pattern`` marks).
+        tile_h: tile size along the first spatial dimension, where `CanvasLayout.H` lies.
+        tile_w: tile size along the second spatial dimension, where `CanvasLayout.W` lies.
+        tile_shape: tile size along every spatial dimension; wins over ``tile_h`` and ``tile_w``.
+        pattern: for "sparse", bools either of dst's box shape ``(t, s0, ...)``, which select the keys of every
+            query, or of shape ``(|src|, |dst|)``, which select pairs. Lists, arrays and tensors of bools are
+            stored as nested tuples, so that the spec is hashable.
+
+    Tiles lie on the absolute grid of the canvas: tile ``i`` along a dimension holds the coordinates from
+    ``i * size`` up to ``(i + 1) * size``, wherever the regions begin.
+
+    Raises:
+        ValueError: an unknown kind, a tile size below 1, "sparse" without a pattern, or a pattern with another kind.
+
+    >>> MaskSpec("tile", tile_h=4, tile_w=2).tiles(2)
+    (4, 2)
+    """
+
+    kind: str = "full"
+    tile_h: int = 1
+    tile_w: int = 1
+    tile_shape: tuple[int, ...] | None = None
+    pattern: tuple | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"unknown mask kind {self.kind!r}: choose one of {', '.join(_KINDS)}")
+        object.__setattr__(self, "tile_h", _checked_tile(self.tile_h, "tile_h"))
+        object.__setattr__(self, "tile_w", _checked_tile(self.tile_w, "tile_w"))
+        if self.tile_shape is not None:
+            try:
+                sizes = tuple(self.tile_shape)
+            except TypeError:
+                raise ValueError(f"MaskSpec tile_shape must be a tuple of ints, got {self.tile_shape!r}") from None
+            object.__setattr__(self, "tile_shape", tuple(_checked_tile(size, "tile_shape") for size in sizes))
+        if (self.kind == "sparse") != (self.pattern is not None):
+            problem = "needs a pattern" if self.pattern is None else "takes no pattern (only 'sparse' does)"
+            raise ValueError(f"a mask of kind {self.kind!r} {problem}")
+        if self.pattern is not None:
+            object.__setattr__(self, "pattern", _checked_pattern(self.pattern))
+
+    def __hash__(self) -> int:
+        # A pattern may hold a million bools and the spec is part of every cache key, so its hash is computed once.
+        # Only ints and bools enter it: it is then the same in every process, and a pickled one stays right.
+        cached = self.__dict__.get("_hash")
+        if cached is None:
+            fields = (_KINDS.index(self.kind), self.tile_h, self.tile_w, self.tile_shape or (), self.pattern or ())
+            cached = hash(fields)
+            object.__setattr__(self, "_hash", cached)
+        return cached
+
+    def tiles(self, n_spatial: int) -> tuple[int, ...]:
+        """Tile size along each of the layout's ``n_spatial`` spatial dimensions.
+
+        ``tile_shape`` as it stands, if given. Otherwise ``tile_h`` and ``tile_w`` belong to the first two spatial
+        dimensions, as H and W do, and any further dimension has tiles of size 1.
+
+        Raises:
+            ValueError: ``tile_shape`` of another length, or, on a canvas with one spatial dimension, a ``tile_w``
+                that has nothing to apply to and differs from ``tile_h``.
+
+        >>> MaskSpec("tile", tile_h=4, tile_w=2).tiles(3)
+        (4, 2, 1)
+        """
+        if self.tile_shape is not None:
+            if len(self.tile_shape) != n_spatial:
+                raise ValueError(
+                    f"tile_shape {self.tile_shape} has {len(self.tile_shape)} dimensions, the canvas has {n_spatial} "
+                    "spatial dimensions"
+                )
+            return self.tile_shape
+        if n_spatial == 1:
+            if self.tile_w not in (1, self.tile_h):
+                raise ValueError(
+                    f"tile_h={self.tile_h}, tile_w={self.tile_w} is ambiguous on a canvas with one spatial dimension: "
+                    "give tile_shape"
+                )
+            return (self.tile_h,)
+        return (self.tile_h, self.tile_w) + (1,) * (n_spatial - 2)
+
+
+def split_boxes(spec: MaskSpec, q_box: np.ndarray, k_box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Splits one read into one read per absolute tile that its queries meet.
+
+    Args:
+        spec: a mask of kind "tile"; "full" gives the read back as its only row.
+        q_box: queries, int64 ``[D, 2]``.
+        k_box: keys, int64 ``[D, 2]``.
+
+    Returns:
+        ``(q_boxes, k_boxes)``, int64 ``[n, D, 2]`` each: tiles in row-major order; the keys of a row are those of
+        ``k_box`` in the same spatial tile, or all of ``k_box`` where it has none there. Time is not split.
+
+    Raises:
+        ValueError: a mask of kind "sparse" (see `pattern_cover`), or tiles that do not fit the number of dimensions.
+
+    >>> queries, keys = split_boxes(MaskSpec("tile", tile_shape=(2,)), np.array([[0, 1], [1, 4]]), np.array([[0, 1], [3, 9]]))
+    >>> queries[:, 1].tolist(), keys[:, 1].tolist()
+    ([[1, 2], [2, 4]], [[3, 9], [3, 4]])
+    """
+    q_box, k_box = np.asarray(q_box, dtype=np.int64), np.asarray(k_box, dtype=np.int64)
+    if spec.kind == "full":
+        return q_box[None].copy(), k_box[None].copy()
+    if spec.kind == "sparse":
+        raise ValueError("a sparse mask has no tiles: pattern_cover() gives its rectangles")
+    size = np.array(spec.tiles(len(q_box) - 1), dtype=np.int64)
+    first = q_box[1:, 0] // size
+    counts = (q_box[1:, 1] - 1) // size - first + 1
+    tiles = np.indices(counts, dtype=np.int64).reshape(len(size), -1).T + first  # [n, n_spatial]
+    low, high = tiles * size, (tiles + 1) * size
+    q_boxes = np.empty((len(tiles), len(q_box), 2), dtype=np.int64)
+    q_boxes[:, 0] = q_box[0]
+    q_boxes[:, 1:, 0] = np.maximum(low, q_box[1:, 0])
+    q_boxes[:, 1:, 1] = np.minimum(high, q_box[1:, 1])
+    shared = np.stack([np.maximum(low, k_box[1:, 0]), np.minimum(high, k_box[1:, 1])], axis=-1)
+    meets = (shared[..., 0] < shared[..., 1]).all(axis=1)
+    k_boxes = np.repeat(k_box[None], len(tiles), axis=0)
+    k_boxes[meets, 1:] = shared[meets]
+    return q_boxes, k_boxes
+
+
+@dataclass(frozen=True, eq=False)
+class PatternCover:
+    """The marked pairs of a sparse mask as disjoint rectangles, relative to the regions' full boxes.
+
+    Attributes:
+        pair: whether the pattern marks (query, key) pairs; otherwise it marks keys, the same for every query.
+        k_boxes: for ``pair=False``, int64 ``[n, D, 2]``: disjoint boxes, relative to dst's first corner, that hold
+            exactly the marked keys; ``[0, D, 2]`` otherwise.
+        rects: for ``pair=True``, int64 ``[n, 2, 2]``: disjoint rectangles ``((i0, i1), (j0, j1))`` over the row-major
+            lists of src's and dst's positions, that hold exactly the marked pairs; ``[0, 2, 2]`` otherwise.
+
+    Time is the slowest axis, so the frames of a temporal read are a contiguous range of either list. All keys of a
+    query belong to one softmax, whatever number of rectangles they come from.
+    """
+
+    pair: bool
+    k_boxes: np.ndarray
+    rects: np.ndarray
+
+
+@lru_cache(maxsize=1024)
+def pattern_cover(spec: MaskSpec, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> PatternCover:
+    """Covers the pattern of a sparse mask by rectangles, for regions of the given box shapes ``(t, s0, ...)``.
+
+    Raises:
+        ValueError: the mask has no pattern, or one whose shape is neither ``k_shape`` nor ``(|src|, |dst|)``.
+
+    >>> spec = MaskSpec("sparse", pattern=((True, True), (False, False)))
+    >>> pattern_cover(spec, (2, 2), (2, 2)).k_boxes.tolist()
+    [[[0, 1], [0, 2]]]
+    """
+    if spec.pattern is None:
+        raise ValueError(f"a mask of kind {spec.kind!r} has no pattern")
+    q_shape, k_shape = tuple(q_shape), tuple(k_shape)
+    pattern = np.array(spec.pattern, dtype=bool)
+    pair_shape = (math.prod(q_shape), math.prod(k_shape))
+    if pattern.shape not in (k_shape, pair_shape):
+        raise ValueError(
+            f"mask pattern of shape {pattern.shape} fits neither dst's box shape {k_shape} nor the (|src|, |dst|) pairs "
+            f"{pair_shape} of a src box of shape {q_shape}"
+        )
+    # Both shapes are equal only where src and dst's frame count are 1, and then both readings mean the same pairs.
+    pair = pattern.shape != k_shape
+    ranges = np.array([rect.ranges for rect in rect_cover(torch.from_numpy(pattern))], dtype=np.int64)
+    ranges = ranges.reshape(-1, pattern.ndim, 2)
+    ranges.setflags(write=False)
+    empty = np.zeros((0, 2 if not pair else len(k_shape), 2), dtype=np.int64)
+    return PatternCover(pair, k_boxes=empty if pair else ranges, rects=ranges if pair else empty)
+
+
+class Rect:
+    """A box of cells: half-open ranges, one per dimension. Immutable, hashable, equal by ranges.
+
+    Takes flat (lo, hi) pairs or nested ranges.
+
+    >>> Rect(0, 2, 1, 4, 0, 3) == Rect(ranges=((0, 2), (1, 4), (0, 3)))
+    True
+    >>> Rect(0, 2, 1, 4, 0, 3).volume
+    18
+
+    Raises:
+        ValueError: an odd number of bounds, a bound that is not an int, or a range that ends before it starts.
+    """
+
+    __slots__ = ("ranges",)
+    ranges: tuple[tuple[int, int], ...]
+
+    def __init__(self, *args: Any, ranges: tuple[tuple[int, int], ...] | None = None) -> None:
+        if (ranges is None) == (not args):
+            raise ValueError(f"Rect takes either flat (lo, hi) pairs or ranges, got {args!r} and ranges={ranges!r}")
+        given = args if ranges is None else ranges
+        try:
+            if len(args) == 1:  # Rect(((t0, t1), (h0, h1), ...))
+                given = args[0]
+            if not isinstance(given[0], (tuple, list)):
+                given = [given[start : start + 2] for start in range(0, len(given), 2)]
+            pairs = tuple((operator.index(low), operator.index(high)) for low, high in given)
+        except (TypeError, ValueError, IndexError):
+            raise ValueError(f"Rect bounds must be ints in (lo, hi) pairs, got {given!r}") from None
+        for low, high in pairs:
+            if low > high:
+                raise ValueError(f"Rect range ({low}, {high}) ends before it starts")
+        object.__setattr__(self, "ranges", pairs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"Rect is immutable: cannot set {name!r}")
+
+    def __reduce__(self) -> tuple:
+        return _rect_from_ranges, (self.ranges,)
+
+    def __eq__(self, other: object) -> bool:
+        return self.ranges == other.ranges if isinstance(other, Rect) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.ranges)
+
+    def __repr__(self) -> str:
+        return f"Rect({', '.join(str(bound) for pair in self.ranges for bound in pair)})"
+
+    @property
+    def volume(self) -> int:
+        """Number of cells."""
+        return math.prod(high - low for low, high in self.ranges)
+
+    def _bound(self, name: str, axis: int, end: int) -> int:
+        if axis >= len(self.ranges):
+            raise AttributeError(f"a Rect of {len(self.ranges)} dimensions has no {name}")
+        return self.ranges[axis][end]
+
+    @property
+    def t0(self) -> int:
+        """First index along the first of the dimensions (t, h, w)."""
+        return self._bound("t0", 0, 0)
+
+    @property
+    def t1(self) -> int:
+        """End along t."""
+        return self._bound("t1", 0, 1)
+
+    @property
+    def h0(self) -> int:
+        """First index along h."""
+        return self._bound("h0", 1, 0)
+
+    @property
+    def h1(self) -> int:
+        """End along h."""
+        return self._bound("h1", 1, 1)
+
+    @property
+    def w0(self) -> int:
+        """First index along w."""
+        return self._bound("w0", 2, 0)
+
+    @property
+    def w1(self) -> int:
+        """End along w."""
+        return self._bound("w1", 2, 1)
+
+
+def _rect_from_ranges(ranges: tuple[tuple[int, int], ...]) -> Rect:
+    return Rect(ranges=ranges)
+
+
+def _merge_equal_slabs(cells: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Keeps one of each run of equal neighbouring slabs along every axis; returns the cells left and their edges."""
+    edges = []
+    for axis, length in enumerate(cells.shape):
+        rows = np.moveaxis(cells, axis, 0).reshape(length, -1)
+        starts = np.concatenate([[0], np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1)) + 1])
+        cells = np.take(cells, starts, axis=axis)
+        edges.append(np.append(starts, length).astype(np.int64))
+    return cells, edges
+
+
+def _runs(cells: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Length, in original cells, of the run of True cells that starts at each cell and goes up the last axis."""
+    stops = np.where(cells, edges[-1], edges[:-1])
+    next_false = np.minimum.accumulate(stops[..., ::-1], axis=-1)[..., ::-1]
+    return np.where(cells, next_false - edges[:-1], 0)
+
+
+def rect_cover(mask: torch.Tensor, min_area: int = 4) -> list[Rect]:
+    """Covers the True cells of a mask by disjoint boxes, greedily, largest first.
+
+    Args:
+        mask: bool, any number of dimensions from 1 up.
+        min_area: once no box of this many cells is left, the rest is covered by runs along the last dimension.
+
+    Returns:
+        Boxes that cover every True cell exactly once and no other. Equal boxes are taken in row-major order of their
+        first corner, so the result is deterministic.
+
+    Raises:
+        ValueError: a mask without dimensions, or a min_area below 1.
+
+    >>> rect_cover(torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool))
+    [Rect(0, 2, 0, 2), Rect(1, 2, 2, 3)]
+    """
+    cells = np.array(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask, dtype=bool)
+    if cells.ndim == 0:
+        raise ValueError("rect_cover needs a mask of at least one dimension, got a scalar")
+    if min_area < 1:
+        raise ValueError(f"rect_cover needs a min_area of at least 1, got {min_area}")
+    if not cells.any():
+        return []
+    # Equal neighbouring slabs always belong to the same boxes, so the search may treat them as one.
+    cells, edges = _merge_equal_slabs(cells)
+    ranges = _take_largest(cells, edges, min_area)
+    shifted = np.concatenate([np.zeros_like(cells[..., :1]), cells[..., :-1]], axis=-1)
+    starts = np.argwhere(cells & ~shifted)
+    if len(starts):
+        lengths = _runs(cells, edges[-1])[tuple(starts.T)]
+        corners = np.stack([edges[axis][starts[:, axis]] for axis in range(cells.ndim)], axis=1)
+        ends = np.stack([edges[axis][starts[:, axis] + 1] for axis in range(cells.ndim)], axis=1)
+        ends[:, -1] = corners[:, -1] + lengths
+        ranges += [
+            tuple(zip(low, high, strict=True)) for low, high in zip(corners.tolist(), ends.tolist(), strict=True)
+        ]
+    return [Rect(ranges=pairs) for pairs in ranges]
+
+
+def _take_largest(cells: np.ndarray, edges: list[np.ndarray], min_area: int) -> list[tuple[tuple[int, int], ...]]:
+    """Takes the largest box out of ``cells``, in place, while one of ``min_area`` cells is left.
+
+    A heap holds, per cell, an upper bound on the largest box whose first corner it is. Taking cells away only shrinks
+    those boxes, so a bound that proves exact when it comes up is the largest there is, and stale bounds cost nothing
+    until then.
+    """
+    outer = cells.ndim - 1
+    runs = _runs(cells, edges[-1])
+    bounds = runs.copy()
+    reach = np.empty((outer, *cells.shape), dtype=np.int64)  # end index of the run up each outer axis, at the start
+    for axis in range(outer):
+        along = np.moveaxis(cells, axis, -1)
+        lengths = _runs(along, edges[axis])
+        bounds *= np.moveaxis(lengths, -1, axis)
+        ends = np.searchsorted(edges[axis], lengths + edges[axis][:-1])
+        reach[axis] = np.moveaxis(ends, -1, axis)
+
+    corners = np.flatnonzero(bounds >= min_area)
+    heap = [(-bound, corner) for bound, corner in zip(bounds.flat[corners].tolist(), corners.tolist(), strict=True)]
+    heapq.heapify(heap)
+    taken = []
+    while heap:
+        bound, corner = heap[0]
+        index = np.unravel_index(corner, cells.shape)
+        if not cells[index]:
+            heapq.heappop(heap)
+            continue
+        stops = reach[(slice(None), *index)]
+        box = tuple(slice(start, stop) for start, stop in zip(index[:-1], stops, strict=True))
+        low = runs[(*box, index[-1])]
+        for axis in range(outer):
+            low = np.minimum.accumulate(low, axis=axis)
+        volume = low
+        for axis, part in enumerate(box):
+            extent = edges[axis][part.start + 1 : part.stop + 1] - edges[axis][part.start]
+            volume = volume * extent.reshape((-1,) + (1,) * (outer - 1 - axis))
+        best = int(np.argmax(volume))
+        largest = int(volume.reshape(-1)[best])
+        if largest < min_area:
+            heapq.heappop(heap)
+        elif largest < -bound:
+            heapq.heapreplace(heap, (-largest, corner))
+        else:
+            heapq.heappop(heap)
+            reached = np.unravel_index(best, volume.shape)
+            lows = [int(edges[axis][index[axis]]) for axis in range(cells.ndim)]
+            highs = [int(edges[axis][index[axis] + reached[axis] + 1]) for axis in range(outer)]
+            highs.append(lows[-1] + int(low[reached]))
+            rows = tuple(slice(index[axis], index[axis] + int(reached[axis]) + 1) for axis in range(outer))
+            stop = int(np.searchsorted(edges[-1], highs[-1]))
+            cells[(*rows, slice(index[-1], stop))] = False
+            runs[rows] = _runs(cells[rows], edges[-1])
+            taken.append(tuple(zip(lows, highs, strict=True)))
+    return taken
+
+
+def mask_to_index_pairs(
+    mask_spec: MaskSpec, layout: CanvasLayout, src: str, dst: str
+) -> list[tuple[list[int], list[int]]]:
+    """The (queries, keys) pairs of flat canvas indices that a mask makes of a connection that is dense in time.
+
+    Every position of a pair's first list attends over all of its second list. "full" gives one pair; "tile" one pair
+    per tile of src's spatial box, over all timesteps; "sparse" one pair per distinct set of marked keys (none for
+    queries without any).
+
+    Raises:
+        KeyError: a region that the layout does not have.
+        ValueError: tiles or a pattern that do not fit the layout.
+    """
+    q_box, k_box = layout.region_box(src), layout.region_box(dst)
+    if mask_spec.kind != "sparse":
+        boxes = zip(*split_boxes(mask_spec, q_box, k_box), strict=True)
+        return [
+            (_box_indices(layout, queries).tolist(), _box_indices(layout, keys).tolist()) for queries, keys in boxes
+        ]
+    queries, keys = layout.region_index(src).numpy(), layout.region_index(dst).numpy()
+    cover = pattern_cover(mask_spec, layout.region_size(src), layout.region_size(dst))
+    pattern = np.array(mask_spec.pattern, dtype=bool)
+    if not cover.pair:
+        chosen = keys[pattern.reshape(-1)].tolist()
+        return [(queries.tolist(), chosen)] if chosen else []
+    rows, first, member = np.unique(pattern, axis=0, return_index=True, return_inverse=True)
+    order = [row for row in np.argsort(first).tolist() if rows[row].any()]
+    return [(queries[member.reshape(-1) == row].tolist(), keys[rows[row]].tolist()) for row in order]
+
+
+def _box_indices(layout: CanvasLayout, box: np.ndarray) -> np.ndarray:
+    grid = np.arange(layout.num_positions, dtype=np.int64).reshape(layout.T, *layout.spatial_shape)
+    return grid[tuple(slice(low, high) for low, high in box.tolist())].reshape(-1)
