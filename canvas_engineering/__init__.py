@@ -1,5 +1,35 @@
 """Declare regions of latent space and who reads whom; train through the block-sparse attention that follows."""
 
-from canvas_engineering.masks import MaskSpec
+from canvas_engineering.canvas import (
+    ATTENTION_TYPES,
+    CanvasLayout,
+    FamilyCarrierEmbedding,
+    PeriodEmbedding,
+    RegionSpec,
+    SinusoidalPositionalEncoding3D,
+    SinusoidalPositionalEncodingND,
+    SpatiotemporalCanvas,
+    transfer_distance,
+)
+from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
+from canvas_engineering.masks import MaskSpec, Rect, mask_to_index_pairs, rect_cover
 
-__all__ = ["MaskSpec"]
+__all__ = [
+    # declare
+    "ATTENTION_TYPES",
+    "CanvasLayout",
+    "FamilyCarrierEmbedding",
+    "PeriodEmbedding",
+    "RegionSpec",
+    "SinusoidalPositionalEncoding3D",
+    "SinusoidalPositionalEncodingND",
+    "SpatiotemporalCanvas",
+    "transfer_distance",
+    "CanvasTopology",
+    "Connection",
+    "TemporalFill",
+    "MaskSpec",
+    "Rect",
+    "mask_to_index_pairs",
+    "rect_cover",
+]

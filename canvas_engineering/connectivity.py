@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import math
+import operator
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import torch
 
-__all__ = ["FrameReads", "TemporalFill", "resolve_frames"]
+from canvas_engineering.canvas.layout import CanvasLayout, HashedOnce
+from canvas_engineering.masks import MaskSpec, pattern_cover, split_boxes
+
+__all__ = [
+    "CanvasTopology",
+    "Connection",
+    "FrameReads",
+    "TemporalFill",
+    "resolve_connections",
+    "resolve_frames",
+]
+
+_WRITE_MODES = ("add", "replace", "gate")
+_LARGEST_WEIGHT = float(torch.finfo(torch.float32).max)
+_LARGEST_OFFSET = 2**31 - 1
 
 
 class TemporalFill(enum.Enum):
@@ -143,3 +164,395 @@ def _nearest_anchors(time, floor, exact, first, end, period, order):
     ratio = (distance[:, :1] / np.maximum(distance, 1)) ** float(order)
     ratio[exact] = np.arange(count) == 0
     return anchors, ratio / ratio.sum(axis=1, keepdims=True)
+
+
+def _checked_offset(value: Any, what: str) -> int:
+    try:
+        offset = operator.index(value)
+    except TypeError:
+        offset = None
+    if offset is None or isinstance(value, bool) or abs(offset) > _LARGEST_OFFSET:
+        raise ValueError(f"{what} must be an int below 2**31 in magnitude, or None, got {value!r}")
+    return offset
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One attention operation: the positions of ``src`` query those of ``dst``.
+
+    Args:
+        src: region whose positions ask, and receive the result.
+        dst: region whose positions are read.
+        weight: how much the connection's reads count; 0 means that it makes none.
+        t_src, t_dst: offsets from a shared reference frame (see `resolve_frames`), or None for all frames.
+        fn: attention function; None leaves it to src's ``default_attn``; "none" makes no reads.
+        operator: what the edge is for; any string, and metadata only.
+        write_mode: "add", "replace" or "gate".
+        temporal_fill: what happens where dst has no frame at the time asked for; a TemporalFill or its value.
+        interpolation_order: 0 and 1 interpolate linearly, n >= 2 by inverse distance to the n-th power.
+        mask: which positions of the two regions meet; None means all.
+
+    Raises:
+        ValueError: a weight that is negative, not finite or beyond float32, an offset that is not an int, a negative
+            order, an unknown fill or write mode, or a field of the wrong kind.
+
+    >>> Connection("action", "obs", t_src=0, t_dst=-1, temporal_fill="drop").temporal_fill
+    <TemporalFill.DROP: 'drop'>
+    """
+
+    src: str
+    dst: str
+    weight: float = 1.0
+    t_src: int | None = None
+    t_dst: int | None = None
+    fn: str | None = None
+    operator: str = "attend"
+    write_mode: str = "add"
+    temporal_fill: TemporalFill = TemporalFill.HOLD
+    interpolation_order: int = 1
+    mask: MaskSpec | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("src", "dst", "operator"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise self._error(f"{name} must be a string of at least one character, got {value!r}")
+        weight = self.weight
+        if type(weight) is not float:
+            try:
+                weight = math.nan if isinstance(weight, (bool, str)) else float(weight)
+            except (TypeError, ValueError):
+                weight = math.nan
+            object.__setattr__(self, "weight", self.weight if weight != weight else weight)
+        if not 0.0 <= weight <= _LARGEST_WEIGHT:
+            raise self._error(f"weight must be a finite number of at least 0 that float32 holds, got {self.weight!r}")
+        for name in ("t_src", "t_dst"):
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    object.__setattr__(self, name, _checked_offset(value, name))
+                except ValueError as error:
+                    raise self._error(str(error)) from None
+        if self.fn is not None and (not isinstance(self.fn, str) or not self.fn):
+            raise self._error(f"fn must be the name of an attention function, or None, got {self.fn!r}")
+        if self.write_mode not in _WRITE_MODES:
+            raise self._error(f"unknown write_mode {self.write_mode!r}: choose one of {', '.join(_WRITE_MODES)}")
+        if not isinstance(self.temporal_fill, TemporalFill):
+            try:
+                object.__setattr__(self, "temporal_fill", TemporalFill(self.temporal_fill))
+            except ValueError:
+                choices = ", ".join(fill.value for fill in TemporalFill)
+                raise self._error(f"unknown temporal_fill {self.temporal_fill!r}: choose one of {choices}") from None
+        try:
+            order = -1 if isinstance(self.interpolation_order, bool) else operator.index(self.interpolation_order)
+        except TypeError:
+            order = -1
+        if order < 0:
+            raise self._error(f"interpolation_order must be an int of at least 0, got {self.interpolation_order!r}")
+        object.__setattr__(self, "interpolation_order", order)
+        if self.mask is not None and not isinstance(self.mask, MaskSpec):
+            raise self._error(f"mask must be a MaskSpec, or None, got {self.mask!r}")
+
+    def _error(self, problem: str) -> ValueError:
+        return ValueError(f"connection {self.src!r} -> {self.dst!r}: {problem}")
+
+
+_connection_fields = operator.attrgetter(*Connection.__dataclass_fields__)
+
+
+@dataclass
+class CanvasTopology:
+    """The attention graph of a canvas: a list of connections, in the order in which they were declared.
+
+    ``connections`` is a list that may be changed; caches go by `key`, which follows it. Topologies compare by value
+    and, being mutable, are not hashable.
+
+    Raises:
+        ValueError: something in ``connections`` is not a Connection.
+
+    >>> CanvasTopology.causal_chain(["obs", "act"]).attention_ops()[-1]
+    ('act', 'obs', 1.0, 'cross_attention')
+    """
+
+    connections: list[Connection] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.connections = list(self.connections)
+        for position, connection in enumerate(self.connections):
+            if not isinstance(connection, Connection):
+                raise ValueError(f"connections[{position}] must be a Connection, got {connection!r}")
+        self._key = (None, None)  # the connections that it was made of, and the key
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"connections": self.connections}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.connections, self._key = state["connections"], (None, None)
+
+    def key(self) -> tuple:
+        """Every field of every connection, as one hashable tuple, for caches.
+
+        It follows changes of ``connections``; while there are none, the same object is returned.
+        """
+        snapshot, key = self._key
+        # Connections never change, so comparing the lists looks at identities first and costs next to nothing.
+        if snapshot != self.connections:
+            key = HashedOnce(map(_connection_fields, self.connections))
+            self._key = (list(self.connections), key)
+        return key
+
+    @staticmethod
+    def dense(regions: Sequence[str]) -> CanvasTopology:
+        """Every region reads every region, itself included."""
+        return CanvasTopology([Connection(src, dst) for src in regions for dst in regions])
+
+    @staticmethod
+    def isolated(regions: Sequence[str]) -> CanvasTopology:
+        """Every region reads itself only."""
+        return CanvasTopology([Connection(name, name) for name in regions])
+
+    @staticmethod
+    def hub_spoke(hub: str, spokes: Sequence[str], bidirectional: bool = True) -> CanvasTopology:
+        """All regions read themselves, the hub reads each spoke, and the spokes read the hub if ``bidirectional``."""
+        connections = [Connection(name, name) for name in (hub, *spokes)]
+        for spoke in spokes:
+            connections.append(Connection(hub, spoke))
+            if bidirectional:
+                connections.append(Connection(spoke, hub))
+        return CanvasTopology(connections)
+
+    @staticmethod
+    def causal_chain(regions: Sequence[str]) -> CanvasTopology:
+        """All regions read themselves, and each its predecessor."""
+        connections = [Connection(name, name) for name in regions]
+        connections += [Connection(name, before) for before, name in pairwise(regions)]
+        return CanvasTopology(connections)
+
+    @staticmethod
+    def causal_temporal(
+        regions: Sequence[str],
+        layout: CanvasLayout | None = None,
+        temporal_fill: TemporalFill = TemporalFill.HOLD,
+    ) -> CanvasTopology:
+        """Each region reads itself at the same and at the previous frame, and every other one at the previous frame.
+
+        Raises:
+            KeyError: a layout is given and has no such region.
+        """
+        if layout is not None:
+            for name in regions:
+                layout.region_spec(name)
+        connections = []
+        for src in regions:
+            connections.append(Connection(src, src, t_src=0, t_dst=0, temporal_fill=temporal_fill))
+            for dst in (src, *(name for name in regions if name != src)):
+                connections.append(Connection(src, dst, t_src=0, t_dst=-1, temporal_fill=temporal_fill))
+        return CanvasTopology(connections)
+
+    @property
+    def regions(self) -> list[str]:
+        """Names of all regions that a connection names, in the order in which they first appear."""
+        return list(dict.fromkeys(name for connection in self.connections for name in (connection.src, connection.dst)))
+
+    @property
+    def has_temporal_constraints(self) -> bool:
+        """Whether any connection has a temporal offset."""
+        return any(c.t_src is not None or c.t_dst is not None for c in self.connections)
+
+    def resolve_fn(self, connection: Connection, layout: CanvasLayout | None = None) -> str:
+        """The connection's ``fn``, else src's ``default_attn`` in the layout, else "cross_attention"."""
+        if connection.fn is not None:
+            return connection.fn
+        if layout is not None and connection.src in layout.regions:
+            return layout.region_spec(connection.src).default_attn
+        return "cross_attention"
+
+    def attention_ops(self, layout: CanvasLayout | None = None) -> list[tuple[str, str, float, str]]:
+        """(src, dst, weight, fn) of every connection as declared, with its fn resolved; nothing is left out."""
+        return [(c.src, c.dst, c.weight, self.resolve_fn(c, layout)) for c in self.connections]
+
+    def neighbors_of(self, region: str) -> list[str]:
+        """Names of the regions that ``region`` reads, each once, in declaration order."""
+        return list(dict.fromkeys(c.dst for c in self.connections if c.src == region))
+
+    def attended_by(self, region: str) -> list[str]:
+        """Names of the regions that read ``region``, each once, in declaration order."""
+        return list(dict.fromkeys(c.src for c in self.connections if c.dst == region))
+
+    def to_block_adjacency(self) -> dict[tuple[str, str], float]:
+        """The largest weight of each (src, dst) pair."""
+        adjacency: dict[tuple[str, str], float] = {}
+        for c in self.connections:
+            adjacency[c.src, c.dst] = max(c.weight, adjacency.get((c.src, c.dst), 0.0))
+        return adjacency
+
+    def to_attention_mask(self, layout: CanvasLayout, device: str | torch.device = "cpu") -> torch.Tensor:
+        """The joint mask: ``M[i, j]`` is the largest weight of all reads in which ``i`` attends to ``j``.
+
+        Args:
+            layout: the canvas. Connections that name a region that it lacks are skipped, with one warning.
+            device: where to put the result.
+
+        Returns:
+            float32 ``(N, N)`` with N the number of positions; 0 where no read pairs the two. Connections of fn "none"
+            and of weight 0 make no reads.
+
+        Raises:
+            ValueError: a mask that does not fit its regions; the message names the connection.
+        """
+        matrix, _ = _paint(self, layout, 0.0, np.asarray)
+        return torch.from_numpy(matrix).to(device)
+
+    def to_additive_mask(
+        self, layout: CanvasLayout, device: str | torch.device = "cpu", weighted: bool = False
+    ) -> torch.Tensor:
+        """The joint mask as a term to add to attention logits.
+
+        Args:
+            layout, device: as for `to_attention_mask`.
+            weighted: give ln M, which keeps weights and interpolation fractions, instead of 0, where attended.
+
+        Returns:
+            float32 ``(N, N)``: 0 (or ln M) where attended and −inf elsewhere; a position with no key attends to itself,
+            with 0, so that no row of a softmax is empty.
+        """
+        matrix, covered = _paint(self, layout, -math.inf, np.log if weighted else np.zeros_like)
+        alone = np.flatnonzero(~covered)
+        matrix[alone, alone] = 0.0
+        return torch.from_numpy(matrix).to(device)
+
+    def summary(self) -> str:
+        """The connections, one a line, in words."""
+        lines = [f"CanvasTopology: {len(self.connections)} connections among {len(self.regions)} regions"]
+        for c in self.connections:
+            parts = [f"{c.src} -> {c.dst}", f"weight {c.weight:g}", f"fn {c.fn or 'default'}"]
+            if c.t_src is not None or c.t_dst is not None:
+                parts.append(f"t ({c.t_src}, {c.t_dst}) {c.temporal_fill.value}")
+            if c.mask is not None:
+                parts.append(f"mask {c.mask.kind}")
+            if c.write_mode != "add":
+                parts.append(c.write_mode)
+            if c.operator != "attend":
+                parts.append(f"operator {c.operator}")
+            lines.append("  " + ", ".join(parts))
+        return "\n".join(lines)
+
+
+def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> list[tuple[int, Connection, str]]:
+    """(declaration index, connection, resolved fn) of the connections that make reads on the layout.
+
+    Connections of weight 0 or of fn "none" make none. Those that name a region that the layout lacks are skipped, with
+    one UserWarning for all of them.
+    """
+    known = layout.regions
+    present, missing = [], []
+    for index, c in enumerate(topology.connections):
+        if c.src not in known or c.dst not in known:
+            missing.append(c)
+        elif c.weight > 0:
+            fn = topology.resolve_fn(c, layout)
+            if fn != "none":
+                present.append((index, c, fn))
+    if missing:
+        shown = ", ".join(f"{c.src!r} -> {c.dst!r}" for c in missing[:6]) + (", ..." if len(missing) > 6 else "")
+        names = dict.fromkeys(name for c in missing for name in (c.src, c.dst) if name not in known)
+        listed = ", ".join(repr(name) for name in list(names)[:6]) + (", ..." if len(names) > 6 else "")
+        warnings.warn(
+            f"skipping {len(missing)} of {len(topology.connections)} connections that name regions missing from the "
+            f"layout ({listed}): {shown}",
+            UserWarning,
+            stacklevel=2,
+        )
+    return present
+
+
+def _connection_frames(c: Connection, layout: CanvasLayout) -> FrameReads:
+    src, dst = layout.region_spec(c.src), layout.region_spec(c.dst)
+    periods = src.period, dst.period
+    offsets = c.t_src, c.t_dst
+    return resolve_frames(
+        layout.T, src.bounds[:2], dst.bounds[:2], *periods, *offsets, c.temporal_fill, c.interpolation_order
+    )
+
+
+def _boxes(c: Connection, layout: CanvasLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights ``[n]``, query and key boxes ``[n, D, 2]``, whose products are the pairs that the connection reads."""
+    frames = _connection_frames(c, layout)
+    q_boxes, k_boxes = layout.region_box(c.src)[None], layout.region_box(c.dst)[None]
+    if c.mask is not None and c.mask.kind == "sparse":
+        relative = pattern_cover(c.mask, layout.region_size(c.src), layout.region_size(c.dst)).k_boxes
+        k_boxes = relative + k_boxes[..., :1]
+        q_boxes = np.repeat(q_boxes, len(k_boxes), axis=0)
+    elif c.mask is not None:
+        q_boxes, k_boxes = split_boxes(c.mask, q_boxes[0], k_boxes[0])
+    # [frame reads, boxes, D, 2]
+    shape = (len(frames), *q_boxes.shape)
+    q_boxes, k_boxes = np.broadcast_to(q_boxes, shape).copy(), np.broadcast_to(k_boxes, shape).copy()
+    q_boxes[:, :, 0, 0], q_boxes[:, :, 0, 1] = frames.q_start[:, None], frames.q_stop[:, None]
+    k_boxes[:, :, 0, 0] = np.maximum(k_boxes[:, :, 0, 0], frames.k_start[:, None])
+    k_boxes[:, :, 0, 1] = np.minimum(k_boxes[:, :, 0, 1], frames.k_stop[:, None])
+    weights = np.broadcast_to(c.weight * frames.fraction[:, None], shape[:2])
+    kept = (k_boxes[:, :, 0, 0] < k_boxes[:, :, 0, 1]) & (weights > 0)
+    return weights[kept], q_boxes[kept], k_boxes[kept]
+
+
+def _rectangles(c: Connection, layout: CanvasLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `_boxes` for a mask over pairs: ranges ``[n, 2]`` of src's and of dst's row-major position lists."""
+    frames = _connection_frames(c, layout)
+    rects = pattern_cover(c.mask, layout.region_size(c.src), layout.region_size(c.dst)).rects
+    starts = np.stack([frames.q_start, frames.k_start], axis=1)  # [frame reads, 2]
+    stops = np.stack([frames.q_stop, frames.k_stop], axis=1)
+    first = np.array([layout.region_box(name)[0, 0] for name in (c.src, c.dst)])
+    per_frame = np.array([math.prod(layout.region_size(name)[1:]) for name in (c.src, c.dst)])
+    low = np.maximum(rects[None, :, :, 0], ((starts - first) * per_frame)[:, None])
+    high = np.minimum(rects[None, :, :, 1], ((stops - first) * per_frame)[:, None])
+    weights = np.broadcast_to(c.weight * frames.fraction[:, None], low.shape[:2])
+    kept = (low < high).all(axis=-1) & (weights > 0)
+    ranges = np.stack([low, high], axis=-1)[kept]
+    return weights[kept], ranges[:, 0], ranges[:, 1]
+
+
+def _is_pair_mask(c: Connection, layout: CanvasLayout) -> bool:
+    if c.mask is None or c.mask.kind != "sparse":
+        return False
+    return pattern_cover(c.mask, layout.region_size(c.src), layout.region_size(c.dst)).pair
+
+
+def _slices(box: Iterable[Sequence[int]]) -> tuple[slice, ...]:
+    return tuple(slice(low, high) for low, high in box)
+
+
+def _paint(topology: CanvasTopology, layout: CanvasLayout, background: float, value) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (N, N) with ``value(weight)`` of the largest read at every pair, and which rows hold a pair."""
+    N = layout.num_positions
+    strokes: list[tuple[Any, Any]] = []  # indices into the canvas of queries and of keys, as boxes or as lists
+    weights = [np.zeros(0)]
+    for index, c, _ in resolve_connections(topology, layout):
+        try:
+            if _is_pair_mask(c, layout):
+                weight, queries, keys = _rectangles(c, layout)
+                src, dst = layout.region_index(c.src).numpy(), layout.region_index(c.dst).numpy()
+                for (i0, i1), (j0, j1) in zip(queries.tolist(), keys.tolist()):
+                    strokes.append((src[i0:i1], dst[j0:j1]))
+            else:
+                weight, queries, keys = _boxes(c, layout)
+                strokes += zip(map(_slices, queries.tolist()), map(_slices, keys.tolist()))
+        except ValueError as error:
+            raise ValueError(f"connection {index}, {c.src!r} -> {c.dst!r}: {error}") from None
+        weights.append(weight)
+    weight = np.concatenate(weights)
+    values = value(weight).astype(np.float32)
+    grid = (layout.T, *layout.spatial_shape)
+    matrix = np.zeros((N, N), dtype=np.float32) if background == 0.0 else np.full((N, N), background, dtype=np.float32)
+    covered = np.zeros(N, dtype=bool)
+    boxes, rows = matrix.reshape(*grid, *grid), covered.reshape(grid)
+    # Painted by increasing weight, the largest is what stays, and no pair has to be read back.
+    for stroke in np.argsort(weight, kind="stable").tolist():
+        queries, keys = strokes[stroke]
+        if isinstance(queries, tuple):
+            boxes[queries + keys] = values[stroke]
+            rows[queries] = True
+        else:
+            matrix[np.ix_(queries, keys)] = values[stroke]
+            covered[queries] = True
+    return matrix, covered

@@ -165,7 +165,8 @@ def split_boxes(spec: MaskSpec, q_box: np.ndarray, k_box: np.ndarray) -> tuple[n
     Raises:
         ValueError: a mask of kind "sparse" (see `pattern_cover`), or tiles that do not fit the number of dimensions.
 
-    >>> queries, keys = split_boxes(MaskSpec("tile", tile_shape=(2,)), np.array([[0, 1], [1, 4]]), np.array([[0, 1], [3, 9]]))
+    >>> spec = MaskSpec("tile", tile_shape=(2,))
+    >>> queries, keys = split_boxes(spec, np.array([[0, 1], [1, 4]]), np.array([[0, 1], [3, 9]]))
     >>> queries[:, 1].tolist(), keys[:, 1].tolist()
     ([[1, 2], [2, 4]], [[3, 9], [3, 4]])
     """
@@ -228,8 +229,8 @@ def pattern_cover(spec: MaskSpec, q_shape: tuple[int, ...], k_shape: tuple[int, 
     pair_shape = (math.prod(q_shape), math.prod(k_shape))
     if pattern.shape not in (k_shape, pair_shape):
         raise ValueError(
-            f"mask pattern of shape {pattern.shape} fits neither dst's box shape {k_shape} nor the (|src|, |dst|) pairs "
-            f"{pair_shape} of a src box of shape {q_shape}"
+            f"mask pattern of shape {pattern.shape} fits neither dst's box shape {k_shape} nor the (|src|, |dst|) "
+            f"pairs {pair_shape} of a src box of shape {q_shape}"
         )
     # Both shapes are equal only where src and dst's frame count are 1, and then both readings mean the same pairs.
     pair = pattern.shape != k_shape

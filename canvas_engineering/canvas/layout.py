@@ -1,4 +1,4 @@
-"""Where regions lie on a canvas, and the tensor on them."""
+"""Where regions lie on a canvas."""
 
 from __future__ import annotations
 
@@ -10,19 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-__all__ = [
-    "ATTENTION_TYPES",
-    "CanvasLayout",
-    "FamilyCarrierEmbedding",
-    "PeriodEmbedding",
-    "RegionSpec",
-    "SinusoidalPositionalEncoding3D",
-    "SinusoidalPositionalEncodingND",
-    "SpatiotemporalCanvas",
-    "transfer_distance",
-]
+__all__ = ["ATTENTION_TYPES", "CanvasLayout", "RegionSpec", "transfer_distance"]
 
 ATTENTION_TYPES: dict[str, str] = {
     "cross_attention": "softmax of scaled dot products: general-purpose, content-based selection, O(NM)",
@@ -48,7 +37,7 @@ ATTENTION_TYPES: dict[str, str] = {
 _LARGEST = 2**31 - 1
 
 
-def _checked_int(value: Any, what: str, least: int | None) -> int:
+def checked_int(value: Any, what: str, least: int | None) -> int:
     try:
         number = operator.index(value)
     except TypeError:
@@ -65,7 +54,7 @@ def _checked_int(value: Any, what: str, least: int | None) -> int:
 def _checked_ints(values: Any, what: str) -> tuple[int, ...]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise ValueError(f"{what} must be a tuple of ints, got {values!r}")
-    return tuple(_checked_int(value, what, None) for value in values)
+    return tuple(checked_int(value, what, None) for value in values)
 
 
 def _checked_number(value: Any, what: str) -> float:
@@ -78,7 +67,7 @@ def _checked_number(value: Any, what: str) -> float:
     return number
 
 
-class _Key(tuple):
+class HashedOnce(tuple):
     """A tuple that hashes its (many) members once."""
 
     def __hash__(self) -> int:
@@ -131,7 +120,7 @@ class RegionSpec:
                 raise ValueError(f"region bounds {bounds}: the range ({low}, {high}) is negative, reversed or empty")
         put = object.__setattr__
         put(self, "bounds", bounds)
-        put(self, "period", _checked_int(self.period, f"period of the region at {bounds}", 1))
+        put(self, "period", checked_int(self.period, f"period of the region at {bounds}", 1))
         put(self, "loss_weight", _checked_number(self.loss_weight, f"loss_weight of the region at {bounds}"))
         if not isinstance(self.is_output, (bool, np.bool_)):
             raise ValueError(f"is_output of the region at {bounds} must be a bool, got {self.is_output!r}")
@@ -176,7 +165,8 @@ def transfer_distance(a: RegionSpec, b: RegionSpec) -> float:
         )
     if len(a.semantic_embedding) != len(b.semantic_embedding):
         raise ValueError(
-            f"embeddings differ in length: {len(a.semantic_embedding)} at {a.bounds}, {len(b.semantic_embedding)} at {b.bounds}"
+            f"embeddings differ in length: {len(a.semantic_embedding)} at {a.bounds}, "
+            f"{len(b.semantic_embedding)} at {b.bounds}"
         )
     return float(_cosine_distances(np.array([a.semantic_embedding]), np.array([b.semantic_embedding]))[0, 0])
 
@@ -215,9 +205,9 @@ class CanvasLayout:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "T", _checked_int(self.T, "CanvasLayout T", 1))
-        put(self, "d_model", _checked_int(self.d_model, "CanvasLayout d_model", 1))
-        put(self, "t_current", _checked_int(self.t_current, "CanvasLayout t_current", 0))
+        put(self, "T", checked_int(self.T, "CanvasLayout T", 1))
+        put(self, "d_model", checked_int(self.d_model, "CanvasLayout d_model", 1))
+        put(self, "t_current", checked_int(self.t_current, "CanvasLayout t_current", 0))
         if isinstance(self.spatial_shape, int):
             raise ValueError(f"CanvasLayout spatial_shape must be a tuple of ints, got {self.spatial_shape!r}")
         shape = _checked_ints(self.spatial_shape, "CanvasLayout spatial_shape")
@@ -227,7 +217,7 @@ class CanvasLayout:
             if self.H is None:
                 raise ValueError(f"a CanvasLayout needs spatial_shape, or H and W; got H={self.H}, W={self.W}")
             shape = (self.H,) if self.W is None else (self.H, self.W)
-        shape = tuple(_checked_int(size, "every size of CanvasLayout spatial_shape", 1) for size in shape)
+        shape = tuple(checked_int(size, "every size of CanvasLayout spatial_shape", 1) for size in shape)
         put(self, "spatial_shape", shape)
         put(self, "H", shape[0])
         put(self, "W", shape[1] if len(shape) > 1 else None)
@@ -288,7 +278,7 @@ class CanvasLayout:
         if snapshot != self.regions:
             specs = ((name, self.region_spec(name)) for name in self.regions)
             regions = tuple((name, spec.bounds, spec.period, spec.default_attn) for name, spec in specs)
-            key = _Key((self.T, self.spatial_shape, regions))
+            key = HashedOnce((self.T, self.spatial_shape, regions))
             object.__setattr__(self, "_key", (dict(self.regions), key))
         return key
 
@@ -331,7 +321,8 @@ class CanvasLayout:
                 raise ValueError(f"region {name!r} on the grid {shape}: {error}") from None
         if len(raw.bounds) != 2 * len(shape):
             raise ValueError(
-                f"region {name!r}: bounds {raw.bounds} have {len(raw.bounds)} entries, the grid {shape} needs {2 * len(shape)}"
+                f"region {name!r}: bounds {raw.bounds} have {len(raw.bounds)} entries, "
+                f"the grid {shape} needs {2 * len(shape)}"
             )
         box = np.array(raw.bounds, dtype=np.int64).reshape(-1, 2)
         if any(high > size for high, size in zip(raw.bounds[1::2], shape)):
@@ -375,7 +366,7 @@ class CanvasLayout:
         return self.region_index(name).tolist()
 
     def region_indices_at_t(self, name: str, t_abs: int) -> list[int]:
-        """The region's flat indices at the absolute canvas frame ``t_abs``; empty where the region has no such frame."""
+        """The region's flat indices at the absolute canvas frame ``t_abs``; empty where it has no such frame."""
         bounds = self.region_spec(name).bounds
         if not bounds[0] <= t_abs < bounds[1]:
             return []

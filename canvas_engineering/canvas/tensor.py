@@ -1,0 +1,294 @@
+"""The tensor on a canvas: positional, period and family embeddings, and writing and reading regions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from canvas_engineering.canvas.layout import CanvasLayout, RegionSpec, checked_int
+
+__all__ = [
+    "FamilyCarrierEmbedding",
+    "PeriodEmbedding",
+    "SinusoidalPositionalEncoding3D",
+    "SinusoidalPositionalEncodingND",
+    "SpatiotemporalCanvas",
+]
+
+
+class SinusoidalPositionalEncodingND(nn.Module):
+    """Fixed sinusoids of the frame and of each cell coordinate, side by side in the channels.
+
+    ``d_model`` is split evenly over time and each spatial dimension, the remainder going to the last. Channel ``c`` of
+    a part of width ``w`` holds sin (c even) or cos (c odd) of ``position / 10000 ** (2 * (c // 2) / w)``
+    (Vaswani et al. 2017, section 3.5, per axis).
+
+    Args:
+        d_model: channels.
+        max_T, max_spatial: the largest grid that `forward` gives.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, d_model: int, max_T: int = 32, max_spatial: tuple[int, ...] = (64, 64)) -> None:
+        super().__init__()
+        checked_int(d_model, "d_model", 1)
+        sizes = [checked_int(size, "max_T and max_spatial", 1) for size in (max_T, *max_spatial)]
+        share = d_model // len(sizes)
+        pe = torch.empty(*sizes, d_model)
+        for axis, size in enumerate(sizes):
+            width = share if axis < len(sizes) - 1 else d_model - axis * share
+            channel = torch.arange(width)
+            rates = 10000.0 ** (-2.0 * (channel // 2).double() / width)
+            angles = torch.arange(size, dtype=torch.float64)[:, None] * rates
+            table = torch.where(channel % 2 == 0, angles.sin(), angles.cos()).float()
+            shape = [1] * len(sizes) + [width]
+            shape[axis] = size
+            pe[..., axis * share : axis * share + width] = table.view(shape)
+        self.register_buffer("pe", pe)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Checkpoints carry the table, but it is a function of its shape: one made for another grid has nothing to load.
+        saved = state_dict.get(f"{prefix}pe")
+        if saved is not None and saved.shape != self.pe.shape:
+            state_dict[f"{prefix}pe"] = self.pe
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, T: int, spatial_shape: tuple[int, ...]) -> torch.Tensor:
+        """The encoding of a grid that starts at the origin, ``(T, *spatial_shape, d_model)``.
+
+        Raises:
+            ValueError: a grid of other dimensions, or larger than the encoding was made for.
+        """
+        asked, available = (T, *spatial_shape), tuple(self.pe.shape[:-1])
+        if len(asked) != len(available) or not all(0 < size <= most for size, most in zip(asked, available)):
+            raise ValueError(f"positional encoding of a grid {asked} asked of one made for grids up to {available}")
+        return self.pe[tuple(slice(size) for size in asked)]
+
+
+class SinusoidalPositionalEncoding3D(SinusoidalPositionalEncodingND):
+    """`SinusoidalPositionalEncodingND` of a (T, H, W) grid."""
+
+    def __init__(self, d_model: int, max_T: int = 32, max_H: int = 64, max_W: int = 64) -> None:
+        super().__init__(d_model, max_T, (max_H, max_W))
+
+    def forward(self, T: int, H: int = 0, W: int = 0, spatial_shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """The encoding of a grid of ``(T, H, W)``, or ``(T, *spatial_shape)`` where that is given."""
+        return super().forward(T, (H, W) if spatial_shape is None else spatial_shape)
+
+
+class PeriodEmbedding(nn.Module):
+    """A learned vector per logarithmic bucket of a region's period.
+
+    Raises:
+        ValueError: fewer than 2 buckets, or a max_period below 2.
+    """
+
+    def __init__(self, d_model: int, n_buckets: int = 16, max_period: int = 10000) -> None:
+        super().__init__()
+        self.n_buckets = checked_int(n_buckets, "n_buckets", 2)
+        self.max_period = checked_int(max_period, "max_period", 2)
+        self.embedding = nn.Embedding(n_buckets, d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def bucket(self, period: int) -> int:
+        """0 up to a period of 1, then buckets that are even in ln(period), the last one for all beyond max_period."""
+        if period <= 1:
+            return 0
+        return min(int(math.log(period) / math.log(self.max_period) * (self.n_buckets - 1)) + 1, self.n_buckets - 1)
+
+    def forward(self, period: int) -> torch.Tensor:
+        """The vector of the period's bucket, ``(d_model,)``."""
+        return self.embedding.weight[self.bucket(period)]
+
+
+_FAMILIES = ("observation", "state", "memory", "residual", "action")
+_CARRIERS = ("deterministic", "diffusive", "filter", "memory", "residual")
+
+
+class FamilyCarrierEmbedding(nn.Module):
+    """A learned vector per region family plus one per carrier; any other string shares the last row of its table."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.family_embedding = nn.Embedding(len(_FAMILIES) + 1, d_model)
+        self.carrier_embedding = nn.Embedding(len(_CARRIERS) + 1, d_model)
+        nn.init.normal_(self.family_embedding.weight, std=0.02)
+        nn.init.normal_(self.carrier_embedding.weight, std=0.02)
+
+    def family_idx(self, family: str) -> int:
+        """Row of the family's vector."""
+        return _FAMILIES.index(family) if family in _FAMILIES else len(_FAMILIES)
+
+    def carrier_idx(self, carrier: str) -> int:
+        """Row of the carrier's vector."""
+        return _CARRIERS.index(carrier) if carrier in _CARRIERS else len(_CARRIERS)
+
+    def forward(self, family: str, carrier: str) -> torch.Tensor:
+        """The sum of both vectors, ``(d_model,)``."""
+        return (
+            self.family_embedding.weight[self.family_idx(family)]
+            + self.carrier_embedding.weight[self.carrier_idx(carrier)]
+        )
+
+
+def _parameter_key(region: str) -> str:
+    return region.replace(".", "__").replace("[", "_").replace("]", "_")
+
+
+class SpatiotemporalCanvas(nn.Module):
+    """The tensor on a layout: makes empty canvases, writes regions into them and reads regions out of them.
+
+    The canvas is laid out when the module is built: later changes of ``layout.regions`` do not reach it.
+
+    Args:
+        layout: where the regions lie.
+        semantic_conditioner: has ``get_conditioning(name) -> (d_model,)``; its vectors then identify the regions,
+            instead of learned modality embeddings.
+        program: has ``regions``, a dict of names to objects with a ``family`` and a ``carrier``; both then get learned
+            embeddings. A region that the program does not list is a "state" with the carrier of its RegionSpec.
+
+    Raises:
+        ValueError: two region names that give their modality embeddings the same parameter name, or one that is a
+            method of the ParameterDict that holds them.
+    """
+
+    def __init__(self, layout: CanvasLayout, semantic_conditioner: Any = None, program: Any = None) -> None:
+        super().__init__()
+        self.layout, self.program, self.semantic_conditioner = layout, program, semantic_conditioner
+        d_model = layout.d_model
+        self.empty_token = nn.Parameter(torch.randn(d_model) * 0.02)
+        self.pos_enc = SinusoidalPositionalEncodingND(d_model, layout.T, layout.spatial_shape)
+        self.period_embedding = PeriodEmbedding(d_model)
+        self.modality_embeddings = None if semantic_conditioner is not None else self._modality_embeddings()
+        self.family_carrier_embedding = None if program is None else FamilyCarrierEmbedding(d_model)
+
+        specs = {name: layout.region_spec(name) for name in layout.regions}
+        counts = torch.tensor([layout.region_numel(name) for name in specs], dtype=torch.int64)
+        stops = counts.cumsum(0).tolist()
+        self._ranges = {name: (stop - count, stop) for name, stop, count in zip(specs, stops, counts.tolist())}
+        self._programs = {name: self._family_and_carrier(name, spec) for name, spec in specs.items()}
+
+        def index_buffer(name: str, index: torch.Tensor) -> None:
+            self.register_buffer(name, index, persistent=False)  # checkpoints hold what was learned
+
+        empty = torch.zeros(0, dtype=torch.int64)
+        index_buffer("_positions", torch.cat([empty, *(layout.region_index(name) for name in specs)]))
+        index_buffer("_region_of", torch.repeat_interleave(torch.arange(len(specs)), counts))
+        buckets = [self.period_embedding.bucket(spec.period) for spec in specs.values()]
+        index_buffer("_period_rows", torch.tensor(buckets, dtype=torch.int64))
+        if program is not None:
+            table = self.family_carrier_embedding
+            rows = [
+                (table.family_idx(family), table.carrier_idx(carrier)) for family, carrier in self._programs.values()
+            ]
+            index_buffer("_program_rows", torch.tensor(rows, dtype=torch.int64).reshape(-1, 2))
+
+    def _modality_embeddings(self) -> nn.ParameterDict:
+        embeddings, owners = nn.ParameterDict(), {}
+        for name in self.layout.regions:
+            key = _parameter_key(name)
+            if key in owners:
+                raise ValueError(f"regions {owners[key]!r} and {name!r} would share the parameter name {key!r}")
+            if hasattr(nn.ParameterDict, key) or hasattr(nn.ParameterDict(), key):
+                raise ValueError(
+                    f"region {name!r} cannot have a modality embedding: {key!r} is a name of ParameterDict"
+                )
+            owners[key] = name
+            embeddings[key] = nn.Parameter(torch.randn(self.layout.d_model) * 0.02)
+        return embeddings
+
+    def _family_and_carrier(self, name: str, spec: RegionSpec) -> tuple[str, str] | None:
+        if self.program is None:
+            return None
+        if name not in self.program.regions:
+            return "state", spec.carrier
+        region = self.program.regions[name]
+        return region.family, region.carrier
+
+    def _indices(self, region_name: str) -> torch.Tensor:
+        if region_name not in self._ranges:
+            self.layout.region_spec(region_name)  # says which regions there are
+            raise KeyError(f"region {region_name!r} was added to the layout after this canvas was built")
+        start, stop = self._ranges[region_name]
+        return self._positions[start:stop]
+
+    def _checked_canvas(self, canvas: torch.Tensor) -> None:
+        expected = (self.layout.num_positions, self.layout.d_model)
+        if canvas.ndim != 3 or tuple(canvas.shape[1:]) != expected:
+            raise ValueError(
+                f"a canvas must have shape (batch, {expected[0]}, {expected[1]}), got {tuple(canvas.shape)}"
+            )
+
+    def create_empty(self, batch_size: int) -> torch.Tensor:
+        """A canvas that holds nothing yet, ``(batch_size, num_positions, d_model)``.
+
+        Every position is the empty token plus its positional encoding, plus, for each region that holds it, the
+        region's period (and family and carrier) (and semantic) embedding.
+        """
+        batch_size = checked_int(batch_size, "batch_size", 0)
+        layout = self.layout
+        canvas = self.empty_token + self.pos_enc(layout.T, layout.spatial_shape).reshape(-1, layout.d_model)
+        if self._ranges:
+            regions = self.period_embedding.embedding(self._period_rows)  # [regions, d_model]
+            if self.family_carrier_embedding is not None:
+                regions = regions + self.family_carrier_embedding.family_embedding(self._program_rows[:, 0])
+                regions = regions + self.family_carrier_embedding.carrier_embedding(self._program_rows[:, 1])
+            if self.semantic_conditioner is not None:
+                regions = regions + torch.stack([self.semantic_conditioner.get_conditioning(n) for n in self._ranges])
+            canvas = canvas.index_add(0, self._positions, regions[self._region_of].to(canvas.dtype))
+        return canvas.unsqueeze(0).repeat(batch_size, 1, 1)
+
+    def place(
+        self, canvas: torch.Tensor, embeddings: torch.Tensor, region_name: str, *, strict: bool = False
+    ) -> torch.Tensor:
+        """A copy of the canvas with the region replaced by the embeddings and what identifies the region.
+
+        Every position of the region becomes its embedding, plus the region's modality embedding (or semantic
+        conditioning), plus its period (and family and carrier) embedding.
+
+        Args:
+            canvas: ``(batch, num_positions, d_model)``.
+            embeddings: ``(batch, n, d_model)``, in the region's row-major order; where n is not the region's number
+                of positions, zeros are appended or the rest is dropped.
+            region_name: which region to write.
+            strict: refuse embeddings of another number of positions instead.
+
+        Raises:
+            KeyError: no such region.
+            ValueError: a canvas of another shape, embeddings of another batch or width, or, if strict, number.
+        """
+        self._checked_canvas(canvas)
+        index = self._indices(region_name)
+        n, expected = len(index), (canvas.shape[0], len(index), canvas.shape[2])
+        shape = tuple(embeddings.shape)
+        fits = len(shape) == 3 and (shape[0], shape[2]) == (expected[0], expected[2])
+        if not fits or (strict and shape[1] != n):
+            raise ValueError(
+                f"embeddings of shape {shape} do not fit region {region_name!r}, which takes {expected} on a canvas of "
+                f"shape {tuple(canvas.shape)}"
+            )
+        if shape[1] < n:
+            embeddings = nn.functional.pad(embeddings, (0, 0, 0, n - shape[1]))
+        if self.semantic_conditioner is not None:
+            identity = self.semantic_conditioner.get_conditioning(region_name)
+        else:
+            identity = self.modality_embeddings[_parameter_key(region_name)]
+        identity = identity + self.period_embedding(self.layout.region_spec(region_name).period)
+        if self.family_carrier_embedding is not None:
+            identity = identity + self.family_carrier_embedding(*self._programs[region_name])
+        return canvas.index_copy(1, index, (embeddings[:, :n] + identity).to(canvas.dtype))
+
+    def extract(self, canvas: torch.Tensor, region_name: str) -> torch.Tensor:
+        """The region's part of the canvas, ``(batch, region_numel, d_model)``, in its row-major order.
+
+        Raises:
+            KeyError: no such region.
+            ValueError: a canvas of another shape.
+        """
+        self._checked_canvas(canvas)
+        return canvas.index_select(1, self._indices(region_name))
