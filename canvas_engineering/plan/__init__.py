@@ -1,0 +1,255 @@
+"""Declaration → block tables, on the host, once: :func:`compile_attention` and the :class:`AttentionPlan` it gives."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from threading import Lock
+
+import numpy as np
+import torch
+
+from canvas_kernels.rows import put_rows, take_rows
+from canvas_kernels.table import BlockTable
+from canvas_kernels.tiling import TileClass
+
+from ..canvas import CanvasLayout
+from ..connectivity import CanvasTopology, Connection
+from .order import PackedOrder, pack_positions
+from .reads import Reads, topology_reads
+from .tables import edge_table, joint_table
+
+__all__ = ["AttentionPlan", "compile_attention"]
+
+NORMALIZE = ("edge", "joint")
+_FILL_CLASSES = (TileClass(64, 64, 8.0), TileClass(16, 16, 1.0))
+_CACHE_SIZE = 128
+_cache: OrderedDict[Hashable, AttentionPlan] = OrderedDict()
+_cache_lock = Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """A declaration, compiled: which positions attend over which, in blocks. Immutable; make it with
+    :func:`compile_attention`.
+
+    Attributes:
+        normalize: "edge" (a softmax per read, the dispatcher's form) or "joint" (one softmax per query, the masks'
+        form). connections: the topology's connections; gains and activity are in their order.
+        fns: the attention function that each connection resolves to.
+        n_positions: N of the canvas.
+        table: the canvas_kernels.BlockTable over packed positions.
+        order: int64 [n], the canvas position at each packed place (read-only numpy); n ≤ N, for positions that no read
+            uses have no packed place.
+    """
+
+    normalize: str
+    connections: tuple[Connection, ...]
+    fns: tuple[str, ...]
+    n_positions: int
+    table: BlockTable
+    reads: Reads = field(repr=False)
+    packed: PackedOrder = field(repr=False)
+    cache: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def order(self) -> np.ndarray:
+        return self.packed.order
+
+    @property
+    def n_connections(self) -> int:
+        return len(self.connections)
+
+    @property
+    def n_packed(self) -> int:
+        """n, the number of positions that some read uses."""
+        return len(self.order)
+
+    @property
+    def in_canvas_order(self) -> bool:
+        """Whether packing changes nothing."""
+        if "identity" not in self.cache:
+            same = self.n_packed == self.n_positions and (self.order == np.arange(self.n_positions)).all()
+            self.cache["identity"] = bool(same)
+        return self.cache["identity"]
+
+    # -- devices and orders --------------------------------------------------------------------------------------------
+
+    @torch.compiler.assume_constant_result
+    def order_on(self, device: str = "cpu") -> torch.Tensor:
+        """``order`` as an int64 tensor on ``device``; cached."""
+        key = ("order", device)
+        if key not in self.cache:
+            self.cache[key] = torch.from_numpy(self.order.copy()).to(device)
+        return self.cache[key]
+
+    def to(self, device: torch.device | str) -> AttentionPlan:
+        """Puts what execution needs on ``device`` ahead of the first step; the plan itself belongs to no device."""
+        self.order_on(str(torch.device(device)))
+        if self.normalize == "edge":
+            self.table.row_scale(device=device)
+        return self
+
+    def pack(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
+        """x (… N …) with its positions along ``dim`` in packed order (… n …); its gradient is a copy, not a scatter."""
+        if x.shape[dim] != self.n_positions:
+            raise ValueError(f"dimension {dim} of {tuple(x.shape)} must hold the canvas's {self.n_positions} positions")
+        return x if self.in_canvas_order else take_rows(x, self.order_on(str(x.device)), dim)
+
+    def unpack(self, y: torch.Tensor, dim: int = -2) -> torch.Tensor:
+        """y (… n …) back in canvas order (… N …), zero at positions that no read uses."""
+        if y.shape[dim] != self.n_packed:
+            raise ValueError(
+                f"dimension {dim} of {tuple(y.shape)} must hold the plan's {self.n_packed} packed positions"
+            )
+        return y if self.in_canvas_order else put_rows(y, self.order_on(str(y.device)), self.n_positions, dim)
+
+    # -- families
+    # --------------------------------------------------------------------------------------------------------
+
+    def for_fn(self, fn: str) -> AttentionPlan:
+        """The same plan with the reads of one attention function only; packed order and connection numbers stay."""
+        if fn not in self.fns:
+            raise KeyError(f"no connection resolves to {fn!r}; the plan has {sorted(set(self.fns))}")
+        if self.normalize != "edge":
+            raise ValueError("joint form has one softmax over all connections: it cannot be taken apart by function")
+        key = ("fn", fn)
+        if key not in self.cache:
+            chosen = np.array([name == fn for name in self.fns])
+            reads = self.reads.of(chosen)
+            if len(reads.weight) == len(self.reads.weight):
+                self.cache[key] = self
+            else:
+                table = edge_table(reads, self.packed, self.n_connections, self.replace)
+                args = (self.normalize, self.connections, self.fns, self.n_positions, table, reads, self.packed)
+                self.cache[key] = AttentionPlan(*args)
+        return self.cache[key]
+
+    @property
+    def replace(self) -> np.ndarray:
+        """bool [connections]: which ones write by replacing."""
+        return np.array([c.write_mode == "replace" for c in self.connections], dtype=bool)
+
+    # -- what a plan says without touching a device
+    # ------------------------------------------------------------------------
+
+    @property
+    def density(self) -> float:
+        """Selected pairs (once per softmax) over N²."""
+        return self.table.pairs / max(self.n_positions, 1) ** 2
+
+    @property
+    def fill(self) -> float:
+        """Selected pairs over the pairs that 64 × 64 and 16 × 16 tiles walk to cover them: 1 when no tile is part
+        empty."""
+        if "fill" not in self.cache:
+            tilings = self.table.device_tilings("cpu", _FILL_CLASSES)
+            walked = sum(int(t.tiles[:, 3].sum()) * t.block_m * t.block_n for t in tilings)
+            self.cache["fill"] = self.table.pairs / walked if walked else 1.0
+        return self.cache["fill"]
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the walks, forward and transposed, at those tile sizes."""
+        both = (self.table.device_tilings("cpu", _FILL_CLASSES, transposed) for transposed in (False, True))
+        return sum(tiling.nbytes for tilings in both for tiling in tilings)
+
+    def flops(self, head_dim: int, batch_heads: int = 1, backward: bool = False) -> int:
+        """Operations of the selected pairs: 4·head_dim each forward, 10·head_dim backward."""
+        return self.table.flops(head_dim, batch_heads, backward)
+
+    def rows_with_keys(self) -> np.ndarray:
+        """bool [N], canvas order: positions that some read gives a key; the others pass through."""
+        rows = np.zeros(self.n_positions, bool)
+        rows[self.order] = self.table.has_keys()
+        return rows
+
+    def to_dense(self) -> np.ndarray:
+        """(N, N) float64 in canvas order: the joint matrix M, the largest weight over the reads of each pair. For
+        tests."""
+        table = self.table if self.normalize == "joint" else joint_table(self.reads, self.packed)
+        dense = np.zeros((self.n_positions, self.n_positions))
+        dense[np.ix_(self.order, self.order)] = table.to_dense()
+        return dense
+
+    def summary(self) -> str:
+        """What the plan costs, in words.
+
+        >>> from canvas_engineering import CanvasLayout, CanvasTopology
+        >>> layout = CanvasLayout(T=2, H=4, W=4, d_model=8, regions={"a": (0, 2, 0, 4, 0, 2)})
+        >>> print(compile_attention(layout, CanvasTopology.dense(["a"])).summary())
+        AttentionPlan, edge form: 32 positions (16 read something), 1 connections, 1 reads, 1 rectangles
+          density 25.00 %, tile fill 100.00 %, 0.1 MFLOP forward and 0.2 backward per head of 64
+          tables 0.4 KiB, 16 log-sum-exp slots
+        """
+        table, reading = self.table, int(self.table.has_keys().sum())
+        forward, backward = (self.flops(64, backward=b) / 1e6 for b in (False, True))
+        return (
+            f"AttentionPlan, {self.normalize} form: {self.n_positions} positions ({reading} read something), "
+            f"{self.n_connections} connections, {len(self.reads.weight)} reads, {len(table.weight)} rectangles\n"
+            f"  density {100 * self.density:.2f} %, tile fill {100 * self.fill:.2f} %, "
+            f"{forward:.1f} MFLOP forward and {backward:.1f} backward per head of 64\n"
+            f"  tables {self.table_bytes / 1024:.1f} KiB, {table.n_slots} log-sum-exp slots"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.summary()}\n{self.table.draw()}"
+
+    def __repr__(self) -> str:
+        return f"<{self.summary().splitlines()[0]}>"
+
+
+def compile_attention(
+    layout: CanvasLayout,
+    topology: CanvasTopology,
+    *,
+    normalize: str = "edge",
+    dense_in_time: bool = False,
+) -> AttentionPlan:
+    """Compile a declaration into block tables. Host only; cost and memory go with the number of rectangles and
+    positions.
+
+    Args:
+        layout: where regions lie.
+        topology: who reads whom. Connections to regions that the layout lacks are skipped with one UserWarning.
+        normalize: "edge" for one softmax per read, averaged by weight; "joint" for one softmax per query over the
+            union of its reads, weights as ln w on the logits.
+        dense_in_time: read every connection as if it had no temporal offsets.
+
+    Returns:
+        the plan; a second call with an equal declaration gives the same object.
+
+    Raises:
+        ValueError: ``normalize`` unknown, or a mask that does not fit its connection's regions.
+
+    >>> from canvas_engineering import CanvasLayout, CanvasTopology
+    >>> layout = CanvasLayout(T=2, H=2, W=2, d_model=8, regions={"a": (0, 2, 0, 1, 0, 2), "b": (0, 2, 1, 2, 0, 2)})
+    >>> plan = compile_attention(layout, CanvasTopology.hub_spoke("a", ["b"]))
+    >>> plan is compile_attention(layout, CanvasTopology.hub_spoke("a", ["b"])), plan.density
+    (True, 1.0)
+    """
+    if normalize not in NORMALIZE:
+        raise ValueError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")
+    key = (layout.key(), topology.key(), normalize, dense_in_time)
+    with _cache_lock:
+        if key in _cache:
+            _cache.move_to_end(key)
+            return _cache[key]
+    fns = tuple(topology.resolve_fn(connection, layout) for connection in topology.connections)
+    reads = topology_reads(layout, topology, fns=fns, dense_in_time=dense_in_time)
+    packed = pack_positions(layout, reads)
+    connections = tuple(topology.connections)
+    if normalize == "joint":
+        table = joint_table(reads, packed)
+    else:
+        replace = np.array([c.write_mode == "replace" for c in connections], dtype=bool)
+        table = edge_table(reads, packed, len(connections), replace)
+    packed.order.setflags(write=False)
+    plan = AttentionPlan(normalize, connections, fns, layout.num_positions, table, reads, packed)
+    with _cache_lock:
+        # another thread may have compiled the same declaration meanwhile: everyone gets the first one
+        plan = _cache.setdefault(key, plan)
+        while len(_cache) > _CACHE_SIZE:
+            _cache.popitem(last=False)
+    return plan

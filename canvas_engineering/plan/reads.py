@@ -1,0 +1,236 @@
+"""Connections → reads, as boxes: who attends over whom, in one softmax each, never as pairs of positions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..canvas import CanvasLayout
+from ..connectivity import CanvasTopology, Connection, resolve_frames
+from ..masks import MaskSpec, pattern_cover, split_boxes
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """Every read of a topology on a layout. R reads, P parts, U distinct boxes, D = 1 + spatial dimensions.
+
+    A part lets the queries of box ``part_q`` see the keys of box ``part_k`` within read ``part_read``; the parts of a
+    read that hold one query row have disjoint keys, and together they are that row's softmax. Almost every read has one
+    part; sparse masks make more.
+
+    Attributes:
+        boxes: int64 [U, D, 2], half-open, in (t, s0, …).
+        part_read: int64 [P], non-decreasing. part_q, part_k: int64 [P], rows of ``boxes``.
+        weight: float64 [R], > 0. connection: int64 [R], non-decreasing, the connection's place in the topology.
+    """
+
+    boxes: np.ndarray
+    part_read: np.ndarray
+    part_q: np.ndarray
+    part_k: np.ndarray
+    weight: np.ndarray
+    connection: np.ndarray
+
+    def of(self, connections: np.ndarray) -> Reads:
+        """Only the reads of the connections marked in ``connections`` (bool [number of connections])."""
+        keep = connections[self.connection]
+        number = np.cumsum(keep) - 1
+        parts = keep[self.part_read]
+        return Reads(
+            self.boxes,
+            number[self.part_read[parts]],
+            self.part_q[parts],
+            self.part_k[parts],
+            self.weight[keep],
+            self.connection[keep],
+        )
+
+
+def topology_reads(
+    layout: CanvasLayout,
+    topology: CanvasTopology,
+    masks: Callable[[Connection], MaskSpec | None] | None = None,
+    fns: list[str] | None = None,
+    dense_in_time: bool = False,
+) -> Reads:
+    """Resolves every connection (semantics, section 2).
+
+    Args:
+        layout, topology: the declaration. A connection that names a region missing from the layout makes no read, and
+            one UserWarning tells of all of them.
+        masks: the mask of a connection, where it is not the connection's own.
+        fns: the attention function of each connection; those of "none" make no read.
+        dense_in_time: take every connection as if it had no temporal offsets.
+
+    Raises:
+        ValueError: a mask that does not fit its regions, named with its connection.
+    """
+    names = {name: i for i, name in enumerate(layout.regions)}
+    regions = np.array([layout.region_box(name) for name in names], dtype=np.int64)
+    regions = regions.reshape(len(names), 1 + layout.n_spatial_dims, 2)
+    periods = [layout.region_spec(name).period for name in names]
+    collect = _Collector(regions)
+    missing: list[Connection] = []
+    for number, connection in enumerate(topology.connections):
+        src, dst = names.get(connection.src), names.get(connection.dst)
+        if src is None or dst is None:
+            missing.append(connection)
+            continue
+        if connection.weight == 0 or (fns is not None and fns[number] == "none"):
+            continue
+        mask = connection.mask if masks is None else masks(connection)
+        timeless = dense_in_time or (connection.t_src is None and connection.t_dst is None)
+        if timeless and (mask is None or mask.kind == "full"):
+            collect.whole.append((number, src, dst, connection.weight))
+            continue
+        frames = resolve_frames(
+            layout.T,
+            (int(regions[src, 0, 0]), int(regions[src, 0, 1])),
+            (int(regions[dst, 0, 0]), int(regions[dst, 0, 1])),
+            periods[src],
+            periods[dst],
+            None if dense_in_time else connection.t_src,
+            None if dense_in_time else connection.t_dst,
+            connection.temporal_fill,
+            connection.interpolation_order,
+        )
+        if mask is None or mask.kind == "full":
+            collect.framed.append((number, src, dst, connection.weight, frames))
+            continue
+        try:
+            collect.masked(number, src, dst, connection.weight, frames, mask)
+        except ValueError as error:
+            raise ValueError(f"connection {number}, {connection.src!r} reads {connection.dst!r}: {error}") from None
+    if missing:
+        shown = ", ".join(f"{c.src!r} reads {c.dst!r}" for c in missing[:3]) + (", …" if len(missing) > 3 else "")
+        warnings.warn(
+            f"{len(missing)} of {len(topology.connections)} connections name a region that is not in the layout and "
+            f"are skipped: {shown}",
+            UserWarning,
+            stacklevel=3,
+        )
+    return collect.reads()
+
+
+class _Collector:
+    """Gathers reads of the three kinds and numbers them in declaration order at the end."""
+
+    def __init__(self, regions: np.ndarray):
+        self.regions = regions
+        self.whole: list[tuple[int, int, int, float]] = []
+        self.framed: list[tuple] = []
+        # one entry per read of a masked connection: (connection, weight, q boxes [n, D, 2], k boxes [n, D, 2])
+        self.split: list[tuple[int, float, np.ndarray, np.ndarray]] = []
+
+    def masked(self, number, src, dst, weight, frames, mask: MaskSpec) -> None:
+        q_region, k_region = self.regions[src], self.regions[dst]
+        if mask.kind == "sparse":
+            cover = pattern_cover(mask, tuple(np.diff(q_region).ravel()), tuple(np.diff(k_region).ravel()))
+        for i in range(len(frames)):
+            q_box, k_box = q_region.copy(), k_region.copy()
+            q_box[0] = frames.q_start[i], frames.q_stop[i]
+            k_box[0] = frames.k_start[i], frames.k_stop[i]
+            read_weight = weight * frames.fraction[i]
+            if mask.kind == "tile":
+                for q_tile, k_tile in zip(*split_boxes(mask, q_box, k_box), strict=True):
+                    self.split.append((number, read_weight, q_tile[None], k_tile[None]))
+            elif cover.pair:
+                pairs = list(_pair_boxes(cover.rects, q_region, k_region, q_box, k_box))
+                if pairs:
+                    q_boxes, k_boxes = zip(*pairs, strict=True)
+                    self.split.append((number, read_weight, np.array(q_boxes), np.array(k_boxes)))
+            else:
+                k_boxes = cover.k_boxes + k_region[:, :1]
+                k_boxes[:, 0] = np.clip(k_boxes[:, 0], *k_box[0])
+                k_boxes = k_boxes[k_boxes[:, 0, 0] < k_boxes[:, 0, 1]]
+                if len(k_boxes):
+                    self.split.append((number, read_weight, np.repeat(q_box[None], len(k_boxes), 0), k_boxes))
+
+    def reads(self) -> Reads:
+        numbers, weights, q_boxes, k_boxes, owner = [], [], [], [], []
+        count = 0
+
+        def add(number, weight, q, k, own):
+            nonlocal count
+            numbers.append(number)
+            weights.append(weight)
+            q_boxes.append(q)
+            k_boxes.append(k)
+            owner.append(own + count)
+            count += len(number)
+
+        if self.whole:
+            number, src, dst, weight = zip(*self.whole, strict=True)
+            src, dst = np.array(src), np.array(dst)
+            own = np.arange(len(src))
+            add(np.array(number), np.array(weight, dtype=np.float64), self.regions[src], self.regions[dst], own)
+        if self.framed:
+            number, src, dst, weight, frames = zip(*self.framed, strict=True)
+            lengths = [len(f) for f in frames]
+            q, k = (np.repeat(self.regions[np.array(side)], lengths, axis=0) for side in (src, dst))
+            for box, start, stop in ((q, "q_start", "q_stop"), (k, "k_start", "k_stop")):
+                box[:, 0, 0] = np.concatenate([getattr(f, start) for f in frames])
+                box[:, 0, 1] = np.concatenate([getattr(f, stop) for f in frames])
+            weight = np.repeat(np.array(weight, dtype=np.float64), lengths)
+            weight *= np.concatenate([f.fraction for f in frames])
+            add(np.repeat(np.array(number), lengths), weight, q, k, np.arange(len(weight)))
+        if self.split:
+            number, weight, q, k = zip(*self.split, strict=True)
+            own = np.repeat(np.arange(len(q)), [len(boxes) for boxes in q])
+            add(np.array(number), np.array(weight), np.concatenate(q), np.concatenate(k), own)
+        shape = (0, *self.regions.shape[1:])
+        number = np.concatenate([np.zeros(0, np.int64), *numbers])
+        order = np.argsort(number, kind="stable")
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        part_read = rank[np.concatenate([np.zeros(0, np.int64), *owner])]
+        by_read = np.argsort(part_read, kind="stable")
+        boxes, inverse = _unique_boxes(np.concatenate([np.zeros(shape, np.int64), *q_boxes, *k_boxes]))
+        part_q, part_k = inverse[: len(part_read)], inverse[len(part_read) :]
+        weight = np.concatenate([np.zeros(0), *weights])[order]
+        return Reads(boxes, part_read[by_read], part_q[by_read], part_k[by_read], weight, number[order])
+
+
+def _unique_boxes(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct boxes and, for each given one, its number among them."""
+    flat = np.ascontiguousarray(boxes.reshape(len(boxes), boxes.shape[1] * 2))
+    # one opaque value per row: np.unique(axis=0) compares field by field and is ten times slower
+    rows = flat.view(np.dtype((np.void, flat.dtype.itemsize * flat.shape[1]))).ravel()
+    _, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
+    return boxes[first], inverse.reshape(-1)
+
+
+def _pair_boxes(rects, q_region, k_region, q_box, k_box):
+    """The boxes of a pattern over (src position, dst position) that fall into the frames of one read."""
+    q_volume, k_volume = (int(np.prod(np.diff(region[1:]))) for region in (q_region, k_region))
+    q_low, q_high = (q_box[0] - q_region[0, 0]) * q_volume
+    k_low, k_high = (k_box[0] - k_region[0, 0]) * k_volume
+    for (i0, i1), (j0, j1) in rects.tolist():
+        q_parts = _range_boxes(q_region, max(i0, q_low), min(i1, q_high))
+        k_parts = _range_boxes(k_region, max(j0, k_low), min(j1, k_high))
+        for q_part in q_parts:
+            for k_part in k_parts:
+                yield q_part, k_part
+
+
+def _range_boxes(region: np.ndarray, low: int, high: int) -> list[np.ndarray]:
+    """Boxes that together are the elements ``low … high − 1`` of the region's row-major list."""
+    if low >= high:
+        return []
+    if len(region) == 1:
+        return [np.array([[region[0, 0] + low, region[0, 0] + high]])]
+    volume = int(np.prod(np.diff(region[1:])))
+    first, last = -(-low // volume), high // volume
+    slabs: list[tuple[int, int, np.ndarray]] = []
+    if first > last:  # inside one slab
+        slabs = [(last, last + 1, part) for part in _range_boxes(region[1:], low - last * volume, high - last * volume)]
+    else:
+        slabs += [
+            (first - 1, first, p) for p in _range_boxes(region[1:], low - (first - 1) * volume, volume) if low % volume
+        ]
+        slabs += [(first, last, region[1:])] if first < last else []
+        slabs += [(last, last + 1, p) for p in _range_boxes(region[1:], 0, high - last * volume)]
+    return [np.concatenate([[[region[0, 0] + a, region[0, 0] + b]], inner]) for a, b, inner in slabs]
