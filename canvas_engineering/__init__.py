@@ -13,6 +13,7 @@ from canvas_engineering.canvas import (
 )
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
 from canvas_engineering.masks import MaskSpec, Rect, mask_to_index_pairs, rect_cover
+from canvas_engineering.schema import CanvasSchema
 
 __all__ = [
     # declare
@@ -32,4 +33,5 @@ __all__ = [
     "Rect",
     "mask_to_index_pairs",
     "rect_cover",
+    "CanvasSchema",
 ]

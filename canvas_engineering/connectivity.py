@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from canvas_engineering.canvas.layout import CanvasLayout, HashedOnce
+from canvas_engineering.canvas.layout import CanvasLayout
 from canvas_engineering.masks import MaskSpec, pattern_cover, split_boxes
 
 __all__ = [
@@ -213,6 +213,26 @@ class Connection:
     mask: MaskSpec | None = None
 
     def __post_init__(self) -> None:
+        # Topologies of some 100,000 connections exist; nearly all pass here and need none of the coercions below.
+        if (
+            type(self.src) is type(self.dst) is type(self.operator) is str
+            and self.src
+            and self.dst
+            and self.operator
+            and type(self.weight) is float
+            and 0.0 <= self.weight <= _LARGEST_WEIGHT
+            and (self.t_src is None or (type(self.t_src) is int and -_LARGEST_OFFSET <= self.t_src <= _LARGEST_OFFSET))
+            and (self.t_dst is None or (type(self.t_dst) is int and -_LARGEST_OFFSET <= self.t_dst <= _LARGEST_OFFSET))
+            and self.fn is None
+            and self.write_mode in _WRITE_MODES
+            and type(self.temporal_fill) is TemporalFill
+            and self.interpolation_order == 1
+            and self.mask is None
+        ):
+            return
+        self._check()
+
+    def _check(self) -> None:
         for name in ("src", "dst", "operator"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
@@ -257,7 +277,18 @@ class Connection:
         return ValueError(f"connection {self.src!r} -> {self.dst!r}: {problem}")
 
 
-_connection_fields = operator.attrgetter(*Connection.__dataclass_fields__)
+class _ConnectionsKey(tuple):
+    """The connections themselves, equal by value; the hash is computed once and makes no tuple per connection."""
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            columns = (
+                tuple(map(operator.attrgetter(name), self)) for name in ("src", "dst", "weight", "t_src", "t_dst")
+            )
+            self._hash = hash(tuple(columns))
+            return self._hash
 
 
 @dataclass
@@ -290,14 +321,14 @@ class CanvasTopology:
         self.connections, self._key = state["connections"], (None, None)
 
     def key(self) -> tuple:
-        """Every field of every connection, as one hashable tuple, for caches.
+        """The connections as one hashable tuple, equal by value, for caches.
 
         It follows changes of ``connections``; while there are none, the same object is returned.
         """
         snapshot, key = self._key
         # Connections never change, so comparing the lists looks at identities first and costs next to nothing.
         if snapshot != self.connections:
-            key = HashedOnce(map(_connection_fields, self.connections))
+            key = _ConnectionsKey(self.connections)
             self._key = (list(self.connections), key)
         return key
 

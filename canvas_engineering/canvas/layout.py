@@ -140,7 +140,7 @@ class RegionSpec:
             put(self, "semantic_embedding", tuple(values))
 
 
-def _cosine_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def cosine_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """1 − cosine similarity of every row of ``a`` with every row of ``b``; a zero row is at distance 1 of any other."""
     unit_a, unit_b = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300) for rows in (a, b))
     return np.clip(1.0 - unit_a @ unit_b.T, 0.0, 2.0)
@@ -168,7 +168,7 @@ def transfer_distance(a: RegionSpec, b: RegionSpec) -> float:
             f"embeddings differ in length: {len(a.semantic_embedding)} at {a.bounds}, "
             f"{len(b.semantic_embedding)} at {b.bounds}"
         )
-    return float(_cosine_distances(np.array([a.semantic_embedding]), np.array([b.semantic_embedding]))[0, 0])
+    return float(cosine_distances(np.array([a.semantic_embedding]), np.array([b.semantic_embedding]))[0, 0])
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,222 @@
+"""The complete declaration of a canvas, layout and topology, as one object that JSON keeps exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from canvas_engineering.canvas.layout import CanvasLayout, RegionSpec, cosine_distances
+from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
+from canvas_engineering.masks import MaskSpec
+
+__all__ = ["CanvasSchema"]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, TemporalFill):
+        return value.value
+    if isinstance(value, MaskSpec):
+        return _declared(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _declared(declaration: Any) -> dict[str, Any]:
+    """The fields of a dataclass that have no default or another value than it, as JSON types."""
+    values = ((f, getattr(declaration, f.name)) for f in fields(declaration))
+    return {f.name: _plain(value) for f, value in values if f.default is MISSING or value != f.default}
+
+
+def _built(cls: type, given: Any, what: str) -> Any:
+    """The dataclass from its `_declared` form. ValueError: not a dict, a missing field, or one that does not exist."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{what} must be a dict of its fields, got {given!r}")
+    known = [f.name for f in fields(cls)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"{what} has unknown fields {unknown}; known are {', '.join(known)}")
+    missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(missing)}: {given!r}")
+    try:
+        return cls(**given)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _connection_from_dict(given: Any, index: int) -> Connection:
+    what = f"topology[{index}]"
+    if isinstance(given, dict) and given.get("mask") is not None:
+        given = {**given, "mask": _built(MaskSpec, given["mask"], f"{what} mask")}
+    return _built(Connection, given, what)
+
+
+@dataclass
+class CanvasSchema:
+    """A layout, a topology on it, and what else to remember: the type signature of a canvas-based model.
+
+    Args:
+        layout: the canvas.
+        topology: who reads whom; None where that is left open.
+        version: of the JSON form.
+        metadata: strings, or other values that JSON has.
+
+    Raises:
+        ValueError: a field of the wrong kind.
+
+    >>> schema = CanvasSchema(CanvasLayout(T=2, spatial_shape=(4,), d_model=8, regions={"a": (0, 2, 0, 3)}))
+    >>> schema.to_dict()["regions"]
+    {'a': {'bounds': [0, 2, 0, 3]}}
+    >>> CanvasSchema.from_dict(schema.to_dict()) == schema
+    True
+    """
+
+    layout: CanvasLayout
+    topology: CanvasTopology | None = None
+    version: str = "0.2.0"
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layout, CanvasLayout):
+            raise ValueError(f"CanvasSchema layout must be a CanvasLayout, got {self.layout!r}")
+        if self.topology is not None and not isinstance(self.topology, CanvasTopology):
+            raise ValueError(f"CanvasSchema topology must be a CanvasTopology, or None, got {self.topology!r}")
+        if not isinstance(self.version, str):
+            raise ValueError(f"CanvasSchema version must be a string, got {self.version!r}")
+        if not isinstance(self.metadata, dict) or not all(isinstance(name, str) for name in self.metadata):
+            raise ValueError(f"CanvasSchema metadata must be a dict with string keys, got {self.metadata!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The schema in JSON types: regions and connections with the fields that differ from their defaults.
+
+        A schema without a topology has no "topology" entry; one with an empty topology has an empty one.
+        """
+        layout = self.layout
+        form: dict[str, Any] = {
+            "schema_version": self.version,
+            "layout": {
+                "T": layout.T,
+                "spatial_shape": list(layout.spatial_shape),
+                "d_model": layout.d_model,
+                "t_current": layout.t_current,
+            },
+            "regions": {name: _declared(layout.region_spec(name)) for name in layout.regions},
+        }
+        if self.topology is not None:
+            form["topology"] = [_declared(connection) for connection in self.topology.connections]
+        form["metadata"] = dict(self.metadata)
+        return form
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> CanvasSchema:
+        """The schema of a dict as `to_dict` gives it, or with the older layout form of ``H`` and ``W``.
+
+        Further top-level entries, such as those of a program, are left to their owners.
+
+        Raises:
+            ValueError: something is missing, unknown or wrong; the message names the entry.
+        """
+        if not isinstance(d, dict) or not isinstance(d.get("layout"), dict):
+            raise ValueError(f"a schema must be a dict with a 'layout', got {_shortened(d)}")
+        grid = d["layout"]
+        unknown = [name for name in grid if name not in ("T", "spatial_shape", "H", "W", "d_model", "t_current")]
+        if unknown:
+            raise ValueError(f"layout has unknown fields {unknown}: {grid!r}")
+        if "spatial_shape" not in grid and "H" not in grid:
+            raise ValueError(f"layout needs spatial_shape, or H and W, got {grid!r}")
+        missing = [name for name in ("T", "d_model") if name not in grid]
+        if missing:
+            raise ValueError(f"layout lacks {', '.join(missing)}: {grid!r}")
+        regions, connections = d.get("regions", {}), d.get("topology")
+        if not isinstance(regions, dict):
+            raise ValueError(f"regions must be a dict of names to fields, got {_shortened(regions)}")
+        if connections is not None and not isinstance(connections, list):
+            raise ValueError(f"topology must be a list of connections, got {_shortened(connections)}")
+        specs = {
+            name: tuple(given) if isinstance(given, list) else _built(RegionSpec, given, f"region {name!r}")
+            for name, given in regions.items()
+        }
+        topology = None
+        if connections is not None:
+            topology = CanvasTopology([_connection_from_dict(given, index) for index, given in enumerate(connections)])
+        return cls(
+            layout=CanvasLayout(**grid, regions=specs),
+            topology=topology,
+            version=d.get("schema_version", cls.version),
+            metadata=dict(d.get("metadata") or {}),
+        )
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes the schema to a file, which is replaced in one step: it is never seen half-written.
+
+        Raises:
+            ValueError: metadata that JSON has no exact form for; the file stays as it was.
+        """
+        try:
+            text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the schema's metadata cannot be written as JSON: {error}") from error
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", text=True)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+            # mkstemp makes files that only their owner may read; a schema is as readable as any other file.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> CanvasSchema:
+        """Reads a schema from a file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it holds no JSON, or no schema; the message names the file.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            return cls.from_dict(json.loads(text))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def compatible_regions(self, other: CanvasSchema, threshold: float = 0.3) -> list[tuple[str, str, float]]:
+        """(own region, other's region, distance) of all pairs within a transfer distance, nearest first.
+
+        Pairs that cannot be compared, for want of an embedding or with embeddings of different models or lengths, are
+        left out.
+        """
+        own, others = _embedded(self.layout), _embedded(other.layout)
+        pairs = []
+        for space in own.keys() & others.keys():
+            (names, vectors), (other_names, other_vectors) = own[space], others[space]
+            distances = cosine_distances(np.array(vectors), np.array(other_vectors))
+            for i, j in np.argwhere(distances <= threshold).tolist():
+                pairs.append((names[i], other_names[j], float(distances[i, j])))
+        return sorted(pairs, key=lambda pair: (pair[2], pair[0], pair[1]))
+
+
+def _embedded(layout: CanvasLayout) -> dict[tuple[str, int], tuple[list[str], list[tuple[float, ...]]]]:
+    """Names and vectors of the regions that have an embedding, by (model, length)."""
+    spaces: dict[tuple[str, int], tuple[list[str], list[tuple[float, ...]]]] = {}
+    for name in layout.regions:
+        spec = layout.region_spec(name)
+        if spec.semantic_embedding is not None:
+            names, vectors = spaces.setdefault((spec.embedding_model, len(spec.semantic_embedding)), ([], []))
+            names.append(name)
+            vectors.append(spec.semantic_embedding)
+    return spaces
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
