@@ -77,25 +77,38 @@ class AttentionPlan:
     # -- devices and orders --------------------------------------------------------------------------------------------
 
     @torch.compiler.assume_constant_result
-    def order_on(self, device: str = "cpu") -> torch.Tensor:
-        """``order`` as an int64 tensor on ``device``; cached."""
-        key = ("order", device)
+    def rows(self, which: str, device: str = "cpu") -> torch.Tensor:
+        """Index tensors, int64, cached per device: "order" [n]; "reading", the packed rows with keys; "written", their
+        canvas positions."""
+        key = ("rows", which, device)
         if key not in self.cache:
-            self.cache[key] = torch.from_numpy(self.order.copy()).to(device)
+            reading = self.table.has_keys().nonzero()[0]
+            rows = {"order": self.order, "reading": reading, "written": self.order[reading]}[which]
+            self.cache[key] = torch.from_numpy(rows.copy()).to(device)
         return self.cache[key]
+
+    @torch.compiler.assume_constant_result
+    def row_scale(self, device: str = "cpu") -> torch.Tensor:
+        """(2, n) float32: 1 / (sum of the weights in force) at each packed row, over all reads of the plan; cached.
+
+        Row 0 is for adding and gated reads, row 1 for replacing ones; where the latter are in force the former is 0.
+        """
+        return self.table.row_scale(device=device)
 
     def to(self, device: torch.device | str) -> AttentionPlan:
         """Puts what execution needs on ``device`` ahead of the first step; the plan itself belongs to no device."""
-        self.order_on(str(torch.device(device)))
+        device = str(torch.device(device))
+        for which in ("order", "reading", "written"):
+            self.rows(which, device)
         if self.normalize == "edge":
-            self.table.row_scale(device=device)
+            self.row_scale(device)
         return self
 
     def pack(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
         """x (… N …) with its positions along ``dim`` in packed order (… n …); its gradient is a copy, not a scatter."""
         if x.shape[dim] != self.n_positions:
             raise ValueError(f"dimension {dim} of {tuple(x.shape)} must hold the canvas's {self.n_positions} positions")
-        return x if self.in_canvas_order else take_rows(x, self.order_on(str(x.device)), dim)
+        return x if self.in_canvas_order else take_rows(x, self.rows("order", str(x.device)), dim)
 
     def unpack(self, y: torch.Tensor, dim: int = -2) -> torch.Tensor:
         """y (… n …) back in canvas order (… N …), zero at positions that no read uses."""
@@ -103,7 +116,18 @@ class AttentionPlan:
             raise ValueError(
                 f"dimension {dim} of {tuple(y.shape)} must hold the plan's {self.n_packed} packed positions"
             )
-        return y if self.in_canvas_order else put_rows(y, self.order_on(str(y.device)), self.n_positions, dim)
+        return y if self.in_canvas_order else put_rows(y, self.rows("order", str(y.device)), self.n_positions, dim)
+
+    def write(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x (B, N, d) with the rows of y (B, n, d) at the positions that read something; the others keep x, bit for
+        bit."""
+        every_row = len(self.rows("reading")) == self.n_packed
+        if every_row and self.in_canvas_order:
+            return y
+        device = str(x.device)
+        if not every_row:
+            y = take_rows(y, self.rows("reading", device), 1)
+        return x.index_copy(1, self.rows("written", device), y)
 
     # -- families
     # --------------------------------------------------------------------------------------------------------

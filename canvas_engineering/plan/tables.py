@@ -97,8 +97,8 @@ def _rectangles(reads: Reads, packed: PackedOrder, parts: np.ndarray):
 def _largest_per_key(run, k0, k1, weight, n):
     """Disjoint key ranges per run of query rows, each with the largest weight over the given ranges that hold it.
 
-    Non-empty arrays of one length: run number, key range, weight; the result likewise, sorted by (run, key), adjacent ranges of
-    equal weight joined.
+    Non-empty arrays of one length: run number, key range, weight; the result likewise, sorted by (run, key), adjacent
+    ranges of equal weight joined.
     """
     base = run * (n + 1)
     marks = np.unique(np.concatenate([base + k0, base + k1]))

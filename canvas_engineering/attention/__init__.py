@@ -1,0 +1,15 @@
+"""Attention on canvases: the functional door, and the modules that connections name."""
+
+from .functional import BACKENDS, canvas_attention
+from .registry import ATTENTION_REGISTRY, create_attention, register_attention
+from .softmax import CogVideoXAttention, CrossAttention
+
+__all__ = [
+    "ATTENTION_REGISTRY",
+    "BACKENDS",
+    "CogVideoXAttention",
+    "CrossAttention",
+    "canvas_attention",
+    "create_attention",
+    "register_attention",
+]

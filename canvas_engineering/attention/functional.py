@@ -1,0 +1,84 @@
+"""canvas_attention: attention on a canvas from a compiled plan; the one door to canvas_kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from canvas_kernels.ops import BACKENDS, block_attention
+
+from ..plan import AttentionPlan
+
+__all__ = ["BACKENDS", "canvas_attention"]
+
+
+def canvas_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    gain: torch.Tensor | None = None,
+    active: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+    packed: bool = False,
+) -> torch.Tensor:
+    """Attention of every read of a plan in one call (semantics, sections 3 and 4).
+
+    Args:
+        q, k, v: (B, heads, N, head_dim), positions in canvas order; with ``packed``, (B, heads, n, head_dim) in the
+        plan's
+            packed order (``plan.pack``), which saves the moves of a caller that stays packed.
+        plan: from :func:`canvas_engineering.plan.compile_attention`; its form ("edge" or "joint") is the form computed.
+        scale: factor of q·k, by default head_dim^−½.
+        gain: (connections,), a factor on each connection's output, with a gradient. Edge form only, as the next two
+        are. active: (connections,), 0 or 1; a connection at 0 is as if it were not declared. Data: another activity
+        rebuilds
+            nothing.
+        row_scale: (2, n) float32, factors of adding and of replacing reads at each packed row; by default
+            1 / (sum of the weights in force).
+        dropout_p: probability of dropping an attention weight (torch and reference backends).
+        backend: "triton", "torch" (grouped rectangles), "reference" (slow, any dtype), or "auto": Triton for tensors
+        on a
+            GPU, torch elsewhere. A named backend never falls back.
+
+    Returns:
+        like q; rows that read nothing are 0.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit the plan or the backend, with what would.
+
+    >>> from canvas_engineering import CanvasLayout, CanvasTopology
+    >>> from canvas_engineering.plan import compile_attention
+    >>> layout = CanvasLayout(T=1, H=1, W=4, d_model=8, regions={"a": (0, 1, 0, 1, 0, 2), "b": (0, 1, 0, 1, 2, 4)})
+    >>> plan = compile_attention(layout, CanvasTopology.isolated(["b"]))
+    >>> x = torch.tensor([1.0, 2.0, 3.0, 5.0]).reshape(1, 1, 4, 1)
+    >>> canvas_attention(0 * x, x, x, plan).flatten().tolist()
+    [0.0, 0.0, 4.0, 4.0]
+    """
+    if not isinstance(plan, AttentionPlan):
+        raise ValueError(f"plan must be an AttentionPlan (from compile_attention), got {type(plan).__name__}")
+    if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"q, k and v must share one shape (B, heads, positions, head_dim); got {shapes}")
+    positions = plan.n_packed if packed else plan.n_positions
+    if q.shape[2] != positions:
+        order = "packed" if packed else "canvas"
+        raise ValueError(f"q {tuple(q.shape)} holds {q.shape[2]} positions; the plan has {positions} in {order} order")
+    if not packed:
+        q, k, v = plan.pack(q), plan.pack(k), plan.pack(v)
+    out = block_attention(
+        q,
+        k,
+        v,
+        plan.table,
+        scale=scale,
+        gain=gain,
+        active=active,
+        row_scale=row_scale,
+        dropout_p=dropout_p,
+        backend=backend,
+    )
+    return out if packed else plan.unpack(out)

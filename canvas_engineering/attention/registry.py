@@ -1,0 +1,46 @@
+"""Attention functions by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .softmax import CogVideoXAttention, CrossAttention
+
+ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
+    "cross_attention": CrossAttention,
+    "self_attention": CrossAttention,
+    "cogvideox": CogVideoXAttention,
+}
+
+
+def create_attention(fn_name: str, d_model: int, n_heads: int = 4, dropout: float = 0.0, **kwargs) -> nn.Module:
+    """The module of a registered attention function; ``kwargs`` go to its constructor.
+
+    Raises:
+        ValueError: a name that is not registered; the message lists those that are.
+
+    >>> type(create_attention("self_attention", 16)).__name__
+    'CrossAttention'
+    """
+    if fn_name not in ATTENTION_REGISTRY:
+        known = ", ".join(sorted(ATTENTION_REGISTRY))
+        raise ValueError(f"attention function {fn_name!r} is not registered; known: {known}")
+    return ATTENTION_REGISTRY[fn_name](d_model, n_heads=n_heads, dropout=dropout, **kwargs)
+
+
+def register_attention(name: str, cls: type[nn.Module]) -> None:
+    """Makes ``cls`` the module of connections with ``fn=name``, in this process.
+
+    ``cls(d_model, n_heads=…, dropout=…)`` must be a Module with ``attend`` as :class:`CrossAttention` has it, which is
+    how the dispatcher calls it: once for all of its connections.
+
+    Raises:
+        ValueError: ``cls`` is not such a class, or ``name`` is "none", which stands for no read.
+    """
+    if name == "none" or not name:
+        raise ValueError(f"{name!r} cannot be registered: 'none' declares an edge that does not run")
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"{name!r}: {cls!r} is not a subclass of torch.nn.Module")
+    if not callable(getattr(cls, "attend", None)):
+        raise ValueError(f"{name!r}: {cls.__name__} has no attend(x, plan, …) method, which the dispatcher calls")
+    ATTENTION_REGISTRY[name] = cls
