@@ -370,7 +370,7 @@ def rect_cover(mask: torch.Tensor, min_area: int = 4) -> list[Rect]:
     >>> rect_cover(torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool))
     [Rect(0, 2, 0, 2), Rect(1, 2, 2, 3)]
     """
-    cells = np.array(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask, dtype=bool)
+    cells = np.array(mask.detach().cpu().bool().numpy() if isinstance(mask, torch.Tensor) else mask, dtype=bool)
     if cells.ndim == 0:
         raise ValueError("rect_cover needs a mask of at least one dimension, got a scalar")
     if min_area < 1:
