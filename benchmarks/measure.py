@@ -1,0 +1,70 @@
+"""What every benchmark shares: interleaved rounds, and rows with quantiles, device, versions and commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+def interleave(contestants: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, np.ndarray]:
+    """Seconds per call, ``rounds`` of each, taking turns: a slow moment of the machine hits all contestants alike."""
+    for _ in range(warm_up):
+        for run in contestants.values():
+            run()
+    times = {name: np.empty(rounds) for name in contestants}
+    for turn in range(rounds):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            times[name][turn] = time.perf_counter() - start
+    return times
+
+
+def quantiles(values: np.ndarray) -> dict[str, float]:
+    """The quantiles that rows hold, keyed "p10" to "p90"."""
+    return {f"p{int(100 * q)}": float(np.quantile(values, q)) for q in QUANTILES}
+
+
+def environment(device: str = "cpu") -> dict[str, str | int]:
+    """Device, versions and commit of a row. A commit of a changed tree ends in "+"."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def write_rows(rows: list[dict], path: Path) -> None:
+    """One JSON object per line, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(unfinished, path)

@@ -1,0 +1,133 @@
+"""The two ways in which a canvas is attended over without block tables, as honest contestants and as plain oracles.
+
+Both take the declaration that :class:`canvas_engineering.AttentionDispatcher` takes, precompute all that depends on the
+declaration alone, and keep its parameter names, so that one state dict fits all three.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from canvas_engineering.canvas import CanvasLayout
+from canvas_engineering.connectivity import CanvasTopology, resolve_frames
+
+SOFTMAX_FNS = ("cross_attention", "self_attention", "cogvideox")
+
+
+class Projections(nn.Module):
+    """Multi-head softmax attention with the parameter names that checkpoints rely on."""
+
+    def __init__(self, d_model: int, n_heads: int):
+        super().__init__()
+        self.n_heads = n_heads
+        self.q_proj = nn.Linear(d_model, d_model)
+        self.k_proj = nn.Linear(d_model, d_model)
+        self.v_proj = nn.Linear(d_model, d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, n, d_model) → (B, heads, n, head_dim)."""
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+    def forward(self, queries: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
+        """queries (B, n, d_model), keys (B, m, d_model), additive mask (n, m) → (B, n, d_model)."""
+        q, k, v = self.split(self.q_proj(queries)), self.split(self.k_proj(keys)), self.split(self.v_proj(keys))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class PerEdgeLoop(nn.Module):
+    """Edge form, one read after another: gather, project, attend, scatter.
+
+    For every read, the queries and keys are gathered from the canvas, projected, attended over and added back at the
+    queries' positions with the read's weight; at the end each position is divided by the sum of its weights. Reads are
+    those of the semantics' section 2 without masks; a connection with one is a ValueError.
+    """
+
+    def __init__(self, topology: CanvasTopology, layout: CanvasLayout, d_model: int, n_heads: int = 4):
+        super().__init__()
+        self.fn_modules = nn.ModuleDict()
+        self.reads: list[tuple[str, float]] = []
+        total_weight = torch.zeros(layout.num_positions)
+        for connection in topology.connections:
+            fn = topology.resolve_fn(connection, layout)
+            if connection.weight == 0 or fn == "none":
+                continue
+            name = f"{connection.src} → {connection.dst}"
+            if fn not in SOFTMAX_FNS:
+                raise ValueError(f"{name}: the loop knows {SOFTMAX_FNS}, not {fn!r}")
+            if connection.mask is not None and connection.mask.kind != "full":
+                raise ValueError(f"{name}: the loop has no {connection.mask.kind!r} masks")
+            if connection.write_mode != "add":
+                raise ValueError(f"{name}: the loop has no {connection.write_mode!r} writes")
+            if fn not in self.fn_modules:
+                self.fn_modules[fn] = Projections(d_model, n_heads)
+            for queries, keys, fraction in _reads(layout, connection):
+                weight = connection.weight * fraction
+                total_weight[queries] += weight
+                self.register_buffer(f"queries_{len(self.reads)}", queries, persistent=False)
+                self.register_buffer(f"keys_{len(self.reads)}", keys, persistent=False)
+                self.reads.append((fn, weight))
+        covered = total_weight > 0
+        self.register_buffer("covered", covered[:, None], persistent=False)
+        self.register_buffer("total_weight", total_weight.where(covered, torch.ones(()))[:, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, d_model) → (B, N, d_model); positions without reads keep their input."""
+        total = torch.zeros_like(x)
+        for index, (fn, weight) in enumerate(self.reads):
+            queries, keys = getattr(self, f"queries_{index}"), getattr(self, f"keys_{index}")
+            out = self.fn_modules[fn](x[:, queries], x[:, keys])
+            total = total.index_add(1, queries, out * weight)
+        return torch.where(self.covered, total / self.total_weight, x)
+
+
+class DenseMask(nn.Module):
+    """Joint form on the whole canvas: one projection, one softmax over all N keys under an additive (N, N) mask.
+
+    The mask is ln of the largest weight with which any read pairs two positions, so reads share one softmax here: other
+    numbers than the edge form's, at the cost that a user of ``to_additive_mask`` pays.
+    """
+
+    def __init__(self, topology: CanvasTopology, layout: CanvasLayout, d_model: int, n_heads: int = 4):
+        super().__init__()
+        self.fn_modules = nn.ModuleDict({"cross_attention": Projections(d_model, n_heads)})
+        mask = topology.to_attention_mask(layout)
+        covered = (mask > 0).any(1, keepdim=True)
+        # A softmax over no key is NaN: such a row attends to itself and is then replaced by its input.
+        self.register_buffer("mask", topology.to_additive_mask(layout, weighted=True), persistent=False)
+        self.register_buffer("covered", covered, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, d_model) → (B, N, d_model); positions without reads keep their input."""
+        return torch.where(self.covered, self.fn_modules["cross_attention"](x, x, self.mask), x)
+
+
+def _reads(layout: CanvasLayout, connection) -> list[tuple[Tensor, Tensor, float]]:
+    """(query positions, key positions, fraction) of every read of one connection."""
+    src, dst = layout.region_spec(connection.src), layout.region_spec(connection.dst)
+    frames = resolve_frames(
+        layout.T,
+        tuple(src.bounds[:2]),
+        tuple(dst.bounds[:2]),
+        src.period,
+        dst.period,
+        connection.t_src,
+        connection.t_dst,
+        connection.temporal_fill,
+        connection.interpolation_order,
+    )
+    grid = torch.arange(layout.num_positions).view(layout.T, *layout.spatial_shape)
+
+    def positions(bounds, start: int, stop: int) -> Tensor:
+        box = (slice(int(start), int(stop)), *(slice(a, b) for a, b in zip(bounds[2::2], bounds[3::2])))
+        return grid[box].flatten()
+
+    return [
+        (positions(src.bounds, q0, q1), positions(dst.bounds, k0, k1), float(fraction))
+        for q0, q1, k0, k1, fraction in zip(
+            frames.q_start, frames.q_stop, frames.k_start, frames.k_stop, frames.fraction
+        )
+    ]

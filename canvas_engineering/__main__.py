@@ -1,0 +1,131 @@
+"""``python -m canvas_engineering``: look at a saved schema.
+
+    python -m canvas_engineering inspect SCHEMA.json
+    python -m canvas_engineering draw SCHEMA.json --out PICTURE.png
+
+typer, rich and matplotlib are imported when the command runs; all three come with the ``dev`` extra.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+MAX_ROWS = 60
+
+
+def load_schema(path: Path):
+    """The :class:`~canvas_engineering.schema.CanvasSchema` in a JSON file; ValueError that names the file otherwise."""
+    from canvas_engineering.schema import CanvasSchema
+
+    try:
+        return CanvasSchema.from_json(path)
+    except OSError as cause:
+        raise ValueError(f"{path}: {cause.strerror}") from cause
+    except (ValueError, KeyError, TypeError) as cause:
+        raise ValueError(f"{path} is no schema: {cause}") from cause
+
+
+def region_table(layout):
+    """One row per region: bounds, positions, clock, part in the loss."""
+    from rich.table import Table
+
+    grid = " × ".join(map(str, (layout.T, *layout.spatial_shape)))
+    positions = f"{layout.num_positions:,} positions of {layout.d_model}"
+    table = Table(title=f"{len(layout.regions)} regions on {grid} = {positions}")
+    for column in ("region", "bounds", "positions", "period", "loss", "reads with"):
+        table.add_column(column, justify="right" if column in ("positions", "period") else "left")
+    for name in list(layout.regions)[:MAX_ROWS]:
+        spec = layout.region_spec(name)
+        box = " × ".join(f"{a}:{b}" for a, b in zip(spec.bounds[::2], spec.bounds[1::2]))
+        loss = f"{spec.loss_weight:g}" if spec.is_output else "no"
+        table.add_row(name, box, f"{layout.region_numel(name):,}", str(spec.period), loss, spec.default_attn)
+    _say_what_is_left_out(table, len(layout.regions))
+    return table
+
+
+def connection_table(layout, topology):
+    """One row per connection: who asks, who answers, at which frames, how."""
+    from rich.table import Table
+
+    table = Table(title=f"{len(topology.connections)} connections")
+    for column in ("asks", "answers", "frames", "between frames", "weight", "function"):
+        table.add_column(column, justify="right" if column == "weight" else "left")
+    for connection in topology.connections[:MAX_ROWS]:
+        offsets = (connection.t_src, connection.t_dst)
+        frames = " → ".join("all" if t is None else f"t{t:+d}" if t else "t" for t in offsets)
+        fill = "" if offsets == (None, None) else connection.temporal_fill.value
+        known = connection.src in layout.regions and connection.dst in layout.regions
+        fn = topology.resolve_fn(connection, layout) if known else "skipped: no such region"
+        table.add_row(connection.src, connection.dst, frames, fill, f"{connection.weight:g}", fn)
+    _say_what_is_left_out(table, len(topology.connections))
+    return table
+
+
+def _say_what_is_left_out(table, total: int) -> None:
+    if total > MAX_ROWS:
+        table.caption = f"the first {MAX_ROWS} of {total}"
+
+
+def build_app():
+    """The command-line application, a ``typer.Typer``."""
+    import typer
+    from rich.console import Console
+
+    out_option = typer.Option(..., help="the layout's picture; the topology's and the table's lie beside it")
+    app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look at a saved canvas schema.")
+
+    def open_schema(path: Path):
+        try:
+            return load_schema(path)
+        except ValueError as cause:
+            Console(stderr=True).print(str(cause), style="red", highlight=False)
+            raise typer.Exit(2) from cause
+
+    @app.command()
+    def inspect(schema: Path) -> None:
+        """Print regions, connections and what the compiled plan costs."""
+        from canvas_engineering.plan import compile_attention
+
+        found = open_schema(schema)
+        console = Console()
+        console.print(region_table(found.layout))
+        if found.topology is None:
+            console.print("no topology: nothing reads anything")
+            return
+        console.print(connection_table(found.layout, found.topology))
+        plan = compile_attention(found.layout, found.topology)
+        console.print(plan.summary(), highlight=False, markup=False)
+        console.print(str(plan), highlight=False, markup=False)
+
+    @app.command()
+    def draw(schema: Path, out: Path = out_option) -> None:
+        """Draw the layout to OUT and, with a topology, OUT's name with -topology and -table added."""
+        from canvas_engineering import draw as pictures
+        from canvas_engineering.plan import compile_attention
+
+        found = open_schema(schema)
+        figures = {out: pictures.layout_figure(found.layout)}
+        if found.topology is not None:
+            figures[out.with_stem(f"{out.stem}-topology")] = pictures.topology_figure(found.topology)
+            plan = compile_attention(found.layout, found.topology)
+            figures[out.with_stem(f"{out.stem}-table")] = pictures.plan_figure(plan)
+        for path, figure in figures.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=120)
+            Console().print(str(path), highlight=False)
+
+    return app
+
+
+def main() -> None:
+    """Run the command line; says which extra is missing where typer or rich is."""
+    try:
+        app = build_app()
+    except ModuleNotFoundError as cause:
+        sys.exit(f"{cause}: install canvas-engineering[dev] for the command line")
+    app()
+
+
+if __name__ == "__main__":
+    main()

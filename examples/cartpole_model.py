@@ -1,0 +1,134 @@
+"""The demo's canvas and the small transformer on it.
+
+The canvas holds 16 frames at 25 frames per second: video in 2 x 2 patches, the four state variables as fast
+proprioception, one action, and a summary that ticks every fourth frame. The first half of the window is observed. The
+second half of video and proprioception is blanked and predicted; all 16 actions are known, as they are for a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from canvas_engineering import CanvasLayout, CanvasTopology, Connection, RegionSpec, SpatiotemporalCanvas, TemporalFill
+from examples.cartpole_data import HEIGHT, WIDTH
+
+FRAMES, OBSERVED = 16, 8
+PATCH = 2
+ROWS, COLUMNS = HEIGHT // PATCH, WIDTH // PATCH
+SUMMARY_PERIOD = 4
+
+Attention = Callable[[CanvasTopology, CanvasLayout, int, int], nn.Module]
+
+
+def declare(d_model: int) -> tuple[CanvasLayout, CanvasTopology]:
+    """Where things lie, and who reads whom."""
+    proprioception, summary = ROWS, ROWS + 1
+    layout = CanvasLayout(
+        T=FRAMES,
+        d_model=d_model,
+        spatial_shape=(ROWS + 2, COLUMNS),
+        t_current=OBSERVED,
+        regions={
+            "video": RegionSpec((0, FRAMES, 0, ROWS, 0, COLUMNS)),
+            "proprioception": RegionSpec((0, FRAMES, proprioception, proprioception + 1, 0, 4)),
+            "action": RegionSpec((0, FRAMES, proprioception, proprioception + 1, 4, 5), is_output=False),
+            "summary": RegionSpec(
+                (0, FRAMES // SUMMARY_PERIOD, summary, summary + 1, 0, COLUMNS), period=SUMMARY_PERIOD, is_output=False
+            ),
+        },
+    )
+    now = {"t_src": 0, "t_dst": 0}
+    topology = CanvasTopology(
+        [
+            Connection("video", "video", **now),
+            Connection("video", "video", t_src=0, t_dst=-1),
+            Connection("video", "proprioception", **now),
+            Connection("video", "summary", **now, temporal_fill=TemporalFill.HOLD),
+            Connection("proprioception", "proprioception"),
+            Connection("proprioception", "action"),
+            Connection("proprioception", "video", **now),
+            Connection("proprioception", "summary", **now, temporal_fill=TemporalFill.INTERPOLATE),
+            Connection("summary", "summary"),
+            Connection("summary", "proprioception"),
+            Connection("summary", "video", **now, temporal_fill=TemporalFill.HOLD),
+        ]
+    )
+    return layout, topology
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: whoever reads whom, then an MLP on every position."""
+
+    def __init__(self, d_model: int, attention: nn.Module):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.attention = attention
+        self.mlp_norm = nn.LayerNorm(d_model)
+        self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class WorldModel(nn.Module):
+    """Predicts the second half of a window from its first half and all of its actions.
+
+    ``attention(topology, layout, d_model, n_heads)`` builds each block's attention, so that the same model can be timed
+    on another one. Decoders start at zero and predict the change since the last observed frame: an untrained model
+    *is* the persistence baseline, and whatever it is better by it has learned.
+    """
+
+    def __init__(self, attention: Attention, d_model: int = 64, n_heads: int = 4, n_blocks: int = 3):
+        super().__init__()
+        self.size = (d_model, n_heads, n_blocks)
+        layout, topology = declare(d_model)
+        self.canvas = SpatiotemporalCanvas(layout)
+        self.blocks = nn.ModuleList(
+            Block(d_model, attention(topology, layout, d_model, n_heads)) for _ in range(n_blocks)
+        )
+        self.encode_patch = nn.Linear(PATCH * PATCH, d_model)
+        self.encode_variable = nn.Linear(1, d_model)
+        self.encode_action = nn.Embedding(2, d_model)
+        self.blank_video = nn.Parameter(torch.zeros(d_model))
+        self.blank_proprioception = nn.Parameter(torch.zeros(d_model))
+        self.decode_patch = nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, PATCH * PATCH))
+        self.decode_variable = nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, 1))
+        for decoder in (self.decode_patch, self.decode_variable):
+            nn.init.zeros_(decoder[-1].weight)
+            nn.init.zeros_(decoder[-1].bias)
+
+    def forward(self, video: Tensor, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """video (B, 16, 16, 24) in [0, 1], states (B, 16, 4) standardised, actions (B, 16) in {0, 1}.
+
+        Returns the predicted second half of both: (B, 8, 16, 24) and (B, 8, 4). What video and states hold there is
+        not looked at.
+        """
+        batch = video.shape[0]
+        patches = rearrange(video, "b t (row p) (column q) -> b t row column (p q)", p=PATCH, q=PATCH)
+        x = self.canvas.create_empty(batch)
+        patches = blank_future(self.encode_patch(patches), self.blank_video)
+        variables = blank_future(self.encode_variable(states[..., None]), self.blank_proprioception)
+        x = self.canvas.place(x, patches, "video")
+        x = self.canvas.place(x, variables, "proprioception")
+        x = self.canvas.place(x, self.encode_action(actions), "action")
+        for block in self.blocks:
+            x = block(x)
+
+        patches = self.decode_patch(self.canvas.extract(x, "video"))
+        pixels = rearrange(
+            patches, "b (t row column) (p q) -> b t (row p) (column q)", t=FRAMES, row=ROWS, p=PATCH
+        )
+        variables = rearrange(self.decode_variable(self.canvas.extract(x, "proprioception")), "b (t v) 1 -> b t v", v=4)
+        last_video, last_states = video[:, OBSERVED - 1, None], states[:, OBSERVED - 1, None]
+        return last_video + pixels[:, OBSERVED:], last_states + variables[:, OBSERVED:]
+
+
+def blank_future(embeddings: Tensor, blank: Tensor) -> Tensor:
+    """(B, 16, …, d) → (B, n, d), with every frame after the observed ones replaced by the vector ``blank`` (d,)."""
+    future = blank.expand_as(embeddings[:, OBSERVED:])
+    return torch.cat([embeddings[:, :OBSERVED], future], dim=1).flatten(1, -2)
