@@ -161,6 +161,8 @@ class CanvasSchema:
             text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the schema's metadata cannot be written as JSON: {error}") from error
+        if json.loads(text)["metadata"] != self.metadata:  # a tuple, say, which would come back as a list
+            raise ValueError(f"the schema's metadata would come back from JSON changed: {_shortened(self.metadata)}")
         path = Path(path)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", text=True)
         try:
