@@ -1,0 +1,403 @@
+"""The registered operations: ``canvas_kernels::attention`` with its backward, and ``canvas_kernels::permute_rows``.
+
+A table enters the operators as its content digest (:attr:`BlockTable.key`): strings are constants to a compiler, and equal digests mean equal
+tables in every process, so compiled graphs may be cached. Each operator has one ``autograd.Function`` at its Autograd key, fakes that give the
+real strides, and the autocast rule of ``scaled_dot_product_attention``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import torch
+
+from . import rectangles, reference
+from .table import BlockTable
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+MAX_TRITON_HEAD_DIM = 256
+
+_LIBRARY = torch.library.Library("canvas_kernels", "DEF")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor? active, Tensor? row_scale, str table, float scale, str backend, "
+    "bool need_lse, bool need_grad) -> (Tensor out, Tensor lse, Tensor aux)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, Tensor aux, Tensor? gain, Tensor? active, "
+    "Tensor? row_scale, str table, float scale, str backend, bool need_gain) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgain)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "permute_rows(Tensor x, Tensor order, Tensor inverse, int dim) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+
+_attention = torch.ops.canvas_kernels.attention.default
+_attention_backward = torch.ops.canvas_kernels.attention_backward.default
+_permute_rows = torch.ops.canvas_kernels.permute_rows.default
+
+
+# -- the public functions ----------------------------------------------------------------------------------------------------
+
+
+def block_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: BlockTable,
+    *,
+    scale: float | None = None,
+    gain: torch.Tensor | None = None,
+    active: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+    backend: str = "auto",
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Segmented block-sparse attention; ``kernels/README.md`` has the formulas.
+
+    ``q``, ``k``, ``v`` (B, H, n, D): one floating dtype and device, rows in the table's packed order. ``scale`` defaults to D^−½.
+    Edge form only: ``gain`` (n_edges,), trainable factors; ``active`` (n_edges,), an edge whose entry is 0 is as if it were not there;
+    ``row_scale`` (2, n), factors of adding and of replacing segments per row, by default 1 / (sum of the weights in force).
+    Returns ``out`` (B, H, n, D) in q's dtype, or ``(out, lse)`` with ``lse`` (B, H, n_slots), base 2 and without gradient.
+
+    ``backend``: "triton", "torch" (grouped rectangles), "reference" (cell by cell, for tests), or "auto": Triton for tensors on a CUDA or ROCm
+    device without dropout, torch otherwise. A backend that is named never falls back. Gradients flow to q, k, v and gain; second derivatives
+    need "reference". Under autocast float32 inputs are cast as ``scaled_dot_product_attention`` casts them.
+
+    Raises ValueError for shapes, dtypes, devices or options that do not fit, naming them.
+
+    >>> table = BlockTable.from_rectangles("edge", 2, 1, q_start=[0], q_stop=[2], k_start=[1], k_stop=[2], segment=[0], weight=[1.0], edge=[0])
+    >>> x = torch.tensor([[[[1.0], [3.0]]]])
+    >>> block_attention(x, x, x, table).flatten().tolist()
+    [3.0, 3.0]
+    """
+    scale = _check_inputs(q, k, v, table, scale, dropout_p)
+    if gain is not None or active is not None or row_scale is not None:
+        _check_edge_inputs(q, table, gain, active, row_scale)
+    if backend == "auto":
+        backend = "triton" if q.device.type == "cuda" and not dropout_p else "torch"
+    elif backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "triton":
+        _check_triton(q, dropout_p)
+    if backend == "reference" or dropout_p:
+        q, k, v = _autocast(q, k, v)
+        execute = reference.attention if backend == "reference" else rectangles.attention_with_dropout
+        out, lse = execute(
+            q, k, v, table, scale=scale, gain=gain, active=active, row_scale=row_scale, dropout_p=dropout_p
+        )
+    else:
+        out, lse, _ = _attention(q, k, v, gain, active, row_scale, table.key, scale, backend, return_lse, False)
+    return (out, lse) if return_lse else out
+
+
+def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, dim: int = -2) -> torch.Tensor:
+    """Rows of ``x`` in another order: out row i is x row ``order[i]`` along ``dim``. The gradient is a gather by ``inverse``, never a scatter.
+
+    ``order`` and ``inverse`` are int64 index vectors, each the inverse of the other: ``inverse`` has as many entries as x has rows, ``order`` as
+    many as the result. Where the result has fewer rows, the others are left out (their entries in ``inverse`` are not read); where it
+    has more, x goes to the rows ``inverse`` and the rest are zero (entries of ``order`` are not read). So
+    ``permute_rows(permute_rows(x, order, inverse), inverse, order)`` gives x back, with zeros in rows that were left out.
+
+    >>> permute_rows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0]), torch.tensor([1, -1, 0])).flatten().tolist()
+    [3.0, 1.0]
+    """
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"permute_rows: dim {dim} does not exist in x of shape {tuple(x.shape)}")
+    for name, index in (("order", order), ("inverse", inverse)):
+        if index.dim() != 1 or index.dtype != torch.int64:
+            raise ValueError(f"permute_rows: {name} must be an int64 vector, got {index.dtype} {tuple(index.shape)}")
+        if index.device != x.device:
+            raise ValueError(f"permute_rows: {name} is on {index.device}, x on {x.device}")
+    if inverse.shape[0] != x.shape[dim]:
+        raise ValueError(
+            f"permute_rows: inverse has {inverse.shape[0]} entries for {x.shape[dim]} rows of x {tuple(x.shape)} along dim {dim}"
+        )
+    return _permute_rows(x, order, inverse, dim)
+
+
+# -- checks: shapes and flags only, never values on a device -------------------------------------------------------------------
+
+
+def _check_inputs(q, k, v, table, scale, dropout_p) -> float:
+    if not isinstance(table, BlockTable):
+        raise ValueError(f"table must be a BlockTable, got {type(table).__name__}")
+    shape = q.shape
+    if len(shape) != 4 or k.shape != shape or v.shape != shape:
+        raise ValueError(
+            "q, k and v must share one shape (batch, heads, positions, head_dim): "
+            f"q {tuple(shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if shape[2] != table.n_positions:
+        raise ValueError(f"q, k, v {tuple(shape)} hold {shape[2]} positions, the table {table.n_positions}")
+    if q.device != k.device or q.device != v.device:
+        raise ValueError(f"q, k and v must be on one device: q {q.device}, k {k.device}, v {v.device}")
+    if not q.dtype == k.dtype == v.dtype and len({_autocast_dtype(x) for x in (q, k, v)}) > 1:
+        raise ValueError(f"q, k and v must have one dtype: q {q.dtype}, k {k.dtype}, v {v.dtype}")
+    if not q.is_floating_point():
+        raise ValueError(f"q, k and v must be floating-point tensors, got {q.dtype}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    if scale is None:
+        return shape[3] ** -0.5 if shape[3] else 1.0
+    if isinstance(scale, torch.Tensor):
+        raise ValueError("scale must be a number, not a tensor: reading it would wait for the device; fold a learned scale into q")
+    if not 0.0 <= scale < math.inf:
+        raise ValueError(f"scale must be finite and not negative, got {scale}")
+    return float(scale)
+
+
+def _check_edge_inputs(q, table, gain, active, row_scale) -> None:
+    wanted = (("gain", gain, (table.n_edges,)), ("active", active, (table.n_edges,)), ("row_scale", row_scale, (2, table.n_positions)))
+    for name, value, shape in wanted:
+        if value is None:
+            continue
+        if table.form == "joint":
+            raise ValueError(f"{name} belongs to the edge form: the table is joint, one softmax per row with constant weights")
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} must have the shape {shape} of the table, got {tuple(value.shape)}")
+        if value.device != q.device:
+            raise ValueError(f"{name} is on {value.device}, q on {q.device}")
+        if name != "active" and not value.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {value.dtype}")
+
+
+def _check_triton(q, dropout_p) -> None:
+    if dropout_p:
+        raise ValueError("backend 'triton' has no dropout: use 'torch' or 'auto'")
+    if q.shape[3] > MAX_TRITON_HEAD_DIM:
+        raise ValueError(f"backend 'triton' takes head_dim up to {MAX_TRITON_HEAD_DIM}, got {q.shape[3]}: use 'torch'")
+    refusal = _triton_refusal(q.device.type, _autocast_dtype(q))
+    if refusal:
+        raise ValueError(refusal)
+
+
+@torch.compiler.assume_constant_result
+def _triton_refusal(device_type: str, dtype: torch.dtype) -> str:
+    """Why Triton cannot run here; empty if it can."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"backend 'triton' computes in float32, float16 and bfloat16, got {dtype}: use 'torch' or 'reference'"
+    if importlib.util.find_spec("triton") is None:
+        return "backend 'triton' needs the triton package, which is not installed: use 'torch'"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not interpreted:
+        return f"backend 'triton' needs tensors on a CUDA or ROCm device (or TRITON_INTERPRET=1), got {device_type}: use 'torch'"
+    if interpreted and dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 bit patterns: use float32 or float16 there, or backend 'torch'"
+    return ""
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which autocast lets ``x`` take part: float64 and integers stay as they are."""
+    kind = x.device.type
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(x.to(_autocast_dtype(x)) for x in tensors)
+
+
+# -- attention: kernels ----------------------------------------------------------------------------------------------------------
+
+
+def _row_scale(table, active, row_scale, q) -> torch.Tensor | None:
+    if row_scale is not None or table.form == "joint":
+        return row_scale
+    return table.row_scale(active, q.device)
+
+
+def _attention_kernel(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, need_grad):
+    table = BlockTable.lookup(table)
+    options = {"scale": scale, "gain": gain, "active": active}
+    if backend == "torch":
+        return rectangles.forward(q, k, v, table, row_scale=row_scale, need_lse=need_lse, need_grad=need_grad, **options)
+    from . import launch
+
+    keeps_row_scale = need_grad and active is not None and row_scale is None and table.form == "edge"
+    row_scale = _row_scale(table, active, row_scale, q)
+    out, lse = launch.forward(q, k, v, table, row_scale=row_scale, **options)
+    return out, lse, row_scale if keeps_row_scale else lse.new_empty(0)
+
+
+def _attention_fake(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, need_grad):
+    found = BlockTable.lookup(table)
+    batch, heads = q.shape[:2]
+    if backend == "torch":
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        lse = q.new_empty((batch, heads, found.n_slots if need_lse else 0), dtype=dtype)
+        own_activity = active is not None and row_scale is None
+        size = rectangles.saved_size(found, batch * heads, q.shape[3], own_activity) if need_grad else 0
+        return _fake_like(q, backend), lse, q.new_empty(size, dtype=dtype)
+    lse = q.new_empty((batch, heads, found.n_slots), dtype=torch.float32)
+    keeps_row_scale = need_grad and active is not None and row_scale is None and found.form == "edge"
+    return _fake_like(q, backend), lse, lse.new_empty((2, found.n_positions) if keeps_row_scale else (0,))
+
+
+def _fake_like(x, backend):
+    """The torch backend stores (B, n, H, D), what projections read and write; Triton (B, H, n, D)."""
+    if backend == "torch":
+        batch, heads, n, dim = x.shape
+        return x.new_empty(batch, n, heads, dim).transpose(1, 2)
+    return x.new_empty(x.shape)
+
+
+def _attention_backward_kernel(
+    grad_out, q, k, v, out, lse, aux, gain, active, row_scale, table, scale, backend, need_gain
+):
+    table = BlockTable.lookup(table)
+    options = {"scale": scale, "gain": gain, "active": active, "need_gain": need_gain}
+    if backend == "torch":
+        dq, dk, dv, dgain = rectangles.backward(grad_out, q, k, v, aux, table, row_scale=row_scale, **options)
+    else:
+        from . import launch
+
+        if row_scale is None and aux.numel():
+            row_scale = aux
+        row_scale = _row_scale(table, active, row_scale, q)
+        dq, dk, dv, dgain = launch.backward(grad_out, q, k, v, out, lse, table, row_scale=row_scale, **options)
+    dgain = q.new_empty(0) if dgain is None else dgain.to(gain.dtype)
+    return dq, dk, dv, dgain
+
+
+def _attention_backward_fake(
+    grad_out, q, k, v, out, lse, aux, gain, active, row_scale, table, scale, backend, need_gain
+):
+    dgain = gain.new_empty(gain.shape) if need_gain else q.new_empty(0)
+    return _fake_like(q, backend), _fake_like(k, backend), _fake_like(v, backend), dgain
+
+
+# -- attention: autograd ---------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, gain, active, row_scale, table, scale, backend, need_lse):
+        if active is not None:
+            # activity may be changed in place before backward runs: this step keeps its own
+            active = active.clone()
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse, aux = _attention(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, True)
+        # this call's graph keeps its table alive
+        ctx.table = BlockTable.lookup(table)
+        # the torch backend keeps what it needs in aux; not holding `out` lets callers write into it
+        saved_out = out if backend == "triton" else None
+        ctx.save_for_backward(q, k, v, saved_out, lse, aux, gain, active, row_scale)
+        ctx.options = (table, scale, backend)
+        ctx.mark_non_differentiable(lse, aux)
+        # or autograd would make zeros the size of aux
+        ctx.set_materialize_grads(False)
+        return out, lse, aux
+
+    @staticmethod
+    def backward(ctx, grad_out, _grad_lse, _grad_aux):
+        if grad_out is None:
+            return (None,) * 10
+        q, k, v, out, lse, aux, gain, active, row_scale = ctx.saved_tensors
+        need_gain = gain is not None and ctx.needs_input_grad[3]
+        dq, dk, dv, dgain = _attention_backward(
+            grad_out, q, k, v, out, lse, aux, gain, active, row_scale, *ctx.options, need_gain
+        )
+        return dq, dk, dv, dgain if need_gain else None, None, None, None, None, None, None
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """First derivatives as constants: they may be computed under create_graph, but not differentiated."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _attention_backward(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "canvas_kernels::attention has no second derivative (its backward was differentiated): use backend='reference' for double backward"
+        )
+
+
+def _needs_grad(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _attention_autograd(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, need_grad):
+    if _needs_grad(q, k, v, gain):
+        return _Attention.apply(q, k, v, gain, active, row_scale, table, scale, backend, need_lse)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _attention(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, need_grad)
+
+
+def _attention_backward_autograd(*args):
+    if _needs_grad(*args[:4], args[7]):
+        return _AttentionBackward.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _attention_backward(*args)
+
+
+def _attention_autocast(device_type):
+    key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}[device_type]
+    keys = torch._C.DispatchKeySet(key)
+
+    def cast(q, k, v, *rest):
+        q, k, v = _autocast(q, k, v)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return _attention(q, k, v, *rest)
+
+    return cast
+
+
+# -- permute_rows ----------------------------------------------------------------------------------------------------------------
+
+
+def _permute_rows_kernel(x, order, inverse, dim):
+    if order.shape[0] <= inverse.shape[0]:
+        return x.index_select(dim, order)
+    shape = list(x.shape)
+    shape[dim] = order.shape[0]
+    return x.new_zeros(shape).index_copy_(dim, inverse, x)
+
+
+def _permute_rows_fake(x, order, inverse, dim):
+    shape = list(x.shape)
+    shape[dim] = order.shape[0]
+    return x.new_empty(shape)
+
+
+class _PermuteRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, order, inverse, dim):
+        ctx.save_for_backward(order, inverse)
+        ctx.dim = dim
+        with torch._C._AutoDispatchBelowAutograd():
+            return _permute_rows(x, order, inverse, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        order, inverse = ctx.saved_tensors
+        return _permute_rows(grad, inverse, order, ctx.dim), None, None, None
+
+
+def _permute_rows_autograd(x, order, inverse, dim):
+    if _needs_grad(x):
+        return _PermuteRows.apply(x, order, inverse, dim)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _permute_rows(x, order, inverse, dim)
+
+
+# -- registration ----------------------------------------------------------------------------------------------------------------
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("attention", _attention_kernel, _key)
+    _LIBRARY.impl("attention_backward", _attention_backward_kernel, _key)
+    _LIBRARY.impl("permute_rows", _permute_rows_kernel, _key)
+    _LIBRARY.impl("attention", _attention_autocast(_key.lower()), f"Autocast{_key}")
+_LIBRARY.impl("attention", _attention_autograd, "Autograd")
+_LIBRARY.impl("attention_backward", _attention_backward_autograd, "Autograd")
+_LIBRARY.impl("permute_rows", _permute_rows_autograd, "Autograd")
+torch.library.register_fake("canvas_kernels::attention", _attention_fake, lib=_LIBRARY)
+torch.library.register_fake("canvas_kernels::attention_backward", _attention_backward_fake, lib=_LIBRARY)
+torch.library.register_fake("canvas_kernels::permute_rows", _permute_rows_fake, lib=_LIBRARY)

@@ -1,0 +1,108 @@
+"""The operation in plain torch, cell by cell: the oracle for the fast executors, in any floating dtype.
+
+Nothing here is tuned. Every cell (query rows that see the same keys in one segment) is one matrix product, one softmax and one matrix
+product, differentiated by autograd. 16-bit inputs are computed in float32, float64 inputs in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .table import BlockTable
+from .tiling import expand_ranges
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: BlockTable,
+    *,
+    scale: float,
+    gain: torch.Tensor | None = None,
+    active: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Segmented attention as ``kernels/README.md`` defines it.
+
+    ``q``, ``k``, ``v`` (B, H, n, D) in packed order; ``gain`` and ``active`` (n_edges,) and ``row_scale`` (2, n) in edge form only.
+    ``dropout_p`` drops probabilities after the softmax and scales the rest by 1 / (1 − p). Returns ``out`` (B, H, n, D) in q's dtype and ``lse``
+    (B, H, n_slots), base 2, +inf for slots of inactive edges and rows without keys; ``lse`` carries no gradient.
+
+    >>> table = BlockTable.from_rectangles("joint", 2, 1, q_start=[0], q_stop=[1], k_start=[0], k_stop=[2], weight=[1.0])
+    >>> x = torch.tensor([[[[1.0], [3.0]]]])
+    >>> attention(torch.zeros_like(x), x, x, table, scale=1.0)[0].flatten().tolist()
+    [2.0, 0.0]
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    queries, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
+    cells = table.cells()
+    lead = cells.rectangle[cells.ptr[:-1]]
+    is_active = [True] * table.n_edges if active is None else (active.detach() != 0).tolist()
+    if table.form == "edge":
+        if row_scale is None:
+            row_scale = row_scales(table, active, dtype, q.device)
+        row_scale = row_scale.detach().to(dtype)
+
+    lse = torch.full((*q.shape[:2], table.n_slots), math.inf, dtype=dtype, device=q.device)
+    # an empty piece ties the result to every input, so that a table without rectangles gives zero gradients, not none
+    rows, pieces = [torch.arange(0, device=q.device)], [queries[:, :, :0] + keys[:, :, :0] + values[:, :, :0]]
+    if gain is not None:
+        pieces[0] = pieces[0] + gain[:0].sum().to(dtype)
+    for c, (start, stop) in enumerate(zip(cells.q_start.tolist(), cells.q_stop.tolist())):
+        edge = int(table.edge[lead[c]])
+        if table.form == "edge" and not is_active[edge]:
+            continue
+        columns, weights = cell_keys(table, c)
+        index = torch.from_numpy(columns).to(q.device)
+        # [B, H, rows, keys]
+        logits = scale * (queries[:, :, start:stop] @ keys.index_select(2, index).transpose(-1, -2))
+        if table.form == "joint":
+            logits = logits + torch.from_numpy(np.log(weights)).to(logits)
+        slot = int(cells.slot[c])
+        lse[:, :, slot : slot + stop - start] = torch.logsumexp(logits.detach(), -1) / math.log(2)
+        probabilities = torch.softmax(logits, -1)
+        if dropout_p:
+            probabilities = F.dropout(probabilities, dropout_p)
+        piece = probabilities @ values.index_select(2, index)
+        if table.form == "edge":
+            coefficient = float(table.weight[lead[c]]) * row_scale[int(table.replace[lead[c]]), start:stop]
+            if gain is not None:
+                coefficient = coefficient * gain[edge].to(dtype)
+            piece = coefficient[:, None] * piece
+        rows.append(torch.arange(start, stop, device=q.device))
+        pieces.append(piece)
+    out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
+    return out.index_add(2, torch.cat(rows), torch.cat(pieces, 2)).to(q.dtype), lse
+
+
+def cell_keys(table: BlockTable, cell: int) -> tuple[np.ndarray, np.ndarray]:
+    """(columns int64 [C], weights float64 [C]): the key rows of one cell, ascending, and the weight of the rectangle that each comes from."""
+    cells = table.cells()
+    members = cells.rectangle[cells.ptr[cell] : cells.ptr[cell + 1]]
+    owner, columns = expand_ranges(table.k_start[members], table.k_stop[members] - table.k_start[members])
+    return columns, table.weight[members[owner]].astype(np.float64)
+
+
+def row_scales(
+    table: BlockTable, active: torch.Tensor | None, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """(2, n) in ``dtype``: what :meth:`BlockTable.row_scale` gives in float32, summed in float64 on the host."""
+    cells = table.cells()
+    lead = cells.rectangle[cells.ptr[:-1]]
+    weight = table.weight[lead].astype(np.float64)
+    if active is not None:
+        weight = weight * (active.detach() != 0).cpu().numpy()[table.edge[lead]]
+    steps = np.zeros((2, table.n_positions + 1))
+    owner, position = expand_ranges(cells.q_start, cells.q_stop - cells.q_start)
+    np.add.at(steps, (table.replace[lead].astype(np.int64)[owner], position), weight[owner])
+    adding, replacing = steps[:, :-1]
+    scale = np.zeros((2, table.n_positions))
+    np.divide(1.0, adding, out=scale[0], where=(adding > 0) & (replacing <= 0))
+    np.divide(1.0, replacing, out=scale[1], where=replacing > 0)
+    return torch.from_numpy(scale).to(device=device, dtype=dtype)
