@@ -226,6 +226,7 @@ class Connection:
             and self.fn is None
             and self.write_mode in _WRITE_MODES
             and type(self.temporal_fill) is TemporalFill
+            and type(self.interpolation_order) is int
             and self.interpolation_order == 1
             and self.mask is None
         ):
