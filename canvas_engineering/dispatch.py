@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from canvas_kernels.rows import take_rows
+
 from .attention import BACKENDS, create_attention
 from .canvas import CanvasLayout
 from .connectivity import CanvasTopology
@@ -81,10 +83,17 @@ class AttentionDispatcher(nn.Module):
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
-        sources = [regions.get(c.src, 0) for c in plan.connections]
-        index = {"_gate_index": gates, "_source_region": sources}
-        for name, values in index.items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
+        reading = plan.rows("reading")
+        self._every_row_reads = len(reading) == plan.n_packed
+        index = {
+            "_order": plan.rows("order"),
+            "_reading": reading,
+            "_written": plan.rows("written"),
+            "_gates": torch.tensor(gates, dtype=torch.int64),
+            "_source_region": torch.tensor([regions.get(c.src, 0) for c in plan.connections], dtype=torch.int64),
+        }
+        for name, tensor in index.items():
+            self.register_buffer(name, tensor, persistent=False)
         self._region_number = regions
         self._activity: dict[tuple, torch.Tensor] = {}
 
@@ -108,39 +117,41 @@ class AttentionDispatcher(nn.Module):
         active = self._active_connections(active_regions, x.device)
         if not self.fn_modules:
             return x
-        rows = self.plan.pack(x, 1)
-        gain, row_scale, single = self._gain(), None, len(self.fn_modules) == 1
-        if active is not None:
-            row_scale = self.plan.table.row_scale(active)
-        elif gain is not None or not single:
-            row_scale = self.plan.row_scale(str(x.device))
+        plan = self.plan
+        rows = x if plan.in_canvas_order else take_rows(x, self._order, 1)
+        gain, single = self._gain(), len(self.fn_modules) == 1
+        row_scale = None
+        if active is not None or gain is not None or not single:
+            everyone = torch.ones(plan.n_connections, device=x.device) if active is None else active
+            row_scale = plan.row_scale(everyone)
+            factor = everyone if gain is None else gain * everyone
         written = None
         for fn, module in self.fn_modules.items():
+            whole_bias = single and gain is None
             part = module.attend(
                 rows,
                 self._plans[fn],
                 gain=gain,
                 active=active,
                 row_scale=row_scale,
-                bias_share=None if single and gain is None else self._bias_share(fn, gain, active, row_scale),
+                bias_share=None if whole_bias else self._plans[fn].row_share(factor, row_scale),
                 backend=self.backend,
             )
             written = part if written is None else written + part
         written = written.to(x.dtype)
         if active is not None:
             written = torch.where((row_scale.sum(0) > 0)[:, None], written, rows)
-        return self.plan.write(x, written)
+        if not self._every_row_reads:
+            written = take_rows(written, self._reading, 1)
+        elif plan.in_canvas_order:
+            return written
+        return x.index_copy(1, self._written, written)
 
     def _gain(self) -> torch.Tensor | None:
         if self.edge_gates is None:
             return None
         ones = torch.ones(self.plan.n_connections, device=self.edge_gates.device)
-        return ones.index_copy(0, self._gate_index, torch.sigmoid(self.edge_gates.float()))
-
-    def _bias_share(self, fn, gain, active, row_scale) -> torch.Tensor:
-        """(n,): Σ a_r / Σ w_r over the function's reads at each row."""
-        factor = active if gain is None else gain if active is None else gain * active
-        return (self._plans[fn].table.row_sums(factor, row_scale.device) * row_scale).sum(0)
+        return ones.index_copy(0, self._gates, torch.sigmoid(self.edge_gates.float()))
 
     def _active_connections(self, active_regions, device) -> torch.Tensor | None:
         if active_regions is None:

@@ -10,8 +10,9 @@ from threading import Lock
 import numpy as np
 import torch
 
+from canvas_kernels.row_sums import row_sums
 from canvas_kernels.rows import put_rows, take_rows
-from canvas_kernels.table import BlockTable
+from canvas_kernels.table import BlockTable, normalise_row_sums
 from canvas_kernels.tiling import TileClass
 
 from ..canvas import CanvasLayout
@@ -76,39 +77,34 @@ class AttentionPlan:
 
     # -- devices and orders --------------------------------------------------------------------------------------------
 
-    @torch.compiler.assume_constant_result
-    def rows(self, which: str, device: str = "cpu") -> torch.Tensor:
-        """Index tensors, int64, cached per device: "order" [n]; "reading", the packed rows with keys; "written", their
-        canvas positions."""
-        key = ("rows", which, device)
+    def rows(self, which: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Index tensors, int64, cached per device.
+
+        ``which``: "order" [n]; "reading", the packed rows that have keys; "written", their canvas positions.
+        """
+        key = ("rows", which, str(device))
         if key not in self.cache:
             reading = self.table.has_keys().nonzero()[0]
             rows = {"order": self.order, "reading": reading, "written": self.order[reading]}[which]
             self.cache[key] = torch.from_numpy(rows.copy()).to(device)
         return self.cache[key]
 
-    @torch.compiler.assume_constant_result
-    def row_scale(self, device: str = "cpu") -> torch.Tensor:
-        """(2, n) float32: 1 / (sum of the weights in force) at each packed row, over all reads of the plan; cached.
-
-        Row 0 is for adding and gated reads, row 1 for replacing ones; where the latter are in force the former is 0.
-        """
-        return self.table.row_scale(device=device)
-
     def to(self, device: torch.device | str) -> AttentionPlan:
-        """Puts what execution needs on ``device`` ahead of the first step; the plan itself belongs to no device."""
-        device = str(torch.device(device))
-        for which in ("order", "reading", "written"):
-            self.rows(which, device)
+        """Puts what execution needs on ``device`` ahead of the first step; the plan itself belongs to no device.
+
+        ``torch.compile`` of code that packs or unpacks wants this first: it then finds the index tensors made.
+        """
+        device = torch.device(device)
+        self.rows("order", device)
         if self.normalize == "edge":
-            self.row_scale(device)
+            self.table.row_scale(device=device)
         return self
 
     def pack(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
         """x (… N …) with its positions along ``dim`` in packed order (… n …); its gradient is a copy, not a scatter."""
         if x.shape[dim] != self.n_positions:
             raise ValueError(f"dimension {dim} of {tuple(x.shape)} must hold the canvas's {self.n_positions} positions")
-        return x if self.in_canvas_order else take_rows(x, self.rows("order", str(x.device)), dim)
+        return x if self.in_canvas_order else take_rows(x, self.rows("order", x.device), dim)
 
     def unpack(self, y: torch.Tensor, dim: int = -2) -> torch.Tensor:
         """y (… n …) back in canvas order (… N …), zero at positions that no read uses."""
@@ -116,18 +112,19 @@ class AttentionPlan:
             raise ValueError(
                 f"dimension {dim} of {tuple(y.shape)} must hold the plan's {self.n_packed} packed positions"
             )
-        return y if self.in_canvas_order else put_rows(y, self.rows("order", str(y.device)), self.n_positions, dim)
+        return y if self.in_canvas_order else put_rows(y, self.rows("order", y.device), self.n_positions, dim)
 
-    def write(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """x (B, N, d) with the rows of y (B, n, d) at the positions that read something; the others keep x, bit for
-        bit."""
-        every_row = len(self.rows("reading")) == self.n_packed
-        if every_row and self.in_canvas_order:
-            return y
-        device = str(x.device)
-        if not every_row:
-            y = take_rows(y, self.rows("reading", device), 1)
-        return x.index_copy(1, self.rows("written", device), y)
+    def row_scale(self, active: torch.Tensor) -> torch.Tensor:
+        """(2, n) float32: 1 / (sum of the weights in force) at each packed row, over all reads of the plan.
+
+        ``active`` (connections,) float: a connection at 0 does not count. Row 0 is for adding and gated reads, row 1
+        for replacing ones; where the latter are in force the former is 0, and both are 0 where nothing is read.
+        """
+        return normalise_row_sums(row_sums(self.table, active))
+
+    def row_share(self, factor: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
+        """(n,) float32: Σ_r factor·w_r·row_scale over the plan's reads at each packed row; differentiable."""
+        return (row_sums(self.table, factor) * row_scale).sum(0)
 
     # -- families
     # --------------------------------------------------------------------------------------------------------

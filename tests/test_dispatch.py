@@ -1,0 +1,256 @@
+"""AttentionDispatcher against the oracle, with its projections written out; activity, gates, write modes, engines."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from canvas_engineering.canvas import CanvasLayout, RegionSpec
+from canvas_engineering.connectivity import CanvasTopology, Connection
+from canvas_engineering.dispatch import AttentionDispatcher
+from tests import oracle
+from tests.strategies import canvases
+
+D_MODEL, HEADS = 12, 3
+
+
+def oracle_step(dispatcher, x, active=None):
+    """Section 4 for every read, projections per function, in x's dtype (float64)."""
+    plan = dispatcher.plan
+    reads = oracle.reads(dispatcher.layout, dispatcher.topology)
+    classes = [c.write_mode == "replace" for c in plan.connections]
+    live = [r for r in reads if active is None or active[r.connection]]
+    replaced = {q for r in live if classes[r.connection] for q in r.keys}
+    gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
+    total, weight = torch.zeros_like(x), torch.zeros(x.shape[1], dtype=x.dtype)
+    for r in live:
+        module = dispatcher.fn_modules[plan.fns[r.connection]]
+        share = r.weight
+        if r.connection in gates:
+            share = share * torch.sigmoid(dispatcher.edge_gates[gates.index(r.connection)])
+        for query, keys in r.keys.items():
+            if query in replaced and not classes[r.connection]:
+                continue
+            keyed = x[:, list(keys)]
+            total = total.index_add(1, torch.tensor([query]), share * module(x[:, [query]], keyed, keyed))
+            weight[query] += r.weight
+    return torch.where(weight[:, None] > 0, total / weight.clamp_min(1e-300)[:, None], x)
+
+
+def randomised(layout, topology, seed, **options):
+    torch.manual_seed(seed)
+    dispatcher = AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS, **options)
+    for parameter in dispatcher.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return dispatcher.double()
+
+
+@settings(max_examples=40)
+@given(
+    canvas=canvases(max_positions=60, write_modes=("add", "replace", "gate")),
+    seed=st.integers(0, 2**16),
+    choose=st.booleans(),
+)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_step_is_the_oracle(backend, canvas, seed, choose):
+    layout, topology = canvas
+    connections = [
+        dataclasses.replace(c, fn="cogvideox") if i % 3 == 2 and c.fn is None else c
+        for i, c in enumerate(topology.connections)
+    ]
+    dispatcher = randomised(layout, CanvasTopology(connections), seed, backend=backend)
+    x = torch.randn(2, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    names = sorted(layout.regions)[: 1 + seed % len(layout.regions)] if choose else None
+    active = None if names is None else [c.src in names for c in connections]
+    out, expected = dispatcher(x, names), oracle_step(dispatcher, x, active)
+    # table weights are float32
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    leaves = [x, *dispatcher.parameters()]
+    grad = torch.randn_like(x)
+    found = torch.autograd.grad(out, leaves, grad, allow_unused=True) if out.requires_grad else []
+    wanted = torch.autograd.grad(expected, leaves, grad, allow_unused=True)
+    for a, b in zip(found, wanted):
+        a = torch.zeros(()).double() if a is None else a
+        b = torch.zeros_like(a) if b is None else b
+        torch.testing.assert_close(a.expand_as(b), b, rtol=1e-5, atol=1e-5)
+
+
+def small():
+    layout = CanvasLayout(
+        T=3,
+        H=3,
+        W=4,
+        d_model=D_MODEL,
+        regions={"a": (0, 3, 0, 2, 0, 2), "b": (0, 3, 2, 3, 0, 3), "c": (1, 2, 0, 1, 3, 4)},
+    )
+    return layout, CanvasTopology.causal_temporal(["a", "b", "c"])
+
+
+def test_repeated_connections_with_other_offsets_are_each_computed():
+    # published: the first of two connections with equal (src, dst, fn) was computed twice
+    layout = CanvasLayout(T=2, H=1, W=2, d_model=D_MODEL, regions={"a": (0, 2, 0, 1, 0, 2)})
+    topology = CanvasTopology([Connection("a", "a", t_src=0, t_dst=0), Connection("a", "a", t_src=0, t_dst=-1)])
+    dispatcher = randomised(layout, topology, 0)
+    x = torch.randn(1, 4, D_MODEL, dtype=torch.float64)
+    (module,) = dispatcher.fn_modules.values()
+    now, before = module(x[:, 2:], x[:, 2:], x[:, 2:]), module(x[:, 2:], x[:, :2], x[:, :2])
+    torch.testing.assert_close(dispatcher(x)[:, 2:], (now + before) / 2, rtol=1e-12, atol=1e-12)
+
+
+def test_none_is_as_if_it_were_not_there():
+    # published: "none" alone zeroed its source, and beside others diluted them
+    layout, topology = small()
+    plain = randomised(layout, topology, 0)
+    more = randomised(layout, CanvasTopology([*topology.connections, Connection("a", "b", fn="none", weight=5.0)]), 0)
+    x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64)
+    assert torch.equal(plain(x), more(x))
+    alone = AttentionDispatcher(CanvasTopology([Connection("a", "b", fn="none")]), layout, D_MODEL)
+    assert len(alone.fn_modules) == 0 and torch.equal(alone(x), x)
+
+
+def test_unread_positions_pass_through_bit_for_bit():
+    layout, topology = small()
+    dispatcher = randomised(layout, topology, 0).float()
+    x = torch.randn(2, layout.num_positions, D_MODEL)
+    x[0, 0, 0] = -0.0
+    out = dispatcher(x)
+    still = ~torch.from_numpy(dispatcher.plan.rows_with_keys())
+    assert still.sum() == 14 and torch.equal(out[:, still], x[:, still])
+    assert not torch.isclose(out[:, ~still], x[:, ~still]).all(-1).any()
+
+
+def test_inactive_regions_pass_through_and_stay_readable():
+    layout = CanvasLayout(T=1, H=1, W=4, d_model=D_MODEL, regions={"a": (0, 1, 0, 1, 0, 2), "b": (0, 1, 0, 1, 2, 4)})
+    dispatcher = randomised(layout, CanvasTopology.dense(["a", "b"]), 0)
+    x = torch.randn(1, 4, D_MODEL, dtype=torch.float64)
+    out, everyone = dispatcher(x, {"a"}), dispatcher(x)
+    assert torch.equal(out[:, 2:], x[:, 2:])
+    torch.testing.assert_close(out[:, :2], everyone[:, :2], rtol=1e-12, atol=1e-12)
+    assert torch.equal(dispatcher(x, set()), x)
+    flags = torch.tensor([True, False])
+    assert torch.equal(dispatcher(x, flags), out)
+    with pytest.raises(KeyError, match=r"\['z'\], which the layout does not have; it has a, b"):
+        dispatcher(x, ["a", "z"])
+    with pytest.raises(ValueError, match=r"active_regions must be \(2,\).*got \(3,\)"):
+        dispatcher(x, torch.ones(3))
+
+
+def test_another_activity_rebuilds_nothing_and_leaves_a_pending_backward_alone():
+    layout, topology = small()
+    dispatcher = randomised(layout, topology, 0)
+    x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    flags = torch.tensor([1.0, 0.0, 1.0])
+    expected = torch.autograd.grad(dispatcher(x, flags.clone()).square().sum(), x)[0]
+    held = {name: tensor.data_ptr() for name, tensor in dispatcher.named_buffers()}
+    pending, plan = dispatcher(x, flags), dispatcher.plan
+    flags.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    dispatcher(x, flags)
+    dispatcher(x, {"b"})
+    assert torch.equal(torch.autograd.grad(pending.square().sum(), x)[0], expected)
+    assert dispatcher.plan is plan and {n: t.data_ptr() for n, t in dispatcher.named_buffers()} == held
+
+
+def test_replace_silences_the_others_and_gates_start_half_open():
+    layout = CanvasLayout(T=1, H=1, W=4, d_model=D_MODEL, regions={"a": (0, 1, 0, 1, 0, 2), "b": (0, 1, 0, 1, 2, 4)})
+    x = torch.randn(1, 4, D_MODEL, dtype=torch.float64)
+    replacing = randomised(
+        layout, CanvasTopology([Connection("a", "a"), Connection("a", "b", write_mode="replace")]), 0
+    )
+    (module,) = replacing.fn_modules.values()
+    torch.testing.assert_close(replacing(x)[:, :2], module(x[:, :2], x[:, 2:], x[:, 2:]), rtol=1e-12, atol=1e-12)
+    gated = randomised(layout, CanvasTopology([Connection("a", "b", write_mode="gate", weight=3.0)]), 0)
+    torch.nn.init.zeros_(gated.edge_gates)
+    (module,) = gated.fn_modules.values()
+    # 1/3 and the gate are float32
+    torch.testing.assert_close(gated(x)[:, :2], 0.5 * module(x[:, :2], x[:, 2:], x[:, 2:]), rtol=1e-6, atol=1e-6)
+
+
+def test_skip_temporal_reads_dense_in_time():
+    layout, topology = small()
+    timeless = CanvasTopology([Connection(c.src, c.dst) for c in topology.connections])
+    x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64)
+    skipping, dense = randomised(layout, topology, 0, skip_temporal=True), randomised(layout, timeless, 0)
+    torch.testing.assert_close(skipping(x), dense(x), rtol=1e-12, atol=1e-12)
+
+
+def test_parameter_names_are_the_published_ones():
+    layout = CanvasLayout(
+        T=1,
+        H=1,
+        W=4,
+        d_model=8,
+        regions={"a": RegionSpec((0, 1, 0, 1, 0, 2), default_attn="cogvideox"), "b": (0, 1, 0, 1, 2, 4)},
+    )
+    dispatcher = AttentionDispatcher(CanvasTopology.dense(["a", "b"]), layout, 8)
+    parts = [f"{p}_proj.{x}" for p in ("q", "k", "v", "out") for x in ("weight", "bias")]
+    assert set(dispatcher.state_dict()) == {
+        f"fn_modules.{fn}.{p}" for fn in ("cogvideox", "cross_attention") for p in parts
+    }
+
+
+def test_dropout_acts_in_training_only():
+    layout, topology = small()
+    dispatcher = randomised(layout, topology, 0, dropout=0.5)
+    x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64)
+    assert not torch.equal(dispatcher(x), dispatcher(x))
+    dispatcher.eval()
+    without = copy.deepcopy(dispatcher)
+    without.fn_modules["cross_attention"].dropout = 0.0
+    assert torch.equal(dispatcher(x), without.train()(x))
+
+
+def test_a_step_compiles_whole_and_gives_the_same_numbers():
+    layout, topology = small()
+    gated = CanvasTopology(
+        [*topology.connections, Connection("a", "c", write_mode="gate"), Connection("b", "c", fn="cogvideox")]
+    )
+    for declared in (topology, gated):
+        dispatcher = randomised(layout, declared, 0)
+        x = torch.randn(2, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+        compiled = torch.compile(dispatcher, fullgraph=True, backend="aot_eager")
+        out, expected = compiled(x), dispatcher(x)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        for a, b in zip(
+            torch.autograd.grad(out.square().sum(), [x, *dispatcher.parameters()]),
+            torch.autograd.grad(expected.square().sum(), [x, *dispatcher.parameters()]),
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_checkpointing_autocast_and_copies():
+    layout, topology = small()
+    dispatcher = randomised(layout, topology, 0)
+    x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for run in (
+        dispatcher,
+        lambda x: torch.utils.checkpoint.checkpoint(dispatcher, x, use_reentrant=False),
+        copy.deepcopy(dispatcher),
+    ):
+        grads.append(torch.autograd.grad(run(x).square().sum(), x)[0])
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+    single = dispatcher.float()
+    x = x.detach().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = single(x)
+    assert low.dtype == torch.float32 and torch.isfinite(low).all()
+    error = (low - single(x)).abs().max() / single(x).abs().max()
+    assert 0 < error < 0.05
+
+
+def test_bad_input_is_named():
+    layout, topology = small()
+    dispatcher = AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS)
+    with pytest.raises(ValueError, match=r"x must be \(batch, 36, 12\), got \(1, 35, 12\)"):
+        dispatcher(torch.zeros(1, 35, D_MODEL))
+    with pytest.raises(ValueError, match="n_heads 5 must divide d_model 12"):
+        AttentionDispatcher(topology, layout, D_MODEL, n_heads=5)
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):
+        AttentionDispatcher(topology, layout, D_MODEL, backend="cuda")
+    with pytest.raises(ValueError, match="connection 'a' reads 'b': attention function 'mamba' is not registered"):
+        AttentionDispatcher(CanvasTopology([Connection("a", "b", fn="mamba")]), layout, D_MODEL)
