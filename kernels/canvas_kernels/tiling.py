@@ -127,13 +127,16 @@ def _fill_tiling(table, tile_class, transposed, start, chosen, met, tile_side, w
     keep = chosen[met.tile]
     rectangle, tile = met.rectangle[keep], met.tile[keep]
     walk_start = walk_side[0][rectangle]
-    order = np.lexsort((walk_start, table.segment[rectangle], tile))
-    rectangle, tile, walk_start = rectangle[order], tile[order], walk_start[order]
+    # A kernel keeps one slot for the softmax that it accumulates. So in a query tile the separate query ranges of a
+    # segment, whose slots are not consecutive, close one after the other; their rows are disjoint.
+    piece = np.zeros(len(rectangle), np.int64) if transposed else table.slot[rectangle] - table.q_start[rectangle]
+    order = np.lexsort((walk_start, piece, table.segment[rectangle], tile))
+    rectangle, tile, walk_start, piece = rectangle[order], tile[order], walk_start[order], piece[order]
     low = np.maximum(tile_side[0][rectangle], start[tile]) - start[tile]
     high = np.minimum(tile_side[1][rectangle], met.stop[tile]) - start[tile]
     segment = table.segment[rectangle]
     last = np.ones(len(tile), bool)
-    last[:-1] = (tile[1:] != tile[:-1]) | (segment[1:] != segment[:-1])
+    last[:-1] = (tile[1:] != tile[:-1]) | (segment[1:] != segment[:-1]) | (piece[1:] != piece[:-1])
     flags = low | (high << 8) | last * LAST | table.replace[rectangle] * REPLACE
     slot = table.slot[rectangle]
     if not transposed:

@@ -1,0 +1,248 @@
+"""Tile sizes, as data: per architecture, padded head dimension, element size and pass. Imports no triton.
+
+The comments give registers, and in brackets the programs that fit a multiprocessor, as ``make aot`` measures them with
+Triton 3.9 in bfloat16; up to head_dim 128 nothing spills. The rule behind the choices: a dot needs 64 rows for wgmma;
+the edge form holds two accumulators and takes the smaller tile; a pass that fits 128 registers at 8 warps or 168 at 4
+is held there by ``max_registers``, since one more resident program hides more latency than the last registers do. Block
+times are estimates from areas until ``make gpu`` has measured them on a device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from .tiling import TileClass
+
+MAX_HEAD_DIM = 256
+STAGES = ("forward", "delta", "dq", "dkv")
+SMALL_TILE_COST = 0.2
+
+
+class Config(NamedTuple):
+    """One tile size of one pass, ``block_m`` rows of the tile × ``block_n`` walked rows, and how to compile it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def cost(self) -> float:
+        """Estimated time of a block, 64 × 64 taking 1: its area; 16 × 16 waits for memory 3.2 times that long."""
+        area = self.block_m * self.block_n
+        return SMALL_TILE_COST if area == 256 else area / 4096
+
+
+class Launch(NamedTuple):
+    """A kernel that can be launched: what ``make aot`` compiles and ``make gpu`` checks."""
+
+    arch: str
+    stage: str
+    form: str
+    signed: bool
+    head_dim: int
+    dtype: torch.dtype
+    config: Config
+
+
+_PASSES = (
+    ("forward", "joint"),
+    ("forward", "edge"),
+    ("delta", "edge"),
+    ("dq", "joint"),
+    ("dq", "edge"),
+    ("dkv", "joint"),
+    ("dkv", "edge"),
+)
+
+
+def _every(passes: tuple, by_head_dim: dict[int, Config]) -> dict:
+    return {key: by_head_dim for key in passes}
+
+
+# Keys are the largest padded head dimension that a row serves.
+_SIXTEEN_BIT = {
+    "sm_90": {
+        ("forward", "joint"): {
+            32: Config(64, 64, 4, 3),  # 125
+            64: Config(128, 64, 8, 3, 128),  # 128 (2); without the bound 161 (1)
+            128: Config(128, 64, 8, 3),  # 229 (1)
+            256: Config(64, 32, 8, 2),  # 217 (1)
+        },
+        ("forward", "edge"): {
+            32: Config(64, 64, 4, 3),  # 153
+            64: Config(64, 64, 4, 3, 168),  # 168 (3); without the bound 224 (2); 128 × 64 takes 215 (1)
+            128: Config(64, 64, 8, 3),  # 230 (1); 128 × 64 spills
+            256: Config(32, 32, 8, 2),  # 177; 64 × 32 spills
+        },
+        ("delta", "edge"): {
+            32: Config(64, 64, 4, 3),  # 128
+            64: Config(64, 64, 4, 3, 128),  # 128 (3); without the bound 168
+            128: Config(64, 64, 8, 2),  # 127 (2)
+            256: Config(64, 32, 8, 2),  # 99 (1)
+        },
+        ("dq", "joint"): {
+            32: Config(64, 64, 4, 3),  # 158
+            64: Config(64, 64, 4, 3),  # 168 (3); 160 spills
+            128: Config(64, 64, 8, 2),  # 194 (1); 128 × 64 takes 255
+            256: Config(32, 32, 8, 2),  # 128; 64 × 32 spills
+        },
+        ("dq", "edge"): {
+            32: Config(64, 64, 4, 3),  # 159
+            64: Config(64, 64, 4, 3),  # 189, with signs 196 (2); 168 spills
+            128: Config(64, 64, 8, 2),  # 194 (1)
+            256: Config(32, 32, 8, 2),  # 128
+        },
+        ("dkv", "joint"): {
+            32: Config(64, 64, 4, 3),  # 194
+            64: Config(64, 64, 4, 3),  # 244 (2); 168 spills, and so does 128 × 64 held to 128
+            128: Config(64, 64, 8, 2),  # 251 (1); 4 warps and 128 × 64 spill, 128 × 32 takes 254
+            256: Config(32, 32, 8, 2),  # 174
+        },
+        ("dkv", "edge"): {
+            32: Config(64, 64, 4, 3),  # 194
+            64: Config(64, 64, 4, 3),  # 239, with signs 244 (2)
+            128: Config(64, 64, 8, 2),  # 251 (1)
+            256: Config(32, 32, 8, 2),  # 172
+        },
+    },
+    # Two stages keep every pass under the 99 KB of shared memory of sm_86, sm_89 and sm_120, which run these too.
+    "sm_80": _every(
+        _PASSES,
+        {
+            64: Config(64, 64, 4, 2),  # forward 255, dq 255, dkv 255
+            128: Config(64, 64, 8, 2),  # forward 175 / 255 (joint / edge), dq 174, dkv 255
+            256: Config(32, 32, 8, 2),
+        },
+    ),
+    "sm_100": {
+        ("forward", "joint"): {
+            64: Config(64, 64, 4, 2),  # 184
+            128: Config(128, 64, 8, 2),  # 218; 64 × 64 spills 8 bytes
+            256: Config(64, 32, 8, 2),  # 171
+        },
+        ("forward", "edge"): {
+            64: Config(64, 64, 4, 2),  # 225
+            128: Config(64, 64, 8, 2),  # 204; 128 × 64 spills
+            256: Config(64, 32, 8, 2),  # 244
+        },
+        ("delta", "edge"): {
+            64: Config(64, 64, 4, 2),  # 142
+            128: Config(64, 64, 8, 2),  # 118
+            256: Config(64, 32, 8, 2),  # 133
+        },
+        **_every(
+            (("dq", "joint"), ("dq", "edge")),
+            {
+                64: Config(64, 64, 4, 2),  # 164
+                128: Config(64, 64, 8, 2),  # 124
+                256: Config(64, 32, 8, 2),  # 140
+            },
+        ),
+        **_every(
+            (("dkv", "joint"), ("dkv", "edge")),
+            {
+                64: Config(64, 64, 4, 2),  # 194
+                128: Config(128, 64, 8, 2),  # 206; 64 × 64 spills 8 bytes
+                256: Config(64, 32, 8, 2),  # 145
+            },
+        ),
+    },
+    # Registers here are vector registers plus accumulation registers, 512 in all.
+    "gfx942": _every(
+        _PASSES,
+        {
+            64: Config(64, 64, 4, 2),  # forward 202 / 228 (joint / edge), dq 300, dkv 400
+            128: Config(64, 32, 4, 2),  # forward 175 / 232, dq 294, dkv 394
+            256: Config(32, 32, 8, 2),
+        },
+    ),
+}
+
+# Regions of a few positions: 64-row tiles would be nearly empty.
+_SMALL = {
+    64: Config(16, 16, 1, 2),  # forward 135 / 174, dq 138, dkv 178
+    128: Config(16, 16, 2, 2),  # forward 138 / 178, dq 128, dkv 178; one warp spills
+    256: Config(16, 16, 4, 2),
+}
+
+# ieee float32 dots run on the ordinary units, from registers: larger tiles spill by the kilobyte.
+_FLOAT32 = {
+    64: Config(32, 32, 8, 2),  # forward 74, dkv 86
+    128: Config(32, 16, 8, 2),  # forward 95, dq 76, dkv 92
+    256: Config(16, 16, 8, 2),  # dkv 104
+}
+
+# Small, so that tests of a hundred positions meet ragged ends and several tiles of both classes.
+_INTERPRETER = (Config(32, 32, 4, 2), Config(16, 16, 1, 2))
+
+JOINT_DELTA = Config(64, 64, 4, 1)
+ARCHITECTURES = tuple(_SIXTEEN_BIT)
+
+
+def block_d(head_dim: int) -> int:
+    """``head_dim`` padded to the power of two ≥ 16 that tiles have."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=1024)
+def lookup(arch: str, head_dim: int, dtype: torch.dtype, stage: str, form: str) -> tuple[Config, ...]:
+    """The configurations of one pass, the larger tile first.
+
+    Raises ValueError for an architecture, head dimension or dtype that the kernels are not built for.
+    """
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"the kernels take head_dim 1 … {MAX_HEAD_DIM}, got {head_dim}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"the kernels take float32, float16 and bfloat16, got {dtype}")
+    if arch == "interpreter":
+        return _INTERPRETER
+    if arch not in _SIXTEEN_BIT:
+        raise ValueError(f"no configurations for {arch}; there are some for {', '.join(ARCHITECTURES)}")
+    if dtype == torch.float32:
+        return (_serving(_FLOAT32, head_dim),)
+    return _serving(_SIXTEEN_BIT[arch][stage, form], head_dim), _serving(_SMALL, head_dim)
+
+
+@functools.lru_cache(maxsize=1024)
+def classes(configs: tuple[Config, ...]) -> tuple[TileClass, ...]:
+    """What a tiling is cut by for these configurations."""
+    return tuple(TileClass(config.block_m, config.block_n, config.cost) for config in configs)
+
+
+def shipped(arch: str | None = None, head_dims: tuple[int, ...] = (16, 32, 64, 128, 256)) -> Iterator[Launch]:
+    """Every kernel that can be launched, for one architecture or all; ``head_dims`` are padded ones."""
+    for name in ARCHITECTURES if arch is None else (arch,):
+        for stage, form in _PASSES:
+            for signed in (False, True) if form == "edge" and stage in ("dq", "dkv") else (False,):
+                for head_dim in head_dims:
+                    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                        for config in lookup(name, head_dim, dtype, stage, form):
+                            yield Launch(name, stage, form, signed, head_dim, dtype, config)
+
+
+def arch_of_cuda(capability: tuple[int, int]) -> str:
+    """The architecture whose configurations run on a CUDA device of this compute capability; ValueError below 8.0."""
+    major = capability[0]
+    if major < 8:
+        found = ".".join(map(str, capability))
+        raise ValueError(f"the Triton kernels need compute capability 8.0 or newer, the device has {found}")
+    # 11 and 12 lack the tensor-core instructions of 9 and 10: they take Ampere's, and Ampere's shared memory
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def arch_of_hip(name: str) -> str:
+    """The architecture whose configurations run on a ROCm device; ValueError where none fit its matrix cores."""
+    if not name.startswith("gfx9"):
+        raise ValueError(f"the Triton kernels are configured for gfx942 and its family, the device is {name}")
+    return "gfx942"
+
+
+def _serving(by_head_dim: dict[int, Config], head_dim: int) -> Config:
+    padded = block_d(head_dim)
+    return by_head_dim[min(limit for limit in by_head_dim if limit >= padded)]
