@@ -258,7 +258,7 @@ def compile_attention(
             _cache.move_to_end(key)
             return _cache[key]
     fns = tuple(topology.resolve_fn(connection, layout) for connection in topology.connections)
-    reads = topology_reads(layout, topology, fns=fns, dense_in_time=dense_in_time)
+    reads = topology_reads(layout, topology, dense_in_time)
     packed = pack_positions(layout, reads)
     connections = tuple(topology.connections)
     if normalize == "joint":

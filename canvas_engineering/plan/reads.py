@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..canvas import CanvasLayout
-from ..connectivity import CanvasTopology, Connection, resolve_frames
+from ..connectivity import CanvasTopology, resolve_connections, resolve_frames
 from ..masks import MaskSpec, pattern_cover, split_boxes
 
 
@@ -49,20 +47,12 @@ class Reads:
         )
 
 
-def topology_reads(
-    layout: CanvasLayout,
-    topology: CanvasTopology,
-    masks: Callable[[Connection], MaskSpec | None] | None = None,
-    fns: list[str] | None = None,
-    dense_in_time: bool = False,
-) -> Reads:
+def topology_reads(layout: CanvasLayout, topology: CanvasTopology, dense_in_time: bool = False) -> Reads:
     """Resolves every connection (semantics, section 2).
 
     Args:
         layout, topology: the declaration. A connection that names a region missing from the layout makes no read, and
             one UserWarning tells of all of them.
-        masks: the mask of a connection, where it is not the connection's own.
-        fns: the attention function of each connection; those of "none" make no read.
         dense_in_time: take every connection as if it had no temporal offsets.
 
     Raises:
@@ -73,17 +63,11 @@ def topology_reads(
     regions = regions.reshape(len(names), 1 + layout.n_spatial_dims, 2)
     periods = [layout.region_spec(name).period for name in names]
     collect = _Collector(regions)
-    missing: list[Connection] = []
-    for number, connection in enumerate(topology.connections):
-        src, dst = names.get(connection.src), names.get(connection.dst)
-        if src is None or dst is None:
-            missing.append(connection)
-            continue
-        if connection.weight == 0 or (fns is not None and fns[number] == "none"):
-            continue
-        mask = connection.mask if masks is None else masks(connection)
-        timeless = dense_in_time or (connection.t_src is None and connection.t_dst is None)
-        if timeless and (mask is None or mask.kind == "full"):
+    for number, connection, _ in resolve_connections(topology, layout):
+        src, dst, mask = names[connection.src], names[connection.dst], connection.mask
+        whole = mask is None or mask.kind == "full"
+        offsets = (None, None) if dense_in_time else (connection.t_src, connection.t_dst)
+        if whole and offsets == (None, None):
             collect.whole.append((number, src, dst, connection.weight))
             continue
         frames = resolve_frames(
@@ -92,26 +76,17 @@ def topology_reads(
             (int(regions[dst, 0, 0]), int(regions[dst, 0, 1])),
             periods[src],
             periods[dst],
-            None if dense_in_time else connection.t_src,
-            None if dense_in_time else connection.t_dst,
+            *offsets,
             connection.temporal_fill,
             connection.interpolation_order,
         )
-        if mask is None or mask.kind == "full":
+        if whole:
             collect.framed.append((number, src, dst, connection.weight, frames))
             continue
         try:
             collect.masked(number, src, dst, connection.weight, frames, mask)
         except ValueError as error:
             raise ValueError(f"connection {number}, {connection.src!r} reads {connection.dst!r}: {error}") from None
-    if missing:
-        shown = ", ".join(f"{c.src!r} reads {c.dst!r}" for c in missing[:3]) + (", …" if len(missing) > 3 else "")
-        warnings.warn(
-            f"{len(missing)} of {len(topology.connections)} connections name a region that is not in the layout and "
-            f"are skipped: {shown}",
-            UserWarning,
-            stacklevel=3,
-        )
     return collect.reads()
 
 
