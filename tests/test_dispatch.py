@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -241,6 +244,21 @@ def test_checkpointing_autocast_and_copies():
     assert low.dtype == torch.float32 and torch.isfinite(low).all()
     error = (low - single(x)).abs().max() / single(x).abs().max()
     assert 0 < error < 0.05
+
+
+def test_a_saved_model_runs_where_its_plan_was_never_compiled(tmp_path):
+    layout, topology = small()
+    dispatcher = randomised(layout, topology, 0).float()
+    x = torch.randn(1, layout.num_positions, D_MODEL)
+    torch.save({"model": dispatcher, "x": x, "expected": dispatcher(x)}, tmp_path / "model.pt")
+    script = (
+        "import sys, torch; saved = torch.load(sys.argv[1], weights_only=False); "
+        "assert torch.equal(saved['model'](saved['x']), saved['expected'])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "model.pt"], check=True, env={**os.environ, "PYTHONPATH": ".:kernels"}
+    )
+    assert copy.deepcopy(dispatcher).plan is dispatcher.plan
 
 
 def test_bad_input_is_named():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -175,6 +179,13 @@ def test_equal_content_has_equal_key_and_is_found_while_alive():
     tables = [random_table(3) for _ in range(2)]
     assert tables[0].key == tables[1].key != random_table(4).key
     assert BlockTable.lookup(tables[0].key).key == tables[0].key
+    assert tables[0] is tables[1], "equal content is one object"
+    assert copy.deepcopy(tables[0]) is tables[0] and pickle.loads(pickle.dumps(tables[0])) is tables[0]
+    data, key = pickle.dumps(tables[0]), tables[0].key
+    del tables
+    gc.collect()
+    restored = pickle.loads(data)
+    assert BlockTable.lookup(key) is restored and restored.key == key
     with pytest.raises(KeyError, match="no live BlockTable"):
         BlockTable.lookup("0" * 40)
 

@@ -54,6 +54,12 @@ class AttentionPlan:
     packed: PackedOrder = field(repr=False)
     cache: dict = field(default_factory=dict, repr=False)
 
+    def __deepcopy__(self, memo) -> AttentionPlan:
+        return self  # immutable; a copied model shares it
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "cache": {}}  # tensors of this machine's devices stay here
+
     @property
     def order(self) -> np.ndarray:
         return self.packed.order

@@ -172,10 +172,17 @@ class BlockTable:
         for array in arrays:
             array.setflags(write=False)
         table = cls(form, int(n_positions), int(n_edges), int(n_slots), *arrays)
-        return table
+        return _LIVE.setdefault(table.key, table)
 
-    def __post_init__(self):
-        _LIVE[self.key] = self
+    # Equal content is one object: what is derived from it is derived once, and a key finds it while anyone holds it.
+    def __deepcopy__(self, memo) -> BlockTable:
+        return self
+
+    def __reduce__(self):
+        names = ("q_start", "q_stop", "k_start", "k_stop", "weight")
+        if self.form == "edge":
+            names += ("segment", "edge", "replace")
+        return _rebuild, (self.form, self.n_positions, self.n_edges, {name: getattr(self, name) for name in names})
 
     @staticmethod
     def lookup(key: str) -> BlockTable:
@@ -363,6 +370,10 @@ class BlockTable:
                 self.cache[host] = build_tilings(self, classes, transposed)
             self.cache[key] = tuple(tiling.to(device) for tiling in self.cache[host])
         return self.cache[key]
+
+
+def _rebuild(form: str, n_positions: int, n_edges: int, arrays: dict[str, np.ndarray]) -> BlockTable:
+    return BlockTable.from_rectangles(form, n_positions, n_edges, **arrays)
 
 
 def normalise_row_sums(sums: torch.Tensor) -> torch.Tensor:
