@@ -18,7 +18,8 @@ import torch
 from .tiling import TileClass
 
 MAX_HEAD_DIM = 256
-STAGES = ("forward", "delta", "dq", "dkv")
+HEAD_DIMS = (16, 32, 64, 128, 256)
+"""What head dimensions are padded to."""
 SMALL_TILE_COST = 0.2
 
 
@@ -215,7 +216,7 @@ def classes(configs: tuple[Config, ...]) -> tuple[TileClass, ...]:
     return tuple(TileClass(config.block_m, config.block_n, config.cost) for config in configs)
 
 
-def shipped(arch: str | None = None, head_dims: tuple[int, ...] = (16, 32, 64, 128, 256)) -> Iterator[Launch]:
+def shipped(arch: str | None = None, head_dims: tuple[int, ...] = HEAD_DIMS) -> Iterator[Launch]:
     """Every kernel that can be launched, for one architecture or all; ``head_dims`` are padded ones."""
     for name in ARCHITECTURES if arch is None else (arch,):
         for stage, form in _PASSES:

@@ -1,0 +1,503 @@
+"""The Triton passes against a dense float64 oracle: on a GPU where there is one, in Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from canvas_kernels import block_attention, configs, launch
+from canvas_kernels.configs import Config
+from canvas_kernels.table import BlockTable
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOAT32_BUDGET = 2e-5
+
+TILES = {
+    "16": (Config(16, 16, 1, 2),),
+    "32x16": (Config(32, 16, 4, 2),),
+    "16x32": (Config(16, 32, 4, 2),),
+    "64": (Config(64, 64, 4, 2),),
+    "32+16": (Config(32, 32, 4, 2), Config(16, 16, 1, 2)),
+}
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def edge_table(n, rectangles, n_edges=None, replace=()) -> BlockTable:
+    """Rectangles as (segment, edge, weight, q_start, q_stop, k_start, k_stop); edges in ``replace`` replace."""
+    segment, edge, weight, *ranges = zip(*rectangles)
+    names = ("q_start", "q_stop", "k_start", "k_stop")
+    return BlockTable.from_rectangles(
+        "edge",
+        n,
+        n_edges or max(edge) + 1,
+        segment=segment,
+        edge=edge,
+        weight=weight,
+        replace=[e in replace for e in edge],
+        **dict(zip(names, ranges)),
+    )
+
+
+def joint_table(n, rectangles) -> BlockTable:
+    """Rectangles as (weight, q_start, q_stop, k_start, k_stop)."""
+    names = ("weight", "q_start", "q_stop", "k_start", "k_stop")
+    return BlockTable.from_rectangles("joint", n, 0, **dict(zip(names, zip(*rectangles))))
+
+
+# Lengths are ragged for every tile size; rows 0 … 2 and 66 … of "overlap" see nothing.
+TABLES = {
+    "overlap": lambda: edge_table(
+        71,
+        [
+            (0, 0, 1.0, 3, 40, 5, 50),
+            (1, 1, 0.5, 20, 66, 30, 71),
+            (2, 1, 2.0, 10, 30, 0, 7),
+            (3, 2, 0.3, 39, 41, 70, 71),
+        ],
+    ),
+    # segment 0 has two separate query ranges in one 16-row tile, one with two key ranges; segment 1 two that overlap
+    "pieces": lambda: edge_table(
+        45,
+        [
+            (0, 0, 1.0, 2, 5, 0, 9),
+            (0, 0, 1.0, 2, 5, 20, 43),
+            (0, 0, 1.0, 9, 14, 4, 30),
+            (0, 0, 1.0, 40, 45, 1, 3),
+            (1, 1, 0.7, 0, 30, 10, 20),
+            (1, 1, 0.7, 11, 45, 31, 45),
+        ],
+    ),
+    "replace": lambda: edge_table(
+        50, [(0, 0, 1.0, 0, 50, 0, 50), (1, 1, 0.4, 10, 30, 5, 25), (2, 2, 1.5, 20, 41, 30, 47)], replace=(1, 2)
+    ),
+    "tiny": lambda: edge_table(
+        40, [(i, i, 0.1 + i, 4 * i, 4 * i + 3, 4 * i, 4 * i + 4) for i in range(10)], n_edges=12
+    ),
+    "dense": lambda: edge_table(70, [(0, 0, 1.0, 0, 70, 0, 70)]),
+    "joint": lambda: joint_table(
+        67,
+        [
+            (1.0, 0, 20, 0, 67),
+            (0.25, 20, 45, 10, 31),
+            (3.0, 20, 45, 40, 67),
+            (1.5, 30, 60, 35, 39),
+            (0.5, 60, 61, 0, 1),
+        ],
+    ),
+    "joint dense": lambda: joint_table(70, [(1.0, 0, 70, 0, 70)]),
+}
+
+
+# -- the oracle -------------------------------------------------------------------------------------------------------
+
+
+def membership(table: BlockTable, segment: int) -> torch.Tensor:
+    """[n, n]: weight of the pair in a segment, 0 where the segment does not hold it."""
+    dense = torch.zeros(table.n_positions, table.n_positions, dtype=torch.float64)
+    for r in np.flatnonzero(table.segment == segment):
+        dense[table.q_start[r] : table.q_stop[r], table.k_start[r] : table.k_stop[r]] = float(table.weight[r])
+    return dense
+
+
+def dense_attention(q, k, v, table, scale, gain=None, active=None, row_scale=None):
+    """The formulas of kernels/README.md over dense matrices, in q's dtype: out, lse (base 2)."""
+    out = torch.zeros_like(q)
+    lse = torch.full((*q.shape[:2], table.n_slots), math.inf, dtype=q.dtype)
+    for segment in range(int(table.segment.max()) + 1):
+        lead = int(np.flatnonzero(table.segment == segment)[0])
+        edge, kind = int(table.edge[lead]), int(table.replace[lead])
+        if active is not None and not active[edge]:
+            continue
+        pairs = membership(table, segment)
+        rows = (pairs > 0).any(1)
+        logits = scale * q[:, :, rows] @ k.transpose(-1, -2)
+        logits = logits.masked_fill(pairs[rows] == 0, -math.inf)
+        if table.form == "joint":
+            logits = logits + torch.where(pairs[rows] > 0, pairs[rows], 1).log().to(q.dtype)
+            factor = torch.ones(int(rows.sum()), dtype=q.dtype)
+        else:
+            factor = float(table.weight[lead]) * row_scale[kind, rows].to(q.dtype)
+            factor = factor if gain is None else factor * gain[edge].to(q.dtype)
+        contribution = factor[:, None] * (logits.softmax(-1) @ v)
+        out = out.index_add(2, rows.nonzero()[:, 0], contribution)
+        log_sum = (logits.detach().logsumexp(-1) / math.log(2)).to(lse.dtype)
+        place = {}
+        for r in np.flatnonzero(table.segment == segment):
+            for row in range(table.q_start[r], table.q_stop[r]):
+                place[row] = int(table.slot[r]) + row - int(table.q_start[r])
+        slots = [place[row] for row in rows.nonzero()[:, 0].tolist()]
+        lse[:, :, slots] = log_sum
+    return out, lse
+
+
+def error(found, wanted) -> float:
+    """max |difference| / max |oracle|; NaN counts as infinite."""
+    found, wanted = found.detach().cpu().double(), wanted.detach().double()
+    difference = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+    return math.inf if difference.isnan() else difference.item()
+
+
+# -- running both -----------------------------------------------------------------------------------------------------
+
+
+def make_inputs(table, head_dim, dtype, batch=1, heads=1, seed=0, mean=0.0):
+    """q, k, v, grad_out on the CPU, (batch, heads, n, head_dim)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, table.n_positions, head_dim)
+    return [(torch.randn(shape, generator=generator) + mean).to(dtype) for _ in range(4)]
+
+
+def expected(table, inputs, scale, gain=None, active=None, row_scale=None, dtype=torch.float64):
+    """out, lse, dq, dk, dv, dgain of the dense formulas computed in ``dtype`` with autograd."""
+    q, k, v, grad_out = (x.detach().to(dtype) for x in inputs)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    if gain is not None:
+        gain = gain.to(dtype).requires_grad_()
+        leaves.append(gain)
+    out, lse = dense_attention(q, k, v, table, scale, gain, active, row_scale)
+    grads = torch.autograd.grad(out, leaves, grad_out, allow_unused=True)
+    names = ["dq", "dk", "dv", "dgain"]
+    return {"out": out.detach(), "lse": lse} | dict(zip(names, grads))
+
+
+def computed(table, inputs, scale, gain=None, active=None, row_scale=None):
+    """The same from the kernels."""
+    q, k, v, grad_out = (x.to(DEVICE) for x in inputs)
+    gain, active, row_scale = (None if x is None else x.to(DEVICE) for x in (gain, active, row_scale))
+    options = dict(scale=scale, gain=gain, active=active, row_scale=row_scale)
+    out, lse = launch.forward(q, k, v, table, **options)
+    dq, dk, dv, dgain = launch.backward(grad_out, q, k, v, out, lse, table, **options, need_gain=gain is not None)
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dgain": dgain}
+
+
+def check(table, inputs, gain=None, active=None, scale=0.3):
+    """Every result within its budget; returns the kernels' results."""
+    row_scale = table.row_scale(active, "cpu") if table.form == "edge" else None
+    wanted = expected(table, inputs, scale, gain, active, row_scale)
+    found = computed(table, inputs, scale, gain, active, row_scale)
+    dtype = inputs[0].dtype
+    plain = None if dtype == torch.float32 else expected(table, inputs, scale, gain, active, row_scale, dtype)
+    finite = wanted["lse"].isfinite()
+    assert torch.equal(found["lse"].cpu().isfinite(), finite), "lse is +inf exactly where a slot sees no key"
+    for results in (wanted, found, plain or {}):
+        results.pop("lse", None) if not finite.any() else None
+    for name, value in wanted.items():
+        if value is None:
+            assert found[name] is None or name != "dgain"
+            continue
+        got = found[name]
+        if name == "lse":
+            got, value = got.cpu()[finite], value[finite]
+            budget = 1e-5 if plain is None else 1e-2
+        else:
+            assert got.dtype == (torch.float32 if name == "dgain" else dtype) and got.is_contiguous()
+            # a handful of gains can agree by luck: at least one unit in the last place is granted
+            budget = FLOAT32_BUDGET if plain is None else max(2 * error(plain[name], value), torch.finfo(dtype).eps)
+        assert error(got, value) <= budget, f"{name}: error {error(got, value):.2e}, budget {budget:.2e}"
+    return found
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan(monkeypatch):
+    """What a kernel forgets to write is NaN, and not a lucky zero."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(x):
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Sets the tile sizes of every pass."""
+    return lambda name: monkeypatch.setattr(configs, "lookup", lambda *args: TILES[name])
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tile"),
+    [
+        ("overlap", "16"),
+        ("overlap", "64"),
+        ("overlap", "32x16"),
+        ("pieces", "16"),
+        ("pieces", "32+16"),
+        ("replace", "16x32"),
+        ("tiny", "32+16"),
+        ("tiny", "64"),
+        ("joint", "16"),
+        ("joint", "32+16"),
+        ("joint", "64"),
+        ("joint dense", "32x16"),
+    ],
+)
+def test_float32_results_are_the_oracles(tiles, name, tile):
+    tiles(tile)
+    table = TABLES[name]()
+    check(table, make_inputs(table, 16, torch.float32))
+
+
+@pytest.mark.parametrize("name", ["overlap", "joint", "dense", "joint dense"])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_sixteen_bit_errors_are_at_most_twice_those_of_plain_attention(tiles, name, dtype):
+    tiles("32+16")
+    table = TABLES[name]()
+    check(table, make_inputs(table, 32, dtype), scale=0.2)
+
+
+def test_values_far_from_zero_keep_their_gradients(tiles):
+    tiles("32+16")
+    table = TABLES["overlap"]()
+    check(table, make_inputs(table, 32, torch.float16, mean=2.0), gain=torch.tensor([1.0, 0.5, 2.0]), scale=0.1)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 96])
+def test_head_dims_are_padded(tiles, head_dim):
+    tiles("32x16")
+    table = TABLES["pieces"]()
+    check(table, make_inputs(table, head_dim, torch.float32), scale=head_dim**-0.5)
+
+
+@pytest.mark.parametrize("head_dim", [40, 72])
+def test_head_dims_are_padded_in_joint_form(tiles, head_dim):
+    tiles("32+16")
+    table = TABLES["joint"]()
+    check(table, make_inputs(table, head_dim, torch.float32), scale=head_dim**-0.5)
+
+
+@pytest.mark.parametrize("name", ["replace", "joint"])
+def test_batches_and_heads_find_their_own_rows(tiles, name):
+    tiles("64")
+    table = TABLES[name]()
+    check(table, make_inputs(table, 16, torch.float32, batch=2, heads=2))
+
+
+@pytest.mark.parametrize("name", ["replace", "joint"])
+def test_strides_are_followed(tiles, name):
+    """q is a (B, N, H, D) view, k a slice of a wider tensor, v has no unit stride, grad_out is one expanded number."""
+    tiles("64")
+    table = TABLES[name]()
+    n = table.n_positions
+    dense = make_inputs(table, 16, torch.float32, heads=2)
+    q = dense[0].transpose(1, 2).contiguous().transpose(1, 2)
+    k = torch.cat([dense[1], torch.full_like(dense[1], math.nan)], -1)[..., :16]
+    v = dense[2].transpose(2, 3).contiguous().transpose(2, 3)
+    grad_out = torch.tensor(0.5).expand(1, 2, n, 16)
+    assert q.stride() == (n * 32, 16, 32, 1) and k.stride(2) == 32 and v.stride(3) == n
+    check(table, [q, k, v, grad_out])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:All-NaN slice encountered")
+def test_rows_outside_every_rectangle_may_hold_anything(tiles):
+    """0 · NaN is NaN: rows that a run does not hold must never be loaded to be weighted by 0."""
+    tiles("16")
+    table = edge_table(60, [(0, 0, 1.0, 3, 20, 18, 37), (1, 1, 0.5, 21, 30, 40, 51)])
+    clean = make_inputs(table, 16, torch.float32)
+    row_scale = table.row_scale(None, "cpu")
+    wanted = expected(table, clean, 0.3, row_scale=row_scale)
+    q, k, v, grad_out = (x.clone() for x in clean)
+    for x in (k, v):
+        x[:, :, :18] = x[:, :, 37:40] = x[:, :, 51:] = math.nan
+    for x in (q, grad_out):
+        x[:, :, :3] = x[:, :, 20] = x[:, :, 30:] = math.inf
+    found = computed(table, [q, k, v, grad_out], 0.3, row_scale=row_scale)
+    queries, keys = [*range(3, 20), *range(21, 30)], [*range(18, 37), *range(40, 51)]
+    for name, rows in (("out", queries), ("dq", queries), ("dk", keys), ("dv", keys)):
+        assert error(found[name][:, :, rows], wanted[name][:, :, rows]) <= FLOAT32_BUDGET, name
+
+
+def test_a_table_without_rectangles_gives_zeros():
+    table = BlockTable.from_rectangles(
+        "edge", 20, 1, q_start=[], q_stop=[], k_start=[], k_stop=[], weight=[], segment=[], edge=[]
+    )
+    inputs = make_inputs(table, 16, torch.float32)
+    found = computed(table, inputs, 0.3, gain=torch.ones(1), row_scale=torch.zeros(2, 20))
+    for name in ("out", "dq", "dk", "dv", "dgain"):
+        assert torch.equal(found[name], torch.zeros_like(found[name])), name
+
+
+def test_large_logits_neither_overflow_nor_lose_the_maximum(tiles):
+    tiles("16")
+    table = TABLES["joint"]()
+    inputs = make_inputs(table, 16, torch.float32)
+    inputs[0] *= 30
+    inputs[1] *= 30
+    check(table, inputs, scale=0.02)
+    hot = computed(table, inputs, 1.0)
+    assert all(hot[name].isfinite().all() for name in ("out", "dq", "dk", "dv"))
+
+
+# -- gains and activity -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["overlap", "replace"])
+def test_gains_of_every_sign_have_the_right_gradients(tiles, name):
+    tiles("32x16")
+    table = TABLES[name]()
+    check(table, make_inputs(table, 16, torch.float32), gain=torch.tensor([1.3, -0.6, 0.0]))
+
+
+def test_a_gain_of_zero_still_has_a_gradient(tiles):
+    tiles("64")
+    table = TABLES["dense"]()
+    found = check(table, make_inputs(table, 16, torch.float32), gain=torch.zeros(1))
+    assert found["out"].abs().max() == 0 and found["dgain"].abs().item() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "active", "tile"),
+    [
+        ("overlap", [1, 0, 1], "16"),
+        ("replace", [1, 0, 1], "32+16"),
+        ("pieces", [0, 1], "32x16"),
+        ("tiny", [0, 1, 1, 0, 0, 0, 1, 0, 0, 1, 1, 0], "32+16"),
+        ("overlap", [0, 0, 0], "64"),
+    ],
+)
+def test_inactive_edges_are_as_if_they_were_not_there(tiles, name, active, tile):
+    tiles(tile)
+    table = TABLES[name]()
+    active = torch.tensor(active, dtype=torch.float32)
+    gain = torch.linspace(0.5, 1.5, table.n_edges)
+    row_scale = table.row_scale(active, "cpu")
+    if not active.any():
+        found = computed(table, make_inputs(table, 16, torch.float32), 0.3, gain, active, row_scale)
+        assert all((found[key] == 0).all() for key in ("out", "dq", "dk", "dv", "dgain"))
+        assert found["lse"].isposinf().all()
+        return
+    check(table, make_inputs(table, 16, torch.float32), gain=gain, active=active)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_compaction_keeps_exactly_the_active_runs_in_order(seed, transposed):
+    rng = np.random.default_rng(seed)
+    table = TABLES[["overlap", "pieces", "tiny"][seed % 3]]()
+    tilings = table.device_tilings(DEVICE, configs.classes(TILES["32+16"]), transposed)
+    active = torch.tensor(rng.integers(0, 2, table.n_edges), dtype=torch.float32, device=DEVICE)
+    for tiling in tilings:
+        walk = launch.walk(tiling, table, None, active)
+        assert walk.rows.shape[0] == tiling.rows.shape[0] + 1 and walk.n_tiles == tiling.n_tiles
+        for before, after in zip(tiling.tiles.tolist(), walk.tiles.tolist()):
+            assert before[:2] == after[:2]
+            runs, row, blocks = [], before[2], before[3]
+            while blocks > 0:
+                if active[tiling.edge[row]]:
+                    runs.append((tiling.rows[row].tolist(), tiling.weight[row].item()))
+                blocks -= -(-int(tiling.rows[row, 1]) // tiling.block_n)
+                row += 1
+            kept, row, blocks = [], after[2], after[3]
+            while blocks > 0:
+                kept.append((walk.rows[row].tolist(), walk.weight[row].item()))
+                blocks -= -(-int(walk.rows[row, 1]) // tiling.block_n)
+                row += 1
+            assert kept == runs and blocks == 0
+
+
+# -- promises ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["overlap", "joint"])
+def test_the_same_inputs_give_the_same_bits(tiles, name):
+    tiles("32+16")
+    table = TABLES[name]()
+    inputs = make_inputs(table, 16, torch.float16)
+    row_scale = table.row_scale(None, "cpu") if table.form == "edge" else None
+    gain = torch.tensor([1.0, -0.5, 2.0]) if table.form == "edge" else None
+    first, second = (computed(table, inputs, 0.3, gain, None, row_scale) for _ in range(2))
+    for key, value in first.items():
+        assert value is None or torch.equal(value, second[key]), key
+
+
+def test_the_operator_runs_the_kernels_with_autograd(tiles):
+    tiles("64")
+    table = TABLES["replace"]()
+    inputs = make_inputs(table, 16, torch.float32)
+    gain, active = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([1.0, 1.0, 0.0])
+    row_scale = table.row_scale(active, "cpu")
+    wanted = expected(table, inputs, 0.3, gain, active, row_scale)
+    leaves = [x.to(DEVICE).requires_grad_() for x in (*inputs[:3], gain)]
+    out = block_attention(*leaves[:3], table, scale=0.3, gain=leaves[3], active=active.to(DEVICE), backend="triton")
+    grads = torch.autograd.grad(out, leaves, inputs[3].to(DEVICE))
+    assert error(out, wanted["out"]) <= FLOAT32_BUDGET
+    for name, grad in zip(("dq", "dk", "dv", "dgain"), grads):
+        assert error(grad, wanted[name]) <= FLOAT32_BUDGET, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["replace", "joint"])
+def test_a_step_neither_waits_for_the_device_nor_escapes_a_captured_graph(name):
+    table = TABLES[name]()
+    inputs = [x.cuda() for x in make_inputs(table, 64, torch.bfloat16)]
+    edge = table.form == "edge"
+    active = torch.tensor([1.0, 0.0, 1.0], device="cuda") if edge else None
+    gain = torch.tensor([1.0, -0.5, 2.0], device="cuda") if edge else None
+
+    def step():
+        row_scale = table.row_scale(active, "cuda") if edge else None
+        options = dict(scale=0.1, gain=gain, active=active, row_scale=row_scale)
+        out, lse = launch.forward(*inputs[:3], table, **options)
+        return out, *launch.backward(inputs[3], *inputs[:3], out, lse, table, **options, need_gain=edge)[:3]
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    if edge:
+        active.copy_(torch.tensor([0.0, 1.0, 1.0]))
+    graph.replay()
+    for found, wanted in zip(captured, step()):
+        assert torch.equal(found, wanted)
+
+
+# -- configurations ---------------------------------------------------------------------------------------------------
+
+
+def test_every_shipped_configuration_is_found_where_it_is_looked_up():
+    count = 0
+    for shipped in configs.shipped():
+        found = configs.lookup(shipped.arch, shipped.head_dim, shipped.dtype, shipped.stage, shipped.form)
+        assert shipped.config in found and found[0].block_m >= found[-1].block_m
+        # tilings nest the classes: a large tile splits into whole small ones
+        assert all(found[0].block_m % config.block_m == 0 for config in found)
+        count += 1
+    assert count == 4 * 9 * 5 * 5
+
+
+@pytest.mark.parametrize(("head_dim", "padded"), [(1, 16), (16, 16), (17, 32), (64, 64), (80, 128), (160, 256)])
+def test_head_dims_pad_to_powers_of_two(head_dim, padded):
+    assert configs.block_d(head_dim) == padded
+
+
+def test_what_has_no_configuration_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match="gfx1100"):
+        configs.arch_of_hip("gfx1100")
+    with pytest.raises(ValueError, match=r"7\.5"):
+        configs.arch_of_cuda((7, 5))
+    with pytest.raises(ValueError, match="sm_70"):
+        configs.lookup("sm_70", 64, torch.float16, "forward", "edge")
+    with pytest.raises(ValueError, match="257"):
+        configs.lookup("sm_90", 257, torch.float16, "forward", "edge")
+    with pytest.raises(ValueError, match="float64"):
+        configs.lookup("sm_90", 64, torch.float64, "forward", "edge")
+
+
+def test_devices_take_the_configurations_of_their_family():
+    found = [configs.arch_of_cuda(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))]
+    assert found == ["sm_80", "sm_80", "sm_90", "sm_100", "sm_100", "sm_80"]
+    assert configs.arch_of_hip("gfx942:sramecc+:xnack-") == "gfx942"
