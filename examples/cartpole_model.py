@@ -1,8 +1,9 @@
 """The demo's canvas and the small transformer on it.
 
 The canvas holds 16 frames at 25 frames per second: video in 2 x 2 patches, the four state variables as fast
-proprioception, one action, and a summary that ticks every fourth frame. The first half of the window is observed. The
-second half of video and proprioception is blanked and predicted; all 16 actions are known, as they are for a plan.
+proprioception, one action, and a summary that ticks every fourth frame. The first half of the window is observed. In
+its second half, video and proprioception hold the last observed frame, and the model predicts what to change; all 16
+actions are known, as they are for a plan.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def declare(d_model: int) -> tuple[CanvasLayout, CanvasTopology]:
         t_current=OBSERVED,
         regions={
             "video": RegionSpec((0, FRAMES, 0, ROWS, 0, COLUMNS)),
-            "proprioception": RegionSpec((0, FRAMES, proprioception, proprioception + 1, 0, 4)),
-            "action": RegionSpec((0, FRAMES, proprioception, proprioception + 1, 4, 5), is_output=False),
+            "proprioception": RegionSpec((0, FRAMES, proprioception, proprioception + 1, 0, 1)),
+            "action": RegionSpec((0, FRAMES, proprioception, proprioception + 1, 1, 2), is_output=False),
             "summary": RegionSpec(
                 (0, FRAMES // SUMMARY_PERIOD, summary, summary + 1, 0, COLUMNS), period=SUMMARY_PERIOD, is_output=False
             ),
@@ -49,7 +50,9 @@ def declare(d_model: int) -> tuple[CanvasLayout, CanvasTopology]:
             Connection("video", "proprioception", **now),
             Connection("video", "summary", **now, temporal_fill=TemporalFill.HOLD),
             Connection("proprioception", "proprioception"),
-            Connection("proprioception", "action"),
+            Connection("proprioception", "proprioception", t_src=0, t_dst=-OBSERVED),
+            # What happened since that frame: a read, and so a softmax, per action. Outputs add up, as pushes do.
+            *(Connection("proprioception", "action", t_src=0, t_dst=-k) for k in range(1, OBSERVED + 1)),
             Connection("proprioception", "video", **now),
             Connection("proprioception", "summary", **now, temporal_fill=TemporalFill.INTERPOLATE),
             Connection("summary", "summary"),
@@ -92,13 +95,11 @@ class WorldModel(nn.Module):
             Block(d_model, attention(topology, layout, d_model, n_heads)) for _ in range(n_blocks)
         )
         self.encode_patch = nn.Linear(PATCH * PATCH, d_model)
-        self.encode_variable = nn.Linear(1, d_model)
+        self.encode_state = nn.Linear(4, d_model)
         self.encode_action = nn.Embedding(2, d_model)
-        self.blank_video = nn.Parameter(torch.zeros(d_model))
-        self.blank_proprioception = nn.Parameter(torch.zeros(d_model))
         self.decode_patch = nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, PATCH * PATCH))
-        self.decode_variable = nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, 1))
-        for decoder in (self.decode_patch, self.decode_variable):
+        self.decode_state = nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, 4))
+        for decoder in (self.decode_patch, self.decode_state):
             nn.init.zeros_(decoder[-1].weight)
             nn.init.zeros_(decoder[-1].bias)
 
@@ -111,11 +112,9 @@ class WorldModel(nn.Module):
         batch = video.shape[0]
         patches = rearrange(video, "b t (row p) (column q) -> b t row column (p q)", p=PATCH, q=PATCH)
         x = self.canvas.create_empty(batch)
-        patches = blank_future(self.encode_patch(patches), self.blank_video)
-        variables = blank_future(self.encode_variable(states[..., None]), self.blank_proprioception)
-        x = self.canvas.place(x, patches, "video")
-        x = self.canvas.place(x, variables, "proprioception")
-        x = self.canvas.place(x, self.encode_action(actions), "action")
+        x = self.add(x, "video", self.encode_patch(hold_present(patches)))
+        x = self.add(x, "proprioception", self.encode_state(hold_present(states)))
+        x = self.add(x, "action", self.encode_action(actions))
         for block in self.blocks:
             x = block(x)
 
@@ -123,12 +122,16 @@ class WorldModel(nn.Module):
         pixels = rearrange(
             patches, "b (t row column) (p q) -> b t (row p) (column q)", t=FRAMES, row=ROWS, p=PATCH
         )
-        variables = rearrange(self.decode_variable(self.canvas.extract(x, "proprioception")), "b (t v) 1 -> b t v", v=4)
+        change = self.decode_state(self.canvas.extract(x, "proprioception"))
         last_video, last_states = video[:, OBSERVED - 1, None], states[:, OBSERVED - 1, None]
-        return last_video + pixels[:, OBSERVED:], last_states + variables[:, OBSERVED:]
+        return last_video + pixels[:, OBSERVED:], last_states + change[:, OBSERVED:]
+
+    def add(self, x: Tensor, name: str, embeddings: Tensor) -> Tensor:
+        """Place embeddings (B, frames, …, d_model) in a region, on top of each position's place in space and time."""
+        return self.canvas.place(x, self.canvas.extract(x, name) + embeddings.flatten(1, -2), name)
 
 
-def blank_future(embeddings: Tensor, blank: Tensor) -> Tensor:
-    """(B, 16, …, d) → (B, n, d), with every frame after the observed ones replaced by the vector ``blank`` (d,)."""
-    future = blank.expand_as(embeddings[:, OBSERVED:])
-    return torch.cat([embeddings[:, :OBSERVED], future], dim=1).flatten(1, -2)
+def hold_present(x: Tensor) -> Tensor:
+    """(B, 16, …) with every frame after the observed ones replaced by the last one observed."""
+    future = x[:, OBSERVED - 1, None].expand_as(x[:, OBSERVED:])
+    return torch.cat([x[:, :OBSERVED], future], dim=1)
