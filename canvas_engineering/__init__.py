@@ -1,5 +1,13 @@
 """Declare regions of latent space and who reads whom; train through the block-sparse attention that follows."""
 
+from canvas_engineering.attention import (
+    ATTENTION_REGISTRY,
+    CogVideoXAttention,
+    CrossAttention,
+    canvas_attention,
+    create_attention,
+    register_attention,
+)
 from canvas_engineering.canvas import (
     ATTENTION_TYPES,
     CanvasLayout,
@@ -12,7 +20,9 @@ from canvas_engineering.canvas import (
     transfer_distance,
 )
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
+from canvas_engineering.dispatch import AttentionDispatcher
 from canvas_engineering.masks import MaskSpec, Rect, mask_to_index_pairs, rect_cover
+from canvas_engineering.plan import AttentionPlan, compile_attention
 from canvas_engineering.schema import CanvasSchema
 
 __all__ = [
@@ -34,4 +44,15 @@ __all__ = [
     "mask_to_index_pairs",
     "rect_cover",
     "CanvasSchema",
+    # plan
+    "AttentionPlan",
+    "compile_attention",
+    # run
+    "ATTENTION_REGISTRY",
+    "CogVideoXAttention",
+    "CrossAttention",
+    "canvas_attention",
+    "create_attention",
+    "register_attention",
+    "AttentionDispatcher",
 ]

@@ -106,7 +106,7 @@ def save(recording: Recording, path: Path) -> None:
 def load(path: Path) -> Recording:
     """Read what :func:`save` wrote; ValueError that names the file if it is something else."""
     try:
-        with np.load(path) as arrays:
+        with open(path, "rb") as file, np.load(file) as arrays:
             return Recording(**{name: arrays[name] for name in ("frames", "states", "actions", "episode")})
     except (KeyError, ValueError, zipfile.BadZipFile) as cause:
         raise ValueError(f"{path} is not a recording of this demo ({cause}); delete it to record anew") from cause
