@@ -1,8 +1,10 @@
 """Grouping: the cells of a BlockTable as a few batched dense products (host, numpy, once per table).
 
-Small cells of equal shape become one *batch*; segments that the same query rows read, each with equally many keys, stand side by side in it, so
-that their logits are one matrix product. Shapes that are rare are padded into a neighbour's batch where that costs less than a batch
-of their own. Cells above ``LARGE_PAIRS`` stay alone and are executed on slices, without gathering anything.
+A *slab* is a row of equal cells at equal distances, so that plain strided views hold all of its queries and all of its
+keys: one attention call, nothing gathered. Segments of adjacent rows that read the same keys share a cell there. What
+is too small or too scattered for that becomes a *batch*: cells of equal shape whose rows are gathered, segments that the
+same rows read side by side in one product. Rare shapes are padded into a neighbour's batch where that costs less than a
+batch of their own.
 """
 
 from __future__ import annotations
@@ -14,27 +16,72 @@ import numpy as np
 from .table import BlockTable
 from .tiling import expand_ranges
 
-# One thread, float32, 4 heads of 64, forward + backward: flash on slices against a batched product with stored probabilities, ns per pair and
-# head: 128² 13.9 / 13.2, 192² 12.6 / 12.9, 256² 11.3 / 13.5 (8 cells each). Gathering its keys costs the batched form more on wide cells.
-LARGE_PAIRS = 192 * 192
+# Time model, ns, forward + backward in float32 on one thread with four heads of 64.
+# One slab's calls, and of a slab a (cell, head): 16² 9 µs, 64² 63 µs, 180² 419 µs, 256² 742 µs.
+SLAB_NS, SLAB_CELL_NS, SLAB_PAIR_NS = 100e3, 4 * 6e3, 4 * 12.5
+# One batch's calls, a pair (64² 12.5), and a gathered row with its shares of gathering, scaling and adding up.
+BATCH_NS, BATCH_PAIR_NS, BATCH_ROW_NS = 90e3, 4 * 12.5, 4 * 280.0
 # Rows that one stage may gather per (batch, head): 64 MB of float32 at head_dim 64.
 STAGE_ROWS = 1 << 18
 # Pairs of one batch per (batch, head): 8 MB of probabilities where they are not kept.
 BATCH_PAIRS = 1 << 21
-# Time model for padding, ns with four heads: one batch's calls; a pair; a gathered row with its shares of gather, scale and reduce.
-BATCH_NS, PAIR_NS, ROW_NS = 90e3, 4 * 12.0, 4 * 280.0
-# Above this many distinct shapes, rows and keys are first rounded up to a ladder of sizes.
+# Softmax over fewer keys than this runs along the middle dimension, keys first, wherever rows are at least as many:
+# over the last one torch does not use its vector units for short rows. ns per element (rows × keys): 256 × 8 27 / 1.3,
+# 16 × 4 37 / 2.0, 180 × 30 3.6 / 1.8, 64 × 64 1.3 / 1.4.
+KEYS_FIRST = 64
+# Above this many distinct shapes, sizes are first rounded up to a ladder.
 MAX_SHAPES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Slab:
+    """G cells of R query rows and the same numbers of keys, at equal distances.
+
+    Cell g holds the rows ``[start + g · step, start + g · step + rows)`` and, for each (first, length, step) of
+    ``ranges``, the keys ``[first + g · step, first + g · step + length)``, ranges in ascending order. ``segment`` and
+    ``slot`` int64 [G, R] are those of each row. ``bias`` float64 [G, keys]: ln of the keys' weights, None where it is
+    constant along each cell's keys; ``offset`` float64 [G] holds the constant, which shows in lse alone.
+    ``fresh_rows``: no slab before this one holds any of its rows; ``fresh_keys``: the same of its keys, and they are
+    distinct.
+    """
+
+    start: int
+    step: int
+    rows: int
+    ranges: tuple[tuple[int, int, int], ...]
+    segment: np.ndarray
+    slot: np.ndarray
+    bias: np.ndarray | None
+    offset: np.ndarray
+    fresh_rows: bool = False
+    fresh_keys: bool = False
+
+    @property
+    def keys_first(self) -> bool:
+        """Whether probabilities are stored [keys, rows] rather than [rows, keys]."""
+        return self.keys < KEYS_FIRST and self.keys <= self.rows
+
+    @property
+    def pairs(self) -> int:
+        return self.cells * self.rows * self.keys
+
+    @property
+    def cells(self) -> int:
+        return len(self.segment)
+
+    @property
+    def keys(self) -> int:
+        return sum(length for _, length, _ in self.ranges)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """G units of R query rows; each unit reads S segments of W keys.
 
-    ``rows`` int64 [G, R] and ``row_valid`` bool [G, R]; ``keys`` int64 [G, S, W] and ``key_valid`` bool [G, S, W]; ``segment`` int64 [G, S], −1 where a
-    unit has fewer than S; ``slot`` int64 [G, S], the slot of the unit's first row. Padding repeats a valid position. ``bias`` float64
-    [G, S·W]: ln of the keys' weights, −inf on padded keys; None where it is constant along every unit's keys, then ``offset`` float64 [G] holds the
-    constant, which cancels in the softmax and shows in lse alone.
+    ``rows`` int64 [G, R] and ``row_valid`` bool [G, R]; ``keys`` int64 [G, S, W] and ``key_valid`` bool [G, S, W];
+    ``segment`` int64 [G, S], −1 where a unit has fewer than S; ``slot`` int64 [G, S], the slot of the unit's first row.
+    Padding repeats a valid position. ``bias`` float64 [G, S·W]: ln of the keys' weights, −inf on padded keys; None
+    where it is constant along every unit's keys, then ``offset`` float64 [G] holds the constant.
     """
 
     rows: np.ndarray
@@ -52,40 +99,29 @@ class Batch:
         return (*self.rows.shape, *self.keys.shape[1:])
 
     @property
+    def keys_first(self) -> bool:
+        """Whether probabilities are stored [keys, rows] rather than [rows, keys]."""
+        _, rows, _, width = self.shape
+        return width < KEYS_FIRST and width <= rows
+
+    @property
     def pairs(self) -> int:
         units, rows, segments, width = self.shape
         return units * rows * segments * width
 
 
 @dataclass(frozen=True, eq=False)
-class LargeCell:
-    """Query rows ``[start, stop)`` of one segment and their keys: ``ranges`` of key rows, merged, ascending.
-
-    ``bias`` float64 [keys]: ln of the keys' weights; None where they are equal, then ``offset`` holds it.
-    """
-
-    start: int
-    stop: int
-    ranges: tuple[tuple[int, int], ...]
-    segment: int
-    slot: int
-    bias: np.ndarray | None
-    offset: float
-
-    @property
-    def keys(self) -> int:
-        return sum(stop - start for start, stop in self.ranges)
-
-
-@dataclass(frozen=True, eq=False)
 class Grouping:
-    """What the torch executor runs: ``stages`` of batches, then ``large`` cells.
+    """What the torch executor runs: ``stages`` of batches, then ``slabs``.
 
-    Per segment: ``weight`` float64, ``edge`` and ``replace`` int64 (joint form: one segment of weight 1).
+    ``all_rows_fresh`` and ``all_keys_fresh``: the fresh slabs alone hold every position as row, as key. Per segment:
+    ``weight`` float64, ``edge`` and ``replace`` int64 (joint form: one segment of weight 1).
     """
 
     stages: tuple[tuple[Batch, ...], ...]
-    large: tuple[LargeCell, ...]
+    slabs: tuple[Slab, ...]
+    all_rows_fresh: bool
+    all_keys_fresh: bool
     weight: np.ndarray
     edge: np.ndarray
     replace: np.ndarray
@@ -102,106 +138,280 @@ def group(table: BlockTable) -> Grouping:
     return table.cache["grouping"]
 
 
-def build_grouping(table: BlockTable, large_pairs: int | None = None) -> Grouping:
-    large_pairs = LARGE_PAIRS if large_pairs is None else large_pairs
+def build_grouping(table: BlockTable) -> Grouping:
     weight, edge, replace = _segments(table)
     cells = table.cells()
     if not len(cells.segment):
-        return Grouping((), (), weight, edge, replace)
-    lengths = (table.k_stop - table.k_start).astype(np.int64)[cells.rectangle]
-    width = np.add.reduceat(lengths, cells.ptr[:-1])
-    rows = cells.q_stop - cells.q_start
-    is_large = rows * width >= large_pairs
-    large = tuple(_large_cell(table, c) for c in is_large.nonzero()[0].tolist())
-    small = (~is_large).nonzero()[0]
-    stages = _stages(_batches(table, small, rows[small], width[small], replace)) if len(small) else ()
-    return Grouping(stages, large, weight, edge, replace)
+        return Grouping((), (), False, False, weight, edge, replace)
+    slabs, taken = _slabs(_Pieces(table), replace)
+    left = (~taken).nonzero()[0]
+    stages = _stages(_batches(table, left, replace)) if len(left) else ()
+    slabs, all_rows, all_keys = _mark_fresh(slabs, table.n_positions)
+    return Grouping(stages, slabs, all_rows and not stages, all_keys and not stages, weight, edge, replace)
 
 
 def _segments(table: BlockTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if table.form == "joint":
         return np.ones(1), np.zeros(1, np.int64), np.zeros(1, np.int64)
     first = np.unique(table.segment, return_index=True)[1]
-    return table.weight[first].astype(np.float64), table.edge[first].astype(np.int64), table.replace[first].astype(np.int64)
+    weight, edge, replace = table.weight[first], table.edge[first], table.replace[first]
+    return weight.astype(np.float64), edge.astype(np.int64), replace.astype(np.int64)
 
 
-def _large_cell(table: BlockTable, c: int) -> LargeCell:
+# -- slabs ---------------------------------------------------------------------------------------------------------------
+
+
+class _Pieces:
+    """Key ranges of every cell with adjacent rectangles joined: CSR ``ptr``, ``start``, ``stop``; and a number per
+    distinct key set (``key_set``, weights included) and per distinct sequence of lengths (``lengths``)."""
+
+    def __init__(self, table: BlockTable):
+        cells = table.cells()
+        self.table = table
+        start = table.k_start[cells.rectangle].astype(np.int64)
+        stop = table.k_stop[cells.rectangle].astype(np.int64)
+        weight = table.weight[cells.rectangle] if table.form == "joint" else np.ones(len(start), np.float32)
+        owner = np.repeat(np.arange(len(cells.segment)), np.diff(cells.ptr))
+        fresh = np.ones(len(start), bool)
+        fresh[1:] = (owner[1:] != owner[:-1]) | (start[1:] != stop[:-1]) | (weight[1:] != weight[:-1])
+        first = fresh.nonzero()[0]
+        self.start, self.stop = start[first], stop[np.append(first[1:], len(start)) - 1]
+        self.weight = weight[first].astype(np.float64)
+        self.ptr = np.concatenate([[0], np.cumsum(np.bincount(owner[first], minlength=len(cells.segment)))])
+        self.keys = np.add.reduceat(self.stop - self.start, self.ptr[:-1])
+        self.key_set = self._number(np.stack([self.start, self.stop, self.weight.view(np.int64)], axis=1))
+        self.lengths = self._number((self.stop - self.start)[:, None])
+
+    def _number(self, rows: np.ndarray) -> np.ndarray:
+        """A number per cell, equal exactly where the cells' rows are equal."""
+        _, kind = np.unique(rows, axis=0, return_inverse=True)
+        count = np.diff(self.ptr)
+        number = np.zeros(len(count), np.int64)
+        kind = kind.reshape(-1)
+        # one column of ranges after another: numbers of (so far, this range)
+        for column in range(int(count.max())):
+            has = count > column
+            pair = np.full((len(count), 2), -1, np.int64)
+            pair[:, 0] = number
+            pair[has, 1] = kind[self.ptr[:-1][has] + column]
+            number = np.unique(pair, axis=0, return_inverse=True)[1].reshape(-1)
+        return number
+
+
+def _slabs(pieces: _Pieces, replace: np.ndarray) -> tuple[list[Slab], np.ndarray]:
+    """Slabs that pay, and bool [cells]: which cells they hold."""
+    cells = pieces.table.cells()
+    kind = replace[cells.segment]
+    # adjacent rows that read the same keys: one taller cell, called a block
+    order = np.lexsort((cells.q_start, pieces.key_set, kind))
+    ordered = (kind[order], pieces.key_set[order])
+    joined = np.zeros(len(order), bool)
+    joined[1:] = cells.q_start[order][1:] == cells.q_stop[order][:-1]
+    for array in ordered:
+        joined[1:] &= array[1:] == array[:-1]
+    block_first = (~joined).nonzero()[0]
+    block_count = np.diff(np.append(block_first, len(order)))
+    lead = order[block_first]
+    start, stop = cells.q_start[lead], cells.q_stop[order[block_first + block_count - 1]]
+    rows, first_key = stop - start, pieces.start[pieces.ptr[lead]]
+    edge = pieces.table.edge[cells.rectangle[cells.ptr[lead]]]
+
+    slabs, taken = [], np.zeros(len(order), bool)
+    free = np.ones(len(lead), bool)
+    # rows of blocks at equal distances: first within a connection, then among blocks at one distance from their keys,
+    # then among blocks of the same keys; alone at last
+    for key in (edge, first_key - start, first_key, None):
+        candidates = free.nonzero()[0]
+        if not len(candidates):
+            break
+        if key is None:
+            pays = _pays(1, rows[candidates], pieces.keys[lead[candidates]])
+            runs = [(candidate,) for candidate in candidates[pays].tolist()]
+        else:
+            columns = (kind[lead], rows, pieces.lengths[lead], key)
+            candidates = candidates[np.lexsort((start[candidates], *(x[candidates] for x in columns[::-1])))]
+            same = np.ones(len(candidates) - 1, bool)
+            for column in columns:
+                same &= column[candidates][1:] == column[candidates][:-1]
+            runs = (candidates[low:high] for low, high in _runs(candidates, same, start, rows, lead, pieces))
+        for members in runs:
+            members = np.asarray(members)
+            if _pays(len(members), rows[members[0]], pieces.keys[lead[members[0]]]):
+                free[members] = False
+                taken[order[expand_ranges(block_first[members], block_count[members])[1]]] = True
+                slabs.append(_slab(pieces, order, block_first[members], block_count[members]))
+    return slabs, taken
+
+
+def _pays(count, rows, keys):
+    slab = SLAB_NS + count * (SLAB_CELL_NS + SLAB_PAIR_NS * rows * keys)
+    # a batch is shared: its calls are not charged here
+    return slab < count * (BATCH_ROW_NS * (rows + keys) + BATCH_PAIR_NS * rows * keys)
+
+
+def _runs(candidates, same, start, rows, lead, pieces):
+    """[low, high) in ``candidates`` of two or more blocks whose rows and keys lie at equal distances, rows apart."""
+    row_step = np.diff(start[candidates])
+    sound, steady = _range_steps(candidates, lead, pieces)
+    good = same & (row_step >= rows[candidates][:-1]) & sound
+    continues = np.zeros(len(good), bool)
+    continues[1:] = good[1:] & good[:-1] & (row_step[1:] == row_step[:-1]) & steady[1:]
+    begins, breaks = good.nonzero()[0], np.append((~continues).nonzero()[0], len(good))
+    low = 0
+    while True:
+        at = np.searchsorted(begins, low)
+        if at == len(begins):
+            return
+        low = begins[at]
+        high = breaks[np.searchsorted(breaks, low, side="right")] + 1
+        yield low, high
+        low = high
+
+
+def _range_steps(candidates, lead, pieces) -> tuple[np.ndarray, np.ndarray]:
+    """For every neighbouring pair of blocks: whether no range moves backwards or by less than its length (unless it
+    stands still), and whether all ranges move as they did in the pair before."""
+    pairs = len(candidates) - 1
+    sound, steady = np.ones(pairs, bool), np.ones(pairs, bool)
+    count = np.diff(pieces.ptr)[lead[candidates]]
+    base = pieces.ptr[lead[candidates]]
+    for column in range(int(count.max())):
+        both = (count[1:] > column) & (count[:-1] > column)
+        here = np.where(count > column, base + column, 0)
+        step = np.where(both, np.diff(pieces.start[here]), 0)
+        length = (pieces.stop - pieces.start)[here][:-1]
+        sound &= ~both | (step == 0) | (step >= length)
+        steady[1:] &= step[1:] == step[:-1]
+    return sound, steady
+
+
+def _slab(pieces: _Pieces, order: np.ndarray, first: np.ndarray, count: np.ndarray) -> Slab:
+    """The slab of the blocks whose cells are ``order[first[b] : first[b] + count[b]]``."""
+    cells = pieces.table.cells()
+    lead = order[first]
+    low, high = int(pieces.ptr[lead[0]]), int(pieces.ptr[lead[0] + 1])
+    n_ranges = high - low
+    starts = pieces.start[pieces.ptr[lead][:, None] + np.arange(n_ranges)]
+    steps = starts[1] - starts[0] if len(lead) > 1 else np.zeros(n_ranges, np.int64)
+    lengths = (pieces.stop - pieces.start)[low:high]
+    owner, member = expand_ranges(first, count)
+    member = order[member]
+    height = cells.q_stop[member] - cells.q_start[member]
+    of_row, offset_in = expand_ranges(np.zeros(len(member)), height)
+    segment = cells.segment[member][of_row].reshape(len(lead), -1)
+    slot = (cells.slot[member][of_row] + offset_in).reshape(len(lead), -1)
+    log_weight = np.log(pieces.weight[pieces.ptr[lead][:, None] + np.arange(n_ranges)])
+    bias, offset = None, log_weight[:, 0]
+    if (log_weight != offset[:, None]).any():
+        bias, offset = np.repeat(log_weight, lengths, axis=1), np.zeros(len(lead))
+    start = cells.q_start[lead]
+    return Slab(
+        int(start[0]),
+        int(start[1] - start[0]) if len(lead) > 1 else 0,
+        segment.shape[1],
+        tuple(zip(starts[0].tolist(), lengths.tolist(), steps.tolist())),
+        segment,
+        slot,
+        bias,
+        offset,
+    )
+
+
+def _mark_fresh(slabs: list[Slab], n: int) -> tuple[tuple[Slab, ...], bool, bool]:
+    """Slabs with their fresh flags, largest first, and whether the fresh ones cover all rows, all keys."""
+    slabs = sorted(slabs, key=lambda slab: -slab.cells * slab.rows * slab.keys)
+    row_seen, key_seen, marked = np.zeros(n, bool), np.zeros(n, bool), []
+    for slab in slabs:
+        at = np.arange(slab.cells)[:, None]
+        rows = (slab.start + slab.step * at + np.arange(slab.rows)).reshape(-1)
+        keys = np.concatenate([(first + step * at + np.arange(size)).reshape(-1) for first, size, step in slab.ranges])
+        fresh_rows = not row_seen[rows].any()
+        still = slab.cells > 1 and any(step == 0 for *_, step in slab.ranges)
+        fresh_keys = not still and not key_seen[keys].any()
+        row_seen[rows] = True
+        key_seen[keys] = True
+        marked.append(
+            Slab(
+                slab.start, slab.step, slab.rows, slab.ranges, slab.segment, slab.slot, slab.bias, slab.offset,
+                fresh_rows, fresh_keys,
+            )
+        )  # fmt: skip
+    all_rows = sum(slab.cells * slab.rows for slab in marked if slab.fresh_rows) == n
+    all_keys = sum(slab.cells * slab.keys for slab in marked if slab.fresh_keys) == n
+    return tuple(marked), all_rows, all_keys
+
+
+# -- batches -------------------------------------------------------------------------------------------------------------
+
+
+def _batches(table: BlockTable, members: np.ndarray, replace: np.ndarray) -> list[Batch]:
+    """Batches of the cells ``members``."""
     cells = table.cells()
-    members = cells.rectangle[cells.ptr[c] : cells.ptr[c + 1]]
-    start, stop = table.k_start[members], table.k_stop[members]
-    joins = start[1:] == stop[:-1]
-    ranges = tuple(zip(start[np.append(True, ~joins)].tolist(), stop[np.append(~joins, True)].tolist()))
-    log_weight = np.log(table.weight[members].astype(np.float64)) if table.form == "joint" else np.zeros(len(members))
-    bias, offset = None, float(log_weight[0])
-    if (log_weight != offset).any():
-        bias, offset = np.repeat(log_weight, stop - start), 0.0
-    bounds = int(cells.q_start[c]), int(cells.q_stop[c])
-    return LargeCell(*bounds, ranges, int(cells.segment[c]), int(cells.slot[c]), bias, offset)
-
-
-def _batches(table, small, rows, width, replace) -> list[Batch]:
-    """Batches of the small cells; ``rows`` and ``width`` are theirs."""
-    cells = table.cells()
-    start, segment = cells.q_start[small], cells.segment[small]
-    # units: cells with the same rows, class and number of keys, one after another in order of their segments
-    order = np.lexsort((segment, width, rows, start, replace[segment]))
-    small, rows, width, start, segment = small[order], rows[order], width[order], start[order], segment[order]
-    fresh = np.ones(len(small), bool)
-    for array in (replace[segment], start, rows, width):
-        fresh[1:] &= array[1:] == array[:-1]
-    fresh[1:] = ~fresh[1:]
-    unit = np.cumsum(fresh) - 1
-    first = fresh.nonzero()[0]
-    count = np.diff(np.append(first, len(small)))
-    batch_of_unit, shapes = _assign(np.stack([rows[first], count, width[first]], axis=1))
-
     owner, keys = expand_ranges(table.k_start[cells.rectangle], (table.k_stop - table.k_start)[cells.rectangle])
-    cell_of_key = np.repeat(np.arange(len(cells.segment)), np.diff(cells.ptr))[owner]
-    key_first = np.concatenate([[0], np.cumsum(np.bincount(cell_of_key, minlength=len(cells.segment)))])
+    per_rectangle = (table.k_stop - table.k_start).astype(np.int64)[cells.rectangle]
+    width = np.add.reduceat(per_rectangle, cells.ptr[:-1])
+    key_first = np.cumsum(width) - width
     log_weight = np.log(table.weight.astype(np.float64))[cells.rectangle[owner]] if table.form == "joint" else None
+
+    # units: cells with the same rows, class and number of keys, one after another in order of their segments
+    rows = cells.q_stop - cells.q_start
+    kind = replace[cells.segment]
+    order = np.lexsort(tuple(x[members] for x in (cells.segment, width, rows, cells.q_start, kind)))
+    members = members[order]
+    fresh = np.zeros(len(members), bool)
+    fresh[0] = True
+    for array in (kind, cells.q_start, rows, width):
+        fresh[1:] |= array[members][1:] != array[members][:-1]
+    first = fresh.nonzero()[0]
+    count = np.diff(np.append(first, len(members)))
+    unit_cell = members[first]
+    batch_of_unit, shapes = _assign(np.stack([rows[unit_cell], count, width[unit_cell]], axis=1))
 
     batches = []
     for b, (n_rows, n_segments, n_keys) in enumerate(shapes.tolist()):
         units = (batch_of_unit == b).nonzero()[0]
-        if not len(units):
-            continue
-        # members: the cells of these units, with their place (g, s)
+        lead = unit_cell[units]
+        # the cells of these units, with their place (g, s)
         g, member = expand_ranges(first[units], count[units])
         s = member - first[units][g]
-        valid = np.arange(n_rows) < rows[first[units]][:, None]
-        row_index = start[first[units]][:, None] + np.where(valid, np.arange(n_rows), 0)
-        # keys beyond a segment's own repeat its first one; segments beyond a unit's own repeat the unit's first segment
-        column = np.arange(n_keys)
-        has = column < width[member][:, None]
-        source = key_first[small[member]][:, None] + np.where(has, column, 0)
-        key_index = np.repeat(keys[key_first[small[first[units]]]], n_segments * n_keys).reshape(len(units), n_segments, n_keys)
-        key_valid = np.zeros(key_index.shape, bool)
+        member = members[member]
+        row_valid = np.arange(n_rows) < rows[lead][:, None]
+        row_index = cells.q_start[lead][:, None] + np.where(row_valid, np.arange(n_rows), 0)
+        # keys beyond a segment's own repeat its first one; segments beyond a unit's own repeat the unit's first key
+        has = np.arange(n_keys) < width[member][:, None]
+        source = key_first[member][:, None] + np.where(has, np.arange(n_keys), 0)
+        shape = (len(units), n_segments, n_keys)
+        key_index = np.broadcast_to(keys[key_first[lead]][:, None, None], shape).copy()
+        key_valid = np.zeros(shape, bool)
         key_index[g, s], key_valid[g, s] = keys[source], has
-        segments = np.full((len(units), n_segments), -1, np.int64)
-        slots = np.zeros((len(units), n_segments), np.int64)
-        segments[g, s], slots[g, s] = segment[member], cells.slot[small[member]]
-        bias = np.zeros(key_index.shape)
+        segment = np.full(shape[:2], -1, np.int64)
+        slot = np.zeros(shape[:2], np.int64)
+        segment[g, s], slot[g, s] = cells.segment[member], cells.slot[member]
+        bias, offset = np.zeros(shape), np.zeros(len(units))
         bias[g, s] = np.where(has, 0.0 if log_weight is None else log_weight[source], -np.inf)
-        bias, offset = bias.reshape(len(units), -1), np.zeros(len(units))
+        bias = bias.reshape(len(units), -1)
         if (bias == bias[:, :1]).all():
             bias, offset = None, bias[:, 0]
-        batches.append(Batch(row_index, valid, key_index, key_valid, segments, slots, bias, offset))
+        batches.append(Batch(row_index, row_valid, key_index, key_valid, segment, slot, bias, offset))
     return batches
 
 
 def _assign(shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(batch of every unit, shape of every batch) for units of shape (rows, segments, keys): equal shapes together, rare ones merged."""
+    """(batch of every unit, shape of every batch) for units of shape (rows, segments, keys): equal shapes together, rare
+    ones merged."""
+    if len(np.unique(shapes, axis=0)) > MAX_SHAPES:
+        # 1, 2, 3, 4, 6, 8, 12, 16, 24, …: at most a half more
+        ladder = np.unique([[2**i, 3 * 2**i // 2] for i in range(31)])
+        shapes = ladder[np.searchsorted(ladder, shapes)]
     kinds, kind = np.unique(shapes, axis=0, return_inverse=True)
-    if len(kinds) > MAX_SHAPES:
-        kinds, kind = np.unique(_round_up(shapes), axis=0, return_inverse=True)
     kind = kind.reshape(-1)
     size = np.bincount(kind, minlength=len(kinds)).astype(np.float64)
-    target = np.arange(len(kinds))
-    shape = kinds.astype(np.float64)
+    shape, target = kinds.astype(np.float64), np.arange(len(kinds))
 
     def cost(shape, size):
         rows, segments, keys = np.moveaxis(shape, -1, 0)
-        return BATCH_NS + size * (PAIR_NS * rows * segments * keys + ROW_NS * (rows + segments * keys))
+        pairs = BATCH_PAIR_NS * rows * segments * keys
+        return BATCH_NS + size * (pairs + BATCH_ROW_NS * (rows + segments * keys))
 
     while len(size) > 1:
         own = cost(shape, size)
@@ -218,14 +428,8 @@ def _assign(shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return target[kind], shape.astype(np.int64)
 
 
-def _round_up(shapes: np.ndarray) -> np.ndarray:
-    """Sizes rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24, …: at most a half more."""
-    ladder = np.unique([[2**i, 3 * 2**i // 2] for i in range(31)])
-    return ladder[np.searchsorted(ladder, shapes)]
-
-
 def _stages(batches: list[Batch]) -> tuple[tuple[Batch, ...], ...]:
-    """Batches, cut where one gathers more than ``STAGE_ROWS`` rows, collected into stages that stay below it."""
+    """Batches, cut where one gathers too many rows or pairs, collected into stages of at most ``STAGE_ROWS`` rows."""
     stages: list[list[Batch]] = []
     held = STAGE_ROWS
     for batch in batches:
@@ -244,5 +448,5 @@ def _stages(batches: list[Batch]) -> tuple[tuple[Batch, ...], ...]:
 
 
 def _slice(batch: Batch, low: int, high: int) -> Batch:
-    arrays = (batch.rows, batch.row_valid, batch.keys, batch.key_valid, batch.segment, batch.slot, batch.bias, batch.offset)
-    return Batch(*(None if array is None else array[low:high] for array in arrays))
+    arrays = (batch.rows, batch.row_valid, batch.keys, batch.key_valid, batch.segment, batch.slot, batch.bias)
+    return Batch(*(None if array is None else array[low:high] for array in (*arrays, batch.offset)))

@@ -239,11 +239,7 @@ def _attention_fake(q, k, v, gain, active, row_scale, table, scale, backend, nee
 
 
 def _fake_like(x, backend):
-    """The torch backend stores (B, n, H, D), what projections read and write; Triton (B, H, n, D)."""
-    if backend == "torch":
-        batch, heads, n, dim = x.shape
-        return x.new_empty(batch, n, heads, dim).transpose(1, 2)
-    return x.new_empty(x.shape)
+    return rectangles.empty_like(x) if backend == "torch" else x.new_empty(x.shape)
 
 
 def _attention_backward_kernel(
