@@ -172,7 +172,7 @@ def _gain_gradient(delta, table, active, row_scale) -> torch.Tensor:
     layout = table.slot_layout(delta.device)
     share = layout.weight * row_scale[layout.replace, layout.position] * delta.sum((0, 1))
     dgain = torch.segment_reduce(share, "sum", lengths=layout.per_edge, initial=0.0, unsafe=True)
-    return dgain if active is None else dgain * active.to(dgain.dtype)
+    return dgain if active is None else dgain * (active != 0)
 
 
 def _joint_delta(grad_out, out) -> torch.Tensor:
@@ -214,7 +214,7 @@ def _walks(table, q, stage, gain, active):
     """(config, walk) of every launch of a pass."""
     if not q.numel():
         return []
-    found = configs.lookup(_arch(q.device), q.shape[3], q.dtype, stage, table.form)
+    found = configs.lookup(arch_of(q.device), q.shape[3], q.dtype, stage, table.form)
     tilings = table.device_tilings(q.device, configs.classes(found), stage == "dkv")
     config_of = {(config.block_m, config.block_n): config for config in found}
     return [(config_of[tiling.block_m, tiling.block_n], walk(tiling, table, gain, active)) for tiling in tilings]
@@ -266,7 +266,7 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _arch(device: torch.device) -> str:
+def arch_of(device: torch.device) -> str:
     """The architecture whose configurations a device runs, asked once per device."""
     if device.type != "cuda":
         return "interpreter"

@@ -1,0 +1,384 @@
+"""The Triton kernels on a device: every configuration against float64, then timings, a profile, and a search for tiles.
+
+    python -m benchmarks.gpu --out DIR [--phases correctness,timings,profile,dispatcher,sweep] [--interpret]
+
+correctness  every configuration of the device's architecture, outputs and all gradients, in fp32, fp16 and bf16
+timings      ours in both forms against the contestants of ``gpu_cases.py``; medians, TFLOP/s on selected pairs
+profile      torch.profiler on the slowest of ours
+dispatcher   AttentionDispatcher against the per-edge loop, forward and backward
+sweep        (not by default) tile candidates per pass, for ``configs.py``
+
+Rows go to ``DIR/<phase>.jsonl`` as each phase ends. A phase that fails is reported, the next one still runs, and the
+program ends with status 1: time on a device is scarce. A case is timed only after its results have been found right.
+``--interpret`` runs the same code at toy size in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+PHASES = ("correctness", "timings", "profile", "dispatcher", "sweep")
+DEFAULT_PHASES = PHASES[:-1]
+SWEPT_PASSES = (
+    ("joint", "forward"),
+    ("edge", "forward"),
+    ("edge", "delta"),
+    ("joint", "dq"),
+    ("edge", "dq"),
+    ("joint", "dkv"),
+    ("edge", "dkv"),
+)
+# block_m, block_n, warps, stages, by head dimension
+SWEEP = {
+    64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+    128: ((64, 64, 8, 2), (64, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3)),
+}
+REGISTER_BOUNDS = (None, 168, 128)
+
+
+class Wrong(Exception):
+    """Results differ from the oracle: there is nothing to time."""
+
+
+class Session:
+    """One run: where it goes, on which device, at which size."""
+
+    def __init__(self, out: Path, interpret: bool):
+        import torch
+        import triton
+
+        from benchmarks import measure
+
+        self.out, self.interpret = out, interpret
+        self.device = "cpu" if interpret else "cuda"
+        self.environment = measure.environment(self.device) | {"triton": triton.__version__}
+        self.dtype = torch.float32 if interpret else torch.bfloat16
+        self.began = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.began:6.1f} s] {text}", flush=True)
+
+    def write(self, phase: str, rows: list[dict]) -> None:
+        from benchmarks import measure
+
+        measure.write_rows([row | self.environment for row in rows], self.out / f"{phase}.jsonl")
+
+    def seconds(self, call) -> dict[str, float]:
+        """Quantiles of one call's seconds."""
+        if self.interpret:
+            start = time.perf_counter()
+            call()
+            return {"p50": time.perf_counter() - start}
+        from triton.testing import do_bench
+
+        times = do_bench(call, warmup=20, rep=80, quantiles=[0.1, 0.5, 0.9])
+        return dict(zip(("p10", "p50", "p90"), (milliseconds / 1e3 for milliseconds in times)))
+
+
+# -- correctness -----------------------------------------------------------------------------------------------------
+
+
+def correctness(session: Session) -> list[dict]:
+    """Tasks in parallel processes: compiling takes most of the time, and a device fault ends one process only."""
+    import torch
+
+    from benchmarks import gpu_checks
+
+    if session.interpret:
+        chosen = gpu_checks.tasks(40, (16,), (torch.float32,))
+        rows = [gpu_checks.run_task(task, "cpu") for task in chosen]
+    else:
+        chosen = gpu_checks.tasks(1600)
+        workers = min(14, os.cpu_count() or 1)
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            futures = [pool.submit(gpu_checks.run_task, task, "cuda") for task in chosen]
+            rows = [
+                future.result() if not future.exception() else failure(task, future.exception())
+                for task, future in zip(chosen, futures)
+            ]
+    for row in rows:
+        worst = max((row["errors"][name] / row["budgets"][name] for name in row["errors"]), default=math.nan)
+        name = f"D {row['head_dim']} {row['dtype']} {row['form']}{' with gains' if row['gained'] else ''}"
+        session.say(f"{name}: {worst:.2f} of the budget; {'; '.join(row['faults']) or 'right'}")
+    session.write("correctness", rows)
+    if any(row["faults"] for row in rows):
+        raise Wrong(f"{sum(bool(row['faults']) for row in rows)} of {len(rows)} tasks have faults")
+    return rows
+
+
+def failure(task, error: BaseException) -> dict:
+    """The row of a task that did not end."""
+    described = task._asdict() | {"dtype": str(task.dtype).removeprefix("torch."), "errors": {}, "budgets": {}}
+    return described | {"faults": [f"{type(error).__name__}: {str(error)[:300]}"]}
+
+
+# -- timings ---------------------------------------------------------------------------------------------------------
+
+
+def inputs(pattern, session: Session):
+    """q, k, v with gradients and grad_out, (B, H, n, D), random."""
+    import torch
+
+    generator = torch.Generator(session.device).manual_seed(0)
+    shape = (pattern.batch, pattern.heads, pattern.positions, pattern.head_dim)
+    found = [torch.randn(shape, generator=generator, device=session.device).to(session.dtype) for _ in range(4)]
+    return [x.requires_grad_() for x in found[:3]], found[3]
+
+
+def ours(form: str, pattern, q, k, v):
+    """A call of our kernels."""
+    from canvas_kernels import block_attention
+
+    table = pattern.table(form)
+    return lambda: block_attention(q, k, v, table, backend="triton")
+
+
+def gate(pattern, form: str, session: Session) -> float:
+    """The error of our output against float64 on the first head; :class:`Wrong` over 1e-5 (float32) or 2e-2."""
+    from canvas_kernels import block_attention, reference
+
+    (q, k, v), _ = inputs(pattern, session)
+    table = pattern.table(form)
+    q, k, v = (x.detach()[:1, :1] for x in (q, k, v))
+    found = block_attention(q, k, v, table, backend="triton").double()
+    wanted = reference.attention(q.double(), k.double(), v.double(), table, scale=pattern.head_dim**-0.5)[0]
+    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    if not error <= (1e-5 if session.interpret else 2e-2):
+        raise Wrong(f"{pattern.name} {form}: error {error:.2e}")
+    return error
+
+
+def time_case(pattern, name: str, form: str, session: Session) -> dict:
+    """One row: forward, and backward alone, of ``name`` ("ours" or a contestant)."""
+    import torch
+
+    from benchmarks import gpu_cases
+
+    (q, k, v), grad_out = inputs(pattern, session)
+    row = {"case": pattern.name, "contestant": name, "form": form, "head_dim": pattern.head_dim}
+    if name == "ours":
+        row["error"] = gate(pattern, form, session)
+        call = ours(form, pattern, q, k, v)
+    else:
+        call = gpu_cases.contestant(name, pattern, q, k, v)
+    start = time.perf_counter()
+    out = call()
+    torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True)
+    if session.device == "cuda":
+        torch.cuda.synchronize()
+    row["first_seconds"] = time.perf_counter() - start
+    with torch.no_grad():
+        forward = session.seconds(call)
+    backward = session.seconds(lambda: torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True))
+    table = pattern.table(form)
+    batch_heads = pattern.batch * pattern.heads
+    for stage, seconds, is_backward in (("forward", forward, False), ("backward", backward, True)):
+        row[f"{stage}_seconds"] = seconds
+        row[f"{stage}_tflops"] = table.flops(pattern.head_dim, batch_heads, is_backward) / seconds["p50"] / 1e12
+    return row | {"pairs": table.pairs, "density": table.density, "positions": pattern.positions}
+
+
+def timings(session: Session) -> list[dict]:
+    import torch
+
+    from benchmarks import gpu_cases
+
+    rows, failed = [], []
+    for pattern in gpu_cases.TOY if session.interpret else gpu_cases.PATTERNS:
+        runs = [("ours", "joint"), ("ours", "edge")]
+        runs += [(name, "edge" if name == "per_edge" else "joint") for name in pattern.contestants]
+        for name, form in runs:
+            try:
+                row = time_case(pattern, name, form, session)
+            except Wrong:
+                raise
+            except Exception as error:
+                # a contestant that runs out of memory, say: its row says so and the others are still timed
+                failed.append(f"{pattern.name} {name} {form}: {type(error).__name__}: {str(error)[:200]}")
+                rows.append({"case": pattern.name, "contestant": name, "form": form, "failed": failed[-1]})
+                session.say(failed[-1])
+                continue
+            rows.append(row)
+            speeds = f"forward {row['forward_tflops']:7.1f} TFLOP/s, backward {row['backward_tflops']:7.1f} TFLOP/s"
+            session.say(f"{pattern.name:22} {name:10} {form:5} {speeds}, first call {row['first_seconds']:.1f} s")
+            session.write("timings", rows)
+        if session.device == "cuda":
+            torch.cuda.empty_cache()
+    session.write("timings", rows)
+    if any(text.split()[1] == "ours" for text in failed):
+        raise Wrong("; ".join(failed))
+    return rows
+
+
+# -- profile, dispatcher, sweep --------------------------------------------------------------------------------------
+
+
+def profile(session: Session) -> list[dict]:
+    """Where the time of our slowest timed case goes, kernel by kernel."""
+    import json
+
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    from benchmarks import gpu_cases
+
+    patterns = gpu_cases.TOY if session.interpret else gpu_cases.PATTERNS
+    name, form = patterns[-1].name, "edge"
+    timed = session.out / "timings.jsonl"
+    if timed.exists():
+        rows = [json.loads(line) for line in timed.read_text().splitlines()]
+        rows = [row for row in rows if row["contestant"] == "ours" and "failed" not in row]
+        slowest = max(rows, key=lambda row: row["forward_seconds"]["p50"] + row["backward_seconds"]["p50"])
+        name, form = slowest["case"], slowest["form"]
+    pattern = next(pattern for pattern in patterns if pattern.name == name)
+    (q, k, v), grad_out = inputs(pattern, session)
+    call = ours(form, pattern, q, k, v)
+    torch.autograd.grad(call(), (q, k, v), grad_out)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if session.device == "cuda" else [])
+    with torch.profiler.profile(activities=activities) as recorded:
+        for _ in range(1 if session.interpret else 5):
+            torch.autograd.grad(call(), (q, k, v), grad_out)
+    order = "self_device_time_total" if session.device == "cuda" else "self_cpu_time_total"
+    text = recorded.key_averages().table(sort_by=order, row_limit=25)
+    (session.out / "profile.txt").write_text(f"{name}, {form} form, 5 steps\n{text}\n")
+    session.say(f"profile of {name}, {form} form\n{text}")
+    return []
+
+
+def dispatcher(session: Session) -> list[dict]:
+    """AttentionDispatcher and the per-edge loop with equal parameters: forward and backward in one step."""
+    import torch
+
+    from benchmarks import cases
+    from benchmarks.naive import PerEdgeLoop
+    from canvas_engineering.dispatch import AttentionDispatcher
+
+    def toy():
+        from canvas_engineering.canvas import CanvasLayout
+        from canvas_engineering.connectivity import CanvasTopology
+
+        regions = {"a": (0, 2, 0, 2, 0, 3), "b": (0, 2, 2, 3, 0, 3)}
+        layout = CanvasLayout(T=2, d_model=32, spatial_shape=(3, 3), regions=regions)
+        return layout, CanvasTopology.causal_temporal(list(regions))
+
+    rows = []
+    large = cases.Case("computer_use", cases.computer_use)
+    for case in [cases.Case("toy", toy)] if session.interpret else [*cases.DISPATCH, large]:
+        layout, topology = case.declare()
+        heads = max(layout.d_model // 64, 1)
+        backend = {"backend": "triton"} if session.interpret else {}
+        contestants = {"ours": AttentionDispatcher(topology, layout, layout.d_model, heads, **backend)}
+        contestants["per_edge"] = PerEdgeLoop(topology, layout, layout.d_model, heads)
+        contestants["per_edge"].load_state_dict(contestants["ours"].state_dict())
+        x = torch.randn(1 if session.interpret else 4, layout.num_positions, layout.d_model, device=session.device)
+        medians = {}
+        for name, module in contestants.items():
+            module.to(session.device)
+
+            def step(module=module, x=x):
+                with torch.autocast(session.device, torch.bfloat16, enabled=not session.interpret):
+                    out = module(x)
+                return torch.autograd.grad(out.float().square().mean(), list(module.parameters()))
+
+            step()
+            medians[name] = session.seconds(step)
+            row = {"case": case.name, "contestant": name, "positions": layout.num_positions}
+            rows.append(row | {"seconds": medians[name]})
+        ratio = medians["per_edge"]["p50"] / medians["ours"]["p50"]
+        session.say(f"{case.name}: {1e3 * medians['ours']['p50']:.2f} ms, {ratio:.2f} times as fast as the loop")
+    session.write("dispatcher", rows)
+    return rows
+
+
+def sweep(session: Session) -> list[dict]:
+    """Times one pass at a time with candidate tiles, the others as shipped. What does not compile is a row, too."""
+    from benchmarks import gpu_cases
+
+    rows = []
+    patterns = [p for p in gpu_cases.PATTERNS if p.name.startswith(("dense", "cogvideox"))]
+    for pattern in gpu_cases.TOY if session.interpret else patterns:
+        for form, stage in SWEPT_PASSES:
+            tried = []
+            for shape in ((16, 16, 1, 2),) if session.interpret else SWEEP[pattern.head_dim]:
+                for bound in (None,) if session.interpret else REGISTER_BOUNDS:
+                    tried.append(time_candidate(pattern, form, stage, (*shape, bound), session))
+            rows += tried
+            session.write("sweep", rows)
+            timed = sorted((row for row in tried if "seconds" in row), key=lambda row: row["seconds"])
+            best = ", ".join(f"{row['config']} {1e3 * row['seconds']:.3f} ms" for row in timed[:3])
+            session.say(f"{pattern.name} {stage} {form}: {best}; {len(tried) - len(timed)} of {len(tried)} failed")
+    return rows
+
+
+def time_candidate(pattern, form: str, stage: str, shape: tuple, session: Session) -> dict:
+    """One row: seconds of the forward, or of the whole backward, with one pass's tiles replaced."""
+    import torch
+
+    from canvas_kernels import configs
+
+    shipped, candidate = configs.lookup, configs.Config(*shape)
+
+    def lookup(arch, head_dim, dtype, wanted, form):
+        return (candidate,) if wanted == stage else shipped(arch, head_dim, dtype, wanted, form)
+
+    row = {"case": pattern.name, "form": form, "stage": stage, "config": list(shape)}
+    (q, k, v), grad_out = inputs(pattern, session)
+    call = ours(form, pattern, q, k, v)
+    configs.lookup = lookup
+    try:
+        if stage == "forward":
+            with torch.no_grad():
+                row["seconds"] = session.seconds(call)["p50"]
+        else:
+            out = call()
+            backward = session.seconds(lambda: torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True))
+            row["seconds"] = backward["p50"]
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        configs.lookup = shipped
+    return row
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for rows and the profile")
+    parser.add_argument("--phases", default=",".join(DEFAULT_PHASES), help="comma-separated")
+    parser.add_argument("--interpret", action="store_true", help="toy sizes in Triton's interpreter, on the CPU")
+    arguments = parser.parse_args(argv)
+    phases = arguments.phases.split(",")
+    unknown = set(phases) - set(PHASES)
+    if unknown:
+        parser.error(f"no phase {', '.join(sorted(unknown))}; there are {', '.join(PHASES)}")
+    if arguments.interpret:
+        # read when kernels are defined: nothing above imports triton
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    if not arguments.interpret and not torch.cuda.is_available():
+        parser.error("no NVIDIA device here; --interpret runs toy sizes on the CPU")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    session = Session(arguments.out, arguments.interpret)
+    session.say(", ".join(f"{name} {value}" for name, value in session.environment.items()))
+    failed = []
+    for phase in phases:
+        session.say(f"== {phase}")
+        try:
+            globals()[phase](session)
+        except Exception:
+            failed.append(phase)
+            session.say(traceback.format_exc())
+    session.say(f"failed: {', '.join(failed)}" if failed else "done")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

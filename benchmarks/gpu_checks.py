@@ -1,0 +1,158 @@
+"""What the kernels compute on a device, held against float64: part of ``python -m benchmarks.gpu``.
+
+A task is one head dimension, dtype and form; its table is laid out so that every configuration of the device runs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from canvas_kernels import configs, launch, reference
+from canvas_kernels.table import BlockTable
+
+FLOAT32_BUDGET = 2e-5
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 160, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+RESULTS = ("out", "dq", "dk", "dv", "dgain")
+
+
+class Task(NamedTuple):
+    """One check. ``gained`` (edge form) adds gains of every sign and an inactive edge."""
+
+    head_dim: int
+    dtype: torch.dtype
+    form: str
+    gained: bool
+    positions: int
+
+
+def tasks(positions: int, head_dims=HEAD_DIMS, dtypes=DTYPES) -> list[Task]:
+    """Every combination, the slow ones to compile first."""
+    forms = (("joint", False), ("edge", False), ("edge", True))
+    by_size = sorted(head_dims, reverse=True)
+    return [Task(d, dtype, form, gained, positions) for d in by_size for dtype in dtypes for form, gained in forms]
+
+
+def mixed_table(form: str, n: int) -> BlockTable:
+    """Large ragged reads over the first four fifths of ``n`` positions, and a fleet of regions of five in the rest.
+
+    Some rows see nothing, some several segments; the second segment has two rectangles, the last large read replaces.
+    """
+    large = 4 * n // 5
+    third = large // 3
+    # edge, weight, rows, keys; no two rectangles overlap, so the same pattern is a joint one
+    rows = [
+        (0, 1.0, 0, third, 0, large - 3),
+        (1, 0.5, third // 2, large - 5, large - 3, large),
+        (1, 0.5, third + 3, 2 * third, large // 2, large // 2 + 1),
+        (3, 1.5, 2 * third, 2 * third + 11, 5, large - 3),
+    ]
+    starts = range(large, n - 5, 23)
+    rows += [(2, 0.75, start, start + 5, start, start + 5) for start in starts]
+    edge, weight, *ranges = (np.array(column) for column in zip(*rows))
+    names = dict(zip(("q_start", "q_stop", "k_start", "k_stop"), ranges), weight=weight)
+    if form == "joint":
+        return BlockTable.from_rectangles("joint", n, 0, **names)
+    segment = [0, 1, 1, 2, *range(3, 3 + len(starts))]
+    return BlockTable.from_rectangles("edge", n, 4, segment=segment, edge=edge, replace=edge == 3, **names)
+
+
+def run_task(task: Task, device: str) -> dict:
+    """Errors, budgets and faults of one task as plain values. Every launch of the task's configurations is made."""
+    table = mixed_table(task.form, task.positions)
+    generator = torch.Generator(device).manual_seed(task.head_dim)
+    shape = (2, 2, task.positions, task.head_dim)
+    q, k, v, grad_out = (torch.randn(shape, generator=generator, device=device).to(task.dtype) for _ in range(4))
+    gain = torch.tensor([1.2, -0.7, 0.0, 0.9], device=device) if task.gained else None
+    active = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device) if task.gained else None
+    row_scale = table.row_scale(active, device) if task.form == "edge" else None
+    options = dict(scale=task.head_dim**-0.5, gain=gain, active=active, row_scale=row_scale)
+
+    def compute():
+        out, lse = launch.forward(q, k, v, table, **options)
+        grads = launch.backward(grad_out, q, k, v, out, lse, table, **options, need_gain=task.gained)
+        return dict(zip(RESULTS, (out, *grads)))
+
+    found, again = compute(), compute()
+    faults = [f"{name}: two runs differ" for name in RESULTS if not _same(found[name], again[name])]
+    faults += _unused(table, task, device) if device == "cuda" else []
+    exact = _with_gradients(_reference, torch.float64, q, k, v, grad_out, table, options)
+    plain = None
+    if task.dtype != torch.float32:
+        plain = _with_gradients(_dense, task.dtype, q, k, v, grad_out, table, options)
+    errors, budgets = {}, {}
+    for name, wanted in exact.items():
+        errors[name] = _error(found[name], wanted)
+        # a handful of gains can agree by luck: one unit in the last place is granted
+        floor = torch.finfo(task.dtype).eps if name == "dgain" else 0.0
+        budgets[name] = FLOAT32_BUDGET if plain is None else max(2 * _error(plain[name], wanted), floor)
+        if not errors[name] <= budgets[name]:
+            faults.append(f"{name}: error {errors[name]:.2e} over {budgets[name]:.2e}")
+    described = task._asdict() | {"dtype": str(task.dtype).removeprefix("torch.")}
+    return described | {"errors": errors, "budgets": budgets, "faults": faults}
+
+
+def _unused(table: BlockTable, task: Task, device: str) -> list[str]:
+    """Configurations that the table gives no tile: they would pass unseen."""
+    missing = []
+    stages = ("forward", "dq", "dkv") if task.form == "joint" else ("forward", "delta", "dq", "dkv")
+    for stage in stages:
+        found = configs.lookup(launch.arch_of(torch.device(device)), task.head_dim, task.dtype, stage, task.form)
+        tilings = table.device_tilings(device, configs.classes(found), stage == "dkv")
+        used = {(tiling.block_m, tiling.block_n) for tiling in tilings}
+        missing += [f"{stage}: {c.block_m} × {c.block_n} not run" for c in found if (c.block_m, c.block_n) not in used]
+    return missing
+
+
+def _with_gradients(attend, dtype, q, k, v, grad_out, table, options) -> dict[str, torch.Tensor]:
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    options = dict(options)
+    if options["gain"] is not None:
+        options["gain"] = options["gain"].to(dtype).requires_grad_()
+        leaves.append(options["gain"])
+    out = attend(*leaves[:3], table, options)
+    return dict(zip(RESULTS, (out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype)))))
+
+
+def _reference(q, k, v, table, options):
+    return reference.attention(q, k, v, table, **options)[0]
+
+
+def _dense(q, k, v, table, options):
+    """The plain implementation whose rounding sets the budget: dense, in the inputs' dtype, a softmax per segment."""
+    out = torch.zeros_like(q)
+    for segment in range(int(table.segment.max()) + 1):
+        rectangles = np.flatnonzero(table.segment == segment)
+        edge, kind = int(table.edge[rectangles[0]]), int(table.replace[rectangles[0]])
+        if options["active"] is not None and not options["active"][edge]:
+            continue
+        first, last = int(table.q_start[rectangles].min()), int(table.q_stop[rectangles].max())
+        weight = torch.zeros(last - first, table.n_positions, device=q.device)
+        for r in rectangles:
+            rows = slice(table.q_start[r] - first, table.q_stop[r] - first)
+            weight[rows, table.k_start[r] : table.k_stop[r]] = float(table.weight[r])
+        logits = options["scale"] * (q[:, :, first:last] @ k.transpose(-1, -2))
+        logits = logits.masked_fill(weight == 0, torch.finfo(q.dtype).min)
+        factor = (weight > 0).any(1).to(q.dtype)
+        if table.form == "joint":
+            logits = logits + torch.where(weight > 0, weight, 1.0).log().to(q.dtype)
+        else:
+            factor = factor * (table.weight[rectangles[0]] * options["row_scale"][kind, first:last]).to(q.dtype)
+            factor = factor if options["gain"] is None else factor * options["gain"][edge]
+        rows = torch.arange(first, last, device=q.device)
+        out = out.index_add(2, rows, factor[:, None] * (logits.softmax(-1) @ v))
+    return out
+
+
+def _same(a, b) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """max |difference| / max |wanted|, infinite where NaN."""
+    error = ((found.double() - wanted).abs().max() / wanted.abs().max()).item()
+    return math.inf if math.isnan(error) else error
