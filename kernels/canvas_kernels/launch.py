@@ -26,10 +26,10 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
     """``(out, lse)`` of segmented block-sparse attention (``kernels/README.md``).
 
     ``q``, ``k``, ``v`` (B, H, n, D) with any strides (copied unless the last one is 1). Edge form: ``row_scale`` (2, n)
-    float32 always, ``gain`` and ``active`` (n_edges,) or None. ``out`` (B, H, n, D) is contiguous in q's dtype, ``lse``
+    always, ``gain`` and ``active`` (n_edges,) or None. ``out`` (B, H, n, D) is contiguous in q's dtype, ``lse``
     (B, H, n_slots) float32. Raises ValueError for devices, dtypes and head dimensions without configurations.
     """
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v, row_scale = _unit_stride(q), _unit_stride(k), _unit_stride(v), _plain(row_scale)
     batch, heads, n, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # rows without keys keep +inf; the kernel writes the others
@@ -81,6 +81,7 @@ def backward(
     dq, dk, dv (B, H, n, D) are contiguous in the inputs' dtype; dgain is (n_edges,) float32, None unless ``need_gain``.
     """
     q, k, v, grad_out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(grad_out)
+    row_scale = _plain(row_scale)
     batch, heads, n, head_dim = q.shape
     batch_heads = batch * heads
     joint = table.form == "joint"
@@ -263,6 +264,10 @@ def compact(tiling: Tiling, weight: torch.Tensor, active: torch.Tensor) -> _Walk
 
 def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _plain(row_scale: torch.Tensor | None) -> torch.Tensor | None:
+    return None if row_scale is None else row_scale.detach().to(torch.float32).contiguous()
 
 
 @functools.lru_cache(maxsize=64)
