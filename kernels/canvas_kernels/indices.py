@@ -178,12 +178,13 @@ class Indices:
 
         return self._cached(("slab_scales", number), make)
 
-    def own_slab_rows(self, number: int) -> torch.Tensor | None:
-        """:func:`slab_coefficient` of the table's own weights and row scale; None where all are 1."""
+    def own_slab_rows(self, number: int) -> torch.Tensor | float:
+        """:func:`slab_coefficient` of the table's own weights and row scale; a number where all are equal."""
 
         def make():
             coefficient = slab_coefficient(self, number, self.segments()[0], self.row_scale())
-            return None if bool((coefficient == 1).all()) else coefficient
+            first = coefficient.flatten()[0]
+            return float(first) if bool((coefficient == first).all()) else coefficient
 
         return self._cached(("own_slab_rows", number), make)
 
@@ -237,9 +238,9 @@ def row_coefficient(indices: Indices, stage: int, row_scale: torch.Tensor) -> to
 
 
 def slab_coefficient(indices: Indices, number: int, coefficient: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
-    """[G, 1, R, 1]: coefficient · row scale of each row of a slab."""
+    """[G, R, 1]: coefficient · row scale of each row of a slab."""
     product = coefficient.index_select(0, indices.slab_segments(number)) * slab_row_scale(indices, number, row_scale)
-    return product.view(indices.grouping.slabs[number].cells, 1, -1, 1)
+    return product.view(indices.grouping.slabs[number].cells, -1, 1)
 
 
 def slab_row_scale(indices: Indices, number: int, row_scale: torch.Tensor) -> torch.Tensor:
@@ -283,9 +284,10 @@ class Step:
             return self.indices.own_rows(stage)
         return row_coefficient(self.indices, stage, self.row_scale)
 
-    def slab_rows(self, number: int) -> torch.Tensor | None:
+    def slab_rows(self, number: int) -> torch.Tensor | float:
+        """Coefficient · row scale of a slab's rows: [G, R, 1], or a number that holds for all."""
         if self.joint:
-            return None
+            return 1.0
         if self.own_weights and self.own_row_scale:
             return self.indices.own_slab_rows(number)
         return slab_coefficient(self.indices, number, self.coefficient, self.row_scale)

@@ -133,7 +133,8 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Choices(NamedTuple):
-    """``flash`` per slab, whether the batches' probabilities are kept, and elements kept per (batch, head)."""
+    """``flash`` per slab, whether the batches' probabilities are kept, and elements kept per (batch, head): of every
+    batch, of every slab, of all."""
 
     flash: tuple[bool, ...]
     keeps: bool
