@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -63,6 +64,12 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def console() -> Console:
+    """Where tables go: the terminal, or 110 columns of a log."""
+    found = Console()
+    return found if found.is_terminal else Console(width=110)
 
 
 def write_rows(rows: list[dict], path: Path) -> None:

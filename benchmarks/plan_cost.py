@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import measure
@@ -92,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     compile_cold(robot)  # the first call of a process also pays for lazy imports
     rows = [run_case(name, declare, at_most, options.rounds) for name, (declare, at_most) in CASES.items()]
-    console = Console()
+    console = measure.console()
     console.print(table(rows))
     measure.write_rows(rows, options.out)
     console.print(f"rows: {options.out}")

@@ -23,6 +23,7 @@ __all__ = ["layout_figure", "plan_figure", "topology_figure"]
 
 MAX_PANELS = 8
 MAX_LABELS = 40
+CHARACTERS_PER_PANEL = 44
 
 
 def layout_figure(layout: CanvasLayout) -> Figure:
@@ -40,7 +41,7 @@ def layout_figure(layout: CanvasLayout) -> Figure:
     rows, columns = _plane(layout.spatial_shape)
     for axes, (first, last, names) in zip(panels.subplots(1, len(shown), squeeze=False)[0], shown):
         for name in names:
-            _draw_region(axes, name, specs[name], colours[name], labelled=len(names) <= MAX_LABELS)
+            _draw_region(axes, name, specs[name], colours[name], characters=CHARACTERS_PER_PANEL / columns)
         axes.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal")
         axes.set_title(f"frame {first}" if first == last else f"frames {first} to {last}", fontsize=9)
     grid = " × ".join(map(str, (layout.T, *layout.spatial_shape)))
@@ -138,12 +139,13 @@ def _plane(spatial: Sequence[int]) -> tuple[int, int]:
     return rows, columns
 
 
-def _draw_region(axes: Axes, name: str, spec: RegionSpec, colour, labelled: bool) -> None:
+def _draw_region(axes: Axes, name: str, spec: RegionSpec, colour, characters: float) -> None:
+    """A box with its name, where ``characters`` to a column leave room for it; the clocks below name every colour."""
     from matplotlib.patches import Rectangle
 
     top, bottom, left, right = (0, 1, 0, 1, *spec.bounds[2:])[-4:]
     axes.add_patch(Rectangle((left, top), right - left, bottom - top, facecolor=colour, edgecolor="k", alpha=0.55))
-    if labelled:
+    if len(name) <= characters * (right - left):
         text = name if spec.period == 1 else f"{name}\nevery {spec.period}"
         axes.text((left + right) / 2, (top + bottom) / 2, text, ha="center", va="center", fontsize=7, clip_on=True)
 

@@ -1,0 +1,164 @@
+"""The contestants compute what they say, the gate sees a wrong result, and the cases are those that are promised."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="benchmarks print their tables with rich")
+
+from benchmarks import cases, dispatcher, measure, plan_cost
+from benchmarks.naive import DenseMask, PerEdgeLoop
+from canvas_engineering import (
+    AttentionDispatcher,
+    CanvasLayout,
+    CanvasTopology,
+    Connection,
+    MaskSpec,
+    RegionSpec,
+    TemporalFill,
+)
+from tests import oracle
+
+D, HEADS = 16, 2
+
+
+def small_multi_rate():
+    """Overlapping regions, a slow one, weights, every fill, and positions that read nothing."""
+    regions = {
+        "fast": (0, 6, 0, 2, 0, 3),
+        "over": (1, 4, 1, 3, 1, 3),
+        "slow": RegionSpec((0, 2, 3, 4, 0, 3), period=3),
+        "mute": (0, 2, 3, 4, 3, 4),
+    }
+    connections = [
+        Connection("fast", "fast", t_src=0, t_dst=0, weight=2.0),
+        Connection("fast", "fast", t_src=0, t_dst=-1),
+        Connection("fast", "slow", t_src=0, t_dst=0, temporal_fill=TemporalFill.INTERPOLATE),
+        Connection("over", "slow", t_src=0, t_dst=0, temporal_fill=TemporalFill.HOLD, weight=0.5),
+        Connection("slow", "fast", t_src=0, t_dst=0, temporal_fill=TemporalFill.DROP),
+        Connection("slow", "slow"),
+        Connection("over", "fast", weight=0.0),
+    ]
+    return CanvasLayout(T=6, d_model=D, spatial_shape=(4, 4), regions=regions), CanvasTopology(connections)
+
+
+def projected(module, x):
+    """q, k, v (B, heads, N, head_dim) of a contestant's cross attention, and its output projection."""
+    p = module.fn_modules["cross_attention"]
+    return (*(p.split(f(x)) for f in (p.q_proj, p.k_proj, p.v_proj)), p.out_proj)
+
+
+def test_the_loop_is_the_oracle():
+    layout, topology = small_multi_rate()
+    torch.manual_seed(0)
+    loop = PerEdgeLoop(topology, layout, D, HEADS).double()
+    x = torch.randn(2, layout.num_positions, D, dtype=torch.float64)
+    q, k, v, out_proj = projected(loop, x)
+    reads = oracle.reads(layout, topology)
+    out = oracle.edge_attention(q, k, v, reads, (D // HEADS) ** -0.5)
+    expected = out_proj(out.transpose(1, 2).flatten(2))
+    found = loop(x)
+    covered = loop.covered[:, 0]
+    torch.testing.assert_close(found[:, covered], expected[:, covered], rtol=0, atol=1e-12)
+    assert torch.equal(found[:, ~covered], x[:, ~covered])
+    assert 0 < covered.sum() < layout.num_positions
+
+
+def test_the_dense_mask_is_the_oracle():
+    layout, topology = small_multi_rate()
+    torch.manual_seed(0)
+    dense = DenseMask(topology, layout, D, HEADS).double()
+    x = torch.randn(2, layout.num_positions, D, dtype=torch.float64)
+    q, k, v, out_proj = projected(dense, x)
+    matrix = torch.as_tensor(oracle.joint_matrix(layout, topology))
+    out = oracle.joint_attention(q, k, v, matrix, (D // HEADS) ** -0.5)
+    covered = (matrix > 0).any(1)
+    expected = torch.where(covered[:, None], out_proj(out.transpose(1, 2).flatten(2)), x)
+    # ln of the weights is kept in float32.
+    torch.testing.assert_close(dense(x), expected, rtol=0, atol=1e-6)
+
+
+def test_the_dispatcher_gives_the_loops_numbers_and_gradients():
+    layout, topology = small_multi_rate()
+    torch.manual_seed(0)
+    ours = AttentionDispatcher(topology, layout, D, HEADS)
+    loop = PerEdgeLoop(topology, layout, D, HEADS)
+    loop.load_state_dict(ours.state_dict())
+    errors = dispatcher.gate({"ours": ours, "per_edge_loop": loop}, torch.randn(2, layout.num_positions, D))
+    assert set(errors) == {"output", "x", *(name for name, _ in ours.named_parameters())}
+    assert max(errors.values()) <= 1e-5
+
+
+def test_the_gate_sees_a_wrong_result():
+    layout, topology = small_multi_rate()
+    torch.manual_seed(0)
+    ours = AttentionDispatcher(CanvasTopology(topology.connections[:-3]), layout, D, HEADS)
+    loop = PerEdgeLoop(topology, layout, D, HEADS)
+    loop.load_state_dict(ours.state_dict())
+    with pytest.raises(dispatcher.Disagreement, match="output"):
+        dispatcher.gate({"ours": ours, "per_edge_loop": loop}, torch.randn(1, layout.num_positions, D))
+
+
+@pytest.mark.parametrize(
+    ("connection", "message"),
+    [
+        (Connection("fast", "slow", fn="linear_attention"), "fast → slow: the loop knows .*'linear_attention'"),
+        (Connection("fast", "slow", write_mode="replace"), "fast → slow: the loop has no 'replace' writes"),
+        (Connection("fast", "fast", mask=MaskSpec("tile", 2, 2)), "fast → fast: the loop has no 'tile' masks"),
+    ],
+)
+def test_what_the_loop_cannot_do_is_named(connection, message):
+    layout, _ = small_multi_rate()
+    with pytest.raises(ValueError, match=message):
+        PerEdgeLoop(CanvasTopology([connection]), layout, D, HEADS)
+
+
+def test_cases_are_the_promised_ones():
+    promised = {
+        "robot": (320, 9, {"per_edge_loop": 2.0}),
+        "causal_video": (4608, 6, {"per_edge_loop": 3.7, "dense_mask": 5.0}),
+        "multi_rate": (1536, 4, {"per_edge_loop": 4.0}),
+    }
+    for case in cases.DISPATCH:
+        layout, topology = case.declare()
+        assert (layout.num_positions, len(topology.connections), case.at_least) == promised[case.name]
+        assert layout.d_model == dispatcher.D_MODEL
+    assert [layout.num_positions for layout, _ in (cases.computer_use(), cases.long_video(256))] == [16_384, 1_048_576]
+    assert len(cases.computer_use()[1].connections) == 17
+
+
+def test_interleaving_takes_turns():
+    turns = []
+    times = measure.interleave({name: lambda name=name: turns.append(name) for name in "ab"}, rounds=3, warm_up=1)
+    assert "".join(turns) == "ab" * 4
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
+
+
+def test_quantiles():
+    assert measure.quantiles(np.arange(11.0)) == {"p10": 1.0, "p25": 2.5, "p50": 5.0, "p75": 7.5, "p90": 9.0}
+
+
+def test_rows_say_what_ran_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatcher, "D_MODEL", D)
+    case = cases.Case("small", small_multi_rate, {"per_edge_loop": 1e9})
+    rows = dispatcher.run_case(case, rounds=2)
+    measure.write_rows(rows, tmp_path / "rows.json")
+    read = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
+    assert [row["contestant"] for row in read] == ["ours", "per_edge_loop", "dense_mask"]
+    assert read[0]["ratio_of_medians"] == 1.0
+    assert {"device", "torch", "commit", "threads", "worst_error", "seconds"} <= set(read[1])
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
+    cells = [list(column.cells) for column in dispatcher.table(rows).columns]
+    assert cells[-1][1].endswith("MISSED") and cells[-1][0] == ""
+
+
+def test_plan_cost_holds_nothing_quadratic():
+    row = plan_cost.run_case("video of 16 frames", lambda: cases.long_video(16), None, rounds=1)
+    assert row["positions"] == 65_536
+    assert row["rectangles"] == 31  # 16 frames that read themselves, 15 that read the one before
+    assert row["peak_bytes"] < 300 * row["positions"]
+    assert row["cached_seconds"] < row["seconds"]["p50"]

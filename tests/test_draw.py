@@ -1,0 +1,80 @@
+"""Pictures hold what they say: the right boxes, cells and rectangles, in the right places."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="pictures are drawn with matplotlib")
+
+from canvas_engineering import CanvasLayout, CanvasTopology, Connection, RegionSpec, compile_attention, draw
+
+
+@pytest.fixture
+def layout():
+    regions = {"cam": (0, 4, 0, 3, 0, 4), "plan": RegionSpec((0, 2, 3, 4, 0, 4), period=2)}
+    return CanvasLayout(T=4, d_model=8, spatial_shape=(4, 4), regions=regions)
+
+
+def boxes(axes) -> list[tuple]:
+    return [(patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height()) for patch in axes.patches]
+
+
+def test_layout_has_a_panel_per_run_of_frames(layout):
+    figure = draw.layout_figure(layout)
+    both, cam_only, clocks = figure.get_axes()
+    assert both.get_title() == "frames 0 to 1" and cam_only.get_title() == "frames 2 to 3"
+    assert boxes(both) == [(0, 0, 4, 3), (0, 3, 4, 1)]
+    assert boxes(cam_only) == [(0, 0, 4, 3)]
+    assert [text.get_text() for text in both.texts] == ["cam", "plan\nevery 2"]
+    assert [list(line.get_xdata()) for line in clocks.lines] == [[0, 1, 2, 3], [0, 2]]
+
+
+def test_layout_without_and_with_many_spatial_dimensions():
+    flat = CanvasLayout(T=3, d_model=8, spatial_shape=(5,), regions={"a": (1, 2, 1, 4)})
+    empty, filled, after, _ = draw.layout_figure(flat).get_axes()
+    assert [boxes(axes) for axes in (empty, filled, after)] == [[], [(1, 0, 3, 1)], []]
+    assert filled.get_title() == "frame 1"
+    deep = CanvasLayout(T=1, d_model=8, spatial_shape=(2, 3, 4), regions={"a": (0, 1, 0, 1, 1, 3, 0, 2)})
+    assert boxes(draw.layout_figure(deep).get_axes()[0]) == [(0, 1, 2, 2)]
+
+
+def test_layout_of_many_runs_says_what_it_leaves_out():
+    regions = {f"r{t}": (t, t + 1, 0, 1, 0, 1) for t in range(12)}
+    figure = draw.layout_figure(CanvasLayout(T=12, d_model=8, spatial_shape=(1, 1), regions=regions))
+    assert len(figure.get_axes()) == draw.MAX_PANELS + 1
+    assert f"the first {draw.MAX_PANELS} of 12" in figure.subfigs[0].get_suptitle()
+
+
+def test_topology_is_the_matrix_of_weights():
+    topology = CanvasTopology(
+        [
+            Connection("b", "a", weight=2.0),
+            Connection("b", "a", weight=0.5, t_src=0, t_dst=-1),
+            Connection("a", "a", t_src=None, t_dst=0),
+        ]
+    )
+    axes = draw.topology_figure(topology).get_axes()[0]
+    assert axes.images[0].get_array().filled(0.0).tolist() == [[1.0, 0.0], [2.5, 0.0]]
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert texts == {(0, 1): "all\n0, -1", (0, 0): "all, 0"}
+
+
+def test_plan_shows_every_rectangle_in_its_connections_colour(layout):
+    topology = CanvasTopology([Connection("cam", "cam", t_src=0, t_dst=0), Connection("plan", "cam")])
+    plan = compile_attention(layout, topology)
+    figure = draw.plan_figure(plan)
+    collection = figure.get_axes()[0].collections[0]
+    spans = [tuple(path.get_extents().extents) for path in collection.get_paths()]
+    table = plan.table
+    assert spans == [*zip(table.k_start, table.q_start, table.k_stop, table.q_stop)]
+    faces = {tuple(face) for face in collection.get_facecolors()}
+    assert len(faces) == 2
+    assert f"density {100 * plan.density:.2f} %" in figure.get_axes()[0].get_title()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cam → cam (0, 0)", "plan → cam (all)"]
+
+
+def test_joint_plan_has_no_legend(layout):
+    plan = compile_attention(layout, CanvasTopology.dense(["cam", "plan"]), normalize="joint")
+    figure = draw.plan_figure(plan)
+    assert figure.legends == []
+    assert "joint form" in figure.get_axes()[0].get_title()
