@@ -24,6 +24,20 @@ from canvas_engineering.dispatch import AttentionDispatcher
 from canvas_engineering.masks import MaskSpec, Rect, mask_to_index_pairs, rect_cover
 from canvas_engineering.plan import AttentionPlan, compile_attention
 from canvas_engineering.schema import CanvasSchema
+from canvas_engineering.semantic import (
+    SemanticConditioner,
+    auto_semantic_type,
+    compute_semantic_embeddings,
+    program_distance,
+)
+from canvas_engineering.types import (
+    BoundField,
+    BoundSchema,
+    ConnectivityPolicy,
+    Field,
+    LayoutStrategy,
+    compile_schema,
+)
 
 __all__ = [
     # declare
@@ -44,6 +58,16 @@ __all__ = [
     "mask_to_index_pairs",
     "rect_cover",
     "CanvasSchema",
+    "BoundField",
+    "BoundSchema",
+    "ConnectivityPolicy",
+    "Field",
+    "LayoutStrategy",
+    "compile_schema",
+    "SemanticConditioner",
+    "auto_semantic_type",
+    "compute_semantic_embeddings",
+    "program_distance",
     # plan
     "AttentionPlan",
     "compile_attention",

@@ -6,7 +6,7 @@ import enum
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -399,9 +399,15 @@ class CanvasTopology:
             return layout.region_spec(connection.src).default_attn
         return "cross_attention"
 
+    def resolve_fns(self, layout: CanvasLayout | None = None) -> list[str]:
+        """`resolve_fn` of every connection, in declaration order."""
+        specs = {} if layout is None else {name: layout.region_spec(name) for name in layout.regions}
+        defaults = {name: spec.default_attn for name, spec in specs.items()}
+        return [defaults.get(c.src, "cross_attention") if c.fn is None else c.fn for c in self.connections]
+
     def attention_ops(self, layout: CanvasLayout | None = None) -> list[tuple[str, str, float, str]]:
         """(src, dst, weight, fn) of every connection as declared, with its fn resolved; nothing is left out."""
-        return [(c.src, c.dst, c.weight, self.resolve_fn(c, layout)) for c in self.connections]
+        return [(c.src, c.dst, c.weight, fn) for c, fn in zip(self.connections, self.resolve_fns(layout))]
 
     def neighbors_of(self, region: str) -> list[str]:
         """Names of the regions that ``region`` reads, each once, in declaration order."""
@@ -470,21 +476,14 @@ class CanvasTopology:
         return "\n".join(lines)
 
 
-def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> list[tuple[int, Connection, str]]:
+def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> Iterator[tuple[int, Connection, str]]:
     """(declaration index, connection, resolved fn) of the connections that make reads on the layout.
 
     Connections of weight 0 or of fn "none" make none. Those that name a region that the layout lacks are skipped, with
     one UserWarning for all of them.
     """
     known = layout.regions
-    present, missing = [], []
-    for index, c in enumerate(topology.connections):
-        if c.src not in known or c.dst not in known:
-            missing.append(c)
-        elif c.weight > 0:
-            fn = topology.resolve_fn(c, layout)
-            if fn != "none":
-                present.append((index, c, fn))
+    missing = [c for c in topology.connections if c.src not in known or c.dst not in known]
     if missing:
         shown = ", ".join(f"{c.src!r} -> {c.dst!r}" for c in missing[:6]) + (", ..." if len(missing) > 6 else "")
         names = dict.fromkeys(name for c in missing for name in (c.src, c.dst) if name not in known)
@@ -495,7 +494,13 @@ def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> list[
             UserWarning,
             stacklevel=2,
         )
-    return present
+    # One by one: some 100,000 tuples that live at the same time are work for the garbage collector.
+    resolved = enumerate(zip(topology.connections, topology.resolve_fns(layout)))
+    return (
+        (index, c, fn)
+        for index, (c, fn) in resolved
+        if c.weight > 0 and fn != "none" and c.src in known and c.dst in known
+    )
 
 
 def _connection_frames(c: Connection, layout: CanvasLayout) -> FrameReads:

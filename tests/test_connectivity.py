@@ -315,9 +315,9 @@ def test_disabled_edges_are_as_if_they_were_not_there():
     layout = line(a=(0, 1, 0, 2), off=RegionSpec((0, 1, 2, 4), default_attn="none"))
     disabled = [Connection("a", "off", fn="none"), Connection("off", "a"), Connection("a", "off", weight=0)]
     assert CanvasTopology(disabled).to_attention_mask(layout).sum() == 0
-    assert resolve_connections(CanvasTopology(disabled), layout) == []
+    assert list(resolve_connections(CanvasTopology(disabled), layout)) == []
     enabled = Connection("off", "a", fn="gated")
-    assert resolve_connections(CanvasTopology([*disabled, enabled]), layout) == [(3, enabled, "gated")]
+    assert list(resolve_connections(CanvasTopology([*disabled, enabled]), layout)) == [(3, enabled, "gated")]
 
 
 def test_additive_masks():

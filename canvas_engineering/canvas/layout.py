@@ -112,6 +112,29 @@ class RegionSpec:
     carrier: str = "deterministic"
 
     def __post_init__(self) -> None:
+        # Layouts of some 100,000 regions exist; nearly all pass here and need none of the coercions below.
+        bounds = self.bounds
+        if (
+            type(bounds) is tuple
+            and len(bounds) >= 4
+            and len(bounds) % 2 == 0
+            and set(map(type, bounds)) == {int}
+            and min(bounds[::2]) >= 0
+            and max(bounds) <= _LARGEST
+            and all(map(operator.lt, bounds[::2], bounds[1::2]))
+            and type(self.period) is int
+            and 1 <= self.period <= _LARGEST
+            and type(self.is_output) is bool
+            and type(self.loss_weight) is float
+            and math.isfinite(self.loss_weight)
+            and self.semantic_embedding is None
+            and type(self.embedding_model) is type(self.default_attn) is type(self.carrier) is str
+            and (self.semantic_type is None or type(self.semantic_type) is str)
+        ):
+            return
+        self._check()
+
+    def _check(self) -> None:
         bounds = _checked_ints(self.bounds, "region bounds")
         if len(bounds) < 4 or len(bounds) % 2:
             raise ValueError(f"region bounds must be (t0, t1, s0_lo, s0_hi, ...), got {bounds}")
@@ -325,7 +348,7 @@ class CanvasLayout:
                 f"the grid {shape} needs {2 * len(shape)}"
             )
         box = np.array(raw.bounds, dtype=np.int64).reshape(-1, 2)
-        if any(high > size for high, size in zip(raw.bounds[1::2], shape)):
+        if any(map(operator.gt, raw.bounds[1::2], shape)):
             raise ValueError(f"region {name!r}: bounds {raw.bounds} reach outside the grid {shape}")
         box.setflags(write=False)
         return raw, box

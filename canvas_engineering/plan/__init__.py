@@ -263,7 +263,7 @@ def compile_attention(
         if key in _cache:
             _cache.move_to_end(key)
             return _cache[key]
-    fns = tuple(topology.resolve_fn(connection, layout) for connection in topology.connections)
+    fns = tuple(topology.resolve_fns(layout))
     reads = topology_reads(layout, topology, dense_in_time)
     packed = pack_positions(layout, reads)
     connections = tuple(topology.connections)

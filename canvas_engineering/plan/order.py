@@ -85,7 +85,8 @@ def _first_claims(layout: CanvasLayout) -> np.ndarray:
     """int64 [N]: the first declared region that holds each position; the number of regions where none does."""
     grid = np.full((layout.T, *layout.spatial_shape), len(layout.regions), np.int64)
     for number, name in reversed(list(enumerate(layout.regions))):
-        grid[tuple(slice(low, high) for low, high in layout.region_box(name))] = number
+        bounds = layout.region_spec(name).bounds
+        grid[tuple(map(slice, bounds[::2], bounds[1::2]))] = number
     return grid.ravel()
 
 

@@ -63,12 +63,17 @@ def topology_reads(layout: CanvasLayout, topology: CanvasTopology, dense_in_time
     regions = regions.reshape(len(names), 1 + layout.n_spatial_dims, 2)
     periods = [layout.region_spec(name).period for name in names]
     collect = _Collector(regions)
+    # Columns of numbers, for a tuple per connection would be an object to collect.
+    whole_number, whole_src, whole_dst, whole_weight = collect.whole
     for number, connection, _ in resolve_connections(topology, layout):
         src, dst, mask = names[connection.src], names[connection.dst], connection.mask
         whole = mask is None or mask.kind == "full"
         offsets = (None, None) if dense_in_time else (connection.t_src, connection.t_dst)
         if whole and offsets == (None, None):
-            collect.whole.append((number, src, dst, connection.weight))
+            whole_number.append(number)
+            whole_src.append(src)
+            whole_dst.append(dst)
+            whole_weight.append(connection.weight)
             continue
         frames = resolve_frames(
             layout.T,
@@ -95,7 +100,8 @@ class _Collector:
 
     def __init__(self, regions: np.ndarray):
         self.regions = regions
-        self.whole: list[tuple[int, int, int, float]] = []
+        # of each read between whole regions: its connection, src and dst region, and weight
+        self.whole: tuple[list[int], list[int], list[int], list[float]] = ([], [], [], [])
         self.framed: list[tuple] = []
         # one entry per read of a masked connection: (connection, weight, q boxes [n, D, 2], k boxes [n, D, 2])
         self.split: list[tuple[int, float, np.ndarray, np.ndarray]] = []
@@ -137,11 +143,9 @@ class _Collector:
             owner.append(own + count)
             count += len(number)
 
-        if self.whole:
-            number, src, dst, weight = zip(*self.whole, strict=True)
-            src, dst = np.array(src), np.array(dst)
-            own = np.arange(len(src))
-            add(np.array(number), np.array(weight, dtype=np.float64), self.regions[src], self.regions[dst], own)
+        if self.whole[0]:
+            number, src, dst, weight = map(np.array, self.whole)
+            add(number, weight, self.regions[src], self.regions[dst], np.arange(len(number)))
         if self.framed:
             number, src, dst, weight, frames = zip(*self.framed, strict=True)
             lengths = [len(f) for f in frames]

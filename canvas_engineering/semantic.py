@@ -1,0 +1,193 @@
+"""What regions mean, as vectors: embeddings of their semantic types, distances, and conditioning a canvas on them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from canvas_engineering.canvas.layout import CanvasLayout, RegionSpec, checked_int, transfer_distance
+
+__all__ = ["SemanticConditioner", "auto_semantic_type", "compute_semantic_embeddings", "program_distance"]
+
+_OTHER_FAMILY, _OTHER_CARRIER = 0.3, 0.2
+
+
+def auto_semantic_type(path: str) -> str:
+    """The semantic type of a field that declares none: its path, in words.
+
+    >>> auto_semantic_type("vehicles[3].front_camera")
+    'vehicles 3 / front camera'
+    """
+    return re.sub(r"\[(\d+)\]", r" \1", path).replace(".", " / ").replace("_", " ")
+
+
+def program_distance(a_spec: RegionSpec, a_program: Any, b_spec: RegionSpec, b_program: Any) -> float:
+    """What bridging two regions costs with their processes: `transfer_distance`, + 0.3 if the programs' ``family``
+    differ, + 0.2 if their ``carrier`` differ.
+
+    Raises:
+        ValueError: embeddings that are missing or cannot be compared.
+    """
+    distance = transfer_distance(a_spec, b_spec)
+    distance += _OTHER_FAMILY if a_program.family != b_program.family else 0.0
+    return distance + (_OTHER_CARRIER if a_program.carrier != b_program.carrier else 0.0)
+
+
+def compute_semantic_embeddings(
+    field_paths: Sequence[str],
+    embed_fn: Callable[[list[str]], Sequence[Sequence[float]]],
+    semantic_types: Mapping[str, str] | None = None,
+) -> dict[str, tuple[float, ...]]:
+    """Path to embedding of its semantic type.
+
+    Args:
+        field_paths: which fields.
+        embed_fn: strings to vectors of one length; called once. Lists, arrays and tensors will do.
+        semantic_types: path to semantic type; `auto_semantic_type` of the path where it has none.
+
+    Raises:
+        ValueError: another number of vectors than of strings, or vectors that are not of one length and finite.
+
+    >>> compute_semantic_embeddings(["arm.grip"], lambda texts: [[len(text), 1.0] for text in texts])
+    {'arm.grip': (10.0, 1.0)}
+    """
+    field_paths, semantic_types = list(field_paths), semantic_types or {}
+    if not field_paths:
+        return {}
+    texts = [semantic_types.get(path) or auto_semantic_type(path) for path in field_paths]
+    vectors = embed_fn(texts)
+    if len(vectors) != len(texts):
+        raise ValueError(f"embed_fn was given {len(texts)} strings and gave {len(vectors)} vectors")
+    embeddings = {}
+    length = None
+    for path, text, vector in zip(field_paths, texts, vectors):
+        values = _vector(vector, f"the embedding of {path!r} ({text!r})").tolist()
+        length = len(values) if length is None else length
+        if len(values) != length:
+            raise ValueError(f"the embedding of {path!r} ({text!r}) has {len(values)} entries, others have {length}")
+        embeddings[path] = tuple(values)
+    return embeddings
+
+
+def _vector(values: Any, what: str) -> torch.Tensor:
+    try:
+        vector = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} must be a vector of numbers: {error}") from None
+    if vector.ndim != 1 or not len(vector):
+        raise ValueError(f"{what} must be a vector, got shape {tuple(vector.shape)}")
+    if not vector.isfinite().all():
+        raise ValueError(f"{what} must be finite")
+    return vector
+
+
+class SemanticConditioner(nn.Module):
+    """Vectors that tell a canvas what each region means: projected semantic embeddings, and learned residuals.
+
+    The conditioning of region r is ``projector(embedding_r) + residual_r``.
+
+    Args:
+        d_model: length of the conditioning vectors.
+        embed_dim: length of the embeddings.
+        region_embeddings: region to embedding: any sequence of numbers, or a tensor.
+        freeze_embeddings: whether the embeddings are a buffer, rather than a parameter.
+        learn_residuals: whether there are residuals; they start at zero.
+        projector_bias: whether the projector has a bias.
+
+    Attributes:
+        _embeddings: ``[regions, embed_dim]``, rows by sorted region name; a buffer or a parameter, named so in
+            checkpoints.
+        projector: Linear(embed_dim, d_model).
+        residuals: ``[regions, d_model]``, or None.
+
+    Raises:
+        ValueError: no regions, or an embedding of another length than ``embed_dim``, or one that is not finite.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        embed_dim: int,
+        region_embeddings: Mapping[str, Sequence[float] | torch.Tensor],
+        freeze_embeddings: bool = True,
+        learn_residuals: bool = True,
+        projector_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.embed_dim = checked_int(d_model, "d_model", 1), checked_int(embed_dim, "embed_dim", 1)
+        if not region_embeddings:
+            raise ValueError("a SemanticConditioner needs the embedding of at least one region")
+        self._names = sorted(region_embeddings)
+        self._row = {name: row for row, name in enumerate(self._names)}
+        rows = []
+        for name in self._names:
+            vector = _vector(region_embeddings[name], f"the embedding of region {name!r}")
+            if len(vector) != embed_dim:
+                raise ValueError(f"the embedding of region {name!r} has {len(vector)} entries, not {embed_dim}")
+            rows.append(vector)
+        embeddings = torch.stack(rows).to(torch.get_default_dtype())
+        if freeze_embeddings:
+            self.register_buffer("_embeddings", embeddings)
+        else:
+            self._embeddings = nn.Parameter(embeddings)
+        self.projector = nn.Linear(embed_dim, d_model, bias=projector_bias)
+        residuals = nn.Parameter(torch.zeros(len(rows), d_model)) if learn_residuals else None
+        self.register_parameter("residuals", residuals)
+        self._places: tuple[Any, ...] = (None, None, None)  # a layout's key, its positions, and each one's row here
+
+    @property
+    def n_regions(self) -> int:
+        """Number of regions."""
+        return len(self._names)
+
+    @property
+    def region_names(self) -> list[str]:
+        """Names of the regions, sorted: the order of the rows."""
+        return list(self._names)
+
+    def get_conditioning(self, region_name: str) -> torch.Tensor:
+        """The region's vector, ``(d_model,)``. KeyError: no such region."""
+        if region_name not in self._row:
+            known = ", ".join(map(repr, self._names[:12])) + (", ..." if len(self._names) > 12 else "")
+            raise KeyError(f"no semantic embedding for region {region_name!r}; there are {known}")
+        row = self._row[region_name]
+        vector = self.projector(self._embeddings[row])
+        return vector if self.residuals is None else vector + self.residuals[row]
+
+    def get_all_conditioning(self) -> torch.Tensor:
+        """All vectors, ``(n_regions, d_model)``, in the order of `region_names`."""
+        vectors = self.projector(self._embeddings)
+        return vectors if self.residuals is None else vectors + self.residuals
+
+    def condition_canvas(self, canvas: torch.Tensor, layout: CanvasLayout) -> torch.Tensor:
+        """A copy of the canvas with each region's vector added at its positions.
+
+        Regions of the layout that the conditioner does not know stay as they are; where regions overlap, their vectors
+        add up.
+
+        Args:
+            canvas: ``(batch, num_positions, d_model)``.
+            layout: where the regions lie.
+
+        Raises:
+            ValueError: a canvas of another shape.
+        """
+        if canvas.ndim != 3 or tuple(canvas.shape[1:]) != (layout.num_positions, self.d_model):
+            raise ValueError(
+                f"a canvas must have shape (batch, {layout.num_positions}, {self.d_model}), got {tuple(canvas.shape)}"
+            )
+        key, positions, rows = self._places
+        if key is not layout.key() or positions.device != canvas.device:
+            named = [name for name in layout.regions if name in self._row]
+            index = [layout.region_index(name) for name in named]
+            counts = torch.tensor([len(part) for part in index], dtype=torch.int64)
+            row = torch.tensor([self._row[name] for name in named], dtype=torch.int64)
+            positions = torch.cat([torch.zeros(0, dtype=torch.int64), *index]).to(canvas.device)
+            rows = row.repeat_interleave(counts).to(canvas.device)
+            self._places = (layout.key(), positions, rows)
+        added = self.get_all_conditioning().to(canvas.dtype)[rows]
+        return canvas.index_add(1, positions, added.expand(canvas.shape[0], -1, -1))

@@ -1,0 +1,154 @@
+"""Types of latent space: a tree of objects with Fields becomes a schema.
+
+`declare` holds what a type says, `walk` reads an object into a tree of types, `pack` places its fields, `wire` connects
+them, and `bound` is what comes out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from canvas_engineering.canvas import CanvasLayout, RegionSpec
+from canvas_engineering.canvas.layout import checked_int
+from canvas_engineering.schema import CanvasSchema
+from canvas_engineering.semantic import auto_semantic_type
+from canvas_engineering.types.bound import BoundField, BoundSchema
+from canvas_engineering.types.declare import ConnectivityPolicy, Field, LayoutStrategy, checked_strategy
+from canvas_engineering.types.pack import auto_shape, field_shapes, pack, spatial_dims
+from canvas_engineering.types.walk import TypeNode, walk
+from canvas_engineering.types.wire import wire
+
+__all__ = ["BoundField", "BoundSchema", "ConnectivityPolicy", "Field", "LayoutStrategy", "compile_schema"]
+
+
+def compile_schema(
+    root: Any,
+    T: int = 1,
+    spatial_shape: tuple[int, ...] | None = None,
+    d_model: int = 64,
+    connectivity: ConnectivityPolicy | None = None,
+    layout_strategy: str | LayoutStrategy = LayoutStrategy.PACKED,
+    t_current: int = 0,
+    H: int | None = None,
+    W: int | None = None,
+) -> BoundSchema:
+    """Compiles an object with Field attributes into a layout, a topology, and its fields by path.
+
+    The object is a dataclass, a Pydantic model or a plain object; its attributes may be such objects themselves, or
+    lists of them. Fields come in declaration order, a type's own first, then nested types, then lists, under paths such
+    as ``sensor.rgb`` and ``vehicles[3].plan``. Every nested object also gets a *coarse* field at its own path, which
+    stands for it one level up: its size is ``metadata={"coarse": Field(h, w)}`` of the attribute, else ``__coarse__``
+    of its class, else a scalar; its period the mean of all periods below it, weighted by positions per frame. Parents
+    read and are read through it, so a thousand children cost a thousand times what one does.
+
+    Args:
+        root: the object.
+        T: frames of the canvas.
+        spatial_shape: cells per spatial dimension; this, or ``H`` and ``W``; what is left open is sized to fit.
+        d_model: channels per position.
+        connectivity: who reads whom; by default a type's own fields all read each other, and list elements do not.
+        layout_strategy: "packed" (declaration order) or "interleaved" (fields of equal local name side by side).
+        t_current: positions of frames from here on are outputs.
+        H, W: rows and columns of a two-dimensional canvas.
+
+    Raises:
+        ValueError: no Field; an object that holds itself; fields that do not fit the canvas; both ``spatial_shape`` and
+            ``H`` or ``W``; an unknown strategy. Messages name the field.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Robot:
+    ...     camera: Field = Field(12, 12)
+    ...     joints: Field = Field(1, 8)
+    ...     action: Field = Field(1, 8, loss_weight=2.0)
+    >>> bound = compile_schema(Robot(), T=8, d_model=256)
+    >>> bound.field_names, bound.layout.spatial_shape, len(bound.topology.connections)
+    (['camera', 'joints', 'action'], (17, 14), 9)
+    """
+    return compile_tree(walk(root), T, spatial_shape, d_model, connectivity, layout_strategy, t_current, H, W)
+
+
+def compile_tree(
+    tree: TypeNode,
+    T: int,
+    spatial_shape: tuple[int, ...] | None,
+    d_model: int,
+    connectivity: ConnectivityPolicy | None,
+    layout_strategy: str | LayoutStrategy,
+    t_current: int,
+    H: int | None,
+    W: int | None,
+) -> BoundSchema:
+    """`compile_schema` of a tree that was walked already."""
+    policy = ConnectivityPolicy() if connectivity is None else connectivity
+    if not isinstance(policy, ConnectivityPolicy):
+        raise ValueError(f"connectivity must be a ConnectivityPolicy, got {connectivity!r}")
+    strategy = checked_strategy(layout_strategy)
+    T = checked_int(T, "compile_schema T", 1)
+    fields: dict[str, Field] = {}
+    for path, declared in tree.fields():
+        if path in fields:
+            raise ValueError(f"two fields have the path {path!r}: rename an attribute")
+        fields[path] = declared
+    places, grid = _places(fields, strategy, spatial_shape, H, W)
+    specs = {path: _region(path, declared, T, *places[path]) for path, declared in fields.items()}
+    layout = CanvasLayout(T=T, d_model=d_model, spatial_shape=grid, regions=specs, t_current=t_current)
+    return BoundSchema(CanvasSchema(layout, wire(tree, policy)), specs)
+
+
+def _places(
+    fields: dict[str, Field],
+    strategy: LayoutStrategy,
+    spatial_shape: tuple[int, ...] | None,
+    H: int | None,
+    W: int | None,
+) -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], tuple[int, ...]]:
+    """Start and size of every field, and the grid they lie on."""
+    given = H is not None or W is not None
+    if spatial_shape is not None and given:
+        raise ValueError(f"give spatial_shape={spatial_shape!r} or H={H}, W={W}, not both")
+    for name, size in (("H", H), ("W", W)):
+        if size is not None:
+            checked_int(size, f"compile_schema {name}", 1)
+    if spatial_shape is None:
+        n_dims = 2 if given else spatial_dims(list(fields.values()))
+    else:
+        if not isinstance(spatial_shape, (tuple, list)) or not spatial_shape:
+            raise ValueError(f"spatial_shape must be a tuple of ints, got {spatial_shape!r}")
+        spatial_shape = tuple(checked_int(size, "every size of spatial_shape", 1) for size in spatial_shape)
+        n_dims = len(spatial_shape)
+    shapes = dict(zip(fields, field_shapes(fields, n_dims)))
+    order = list(fields)
+    if strategy is LayoutStrategy.INTERLEAVED:
+        groups: dict[str, list[str]] = {}
+        for path in order:
+            groups.setdefault(_local_name(path), []).append(path)
+        order = [path for group in groups.values() for path in group]
+    in_order = [shapes[path] for path in order]
+    if spatial_shape is None:
+        spatial_shape = (H, W) if H is not None and W is not None else auto_shape(in_order, n_dims, H, W)
+    starts = pack(order, in_order, spatial_shape)
+    return {path: (start, shapes[path]) for path, start in zip(order, starts)}, spatial_shape
+
+
+def _local_name(path: str) -> str:
+    """The last attribute's name: that of its list for an array element."""
+    return path.rpartition(".")[2].partition("[")[0]
+
+
+def _region(path: str, declared: Field, T: int, start: tuple[int, ...], shape: tuple[int, ...]) -> RegionSpec:
+    bounds = [0, min(declared.temporal_extent or T, T)]
+    for low, size in zip(start, shape):
+        bounds += (low, low + size)
+    carrier = declared.carrier
+    if carrier is None:
+        carrier = "residual" if declared.family == "residual" else "deterministic"
+    return RegionSpec(
+        bounds=tuple(bounds),
+        period=declared.period,
+        is_output=declared.is_output,
+        loss_weight=float(declared.loss_weight),
+        semantic_type=auto_semantic_type(path) if declared.semantic_type is None else declared.semantic_type,
+        default_attn=declared.attn,
+        carrier=carrier,
+    )

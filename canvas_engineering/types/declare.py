@@ -1,0 +1,149 @@
+"""What a type declares: fields, how they are laid out, and who reads whom by default."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from canvas_engineering.canvas.layout import checked_int
+
+__all__ = ["ConnectivityPolicy", "Field", "LayoutStrategy"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """A region of a canvas, declared as an attribute of a type.
+
+    Args:
+        h, w: rows and columns of positions per frame; (1, 1) is a scalar.
+        period: real-time steps per canvas frame.
+        is_output: whether the field takes part in the loss.
+        loss_weight: relative weight of its positions in the loss.
+        attn: attention function of the connections that the field queries.
+        semantic_type: what the field holds, in words; None derives it from the field's path.
+        temporal_extent: number of frames, from frame 0; None means all of the canvas.
+        family: "observation", "state", "memory", "residual" or "action"; None leaves it open.
+        tags: sub-tags within the family.
+        carrier: the dynamics that govern the field; None means "residual" for the family "residual", else
+            "deterministic".
+        spatial_shape: positions per spatial dimension, for fields of any number of dimensions, instead of ``h`` and
+            ``w``, which then mirror its first two entries.
+
+    Raises:
+        ValueError: a size, period or extent below 1, ``h`` and ``w`` that contradict ``spatial_shape``, or an argument
+            of the wrong kind.
+
+    >>> Field(12, 12).num_positions, Field(spatial_shape=(2, 3, 4)).num_positions
+    (144, 24)
+    """
+
+    h: int = 1
+    w: int = 1
+    period: int = 1
+    is_output: bool = True
+    loss_weight: float = 1.0
+    attn: str = "cross_attention"
+    semantic_type: str | None = None
+    temporal_extent: int | None = None
+    family: str | None = None
+    tags: tuple[str, ...] = ()
+    carrier: str | None = None
+    spatial_shape: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        for name in ("h", "w", "period"):
+            put(self, name, checked_int(getattr(self, name), f"Field {name}", 1))
+        if self.temporal_extent is not None:
+            put(self, "temporal_extent", checked_int(self.temporal_extent, "Field temporal_extent", 1))
+        if not isinstance(self.is_output, bool):
+            raise ValueError(f"Field is_output must be a bool, got {self.is_output!r}")
+        if isinstance(self.loss_weight, bool) or not isinstance(self.loss_weight, (int, float)):
+            raise ValueError(f"Field loss_weight must be a number, got {self.loss_weight!r}")
+        if not math.isfinite(self.loss_weight):
+            raise ValueError(f"Field loss_weight must be finite, got {self.loss_weight!r}")
+        if not isinstance(self.attn, str):
+            raise ValueError(f"Field attn must be the name of an attention function, got {self.attn!r}")
+        for name in ("semantic_type", "family", "carrier"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"Field {name} must be a string, or None, got {value!r}")
+        if isinstance(self.tags, str) or not all(isinstance(tag, str) for tag in self.tags):
+            raise ValueError(f"Field tags must be a tuple of strings, got {self.tags!r}")
+        put(self, "tags", tuple(self.tags))
+        if self.spatial_shape is not None:
+            self._take_spatial_shape()
+
+    def _take_spatial_shape(self) -> None:
+        if not isinstance(self.spatial_shape, (tuple, list)) or not self.spatial_shape:
+            raise ValueError(f"Field spatial_shape must be a tuple of ints, got {self.spatial_shape!r}")
+        shape = tuple(checked_int(size, "every size of Field spatial_shape", 1) for size in self.spatial_shape)
+        mirrored = (shape[0], shape[1] if len(shape) > 1 else 1)
+        if (self.h, self.w) not in ((1, 1), mirrored):
+            raise ValueError(f"Field spatial_shape={shape} contradicts h={self.h}, w={self.w}: give one of them")
+        for name, value in zip(("spatial_shape", "h", "w"), (shape, *mirrored)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Positions per spatial dimension: ``spatial_shape``, or (h, w)."""
+        return (self.h, self.w) if self.spatial_shape is None else self.spatial_shape
+
+    @property
+    def num_positions(self) -> int:
+        """Positions per frame."""
+        return self.h * self.w if self.spatial_shape is None else math.prod(self.spatial_shape)
+
+
+class LayoutStrategy(enum.Enum):
+    """In which order fields are packed: as they are declared, or those of equal local name together."""
+
+    PACKED = "packed"
+    INTERLEAVED = "interleaved"
+
+
+def checked_strategy(value: Any) -> LayoutStrategy:
+    try:
+        return LayoutStrategy(value)
+    except ValueError:
+        choices = ", ".join(strategy.value for strategy in LayoutStrategy)
+        raise ValueError(f"unknown layout_strategy {value!r}: choose one of {choices}") from None
+
+
+_POLICIES = {
+    "intra": ("dense", "isolated", "causal_chain", "star"),
+    "array_element": ("isolated", "dense", "matched_fields", "ring"),
+    "temporal": ("dense", "causal", "same_frame"),
+}
+
+
+@dataclass(frozen=True)
+class ConnectivityPolicy:
+    """Who reads whom in a compiled schema.
+
+    Whatever the policy, every coarse field reads itself, and it and its parent's fields, and it and its own type's
+    fields, read each other.
+
+    Args:
+        intra: a type's own fields: "dense" (each reads all, itself included), "isolated" (itself only), "causal_chain"
+            (itself and its predecessor), "star" (itself; the first field reads all others and they read it).
+        array_element: elements of one list: "isolated", "dense" (each element's coarse field reads all others'),
+            "matched_fields" (fields of equal local name read each other), "ring" (coarse fields of neighbours read each
+            other, the last and the first included).
+        temporal: "dense" (all frames), "same_frame", "causal" (a field reads itself at the same and at the previous
+            frame, others at the previous).
+
+    Raises:
+        ValueError: an unknown policy; the message lists the choices.
+    """
+
+    intra: str = "dense"
+    array_element: str = "isolated"
+    temporal: str = "dense"
+
+    def __post_init__(self) -> None:
+        for name, choices in _POLICIES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} policy {getattr(self, name)!r}: choose one of {', '.join(choices)}")

@@ -1,0 +1,95 @@
+"""A tree of types and a policy → who reads whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise, permutations
+
+from canvas_engineering.connectivity import CanvasTopology, Connection
+from canvas_engineering.types.declare import ConnectivityPolicy
+from canvas_engineering.types.walk import TypeNode
+
+
+class _Pairs:
+    """(src, dst) pairs as two lists of names: half a million tuples would be half a million objects to collect."""
+
+    def __init__(self) -> None:
+        self.src: list[str] = []
+        self.dst: list[str] = []
+
+    def add(self, src: str, dst: str) -> None:
+        self.src.append(src)
+        self.dst.append(dst)
+
+    def both_ways(self, one: str, others: Iterable[str]) -> None:
+        for other in others:
+            self.src += one, other
+            self.dst += other, one
+
+
+def wire(root: TypeNode, policy: ConnectivityPolicy) -> CanvasTopology:
+    """The connections of a tree, none of them twice; from each type on down: its own fields, then child by child."""
+    pairs = _Pairs()
+    _collect(root, policy, pairs)
+    if policy.temporal == "dense":
+        return CanvasTopology(list(map(Connection, pairs.src, pairs.dst)))
+    connections = []
+    for src, dst in zip(pairs.src, pairs.dst):
+        if policy.temporal == "same_frame" or src == dst:
+            connections.append(Connection(src, dst, t_src=0, t_dst=0))
+        if policy.temporal == "causal":
+            connections.append(Connection(src, dst, t_src=0, t_dst=-1))
+    return CanvasTopology(connections)
+
+
+def _collect(node: TypeNode, policy: ConnectivityPolicy, pairs: _Pairs) -> None:
+    own = node.own_paths()
+    _intra(own, policy.intra, pairs)
+    # A coarse field speaks for its type one level up, and to the coarse fields one level down: a chain of levels.
+    parents = own if node.coarse is None else [node.path, *own]
+    for child in node.children():
+        pairs.add(child.path, child.path)
+        pairs.both_ways(child.path, parents)
+        pairs.both_ways(child.path, child.own_paths())
+        _collect(child, policy, pairs)
+    for elements in node.arrays:
+        _array(elements, policy.array_element, pairs)
+
+
+def _intra(paths: list[str], policy: str, pairs: _Pairs) -> None:
+    if policy == "dense":
+        pairs.src += [path for path in paths for _ in paths]
+        pairs.dst += paths * len(paths)
+        return
+    pairs.src += paths
+    pairs.dst += paths
+    if policy == "causal_chain":
+        pairs.src += paths[1:]
+        pairs.dst += paths[:-1]
+    elif policy == "star" and paths:
+        pairs.both_ways(paths[0], paths[1:])
+
+
+def _array(elements: list[TypeNode], policy: str, pairs: _Pairs) -> None:
+    paths = [element.path for element in elements]
+    if policy == "dense":
+        _all_ordered(paths, pairs)
+    elif policy == "ring":
+        for here, following in pairwise(paths):
+            pairs.both_ways(here, [following])
+        if len(paths) > 2:  # of two elements, each is the other's neighbour already
+            pairs.both_ways(paths[-1], paths[:1])
+    elif policy == "matched_fields":
+        by_name: dict[str, list[str]] = {}
+        for element in elements:
+            for name in element.own:
+                by_name.setdefault(name, []).append(element.child_path(name))
+            if element.is_field:
+                by_name.setdefault("", []).append(element.path)  # a list of Fields: the list's name is all they have
+        for matched in by_name.values():
+            _all_ordered(matched, pairs)
+
+
+def _all_ordered(paths: list[str], pairs: _Pairs) -> None:
+    for src, dst in permutations(paths, 2):
+        pairs.add(src, dst)
