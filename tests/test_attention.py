@@ -101,6 +101,37 @@ def test_joint_form_is_the_oracle(backend, dtype, tolerance, canvas, seed):
     )
 
 
+@settings(max_examples=6)
+@given(canvas=canvases(max_positions=40, write_modes=("add", "replace", "gate")), seed=st.integers(0, 2**16))
+def test_triton_computes_both_forms(canvas, seed):
+    # few and small: the interpreter takes some milliseconds for every table row, head and pass
+    layout, topology = canvas
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    (q, k, v), grad = tensors(layout, torch.float32, seed)
+    q, k, v = (x.detach()[:1, :1].to(device).requires_grad_() for x in (q, k, v))
+    grad = grad[:1, :1].to(device)
+    gain = torch.linspace(-1, 1, len(topology.connections), device=device).requires_grad_()
+    reads, classes = oracle.reads(layout, topology), [c.write_mode == "replace" for c in topology.connections]
+    plan = compile_attention(layout, topology)
+    compare(
+        lambda q, k, v, g: canvas_attention(q, k, v, plan, gain=g, backend="triton").cpu(),
+        lambda q, k, v, g: oracle.edge_attention(
+            q.cpu(), k.cpu(), v.cpu(), reads, HEAD_DIM**-0.5, g.cpu(), None, classes
+        ),
+        (q, k, v, gain),
+        grad.cpu(),
+        2e-5,
+    )
+    joint, matrix = compile_attention(layout, topology, normalize="joint"), oracle.joint_matrix(layout, topology)
+    compare(
+        lambda q, k, v: canvas_attention(q, k, v, joint, backend="triton").cpu(),
+        lambda q, k, v: oracle.joint_attention(q.cpu(), k.cpu(), v.cpu(), matrix, HEAD_DIM**-0.5),
+        (q, k, v),
+        grad.cpu(),
+        2e-5,
+    )
+
+
 def two_regions():
     layout = CanvasLayout(T=2, H=2, W=4, d_model=16, regions={"a": (0, 2, 0, 2, 0, 2), "b": (0, 2, 0, 2, 2, 3)})
     return layout, CanvasTopology.dense(["a", "b"])
