@@ -147,8 +147,8 @@ class SpatiotemporalCanvas(nn.Module):
 
     Args:
         layout: where the regions lie.
-        semantic_conditioner: has ``get_conditioning(name) -> (d_model,)``; its vectors then identify the regions,
-            instead of learned modality embeddings.
+        semantic_conditioner: has ``get_conditioning(name) -> (d_model,)``, as a SemanticConditioner has; its vectors
+            then identify the regions, instead of learned modality embeddings.
         program: has ``regions``, a dict of names to objects with a ``family`` and a ``carrier``; both then get learned
             embeddings. A region that the program does not list is a "state" with the carrier of its RegionSpec.
 
@@ -173,7 +173,7 @@ class SpatiotemporalCanvas(nn.Module):
         self._ranges = {name: (stop - count, stop) for name, stop, count in zip(specs, stops, counts.tolist())}
         self._programs = {name: self._family_and_carrier(name, spec) for name, spec in specs.items()}
 
-        def index_buffer(name: str, index: torch.Tensor) -> None:
+        def index_buffer(name: str, index: torch.Tensor | None) -> None:
             self.register_buffer(name, index, persistent=False)  # checkpoints hold what was learned
 
         empty = torch.zeros(0, dtype=torch.int64)
@@ -181,6 +181,9 @@ class SpatiotemporalCanvas(nn.Module):
         index_buffer("_region_of", torch.repeat_interleave(torch.arange(len(specs)), counts))
         buckets = [self.period_embedding.bucket(spec.period) for spec in specs.values()]
         index_buffer("_period_rows", torch.tensor(buckets, dtype=torch.int64))
+        known = {name: row for row, name in enumerate(getattr(semantic_conditioner, "region_names", ()))}
+        every = hasattr(semantic_conditioner, "get_all_conditioning") and specs.keys() <= known.keys()
+        index_buffer("_semantic_rows", torch.tensor([known[name] for name in specs]) if every else None)
         if program is not None:
             table = self.family_carrier_embedding
             rows = [
@@ -209,6 +212,13 @@ class SpatiotemporalCanvas(nn.Module):
             return "state", spec.carrier
         region = self.program.regions[name]
         return region.family, region.carrier
+
+    def _conditioning(self) -> torch.Tensor:
+        """Each region's semantic conditioning, ``[regions, d_model]``; in one go where all can be had at once."""
+        conditioner = self.semantic_conditioner
+        if self._semantic_rows is not None:
+            return conditioner.get_all_conditioning()[self._semantic_rows]
+        return torch.stack([conditioner.get_conditioning(name) for name in self._ranges])
 
     def _indices(self, region_name: str) -> torch.Tensor:
         if region_name not in self._ranges:
@@ -239,7 +249,7 @@ class SpatiotemporalCanvas(nn.Module):
                 regions = regions + self.family_carrier_embedding.family_embedding(self._program_rows[:, 0])
                 regions = regions + self.family_carrier_embedding.carrier_embedding(self._program_rows[:, 1])
             if self.semantic_conditioner is not None:
-                regions = regions + torch.stack([self.semantic_conditioner.get_conditioning(n) for n in self._ranges])
+                regions = regions + self._conditioning()
             canvas = canvas.index_add(0, self._positions, regions[self._region_of].to(canvas.dtype))
         return canvas.unsqueeze(0).repeat(batch_size, 1, 1)
 
