@@ -46,6 +46,8 @@ def forward_stage(
         result = _part(results, rows)
         if not step.runs(batch):
             result.zero_()
+            if kept is not None:
+                kept[i].zero_()
             continue
         a, b = _part(queries, rows), _part(keys, columns)
         p = _pairs(q.new_empty(a.shape[0] * a.shape[1] * b.shape[1]) if kept is None else kept[i], batch)

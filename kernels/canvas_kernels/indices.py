@@ -5,6 +5,7 @@ The executor works on rows (n, X, D), X being batch · heads. Gathered rows of a
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,9 @@ class Indices:
     """Of one table, for X = batch · heads, a computing dtype and a device."""
 
     def __init__(self, table: BlockTable, heads: int, dtype: torch.dtype, device: torch.device):
-        self.table, self.grouping, self.heads, self.dtype, self.device = table, group(table), heads, dtype, device
+        # the table's cache holds this object: a strong reference back would keep both until the cycle is collected
+        self.table = weakref.proxy(table)
+        self.grouping, self.heads, self.dtype, self.device = group(table), heads, dtype, device
         self.sides = [_sides(stage) for stage in self.grouping.stages]
         self._made: dict = {}
 

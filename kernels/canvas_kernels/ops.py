@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from . import rectangles, reference
+from . import dropout, rectangles, reference
 from .table import BlockTable
 
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -85,10 +85,12 @@ def block_attention(
         _check_triton(q, dropout_p)
     if backend == "reference" or dropout_p:
         q, k, v = _autocast(q, k, v)
-        execute = reference.attention if backend == "reference" else rectangles.attention_with_dropout
-        out, lse = execute(
-            q, k, v, table, scale=scale, gain=gain, active=active, row_scale=row_scale, dropout_p=dropout_p
-        )
+        execute = reference.attention if backend == "reference" else dropout.attention
+        # the products inside are the operation's own: it computes 16-bit inputs in float32
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = execute(
+                q, k, v, table, scale=scale, gain=gain, active=active, row_scale=row_scale, dropout_p=dropout_p
+            )
     else:
         out, lse, _ = _attention(q, k, v, gain, active, row_scale, table.key, scale, backend, return_lse, False)
     return (out, lse) if return_lse else out
@@ -231,7 +233,8 @@ def _attention_fake(q, k, v, gain, active, row_scale, table, scale, backend, nee
         dtype = torch.promote_types(q.dtype, torch.float32)
         lse = q.new_empty((batch, heads, found.n_slots if need_lse else 0), dtype=dtype)
         own_activity = active is not None and row_scale is None
-        size = rectangles.saved_size(found, batch * heads, q.shape[3], own_activity) if need_grad else 0
+        # head_dim decides what is kept, so it may not stay symbolic
+        size = rectangles.saved_size(found, batch * heads, int(q.shape[3]), own_activity) if need_grad else 0
         return _fake_like(q, backend), lse, q.new_empty(size, dtype=dtype)
     lse = q.new_empty((batch, heads, found.n_slots), dtype=torch.float32)
     keeps_row_scale = need_grad and active is not None and row_scale is None and found.form == "edge"

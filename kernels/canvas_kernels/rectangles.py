@@ -64,8 +64,12 @@ def forward(
     if total is None:
         total = rows.new_empty(rows.shape) if writes and grouping.all_rows_fresh else rows.new_zeros(rows.shape)
     for number, slab in enumerate(grouping.slabs):
-        if step.runs(slab):
-            part = None if slab_parts is None else slab_parts[number]
+        part = None if slab_parts is None else slab_parts[number]
+        if not step.runs(slab):
+            # results are the same bits every time, also those that only backward sees
+            for piece in part or ():
+                piece.zero_()
+        else:
             forward_slab(number, step, inputs, scale, flash[number], part, lse, total, writes and slab.fresh_rows)
     if need_lse and active is not None:
         lse.masked_fill_((active == 0).repeat_interleave(table.slot_layout(q.device).per_edge), math.inf)
@@ -133,8 +137,7 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Choices(NamedTuple):
-    """``flash`` per slab, whether the batches' probabilities are kept, and elements kept per (batch, head): of every
-    batch, of every slab, of all."""
+    """``flash`` per slab, whether the batches' probabilities are kept, and how many elements are kept per batch · head."""
 
     flash: tuple[bool, ...]
     keeps: bool
@@ -150,8 +153,8 @@ def _choices(table: BlockTable, head_dim: int) -> _Choices:
         if sum(slab.pairs for slab, is_flash in zip(grouping.slabs, flash) if not is_flash) > budget:
             flash = (True,) * len(flash)
         keeps = sum(batch.pairs for batch in grouping.batches) <= budget
-        size = sum(_padded(batch.pairs) for batch in grouping.batches) if keeps else 0
-        size += sum(_padded(sum(saved_parts(*slab, 1, head_dim))) for slab in zip(grouping.slabs, flash))
+        size = sum(batch.pairs for batch in grouping.batches) if keeps else 0
+        size += sum(sum(saved_parts(*slab, 1, head_dim)) for slab in zip(grouping.slabs, flash))
         table.cache[key] = _Choices(flash, keeps, size)
     return table.cache[key]
 
@@ -165,11 +168,6 @@ def saved_size(table: BlockTable, heads: int, head_dim: int, own_activity: bool)
     return heads * _choices(table, head_dim).size + row_scale
 
 
-def _padded(pairs: int) -> int:
-    """A multiple of 16, so that every part starts on a cache line."""
-    return -(-pairs // 16) * 16
-
-
 def _saved_parts(saved: torch.Tensor, table: BlockTable, heads: int, dim: int):
     """Flat pieces of ``saved``: probabilities per stage and batch, or None if they are not kept; those of each slab."""
     grouping, choices = group(table), _choices(table, dim)
@@ -180,11 +178,11 @@ def _saved_parts(saved: torch.Tensor, table: BlockTable, heads: int, dim: int):
             kept.append([])
             for batch in stage:
                 kept[-1].append(saved[at : at + heads * batch.pairs])
-                at += heads * _padded(batch.pairs)
+                at += heads * batch.pairs
     for slab, flash in zip(grouping.slabs, choices.flash):
         sizes = saved_parts(slab, flash, heads, dim)
         slab_parts.append(saved[at : at + sum(sizes)].split(sizes))
-        at += heads * _padded(sum(sizes) // heads)
+        at += sum(sizes)
     return kept, slab_parts
 
 

@@ -315,7 +315,7 @@ def _add_key_product(views, left, right, alpha: float, slab: Slab, heads: int, f
 
 def _dense(q, k, v, bias, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, natural log-sum-exp [G, X, R]) of plain attention over [G, X, R or keys, D]."""
-    if q.device.type == "cpu":
+    if _has_flash(q):
         return _flash(q, k, v, attn_mask=_mask(bias, q, k), scale=scale)
     pieces = []
     for rows in q.split(_dense_rows(q, k), 2):
@@ -327,7 +327,7 @@ def _dense(q, k, v, bias, scale) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _dense_backward(grad_out, q, k, v, out, lse, bias, scale):
-    if q.device.type == "cpu":
+    if _has_flash(q):
         return _flash_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=_mask(bias, q, k), scale=scale)
     dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
     step = _dense_rows(q, k)
@@ -342,6 +342,10 @@ def _dense_backward(grad_out, q, k, v, out, lse, bias, scale):
         dk += ds.transpose(-1, -2) @ rows
         dv += p.transpose(-1, -2) @ upstream
     return torch.cat(dq, 2), dk, dv
+
+
+def _has_flash(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def _dense_rows(q: torch.Tensor, k: torch.Tensor) -> int:

@@ -1,0 +1,374 @@
+"""The registered operations: torch.library's own checks, compilation, checkpointing, autocast, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from canvas_kernels import BlockTable, block_attention, ops, permute_rows
+from tests.test_reference import error
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.fixture
+def table():
+    return BlockTable.from_rectangles(
+        "edge", 12, 3, q_start=[0, 2, 0, 8], q_stop=[8, 8, 4, 12], k_start=[0, 8, 4, 0], k_stop=[8, 12, 8, 5],
+        segment=[0, 0, 1, 2], weight=[1.0, 1.0, 0.5, 2.0], edge=[0, 0, 1, 2],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def joint():
+    return BlockTable.from_rectangles(
+        "joint", 12, 0, q_start=[0, 6], q_stop=[6, 12], k_start=[0, 2], k_stop=[4, 12], weight=[1.0, 0.5]
+    )
+
+
+def qkv(dtype=torch.float32, n=12, grad=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, n, 8, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad) for _ in "qkv"]
+
+
+# -- registration --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("need_lse", [False, True])
+def test_opcheck_edge(table, grad, need_lse):
+    gain = torch.rand(3).requires_grad_(grad)
+    options = (torch.tensor([1.0, 0.0, 1.0]), None, table.key, 0.3, "torch", need_lse, False)
+    result = torch.library.opcheck(torch.ops.canvas_kernels.attention.default, (*qkv(grad=grad), gain, *options))
+    assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
+
+
+def test_opcheck_joint(joint):
+    options = (None, None, None, joint.key, 0.3, "torch", False, False)
+    result = torch.library.opcheck(torch.ops.canvas_kernels.attention.default, (*qkv(torch.bfloat16), *options))
+    assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
+
+
+def test_opcheck_backward(table):
+    q, k, v = qkv(grad=False)
+    gain, active, row_scale = torch.rand(3), torch.tensor([1, 0, 1]), torch.rand(2, 12)
+    for given in (None, row_scale):
+        forward = (gain, active, given, table.key, 0.3, "torch")
+        _, lse, aux = torch.ops.canvas_kernels.attention.default(q, k, v, *forward, False, True)
+        args = (torch.randn_like(q), q, k, v, None, lse, aux, *forward, True)
+        result = torch.library.opcheck(torch.ops.canvas_kernels.attention_backward.default, args)
+        assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [2, 0]])
+def test_opcheck_permute_rows(order):
+    inverse = torch.tensor([1, 2, 0]) if len(order) == 3 else torch.tensor([1, -1, 0])
+    args = (torch.randn(2, 3, 4, requires_grad=True), torch.tensor(order), inverse, -2)
+    result = torch.library.opcheck(torch.ops.canvas_kernels.permute_rows.default, args)
+    assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
+
+
+# -- compilation, checkpointing, autocast --------------------------------------------------------------------------------
+
+
+def run(table, q, k, v, gain=None, active=None):
+    return block_attention(q, k, v, table, gain=gain, active=active)
+
+
+# inductor imports what torch itself has deprecated
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_to_one_graph(table, backend):
+    torch._dynamo.reset()
+    gain, active = torch.rand(3).requires_grad_(), torch.tensor([1.0, 0.0, 1.0])
+    order = torch.randperm(12)
+    inverse = torch.argsort(order)
+
+    def step(q, k, v, gain, active):
+        return permute_rows(run(table, permute_rows(q, order, inverse), k, v, gain, active), inverse, order)
+
+    inputs = [*qkv(), gain]
+    upstream = torch.randn(2, 3, 12, 8)
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    out, expected = compiled(*inputs, active), step(*inputs, active)
+    assert error(out.detach(), expected.detach().double()) <= 1e-6
+    for mine, want in zip(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)):
+        assert error(mine, want.double()) <= 1e-6
+
+
+def test_a_compiled_function_follows_its_table(table):
+    torch._dynamo.reset()
+    other = BlockTable.from_rectangles(
+        "edge", 12, 1, q_start=[0], q_stop=[12], k_start=[3], k_stop=[9], segment=[0], weight=[1.0], edge=[0]
+    )
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    inputs = qkv(grad=False)
+    for each in (table, other, table):
+        assert torch.equal(compiled(each, *inputs), run(each, *inputs))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_gives_the_same_bits(table, reentrant):
+    inputs = [*qkv(), torch.rand(3, requires_grad=True)]
+    upstream = torch.randn(2, 3, 12, 8)
+    plain = run(table, *inputs)
+    again = checkpoint(run, table, *inputs, use_reentrant=reentrant)
+    assert torch.equal(plain, again)
+    expected = torch.autograd.grad(plain, inputs, upstream)
+    again.backward(upstream)
+    assert all(torch.equal(x.grad, want) for x, want in zip(inputs, expected))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_casts_as_sdpa_does(table, backend):
+    inputs = qkv()
+    mixed = [inputs[0].detach().bfloat16(), *inputs[1:]]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block_attention(*inputs, table, backend=backend)
+        sdpa = torch.nn.functional.scaled_dot_product_attention(*inputs)
+        other = block_attention(*mixed, table, backend=backend)
+        double = block_attention(*(x.double() for x in inputs), table, backend=backend)
+    assert out.dtype == sdpa.dtype == torch.bfloat16 and double.dtype == torch.float64
+    assert torch.equal(out, block_attention(*(x.bfloat16() for x in inputs), table, backend=backend))
+    assert torch.equal(out, other)
+    gradients = torch.autograd.grad(out.float().sum(), inputs)
+    assert all(gradient.dtype == torch.float32 and gradient.any() for gradient in gradients[2:])
+    assert gradients[2].abs().max() > 0.1
+
+
+# -- autograd ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_derivative_is_refused(table):
+    inputs = qkv()
+    out = run(table, *inputs)
+    (first,) = torch.autograd.grad(out.square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"canvas_kernels::attention has no second derivative.*backend='reference'"):
+        first.sum().backward()
+
+
+def test_first_derivatives_under_create_graph(table):
+    inputs = qkv()
+    upstream = torch.randn(2, 3, 12, 8)
+    graph = torch.autograd.grad(run(table, *inputs), inputs, upstream, create_graph=True)
+    plain = torch.autograd.grad(run(table, *inputs), inputs, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(graph, plain))
+
+
+def test_backward_keeps_the_activity_of_its_forward(table):
+    inputs, active = qkv(), torch.tensor([1.0, 0.0, 1.0])
+    expected = torch.autograd.grad(run(table, *inputs, active=active.clone()).sum(), inputs[2])
+    out = run(table, *inputs, active=active)
+    active.fill_(1.0)
+    found = torch.autograd.grad(out.sum(), inputs[2])
+    assert torch.equal(found[0], expected[0])
+
+
+def test_backward_may_run_twice_and_out_may_be_overwritten(table):
+    inputs = qkv()
+    out = run(table, *inputs)
+    loss = out.sum()
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    with torch.no_grad():
+        out.zero_()
+    second = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_only_wanted_gradients_are_given(table):
+    q, k, v = qkv()
+    gain = torch.rand(3, requires_grad=True)
+    q, k = q.detach(), k.detach()
+    run(table, q, k, v, gain).sum().backward()
+    assert v.grad is not None and gain.grad is not None and q.grad is None
+    lone = torch.rand(3, requires_grad=True)
+    run(table, q, k, v.detach(), lone).sum().backward()
+    assert torch.equal(lone.grad, torch.autograd.grad(run(table, q, k, v.detach(), lone).sum(), lone)[0])
+    assert not run(table, q, k, v.detach()).requires_grad
+
+
+def test_lse_carries_no_gradient(table):
+    _, lse = block_attention(*qkv(), table, return_lse=True)
+    assert not lse.requires_grad and lse.shape == (2, 3, table.n_slots)
+
+
+def test_a_pending_backward_keeps_its_table():
+    inputs = qkv()
+
+    def build():
+        return BlockTable.from_rectangles(
+            "joint", 12, 0, q_start=[0], q_stop=[11], k_start=[1], k_stop=[12], weight=[1.0]
+        )
+
+    out = run(build(), *inputs)
+    found = torch.autograd.grad(out.sum(), inputs[2])[0]
+    assert torch.equal(found, torch.autograd.grad(run(build(), *inputs).sum(), inputs[2])[0])
+
+
+# -- permute_rows --------------------------------------------------------------------------------------------------------
+
+
+def test_permute_rows_moves_rows_and_their_gradients():
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    inverse = torch.argsort(order)
+    out = permute_rows(x, order, inverse)
+    assert torch.equal(out, x[:, order])
+    upstream = torch.randn_like(out)
+    assert torch.equal(torch.autograd.grad(out, x, upstream)[0], upstream[:, inverse])
+    assert torch.equal(permute_rows(out, inverse, order), x)
+
+
+def test_permute_rows_leaves_rows_out_and_fills_with_zeros():
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    order, inverse = torch.tensor([4, 1, 0]), torch.tensor([2, 1, -1, -1, 0])
+    fewer = permute_rows(x, order, inverse, 0)
+    assert torch.equal(fewer, x[[4, 1, 0]])
+    back = permute_rows(fewer, inverse, order, 0)
+    expected = x.detach().clone()
+    expected[2:4] = 0
+    assert torch.equal(back, expected)
+    assert torch.autograd.gradcheck(lambda x: permute_rows(permute_rows(x, order, inverse, 0), inverse, order, 0), x)
+    assert torch.autograd.gradgradcheck(lambda x: permute_rows(x.sin(), order, inverse, 0), x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 2}, r"dim 2 does not exist in x of shape \(5, 3\)"),
+        ({"order": torch.zeros(5, dtype=torch.int32)}, "order must be an int64 vector, got torch.int32"),
+        ({"order": torch.zeros(1, 5, dtype=torch.int64)}, r"order must be an int64 vector, got torch.int64 \(1, 5\)"),
+        ({"inverse": torch.zeros(4, dtype=torch.int64)}, "inverse has 4 entries for 5 rows of x"),
+        ({"inverse": torch.zeros(5, dtype=torch.int64, device="meta")}, "inverse is on meta, x on cpu"),
+    ],
+)
+def test_permute_rows_refuses(change, message):
+    arguments = {"x": torch.zeros(5, 3), "order": torch.arange(5), "inverse": torch.arange(5), "dim": 0} | change
+    with pytest.raises(ValueError, match=message):
+        permute_rows(**arguments)
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def zeros(*shape, **options):
+    return torch.zeros(*(shape or (2, 3, 12, 8)), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"table": "key"}, "table must be a BlockTable, got str"),
+        ({"k": zeros(2, 3, 12, 4)}, r"share one shape.*k \(2, 3, 12, 4\)"),
+        ({"v": zeros(2, 1, 12, 8)}, r"share one shape.*v \(2, 1, 12, 8\)"),
+        ({"q": zeros(12, 8), "k": zeros(12, 8), "v": zeros(12, 8)}, r"\(batch, heads, positions, head_dim\): q \(12, 8\)"),
+        ({name: zeros(2, 3, 9, 8) for name in "qkv"}, r"hold 9 positions, the table 12"),
+        ({"v": zeros(device="meta")}, "one device: q cpu, k cpu, v meta"),
+        ({"k": zeros(dtype=torch.float16)}, "one dtype: q torch.float32, k torch.float16"),
+        ({name: zeros(dtype=torch.int64) for name in "qkv"}, "floating-point tensors, got torch.int64"),
+        ({"scale": -1.0}, "scale must be finite and not negative, got -1.0"),
+        ({"scale": float("nan")}, "scale must be finite and not negative, got nan"),
+        ({"scale": float("inf")}, "scale must be finite and not negative, got inf"),
+        ({"scale": torch.ones(())}, "scale must be a number, not a tensor"),
+        ({"dropout_p": 1.0}, r"dropout_p must lie in \[0, 1\), got 1.0"),
+        ({"dropout_p": -0.1}, r"dropout_p must lie in \[0, 1\), got -0.1"),
+        ({"gain": torch.ones(2)}, r"gain must have the shape \(3,\) of the table, got \(2,\)"),
+        ({"active": torch.ones(3, 1)}, r"active must have the shape \(3,\) of the table, got \(3, 1\)"),
+        ({"row_scale": torch.ones(2, 11)}, r"row_scale must have the shape \(2, 12\) of the table, got \(2, 11\)"),
+        ({"gain": torch.ones(3, device="meta")}, "gain is on meta, q on cpu"),
+        ({"gain": torch.ones(3, dtype=torch.int64)}, "gain must be a floating-point tensor, got torch.int64"),
+        ({"row_scale": torch.ones(2, 12, dtype=torch.int32)}, "row_scale must be a floating-point tensor, got torch.int32"),
+        ({"backend": "cuda"}, "backend must be one of auto, triton, torch, reference; got 'cuda'"),
+        ({"backend": "triton", "dropout_p": 0.1}, "'triton' has no dropout: use 'torch' or 'auto'"),
+    ],
+)
+def test_refuses(table, change, message):
+    arguments = {"q": zeros(), "k": zeros(), "v": zeros(), "table": table} | change
+    with pytest.raises(ValueError, match=message):
+        block_attention(**arguments)
+
+
+@pytest.mark.parametrize("name", ["gain", "active", "row_scale"])
+def test_joint_form_takes_no_edge_inputs(joint, name):
+    with pytest.raises(ValueError, match=f"{name} belongs to the edge form: the table is joint"):
+        block_attention(zeros(), zeros(), zeros(), joint, **{name: torch.ones(2, 12)})
+
+
+def test_triton_refuses_what_it_cannot_do(table, monkeypatch):
+    def message(**options):
+        with pytest.raises(ValueError) as caught:
+            block_attention(*(zeros(2, 3, 12, options.get("dim", 8), dtype=options.get("dtype")) for _ in "qkv"), table,
+                            backend="triton")  # fmt: skip
+        return str(caught.value)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "needs tensors on a CUDA or ROCm device (or TRITON_INTERPRET=1), got cpu: use 'torch'" in message()
+    assert "head_dim up to 256, got 264: use 'torch'" in message(dim=264)
+    assert "float32, float16 and bfloat16, got torch.float64: use 'torch' or 'reference'" in message(dtype=torch.float64)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interpreter multiplies bfloat16 bit patterns" in message(dtype=torch.bfloat16)
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    assert "needs the triton package, which is not installed: use 'torch'" in message()
+
+
+def test_a_key_of_no_live_table_is_a_key_error():
+    q, k, v = qkv(grad=False)
+    with pytest.raises(KeyError, match="no live BlockTable has the key nothing"):
+        torch.ops.canvas_kernels.attention(q, k, v, None, None, None, "nothing", 1.0, "torch", False, False)
+
+
+def test_importing_and_running_needs_no_triton():
+    program = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+import torch
+from canvas_kernels import BlockTable, block_attention
+table = BlockTable.from_rectangles("joint", 2, 0, q_start=[0], q_stop=[2], k_start=[0], k_stop=[1], weight=[1.0])
+x = torch.tensor([[[[1.0], [3.0]]]], requires_grad=True)
+block_attention(x, x, x, table).sum().backward()
+print(x.grad.flatten().tolist(), "triton" in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["[2.0,", "0.0]", "False"]
+
+
+# -- the Triton branch, in the interpreter -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in for a GPU")
+@pytest.mark.parametrize("activity", [None, [1, 0, 1]])
+def test_triton_and_torch_agree_through_the_operation(table, activity):
+    pytest.importorskip("triton")
+    active = None if activity is None else torch.tensor(activity)
+    inputs = [*qkv(n=12), torch.tensor([0.5, -1.0, 0.0]).requires_grad_()]
+    inputs = [inputs[0][:1, :1].detach(), inputs[1][:1, :1].detach(), inputs[2][:1, :1].detach(), inputs[3].detach()]
+    inputs = [x.requires_grad_() for x in inputs]
+    upstream = torch.randn(1, 1, 12, 8)
+    results = []
+    for backend in ("triton", "torch"):
+        out, lse = block_attention(
+            *inputs[:3], table, gain=inputs[3], active=active, backend=backend, return_lse=True
+        )
+        finite = torch.isfinite(lse)
+        results.append([out, finite.float(), lse[finite], *torch.autograd.grad(out, inputs, upstream)])
+    for mine, want in zip(*results):
+        assert error(mine.detach(), want.detach().double()) <= 2e-5
+
+
+def test_auto_takes_torch_on_the_cpu(table):
+    inputs = qkv(grad=False)
+    assert torch.equal(run(table, *inputs), block_attention(*inputs, table, backend="torch"))
+    scale = block_attention(*inputs, table, scale=8**-0.5)
+    assert torch.equal(run(table, *inputs), scale)
+    assert np.isfinite(scale.numpy()).all()

@@ -1,0 +1,310 @@
+"""The fast torch executor: numbers against the dense oracle in every mode, structure, determinism, 16-bit budgets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from canvas_kernels import BlockTable, block_attention, grouping, rectangles, slabs
+from tests.test_reference import check, dense_oracle, error, random_case, random_table
+
+NEVER, ALWAYS = 1e15, -1e15
+
+
+def frames(rows_per_frame: list[int], n_frames: int, reads, weight=None) -> BlockTable:
+    """Regions of ``rows_per_frame`` rows over ``n_frames`` frames, packed region after region. ``reads``: (src, dst, frame
+    offset) triples, an edge each, a segment per frame whose partner exists."""
+    base = np.concatenate([[0], np.cumsum(np.array(rows_per_frame) * n_frames)])
+    rows, segment = [], 0
+    for edge, (src, dst, offset) in enumerate(reads):
+        for t in range(n_frames):
+            if 0 <= t + offset < n_frames:
+                q0, k0 = base[src] + t * rows_per_frame[src], base[dst] + (t + offset) * rows_per_frame[dst]
+                w = 1.0 if weight is None else weight(edge, t)
+                rows.append((q0, q0 + rows_per_frame[src], k0, k0 + rows_per_frame[dst], segment, w, edge))
+                segment += 1
+    q0, q1, k0, k1, segments, w, edges = zip(*rows)
+    return BlockTable.from_rectangles(
+        "edge", int(base[-1]), len(reads), q_start=q0, q_stop=q1, k_start=k0, k_stop=k1, segment=segments, weight=w,
+        edge=edges,
+    )  # fmt: skip
+
+
+def inputs_for(table, dtype=torch.float64, batch=1, heads=2, head_dim=8, gain=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, table.n_positions, heads, head_dim)
+    inputs = {}
+    for name in "qkv":
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        inputs[name] = x.transpose(1, 2).requires_grad_()
+    if gain:
+        inputs["gain"] = torch.randn(table.n_edges, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return inputs
+
+
+@pytest.fixture(params=["slabs of products", "slabs of flash", "batches", "batches computed again", "many stages"])
+def mode(request, monkeypatch):
+    """Each way of executing, forced."""
+    monkeypatch.setattr(grouping, "SLAB_NS", ALWAYS if "slabs" in request.param else NEVER)
+    if request.param == "slabs of flash":
+        monkeypatch.setattr(rectangles, "FLASH_SIDE", 1)
+    if request.param == "batches computed again":
+        monkeypatch.setattr(rectangles, "KEPT_PAIRS", 0)
+    if request.param == "many stages":
+        monkeypatch.setattr(grouping, "STAGE_ROWS", 8)
+    return request.param
+
+
+def test_modes_execute_what_they_say(mode):
+    table = frames([6, 3], 5, [(0, 0, 0), (0, 1, 0), (1, 0, -1)])
+    built = grouping.group(table)
+    assert bool(built.slabs) == ("slabs" in mode) and bool(built.batches) == ("slabs" not in mode)
+    assert (len(built.stages) > 1) == (mode == "many stages")
+    choices = rectangles._choices(table, 8)
+    assert all(choices.flash) == (mode == "slabs of flash" or "slabs" not in mode)
+    assert choices.keeps == (mode != "batches computed again")
+
+
+@pytest.mark.parametrize("form", ["edge", "joint"])
+def test_random_tables_meet_the_oracle_in_float64(form, mode):
+    for seed in range(14):
+        check(*random_case(form, seed, batch=1 + seed % 2), 1e-12)
+
+
+@pytest.mark.parametrize("form", ["edge", "joint"])
+def test_random_tables_meet_the_oracle_in_float32(form, mode):
+    for seed in range(20, 26):
+        check(*random_case(form, seed, torch.float32, batch=1 + seed % 2), 1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 9])
+def test_frames_at_equal_distances_meet_the_oracle(mode, heads):
+    # more heads than cells, and fewer: the lanes of products run along the other dimension
+    reads = [(0, 0, 0), (0, 0, -1), (0, 1, 0), (1, 0, -1), (1, 1, 0), (1, 1, 1)]
+    table = frames([6, 3], 5, reads, weight=lambda edge, t: 1.0 + 0.25 * ((edge + t) % 3))
+    check(table, inputs_for(table, heads=heads), {}, 1e-12)
+    active = torch.tensor([1, 0, 1, 1, 0, 1])
+    check(table, inputs_for(table, batch=2, heads=heads, gain=True), {"active": active}, 1e-12)
+
+
+def test_cells_that_all_read_the_same_keys(mode):
+    # frames of region 0 read one frame of region 1, rows apart so that they cannot be joined
+    rows = np.arange(0, 40, 8)
+    table = BlockTable.from_rectangles(
+        "edge", 44, 2, q_start=rows, q_stop=rows + 5, k_start=[40] * 5, k_stop=[43] * 5, segment=range(5),
+        weight=[1, 2, 1, 2, 1], edge=[0, 0, 0, 1, 1],
+    )  # fmt: skip
+    for heads in (2, 7):
+        check(table, inputs_for(table, heads=heads, gain=True), {}, 1e-12)
+
+
+def test_wide_joint_cells_with_weights_and_several_ranges(mode):
+    q0, q1 = [0, 0, 20, 20, 0], [20, 20, 40, 40, 40]
+    k0, k1 = [0, 25, 10, 30, 41], [20, 40, 30, 41, 45]
+    weight = [1.0, 0.5, 1.0, 0.5, 2.0]
+    table = BlockTable.from_rectangles("joint", 50, 0, q_start=q0, q_stop=q1, k_start=k0, k_stop=k1, weight=weight)
+    check(table, inputs_for(table, batch=2), {}, 1e-12)
+
+
+def pairs_of(table) -> dict:
+    """{(segment, row): keys} from the rectangles."""
+    found: dict = {}
+    for i in range(len(table.weight)):
+        for row in range(table.q_start[i], table.q_stop[i]):
+            keys = found.setdefault((int(table.segment[i]), row), [])
+            keys += range(table.k_start[i], table.k_stop[i])
+    return {key: sorted(keys) for key, keys in found.items()}
+
+
+@pytest.mark.parametrize("form", ["edge", "joint"])
+def test_grouping_holds_every_pair_once(form, mode):
+    tables = [random_table(form, seed) for seed in range(20)]
+    if form == "edge":
+        tables.append(frames([6, 3], 9, [(0, 0, 0), (0, 0, -1), (0, 1, 0), (1, 0, -1)]))
+    for table in tables:
+        built, found = grouping.build_grouping(table), {}
+        for slab in built.slabs:
+            for g in range(slab.cells):
+                keys = [first + g * move + j for first, length, move in slab.ranges for j in range(length)]
+                for r in range(slab.rows):
+                    key = (int(slab.segment[g, r]), slab.start + g * slab.step + r)
+                    assert key not in found
+                    found[key] = keys
+        for batch in built.batches:
+            for g, s in np.argwhere(batch.segment >= 0):
+                keys = batch.keys[g, s][batch.key_valid[g, s]].tolist()
+                for row in batch.rows[g][batch.row_valid[g]].tolist():
+                    assert (int(batch.segment[g, s]), row) not in found
+                    found[int(batch.segment[g, s]), row] = keys
+        assert found == pairs_of(table)
+
+
+def test_calls_grow_with_shapes_not_with_edges():
+    def parts(n_vehicles: int) -> int:
+        # every vehicle: a coarse field of 4 rows, fields of 16, 1 and 8; each reads each, the coarse ones a hub and back
+        rows, at, edge = [], 16, 0
+        for _ in range(n_vehicles):
+            fields = []
+            for size in (4, 16, 1, 8):
+                fields.append((at, at + size))
+                at += size
+            pairs = [(a, b) for a in fields for b in fields] + [((0, 16), fields[0]), (fields[0], (0, 16))]
+            for a, b in pairs:
+                rows.append((*a, *b, edge))
+                edge += 1
+        q0, q1, k0, k1, edges = zip(*rows)
+        table = BlockTable.from_rectangles(
+            "edge", at, edge, q_start=q0, q_stop=q1, k_start=k0, k_stop=k1, segment=edges, weight=[1.0] * edge, edge=edges
+        )
+        built = grouping.build_grouping(table)
+        return len(built.slabs) + len(built.batches)
+
+    assert parts(200) <= parts(25) <= 20
+
+
+def test_every_row_and_key_that_is_written_first_is_written_once():
+    table = frames([6, 3], 9, [(0, 0, 0), (0, 0, -1), (0, 1, 0), (1, 1, 0), (1, 0, 0)])
+    built = grouping.build_grouping(table)
+    for flag, positions in (
+        ("fresh_rows", lambda s: [s.start + g * s.step + r for g in range(s.cells) for r in range(s.rows)]),
+        (
+            "fresh_keys",
+            lambda s: [f + g * move + j for g in range(s.cells) for f, length, move in s.ranges for j in range(length)],
+        ),
+    ):
+        seen: set = set()
+        for slab in built.slabs:
+            touched = positions(slab)
+            if getattr(slab, flag):
+                assert len(set(touched)) == len(touched) and not seen & set(touched)
+            seen |= set(touched)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_same_bits_every_time(mode, batch):
+    table = frames([40, 8], 4, [(0, 0, 0), (0, 0, -1), (0, 1, 0), (1, 0, -1), (1, 1, 0)])
+    inputs = inputs_for(table, torch.float32, batch=batch, gain=True)
+    upstream = torch.randn_like(inputs["q"])
+
+    def run():
+        out = block_attention(**inputs, table=table, active=torch.tensor([1, 1, 0, 1, 1]))
+        return out, *torch.autograd.grad(out, list(inputs.values()), upstream)
+
+    for first, second in zip(run(), run()):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_cost_at_most_twice_what_dense_attention_does(dtype, mode):
+    table = frames([24, 8], 4, [(0, 0, 0), (0, 0, -1), (0, 1, 0), (1, 0, 0)])
+    inputs = inputs_for(table, dtype, head_dim=16)
+    upstream = torch.randn(inputs["q"].shape, dtype=torch.float64)
+    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    expected, _ = dense_oracle(**exact, table=table, scale=0.25)
+    expected = [expected, *torch.autograd.grad(expected, list(exact.values()), upstream)]
+
+    plain = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    dense = torch.zeros_like(plain["q"])
+    row_scale = table.row_scale().to(dtype)
+    for segment in np.unique(table.segment):
+        i = int(np.flatnonzero(table.segment == segment)[0])
+        rows, keys = slice(table.q_start[i], table.q_stop[i]), slice(table.k_start[i], table.k_stop[i])
+        p = torch.softmax(0.25 * (plain["q"][:, :, rows] @ plain["k"][:, :, keys].transpose(-1, -2)), -1)
+        piece = torch.zeros_like(dense)
+        piece[:, :, rows] = row_scale[0, rows, None] * (p @ plain["v"][:, :, keys])
+        dense = dense + piece
+    dense = [dense, *torch.autograd.grad(dense, list(plain.values()), upstream.to(dtype))]
+
+    out = block_attention(**inputs, table=table, scale=0.25)
+    ours = [out, *torch.autograd.grad(out, list(inputs.values()), upstream.to(dtype))]
+    for mine, theirs, want in zip(ours, dense, expected):
+        assert mine.dtype == dtype
+        assert error(mine.detach(), want.detach()) <= 2 * error(theirs.detach(), want.detach())
+
+
+@pytest.mark.parametrize("layout", ["packed projection", "heads first", "rows not apart by head_dim", "expanded gradient"])
+def test_memory_layouts(layout, mode):
+    table = frames([6, 3], 4, [(0, 0, 0), (0, 1, 0), (1, 0, -1)])
+    n, heads, dim = table.n_positions, 2, 8
+    reference = inputs_for(table, heads=heads, head_dim=dim)
+    q, k, v = (x.detach() for x in reference.values())
+    if layout == "packed projection":
+        packed = torch.cat([x.transpose(1, 2).reshape(1, n, heads * dim) for x in (q, k, v)], -1)
+        q, k, v = (x.unflatten(-1, (heads, dim)).transpose(1, 2) for x in packed.chunk(3, -1))
+    elif layout == "heads first":
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    elif layout == "rows not apart by head_dim":
+        q, k, v = (torch.cat([x, x[..., :3]], -1)[..., :dim] for x in (q, k, v))
+    if layout == "expanded gradient":
+        out = block_attention(**reference, table=table, scale=0.7)
+        expected, _ = dense_oracle(**reference, table=table, scale=0.7)
+        found = torch.autograd.grad(out.sum(), list(reference.values()))
+        for mine, want in zip(found, torch.autograd.grad(expected.sum(), list(reference.values()))):
+            assert error(mine, want) <= 1e-12
+        return
+    check(table, {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_()}, {}, 1e-12)
+
+
+def test_large_logits_give_no_nan(mode):
+    table = frames([6, 3], 4, [(0, 0, 0), (0, 1, 0), (1, 0, -1)])
+    inputs = inputs_for(table, torch.float32, gain=True)
+    inputs = {name: (x.detach() * (1e4 if name in "qk" else 1)).requires_grad_() for name, x in inputs.items()}
+    out = block_attention(**inputs, table=table)
+    results = [out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))]
+    assert all(bool(torch.isfinite(x).all()) for x in results)
+
+
+def test_everything_inactive_gives_zeros(mode):
+    table = frames([6, 3], 4, [(0, 0, 0), (0, 1, 0)])
+    inputs = inputs_for(table, torch.float32, gain=True)
+    out, lse = block_attention(**inputs, table=table, active=torch.zeros(2), return_lse=True)
+    results = [out, *torch.autograd.grad(out.sum(), list(inputs.values()))]
+    assert not any(x.any() for x in results) and bool((lse == torch.inf).all())
+
+
+def test_one_position():
+    table = BlockTable.from_rectangles(
+        "edge", 1, 1, q_start=[0], q_stop=[1], k_start=[0], k_stop=[1], segment=[0], weight=[0.3], edge=[0]
+    )
+    check(table, inputs_for(table), {}, 1e-12)
+
+
+def test_no_positions_and_no_batch():
+    empty = np.zeros(0)
+    table = BlockTable.from_rectangles("joint", 0, 0, q_start=empty, q_stop=empty, k_start=empty, k_stop=empty, weight=empty)
+    out = block_attention(*(torch.zeros(2, 3, 0, 4) for _ in range(3)), table)
+    assert out.shape == (2, 3, 0, 4)
+    table = frames([6, 3], 2, [(0, 0, 0)])
+    x = torch.zeros(0, 2, table.n_positions, 4, requires_grad=True)
+    out = block_attention(x, x, x, table)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_attention_without_a_flash_kernel(monkeypatch):
+    """What other devices than the CPU run, in several pieces of rows."""
+    monkeypatch.setattr(slabs, "DENSE_FLOATS", 40)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(2, 3, n, 4, generator=generator, dtype=torch.float64) for n in (5, 7, 7, 5))
+    bias = torch.randn(2, 1, 1, 7, generator=generator, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    logits = 0.7 * (q @ k.transpose(-1, -2)) + bias
+    expected = torch.softmax(logits, -1) @ v
+    gradients = torch.autograd.grad(expected, inputs, g)
+    monkeypatch.setattr(slabs, "_has_flash", lambda x: False)
+    q, k, v, expected = (x.detach() for x in (q, k, v, expected))
+    out, lse = slabs._dense(q, k, v, bias, 0.7)
+    assert error(out, expected) <= 1e-12 and error(lse, torch.logsumexp(logits, -1).detach()) <= 1e-12
+    found = slabs._dense_backward(g, q, k, v, out, lse, bias, 0.7)
+    assert all(error(mine, want) <= 1e-12 for mine, want in zip(found, gradients))
+
+
+def test_what_is_kept_does_not_grow_with_the_square_of_the_canvas():
+    sizes = []
+    for n_frames in (8, 64):
+        table = frames([16], n_frames, [(0, 0, 0), (0, 0, -1)])
+        sizes.append(rectangles.saved_size(table, 1, 8, False) / table.n_positions)
+    assert sizes[1] <= 1.3 * sizes[0]
+    dense = BlockTable.from_rectangles("joint", 4096, 0, q_start=[0], q_stop=[4096], k_start=[0], k_stop=[4096], weight=[1.0])
+    assert rectangles.saved_size(dense, 1, 64, False) == 4096 * 65
