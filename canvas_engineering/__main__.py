@@ -112,7 +112,7 @@ def build_app():
             figures[out.with_stem(f"{out.stem}-table")] = pictures.plan_figure(plan)
         for path, figure in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=120)
+            figure.savefig(path, dpi=120, bbox_inches="tight")
             Console().print(str(path), highlight=False)
 
     return app

@@ -87,7 +87,8 @@ def topology_figure(topology: CanvasTopology) -> Figure:
 def plan_figure(plan: AttentionPlan) -> Figure:
     """The compiled table: every rectangle of query rows × key columns in packed order, in its connection's colour.
 
-    The title gives the density (selected pairs over N²); the legend names the first connections.
+    Positions that no read uses have no packed place and are not drawn. The title gives the density (selected pairs over
+    N²); the legend names the first connections.
     """
     import numpy as np
     from matplotlib.collections import PolyCollection
@@ -109,16 +110,17 @@ def plan_figure(plan: AttentionPlan) -> Figure:
     axes = figure.subplots()
     # The thin outline keeps a rectangle visible that is smaller than a pixel.
     axes.add_collection(PolyCollection(corners, facecolors=faces, edgecolors=faces, linewidths=0.3, alpha=0.8))
-    axes.set(xlim=(0, plan.n_positions), ylim=(plan.n_positions, 0), aspect="equal")
+    axes.set(xlim=(0, plan.n_packed), ylim=(plan.n_packed, 0), aspect="equal")
     axes.set(xlabel="keys, packed order", ylabel="queries, packed order")
     axes.set_title(
         f"{len(table.weight):,} rectangles, {plan.normalize} form, density {100 * plan.density:.2f} %, "
-        f"{plan.n_positions:,} positions",
+        f"{plan.n_packed:,} of {plan.n_positions:,} positions in use",
         fontsize=10,
     )
     if plan.normalize == "edge" and names:
         handles = [Patch(color=colours[i], label=name) for i, name in enumerate(names[:MAX_LABELS])]
-        figure.legend(handles=handles, loc="outside right upper", fontsize=7, title=f"{len(names)} connections")
+        beside = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+        axes.legend(handles=handles, fontsize=7, title=f"{len(names)} connections", **beside)
     return figure
 
 

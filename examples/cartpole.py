@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         "loss": loss_figure(losses),
     }
     for name, figure in figures.items():
-        figure.savefig(options.out / f"{name}.png", dpi=120)
+        figure.savefig(options.out / f"{name}.png", dpi=120, bbox_inches="tight")
     console.print(f"pictures: {', '.join(str(options.out / f'{name}.png') for name in figures)}")
     console.print(f"{time.perf_counter() - began:.0f} s")
 
