@@ -34,10 +34,12 @@ def joint():
 
 def qkv(dtype=torch.float32, n=12, grad=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, 3, n, 8, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad) for _ in "qkv"]
+    return [
+        torch.randn(2, 3, n, 8, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad) for _ in "qkv"
+    ]
 
 
-# -- registration --------------------------------------------------------------------------------------------------------
+# -- registration ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -74,7 +76,7 @@ def test_opcheck_permute_rows(order):
     assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
 
 
-# -- compilation, checkpointing, autocast --------------------------------------------------------------------------------
+# -- compilation, checkpointing, autocast ------------------------------------------------------------------------------
 
 
 def run(table, q, k, v, gain=None, active=None):
@@ -142,7 +144,7 @@ def test_autocast_casts_as_sdpa_does(table, backend):
     assert gradients[2].abs().max() > 0.1
 
 
-# -- autograd ------------------------------------------------------------------------------------------------------------
+# -- autograd ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_derivative_is_refused(table):
@@ -211,7 +213,7 @@ def test_a_pending_backward_keeps_its_table():
     assert torch.equal(found, torch.autograd.grad(run(build(), *inputs).sum(), inputs[2])[0])
 
 
-# -- permute_rows --------------------------------------------------------------------------------------------------------
+# -- permute_rows ------------------------------------------------------------------------------------------------------
 
 
 def test_permute_rows_moves_rows_and_their_gradients():
@@ -254,7 +256,7 @@ def test_permute_rows_refuses(change, message):
         permute_rows(**arguments)
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 def zeros(*shape, **options):
@@ -267,7 +269,10 @@ def zeros(*shape, **options):
         ({"table": "key"}, "table must be a BlockTable, got str"),
         ({"k": zeros(2, 3, 12, 4)}, r"share one shape.*k \(2, 3, 12, 4\)"),
         ({"v": zeros(2, 1, 12, 8)}, r"share one shape.*v \(2, 1, 12, 8\)"),
-        ({"q": zeros(12, 8), "k": zeros(12, 8), "v": zeros(12, 8)}, r"\(batch, heads, positions, head_dim\): q \(12, 8\)"),
+        (
+            {"q": zeros(12, 8), "k": zeros(12, 8), "v": zeros(12, 8)},
+            r"\(batch, heads, positions, head_dim\): q \(12, 8\)",
+        ),
         ({name: zeros(2, 3, 9, 8) for name in "qkv"}, r"hold 9 positions, the table 12"),
         ({"v": zeros(device="meta")}, "one device: q cpu, k cpu, v meta"),
         ({"k": zeros(dtype=torch.float16)}, "one dtype: q torch.float32, k torch.float16"),
@@ -283,7 +288,10 @@ def zeros(*shape, **options):
         ({"row_scale": torch.ones(2, 11)}, r"row_scale must have the shape \(2, 12\) of the table, got \(2, 11\)"),
         ({"gain": torch.ones(3, device="meta")}, "gain is on meta, q on cpu"),
         ({"gain": torch.ones(3, dtype=torch.int64)}, "gain must be a floating-point tensor, got torch.int64"),
-        ({"row_scale": torch.ones(2, 12, dtype=torch.int32)}, "row_scale must be a floating-point tensor, got torch.int32"),
+        (
+            {"row_scale": torch.ones(2, 12, dtype=torch.int32)},
+            "row_scale must be a floating-point tensor, got torch.int32",
+        ),
         ({"backend": "cuda"}, "backend must be one of auto, triton, torch, reference; got 'cuda'"),
         ({"backend": "triton", "dropout_p": 0.1}, "'triton' has no dropout: use 'torch' or 'auto'"),
     ],
@@ -310,7 +318,9 @@ def test_triton_refuses_what_it_cannot_do(table, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "needs tensors on a CUDA or ROCm device (or TRITON_INTERPRET=1), got cpu: use 'torch'" in message()
     assert "head_dim up to 256, got 264: use 'torch'" in message(dim=264)
-    assert "float32, float16 and bfloat16, got torch.float64: use 'torch' or 'reference'" in message(dtype=torch.float64)
+    assert "float32, float16 and bfloat16, got torch.float64: use 'torch' or 'reference'" in message(
+        dtype=torch.float64
+    )
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "interpreter multiplies bfloat16 bit patterns" in message(dtype=torch.bfloat16)
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
@@ -343,7 +353,7 @@ print(x.grad.flatten().tolist(), "triton" in sys.modules)
     assert done.stdout.split() == ["[2.0,", "0.0]", "False"]
 
 
-# -- the Triton branch, in the interpreter -------------------------------------------------------------------------------
+# -- the Triton branch, in the interpreter -----------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in for a GPU")
@@ -357,9 +367,7 @@ def test_triton_and_torch_agree_through_the_operation(table, activity):
     upstream = torch.randn(1, 1, 12, 8)
     results = []
     for backend in ("triton", "torch"):
-        out, lse = block_attention(
-            *inputs[:3], table, gain=inputs[3], active=active, backend=backend, return_lse=True
-        )
+        out, lse = block_attention(*inputs[:3], table, gain=inputs[3], active=active, backend=backend, return_lse=True)
         finite = torch.isfinite(lse)
         results.append([out, finite.float(), lse[finite], *torch.autograd.grad(out, inputs, upstream)])
     for mine, want in zip(*results):

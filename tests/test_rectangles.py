@@ -13,8 +13,8 @@ NEVER, ALWAYS = 1e15, -1e15
 
 
 def frames(rows_per_frame: list[int], n_frames: int, reads, weight=None) -> BlockTable:
-    """Regions of ``rows_per_frame`` rows over ``n_frames`` frames, packed region after region. ``reads``: (src, dst, frame
-    offset) triples, an edge each, a segment per frame whose partner exists."""
+    """Regions of ``rows_per_frame`` rows over ``n_frames`` frames, packed region after region. ``reads``: (src, dst,
+    frame offset) triples, an edge each, a segment per frame whose partner exists."""
     base = np.concatenate([[0], np.cumsum(np.array(rows_per_frame) * n_frames)])
     rows, segment = [], 0
     for edge, (src, dst, offset) in enumerate(reads):
@@ -142,7 +142,8 @@ def test_grouping_holds_every_pair_once(form, mode):
 
 def test_calls_grow_with_shapes_not_with_edges():
     def parts(n_vehicles: int) -> int:
-        # every vehicle: a coarse field of 4 rows, fields of 16, 1 and 8; each reads each, the coarse ones a hub and back
+        # every vehicle: a coarse field of 4 rows, fields of 16, 1 and 8; each reads each, the coarse ones a hub and
+        # back
         rows, at, edge = [], 16, 0
         for _ in range(n_vehicles):
             fields = []
@@ -155,7 +156,16 @@ def test_calls_grow_with_shapes_not_with_edges():
                 edge += 1
         q0, q1, k0, k1, edges = zip(*rows)
         table = BlockTable.from_rectangles(
-            "edge", at, edge, q_start=q0, q_stop=q1, k_start=k0, k_stop=k1, segment=edges, weight=[1.0] * edge, edge=edges
+            "edge",
+            at,
+            edge,
+            q_start=q0,
+            q_stop=q1,
+            k_start=k0,
+            k_stop=k1,
+            segment=edges,
+            weight=[1.0] * edge,
+            edge=edges,
         )
         built = grouping.build_grouping(table)
         return len(built.slabs) + len(built.batches)
@@ -223,7 +233,9 @@ def test_sixteen_bits_cost_at_most_twice_what_dense_attention_does(dtype, mode):
         assert error(mine.detach(), want.detach()) <= 2 * error(theirs.detach(), want.detach())
 
 
-@pytest.mark.parametrize("layout", ["packed projection", "heads first", "rows not apart by head_dim", "expanded gradient"])
+@pytest.mark.parametrize(
+    "layout", ["packed projection", "heads first", "rows not apart by head_dim", "expanded gradient"]
+)
 def test_memory_layouts(layout, mode):
     table = frames([6, 3], 4, [(0, 0, 0), (0, 1, 0), (1, 0, -1)])
     n, heads, dim = table.n_positions, 2, 8
@@ -272,7 +284,9 @@ def test_one_position():
 
 def test_no_positions_and_no_batch():
     empty = np.zeros(0)
-    table = BlockTable.from_rectangles("joint", 0, 0, q_start=empty, q_stop=empty, k_start=empty, k_stop=empty, weight=empty)
+    table = BlockTable.from_rectangles(
+        "joint", 0, 0, q_start=empty, q_stop=empty, k_start=empty, k_stop=empty, weight=empty
+    )
     out = block_attention(*(torch.zeros(2, 3, 0, 4) for _ in range(3)), table)
     assert out.shape == (2, 3, 0, 4)
     table = frames([6, 3], 2, [(0, 0, 0)])
@@ -306,5 +320,7 @@ def test_what_is_kept_does_not_grow_with_the_square_of_the_canvas():
         table = frames([16], n_frames, [(0, 0, 0), (0, 0, -1)])
         sizes.append(rectangles.saved_size(table, 1, 8, False) / table.n_positions)
     assert sizes[1] <= 1.3 * sizes[0]
-    dense = BlockTable.from_rectangles("joint", 4096, 0, q_start=[0], q_stop=[4096], k_start=[0], k_stop=[4096], weight=[1.0])
+    dense = BlockTable.from_rectangles(
+        "joint", 4096, 0, q_start=[0], q_stop=[4096], k_start=[0], k_stop=[4096], weight=[1.0]
+    )
     assert rectangles.saved_size(dense, 1, 64, False) == 4096 * 65

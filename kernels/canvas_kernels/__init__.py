@@ -1,4 +1,7 @@
-"""Segmented block-sparse attention over tables of rectangles. Knows tensors and tables, nothing of canvases; importing it needs no triton."""
+"""Segmented block-sparse attention over tables of rectangles: it knows tensors and tables, nothing of canvases.
+
+Importing it needs no triton.
+"""
 
 from .ops import block_attention, permute_rows
 from .table import BlockTable

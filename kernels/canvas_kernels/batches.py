@@ -114,7 +114,7 @@ def backward_stage(
     return [_accumulate(total, rows, indices, number, side) for total, (rows, side) in zip(totals, sides)]
 
 
-# -- rows ----------------------------------------------------------------------------------------------------------------
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
 def _gather(x: torch.Tensor, indices: Indices, number: int, side: int) -> torch.Tensor:
@@ -154,7 +154,7 @@ def _part(x: torch.Tensor, where: tuple[int, int, tuple[int, int, int]]) -> torc
     return x[start:stop].view(shape)
 
 
-# -- pairs ---------------------------------------------------------------------------------------------------------------
+# -- pairs -------------------------------------------------------------------------------------------------------------
 
 
 def _pairs(flat: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -166,7 +166,7 @@ def _pairs(flat: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def _by_segment(x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
-    """``x`` [m, R, S·W] as its memory lies, with a dimension of its own for the keys of one segment, and which it is."""
+    """``x`` [m, R, S·W] as its memory lies, with one dimension for the keys of a segment, and which it is."""
     _, rows, segments, width = batch.shape
     if batch.keys_first:
         return x.transpose(1, 2).view(-1, width, rows), 1

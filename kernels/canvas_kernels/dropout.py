@@ -18,8 +18,9 @@ from .table import BlockTable
 
 
 class _Part(NamedTuple):
-    """G units of R rows that read S segments of W keys, on the device. ``segment`` [G, R, S] is the number of segments and
-    ``scale`` [G, R, S] is 2 n (an entry of the flattened row_scale) where there is only padding; ``slot`` −1 there."""
+    """G units of R rows that read S segments of W keys, on the device. ``segment`` [G, R, S] is the number of segments
+    and ``scale`` [G, R, S] is 2 n (an entry of the flattened row_scale) where there is only padding; ``slot`` −1
+    there."""
 
     rows: torch.Tensor
     keys: torch.Tensor
@@ -45,7 +46,7 @@ def attention(
     """(out, lse) as :func:`canvas_kernels.reference.attention`, in few calls; random numbers from torch's generator."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     queries, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
-    batch, heads, n, dim = q.shape
+    batch, heads, n, _ = q.shape
     lse = queries.new_full((batch, heads, table.n_slots), math.inf)
     out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
     if n == 0:
@@ -62,7 +63,7 @@ def attention(
         coefficient = F.pad(weight, (0, 1))
         scales = F.pad(row_scale.detach().to(dtype).reshape(-1), (0, 1))
     for part in _parts(table, indices):
-        units, rows = part.rows.shape
+        units = len(part.rows)
         segments, width = part.keys.shape[1:]
         # [B, H, G, R or S·W, D]
         gathered = [

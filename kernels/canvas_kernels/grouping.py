@@ -2,9 +2,9 @@
 
 A *slab* is a row of equal cells at equal distances, so that plain strided views hold all of its queries and all of its
 keys: one attention call, nothing gathered. Segments of adjacent rows that read the same keys share a cell there. What
-is too small or too scattered for that becomes a *batch*: cells of equal shape whose rows are gathered, segments that the
-same rows read side by side in one product. Rare shapes are padded into a neighbour's batch where that costs less than a
-batch of their own.
+is too small or too scattered for that becomes a *batch*: cells of equal shape whose rows are gathered, segments that
+the same rows read side by side in one product. Rare shapes are padded into a neighbour's batch where that costs less
+than a batch of their own.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _segments(table: BlockTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return weight.astype(np.float64), edge.astype(np.int64), replace.astype(np.int64)
 
 
-# -- slabs ---------------------------------------------------------------------------------------------------------------
+# -- slabs -------------------------------------------------------------------------------------------------------------
 
 
 class _Pieces:
@@ -294,8 +294,7 @@ def _slab(pieces: _Pieces, order: np.ndarray, first: np.ndarray, count: np.ndarr
     starts = pieces.start[pieces.ptr[lead][:, None] + np.arange(n_ranges)]
     steps = starts[1] - starts[0] if len(lead) > 1 else np.zeros(n_ranges, np.int64)
     lengths = (pieces.stop - pieces.start)[low:high]
-    owner, member = expand_ranges(first, count)
-    member = order[member]
+    member = order[expand_ranges(first, count)[1]]
     height = cells.q_stop[member] - cells.q_start[member]
     of_row, offset_in = expand_ranges(np.zeros(len(member)), height)
     segment = cells.segment[member][of_row].reshape(len(lead), -1)
@@ -341,7 +340,7 @@ def _mark_fresh(slabs: list[Slab], n: int) -> tuple[tuple[Slab, ...], bool, bool
     return tuple(marked), all_rows, all_keys
 
 
-# -- batches -------------------------------------------------------------------------------------------------------------
+# -- batches -----------------------------------------------------------------------------------------------------------
 
 
 def _batches(table: BlockTable, members: np.ndarray, replace: np.ndarray) -> list[Batch]:
@@ -397,8 +396,8 @@ def _batches(table: BlockTable, members: np.ndarray, replace: np.ndarray) -> lis
 
 
 def _assign(shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(batch of every unit, shape of every batch) for units of shape (rows, segments, keys): equal shapes together, rare
-    ones merged."""
+    """(batch of every unit, shape of every batch) for units of shape (rows, segments, keys): equal shapes together,
+    rare ones merged."""
     if len(np.unique(shapes, axis=0)) > MAX_SHAPES:
         # 1, 2, 3, 4, 6, 8, 12, 16, 24, …: at most a half more
         ladder = np.unique([[2**i, 3 * 2**i // 2] for i in range(31)])

@@ -1,6 +1,7 @@
 """Index tensors and coefficients of the torch executor: what one table needs on one device, made on first use and kept.
 
-The executor works on rows (n, X, D), X being batch · heads. Gathered rows of a stage lie as [batch][x][unit][row or key].
+The executor works on rows (n, X, D), X being batch · heads. Gathered rows of a stage lie as [batch][x][unit][row or
+key].
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The registered operations: ``canvas_kernels::attention`` with its backward, and ``canvas_kernels::permute_rows``.
 
-A table enters the operators as its content digest (:attr:`BlockTable.key`): strings are constants to a compiler, and equal digests mean equal
-tables in every process, so compiled graphs may be cached. Each operator has one ``autograd.Function`` at its Autograd key, fakes that give the
-real strides, and the autocast rule of ``scaled_dot_product_attention``.
+A table enters the operators as its content digest (:attr:`BlockTable.key`): strings are constants to a compiler, and
+equal digests mean equal tables in every process, so compiled graphs may be cached. Each operator has one
+``autograd.Function`` at its Autograd key, fakes that give the real strides, and the autocast rule of
+``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ MAX_TRITON_HEAD_DIM = 256
 
 _LIBRARY = torch.library.Library("canvas_kernels", "DEF")
 _LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor? active, Tensor? row_scale, str table, float scale, str backend, "
-    "bool need_lse, bool need_grad) -> (Tensor out, Tensor lse, Tensor aux)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor? active, Tensor? row_scale, str table, float scale, "
+    "str backend, bool need_lse, bool need_grad) -> (Tensor out, Tensor lse, Tensor aux)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _LIBRARY.define(
-    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, Tensor aux, Tensor? gain, Tensor? active, "
-    "Tensor? row_scale, str table, float scale, str backend, bool need_gain) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgain)",
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, Tensor aux, "
+    "Tensor? gain, Tensor? active, Tensor? row_scale, str table, float scale, str backend, bool need_gain) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dgain)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _LIBRARY.define(
@@ -39,7 +41,7 @@ _attention_backward = torch.ops.canvas_kernels.attention_backward.default
 _permute_rows = torch.ops.canvas_kernels.permute_rows.default
 
 
-# -- the public functions ----------------------------------------------------------------------------------------------------
+# -- the public functions ----------------------------------------------------------------------------------------------
 
 
 def block_attention(
@@ -58,18 +60,20 @@ def block_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Segmented block-sparse attention; ``kernels/README.md`` has the formulas.
 
-    ``q``, ``k``, ``v`` (B, H, n, D): one floating dtype and device, rows in the table's packed order. ``scale`` defaults to D^−½.
-    Edge form only: ``gain`` (n_edges,), trainable factors; ``active`` (n_edges,), an edge whose entry is 0 is as if it were not there;
-    ``row_scale`` (2, n), factors of adding and of replacing segments per row, by default 1 / (sum of the weights in force).
-    Returns ``out`` (B, H, n, D) in q's dtype, or ``(out, lse)`` with ``lse`` (B, H, n_slots), base 2 and without gradient.
+    ``q``, ``k``, ``v`` (B, H, n, D): one floating dtype and device, rows in the table's packed order. ``scale``
+    defaults to D^−½. Edge form only: ``gain`` (n_edges,), trainable factors; ``active`` (n_edges,), an edge whose entry
+    is 0 is as if it were not there; ``row_scale`` (2, n), factors of adding and of replacing segments per row, by
+    default 1 / (sum of the weights in force). Returns ``out`` (B, H, n, D) in q's dtype, or ``(out, lse)`` with ``lse``
+    (B, H, n_slots), base 2 and without gradient.
 
-    ``backend``: "triton", "torch" (grouped rectangles), "reference" (cell by cell, for tests), or "auto": Triton for tensors on a CUDA or ROCm
-    device without dropout, torch otherwise. A backend that is named never falls back. Gradients flow to q, k, v and gain; second derivatives
-    need "reference". Under autocast float32 inputs are cast as ``scaled_dot_product_attention`` casts them.
+    ``backend``: "triton", "torch" (grouped rectangles), "reference" (cell by cell, for tests), or "auto": Triton for
+    tensors on a CUDA or ROCm device without dropout, torch otherwise. A backend that is named never falls back.
+    Gradients flow to q, k, v and gain; second derivatives need "reference". Under autocast float32 inputs are cast as
+    ``scaled_dot_product_attention`` casts them.
 
     Raises ValueError for shapes, dtypes, devices or options that do not fit, naming them.
 
-    >>> table = BlockTable.from_rectangles("edge", 2, 1, q_start=[0], q_stop=[2], k_start=[1], k_stop=[2], segment=[0], weight=[1.0], edge=[0])
+    >>> table = BlockTable.from_rectangles("joint", 2, 0, q_start=[0], q_stop=[2], k_start=[1], k_stop=[2], weight=[1])
     >>> x = torch.tensor([[[[1.0], [3.0]]]])
     >>> block_attention(x, x, x, table).flatten().tolist()
     [3.0, 3.0]
@@ -97,15 +101,20 @@ def block_attention(
 
 
 def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, dim: int = -2) -> torch.Tensor:
-    """Rows of ``x`` in another order: out row i is x row ``order[i]`` along ``dim``. The gradient is a gather by ``inverse``, never a scatter.
+    """Rows of ``x`` in another order: out row i is x row ``order[i]`` along ``dim``. The gradient is a gather by
+    ``inverse``, never a scatter.
 
-    ``order`` and ``inverse`` are int64 index vectors, each the inverse of the other: ``inverse`` has as many entries as x has rows, ``order`` as
-    many as the result. Where the result has fewer rows, the others are left out (their entries in ``inverse`` are not read); where it
-    has more, x goes to the rows ``inverse`` and the rest are zero (entries of ``order`` are not read). So
-    ``permute_rows(permute_rows(x, order, inverse), inverse, order)`` gives x back, with zeros in rows that were left out.
+    ``order`` and ``inverse`` are int64 index vectors, each the inverse of the other: ``inverse`` has as many entries as
+    x has rows, ``order`` as many as the result. Where the result has fewer rows, the others are left out (their entries
+    in ``inverse`` are not read); where it has more, x goes to the rows ``inverse`` and the rest are zero (entries of
+    ``order`` are not read). So ``permute_rows(permute_rows(x, order, inverse), inverse, order)`` gives x back, with
+    zeros in rows that were left out.
 
-    >>> permute_rows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0]), torch.tensor([1, -1, 0])).flatten().tolist()
+    >>> x, order, inverse = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0]), torch.tensor([1, -1, 0])
+    >>> permute_rows(x, order, inverse).flatten().tolist()
     [3.0, 1.0]
+    >>> permute_rows(permute_rows(x, order, inverse), inverse, order).flatten().tolist()
+    [1.0, 0.0, 3.0]
     """
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"permute_rows: dim {dim} does not exist in x of shape {tuple(x.shape)}")
@@ -116,12 +125,13 @@ def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, di
             raise ValueError(f"permute_rows: {name} is on {index.device}, x on {x.device}")
     if inverse.shape[0] != x.shape[dim]:
         raise ValueError(
-            f"permute_rows: inverse has {inverse.shape[0]} entries for {x.shape[dim]} rows of x {tuple(x.shape)} along dim {dim}"
+            f"permute_rows: inverse has {inverse.shape[0]} entries for {x.shape[dim]} rows of x {tuple(x.shape)} "
+            f"along dim {dim}"
         )
     return _permute_rows(x, order, inverse, dim)
 
 
-# -- checks: shapes and flags only, never values on a device -------------------------------------------------------------------
+# -- checks: shapes and flags only, never values on a device -----------------------------------------------------------
 
 
 def _check_inputs(q, k, v, table, scale, dropout_p) -> float:
@@ -146,19 +156,27 @@ def _check_inputs(q, k, v, table, scale, dropout_p) -> float:
     if scale is None:
         return shape[3] ** -0.5 if shape[3] else 1.0
     if isinstance(scale, torch.Tensor):
-        raise ValueError("scale must be a number, not a tensor: reading it would wait for the device; fold a learned scale into q")
+        raise ValueError(
+            "scale must be a number, not a tensor: reading it would wait for the device; fold a learned scale into q"
+        )
     if not 0.0 <= scale < math.inf:
         raise ValueError(f"scale must be finite and not negative, got {scale}")
     return float(scale)
 
 
 def _check_edge_inputs(q, table, gain, active, row_scale) -> None:
-    wanted = (("gain", gain, (table.n_edges,)), ("active", active, (table.n_edges,)), ("row_scale", row_scale, (2, table.n_positions)))
+    wanted = (
+        ("gain", gain, (table.n_edges,)),
+        ("active", active, (table.n_edges,)),
+        ("row_scale", row_scale, (2, table.n_positions)),
+    )
     for name, value, shape in wanted:
         if value is None:
             continue
         if table.form == "joint":
-            raise ValueError(f"{name} belongs to the edge form: the table is joint, one softmax per row with constant weights")
+            raise ValueError(
+                f"{name} belongs to the edge form: the table is joint, one softmax per row with constant weights"
+            )
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must have the shape {shape} of the table, got {tuple(value.shape)}")
         if value.device != q.device:
@@ -186,7 +204,8 @@ def _triton_refusal(device_type: str, dtype: torch.dtype) -> str:
         return "backend 'triton' needs the triton package, which is not installed: use 'torch'"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not interpreted:
-        return f"backend 'triton' needs tensors on a CUDA or ROCm device (or TRITON_INTERPRET=1), got {device_type}: use 'torch'"
+        devices = "tensors on a CUDA or ROCm device (or TRITON_INTERPRET=1)"
+        return f"backend 'triton' needs {devices}, got {device_type}: use 'torch'"
     if interpreted and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 bit patterns: use float32 or float16 there, or backend 'torch'"
     return ""
@@ -204,7 +223,7 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(_autocast_dtype(x)) for x in tensors)
 
 
-# -- attention: kernels ----------------------------------------------------------------------------------------------------------
+# -- attention: kernels ------------------------------------------------------------------------------------------------
 
 
 def _row_scale(table, active, row_scale, q) -> torch.Tensor | None:
@@ -217,7 +236,9 @@ def _attention_kernel(q, k, v, gain, active, row_scale, table, scale, backend, n
     table = BlockTable.lookup(table)
     options = {"scale": scale, "gain": gain, "active": active}
     if backend == "torch":
-        return rectangles.forward(q, k, v, table, row_scale=row_scale, need_lse=need_lse, need_grad=need_grad, **options)
+        return rectangles.forward(
+            q, k, v, table, row_scale=row_scale, need_lse=need_lse, need_grad=need_grad, **options
+        )
     from . import launch
 
     keeps_row_scale = need_grad and active is not None and row_scale is None and table.form == "edge"
@@ -270,7 +291,7 @@ def _attention_backward_fake(
     return _fake_like(q, backend), _fake_like(k, backend), _fake_like(v, backend), dgain
 
 
-# -- attention: autograd ---------------------------------------------------------------------------------------------------------
+# -- attention: autograd -----------------------------------------------------------------------------------------------
 
 
 class _Attention(torch.autograd.Function):
@@ -315,7 +336,8 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "canvas_kernels::attention has no second derivative (its backward was differentiated): use backend='reference' for double backward"
+            "canvas_kernels::attention has no second derivative (its backward was differentiated): "
+            "use backend='reference' for double backward"
         )
 
 
@@ -349,7 +371,7 @@ def _attention_autocast(device_type):
     return cast
 
 
-# -- permute_rows ----------------------------------------------------------------------------------------------------------------
+# -- permute_rows ------------------------------------------------------------------------------------------------------
 
 
 def _permute_rows_kernel(x, order, inverse, dim):
@@ -387,7 +409,7 @@ def _permute_rows_autograd(x, order, inverse, dim):
         return _permute_rows(x, order, inverse, dim)
 
 
-# -- registration ----------------------------------------------------------------------------------------------------------------
+# -- registration ------------------------------------------------------------------------------------------------------
 
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("attention", _attention_kernel, _key)

@@ -1,7 +1,7 @@
 """The fast torch executor, the CPU default: a table's cells as slabs and batches (:mod:`.grouping`).
 
-The number of torch calls grows with the number of distinct shapes and distances, never with cells or edges. Everything is
-computed in float32, or float64 for float64 inputs.
+The number of torch calls grows with the number of distinct shapes and distances, never with cells or edges. Everything
+is computed in float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .indices import Step, indices_of
 from .slabs import backward_slab, forward_slab, saved_parts
 from .table import BlockTable
 
-# Probabilities of the batches are kept for backward up to this many per position and head_dim element (16: four times the
-# bytes of q, k, v and out); above it backward computes them again, which costs a fifth more time.
+# Probabilities of the batches are kept for backward up to this many per position and head_dim element (16: four times
+# the bytes of q, k, v and out); above it backward computes them again, which costs a fifth more time.
 KEPT_PAIRS = 16
-# Slabs whose cells have at least this many rows and keys take the flash kernel, which keeps no probabilities. ns per pair and
-# head, forward + backward, flash / products: 64² 25 / 14, 128² 15.5 / 11.8, 215 × 180 13.4 / 11.9, 256² 14.1 / 13.6,
-# 512 × 256 12.9 / 11.4.
+# Slabs whose cells have at least this many rows and keys take the flash kernel, which keeps no probabilities. ns per
+# pair and head, forward + backward, flash / products: 64² 25 / 14, 128² 15.5 / 11.8, 215 × 180 13.4 / 11.9, 256² 14.1 /
+# 13.6, 512 × 256 12.9 / 11.4.
 FLASH_SIDE = 192
 
 
@@ -39,8 +39,8 @@ def forward(
     need_lse: bool = False,
     need_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(out, lse, saved)``: out (B, H, n, D) in q's dtype, laid out by :func:`empty_like`; lse (B, H, n_slots), base 2,
-    without slots unless ``need_lse``; saved, what :func:`backward` wants, is empty unless ``need_grad``."""
+    """``(out, lse, saved)``: out (B, H, n, D) in q's dtype, laid out by :func:`empty_like`; lse (B, H, n_slots), base
+    2, without slots unless ``need_lse``; saved, what :func:`backward` wants, is empty unless ``need_grad``."""
     grouping = group(table)
     batch, heads, _, dim = q.shape
     inputs = tuple(_rows(x) for x in (q, k, v))
@@ -130,14 +130,14 @@ def backward(
 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
-    """An empty (B, H, n, D) tensor as this executor lays out its results: (n, B, H, D) in memory, which for one canvas is
-    what a projection reads and writes."""
+    """An empty (B, H, n, D) tensor as this executor lays out its results: (n, B, H, D) in memory, which for one canvas
+    is what a projection reads and writes."""
     batch, heads, n, dim = x.shape
     return x.new_empty(n, batch, heads, dim).permute(1, 2, 0, 3)
 
 
 class _Choices(NamedTuple):
-    """``flash`` per slab, whether the batches' probabilities are kept, and how many elements are kept per batch · head."""
+    """``flash`` per slab, whether the batches' probabilities are kept, and elements kept in all per batch · head."""
 
     flash: tuple[bool, ...]
     keeps: bool
@@ -187,7 +187,7 @@ def _saved_parts(saved: torch.Tensor, table: BlockTable, heads: int, dim: int):
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x (B, H, n, D) as (n, B · H, D) in the dtype computed in; a copy only if B > 1 or rows are not D apart in memory."""
+    """x (B, H, n, D) as (n, B · H, D) in the dtype computed in; a copy only if B > 1 or rows are not D apart."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     batch, heads, n, dim = x.shape
     if batch == 1:

@@ -1,7 +1,7 @@
 """The operation in plain torch, cell by cell: the oracle for the fast executors, in any floating dtype.
 
-Nothing here is tuned. Every cell (query rows that see the same keys in one segment) is one matrix product, one softmax and one matrix
-product, differentiated by autograd. 16-bit inputs are computed in float32, float64 inputs in float64.
+Nothing here is tuned. Every cell (query rows that see the same keys in one segment) is one matrix product, one softmax
+and one matrix product, differentiated by autograd. 16-bit inputs are computed in float32, float64 inputs in float64.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Segmented attention as ``kernels/README.md`` defines it.
 
-    ``q``, ``k``, ``v`` (B, H, n, D) in packed order; ``gain`` and ``active`` (n_edges,) and ``row_scale`` (2, n) in edge form only.
-    ``dropout_p`` drops probabilities after the softmax and scales the rest by 1 / (1 − p). Returns ``out`` (B, H, n, D) in q's dtype and ``lse``
-    (B, H, n_slots), base 2, +inf for slots of inactive edges and rows without keys; ``lse`` carries no gradient.
+    ``q``, ``k``, ``v`` (B, H, n, D) in packed order; ``gain`` and ``active`` (n_edges,) and ``row_scale`` (2, n) in
+    edge form only. ``dropout_p`` drops probabilities after the softmax and scales the rest by 1 / (1 − p). Returns
+    ``out`` (B, H, n, D) in q's dtype and ``lse`` (B, H, n_slots), base 2, +inf for slots of inactive edges and rows
+    without keys; ``lse`` carries no gradient.
 
-    >>> table = BlockTable.from_rectangles("joint", 2, 1, q_start=[0], q_stop=[1], k_start=[0], k_stop=[2], weight=[1.0])
+    >>> table = BlockTable.from_rectangles("joint", 2, 0, q_start=[0], q_stop=[1], k_start=[0], k_stop=[2], weight=[1])
     >>> x = torch.tensor([[[[1.0], [3.0]]]])
     >>> attention(torch.zeros_like(x), x, x, table, scale=1.0)[0].flatten().tolist()
     [2.0, 0.0]
@@ -82,7 +83,7 @@ def attention(
 
 
 def cell_keys(table: BlockTable, cell: int) -> tuple[np.ndarray, np.ndarray]:
-    """(columns int64 [C], weights float64 [C]): the key rows of one cell, ascending, and the weight of the rectangle that each comes from."""
+    """(columns int64 [C], weights float64 [C]): the key rows of one cell, ascending, and their rectangles' weights."""
     cells = table.cells()
     members = cells.rectangle[cells.ptr[cell] : cells.ptr[cell + 1]]
     owner, columns = expand_ranges(table.k_start[members], table.k_stop[members] - table.k_start[members])

@@ -1,8 +1,8 @@
 """Slabs: cells at equal distances, attended over on strided views of the canvas, with nothing gathered.
 
-A row of a slab lies in one segment, so the output is the row's coefficient times plain attention, and the backward that of
-plain attention with the coefficient multiplied into the upstream gradient. Large cells take the flash kernel and keep
-its output and log-sum-exp; others are plain batched products and keep their probabilities.
+A row of a slab lies in one segment, so the output is the row's coefficient times plain attention, and the backward that
+of plain attention with the coefficient multiplied into the upstream gradient. Large cells take the flash kernel and
+keep its output and log-sum-exp; others are plain batched products and keep their probabilities.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from .grouping import Slab
 from .indices import Indices, Step, slab_row_scale
 
-# Where there is no flash kernel that gives lse (other devices than the CPU), logits of at most this many floats at once.
+# Where there is no flash kernel that gives lse (other devices than the CPU), logits of at most this many floats at
+# once.
 DENSE_FLOATS = 1 << 26
-# Products whose matrices have at least this many elements are added to the canvas by the product itself, which torch then
-# calls matrix by matrix; smaller ones through a temporary. µs for four heads of 64, directly / through a temporary:
-# 448 × 32 93 / 124, 215 × 180 193 / 207, 64 × 64 37 / 35, 30 × 215 47 / 42.
+# Products whose matrices have at least this many elements are added to the canvas by the product itself, which torch
+# then calls matrix by matrix; smaller ones through a temporary. µs for four heads of 64, directly / through a
+# temporary: 448 × 32 93 / 124, 215 × 180 193 / 207, 64 × 64 37 / 35, 30 × 215 47 / 42.
 DIRECT_ELEMENTS = 1 << 13
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -45,7 +46,8 @@ def forward_slab(
     fresh: bool,
 ) -> None:
     """Adds slab ``number`` to ``total`` (n, X, D), or writes it there if ``fresh``. Fills ``saved``, flat tensors as
-    :func:`saved_parts` says, unless it is None; base-2 log-sum-exp goes to ``lse`` (X, n_slots) unless that has no slots."""
+    :func:`saved_parts` says, unless it is None; base-2 log-sum-exp goes to ``lse`` (X, n_slots) unless that has no
+    slots."""
     forward = _forward_flash if flash else _forward_products
     forward(number, step, inputs, scale, saved, lse if lse.shape[1] else None, total, fresh)
 
@@ -71,7 +73,7 @@ def backward_slab(
         per_segment.put_(step.indices.slab_segments(number), delta, accumulate=True)
 
 
-# -- flash: the whole slab in one call -----------------------------------------------------------------------------------
+# -- flash: the whole slab in one call ---------------------------------------------------------------------------------
 
 
 def _view(x: torch.Tensor, slab: Slab, start: int, move: int, length: int) -> torch.Tensor:
@@ -149,10 +151,9 @@ def _backward_flash(number, step: Step, inputs, scale, saved, totals, need_delta
     return (upstream * out).sum((1, 3)) if need_delta else None
 
 
-# -- products: batched matrix products on strided views ------------------------------------------------------------------
-#
-# Cells and heads cannot be flattened into the one batch dimension of a product without a copy. So a slab is walked in lanes,
-# one for each cell or one for each head, whichever are fewer; the others are the batch, Y of them.
+# -- products: batched matrix products on strided views ----------------------------------------------------------------
+#  Cells and heads cannot be flattened into the one batch dimension of a product without a copy. So a slab is walked in
+# lanes, one for each cell or one for each head, whichever are fewer; the others are the batch, Y of them.
 
 
 def _lanes(x: torch.Tensor, slab: Slab, start: int, move: int, length: int) -> list[torch.Tensor]:
@@ -258,7 +259,7 @@ def _write_lse(lse: torch.Tensor, lane: int, values: torch.Tensor, indices: Indi
 
 
 def _backward_products(number, step: Step, inputs, scale, saved, totals, need_delta, fresh):
-    indices, slab = step.indices, step.indices.grouping.slabs[number]
+    slab = step.indices.grouping.slabs[number]
     q, k, v, grad_out = inputs
     heads = q.shape[1]
     key_dim = 1 if slab.keys_first else 2
@@ -310,7 +311,7 @@ def _add_key_product(views, left, right, alpha: float, slab: Slab, heads: int, f
             _add_product(view, part, right, alpha, fresh)
 
 
-# -- plain attention -----------------------------------------------------------------------------------------------------
+# -- plain attention ---------------------------------------------------------------------------------------------------
 
 
 def _dense(q, k, v, bias, scale) -> tuple[torch.Tensor, torch.Tensor]:
