@@ -97,7 +97,7 @@ _SIXTEEN_BIT = {
             32: Config(64, 64, 4, 3),  # 159
             64: Config(64, 64, 4, 3),  # 189, with signs 196 (2); 168 spills
             128: Config(64, 64, 8, 2),  # 194 (1)
-            256: Config(32, 32, 8, 2),  # 128
+            256: Config(32, 32, 8, 2, 168),  # unbounded, ptxas aims at 128 and spills
         },
         ("dkv", "joint"): {
             32: Config(64, 64, 4, 3),  # 194
@@ -114,11 +114,19 @@ _SIXTEEN_BIT = {
     },
     # Two stages keep every pass under the 99 KB of shared memory of sm_86, sm_89 and sm_120, which run these too.
     "sm_80": _every(
-        _PASSES,
+        _PASSES[:5],
         {
-            64: Config(64, 64, 4, 2),  # forward 255, dq 255, dkv 255
-            128: Config(64, 64, 8, 2),  # forward 175 / 255 (joint / edge), dq 174, dkv 255
-            256: Config(32, 32, 8, 2),
+            64: Config(64, 64, 4, 2),  # forward 255, dq 255
+            128: Config(64, 64, 8, 2),  # forward 175 / 255 (joint / edge), dq 174
+            256: Config(32, 32, 8, 2, 168),
+        },
+    )
+    | _every(
+        _PASSES[5:],
+        {
+            64: Config(64, 32, 4, 2),  # 179; 64 × 64 spills 8 bytes
+            128: Config(64, 64, 8, 2),  # 255
+            256: Config(32, 32, 8, 2, 168),
         },
     ),
     "sm_100": {
@@ -141,7 +149,7 @@ _SIXTEEN_BIT = {
             (("dq", "joint"), ("dq", "edge")),
             {
                 64: Config(64, 64, 4, 2),  # 164
-                128: Config(64, 64, 8, 2),  # 124
+                128: Config(64, 64, 8, 2, 128),  # 128; unbounded, it spills 8 bytes where there are signs
                 256: Config(64, 32, 8, 2),  # 140
             },
         ),
@@ -160,7 +168,7 @@ _SIXTEEN_BIT = {
         {
             64: Config(64, 64, 4, 2),  # forward 202 / 228 (joint / edge), dq 300, dkv 400
             128: Config(64, 32, 4, 2),  # forward 175 / 232, dq 294, dkv 394
-            256: Config(32, 32, 8, 2),
+            256: Config(32, 16, 4, 2),  # dq 273, dkv 290; 8 warps have half the registers
         },
     ),
 }
@@ -172,11 +180,22 @@ _SMALL = {
     256: Config(16, 16, 4, 2),
 }
 
-# ieee float32 dots run on the ordinary units, from registers: larger tiles spill by the kilobyte.
+# ieee float32 dots run on the ordinary units, from registers: larger tiles spill by the kilobyte. Unbounded, ptxas aims
+# at 64 or 80 registers and spills a few of them; bounded by 128 it spills more.
+_FLOAT32_NVIDIA = {
+    64: Config(32, 32, 8, 2, 255),
+    128: Config(32, 16, 8, 2, 255),
+    256: Config(16, 16, 8, 2, 255),
+}
 _FLOAT32 = {
-    64: Config(32, 32, 8, 2),  # forward 74, dkv 86
-    128: Config(32, 16, 8, 2),  # forward 95, dq 76, dkv 92
-    256: Config(16, 16, 8, 2),  # dkv 104
+    "sm_80": _FLOAT32_NVIDIA,
+    "sm_90": _FLOAT32_NVIDIA,
+    "sm_100": _FLOAT32_NVIDIA,
+    "gfx942": {
+        64: Config(32, 32, 4, 2),  # dkv 337
+        128: Config(32, 16, 4, 2),
+        256: Config(16, 16, 4, 2),  # dkv 382
+    },
 }
 
 # Small, so that tests of a hundred positions meet ragged ends and several tiles of both classes.
@@ -206,7 +225,7 @@ def lookup(arch: str, head_dim: int, dtype: torch.dtype, stage: str, form: str) 
     if arch not in _SIXTEEN_BIT:
         raise ValueError(f"no configurations for {arch}; there are some for {', '.join(ARCHITECTURES)}")
     if dtype == torch.float32:
-        return (_serving(_FLOAT32, head_dim),)
+        return (_serving(_FLOAT32[arch], head_dim),)
     return _serving(_SIXTEEN_BIT[arch][stage, form], head_dim), _serving(_SMALL, head_dim)
 
 
