@@ -226,7 +226,8 @@ def lookup(arch: str, head_dim: int, dtype: torch.dtype, stage: str, form: str) 
         raise ValueError(f"no configurations for {arch}; there are some for {', '.join(ARCHITECTURES)}")
     if dtype == torch.float32:
         return (_serving(_FLOAT32[arch], head_dim),)
-    return _serving(_SIXTEEN_BIT[arch][stage, form], head_dim), _serving(_SMALL, head_dim)
+    large, small = _serving(_SIXTEEN_BIT[arch][stage, form], head_dim), _serving(_SMALL, head_dim)
+    return (large, small) if small.cost < large.cost else (large,)
 
 
 @functools.lru_cache(maxsize=1024)
