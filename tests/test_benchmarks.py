@@ -149,7 +149,7 @@ def test_rows_say_what_ran_where(tmp_path, monkeypatch):
     measure.write_rows(rows, tmp_path / "rows.json")
     read = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
     assert [row["contestant"] for row in read] == ["ours", "per_edge_loop", "dense_mask"]
-    assert read[0]["ratio_of_medians"] == 1.0
+    assert read[0]["ratio"]["p50"] == 1.0
     assert {"device", "torch", "commit", "threads", "worst_error", "seconds"} <= set(read[1])
     assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
     cells = [list(column.cells) for column in dispatcher.table(rows).columns]
