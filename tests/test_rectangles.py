@@ -43,10 +43,21 @@ def inputs_for(table, dtype=torch.float64, batch=1, heads=2, head_dim=8, gain=Fa
     return inputs
 
 
-@pytest.fixture(params=["slabs of products", "slabs of flash", "batches", "batches computed again", "many stages"])
+@pytest.fixture(
+    params=[
+        "slabs of products",
+        "slabs of products in lanes",
+        "slabs of flash",
+        "batches",
+        "batches computed again",
+        "many stages",
+    ]
+)
 def mode(request, monkeypatch):
     """Each way of executing, forced."""
     monkeypatch.setattr(grouping, "SLAB_NS", ALWAYS if "slabs" in request.param else NEVER)
+    if request.param == "slabs of products in lanes":
+        monkeypatch.setattr(slabs, "LANE_SIDE", 1)
     if request.param == "slabs of flash":
         monkeypatch.setattr(rectangles, "FLASH_SIDE", 1)
     if request.param == "batches computed again":
@@ -89,13 +100,13 @@ def test_frames_at_equal_distances_meet_the_oracle(mode, heads):
 
 
 def test_cells_that_all_read_the_same_keys(mode):
-    # frames of region 0 read one frame of region 1, rows apart so that they cannot be joined
+    # five cells, rows apart so that they cannot be joined, under fewer heads, as many, more
     rows = np.arange(0, 40, 8)
     table = BlockTable.from_rectangles(
         "edge", 44, 2, q_start=rows, q_stop=rows + 5, k_start=[40] * 5, k_stop=[43] * 5, segment=range(5),
         weight=[1, 2, 1, 2, 1], edge=[0, 0, 0, 1, 1],
     )  # fmt: skip
-    for heads in (2, 7):
+    for heads in (2, 5, 7):
         check(table, inputs_for(table, heads=heads, gain=True), {}, 1e-12)
 
 

@@ -133,7 +133,7 @@ def _accumulate(total: torch.Tensor | None, rows: torch.Tensor, indices: Indices
         return reduced.view(n, heads, dim)
     if total is None:
         total = rows.new_zeros(n, heads, dim)
-    # targets are distinct: additions happen in the order of the stages
+    # targets are distinct: additions happen in the order of slabs and stages
     total.view(n * heads, dim).index_add_(0, target, reduced)
     return total
 

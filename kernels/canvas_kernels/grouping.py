@@ -10,17 +10,23 @@ than a batch of their own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from .table import BlockTable
 from .tiling import expand_ranges
 
-# Time model, ns, forward + backward in float32 on one thread with four heads of 64.
-# One slab's calls, and of a slab a (cell, head): 16² 9 µs, 64² 63 µs, 180² 419 µs, 256² 742 µs.
-SLAB_NS, SLAB_CELL_NS, SLAB_PAIR_NS = 100e3, 4 * 6e3, 4 * 12.5
-# One batch's calls, a pair (64² 12.5), and a gathered row with its shares of gathering, scaling and adding up.
-BATCH_NS, BATCH_PAIR_NS, BATCH_ROW_NS = 90e3, 4 * 12.5, 4 * 280.0
+# Time model, ns, forward + backward in float32 on one thread with four heads of 64. A pair costs the same everywhere.
+PAIR_NS = 4 * 12.5
+# One slab's calls; a cell; a row with its shares of scaling and adding up. Alone, slab / batch took in µs on a busy
+# machine 713 / 719 (2 cells of 8 × 8), 640 / 719 (one of 16 × 64), 2068 / 2735 (8 of 32 × 32), 5201 / 5706 (50 of 16 ×
+# 16).
+SLAB_NS, SLAB_CELL_NS, SLAB_ROW_NS = 120e3, 4 * 1e3, 4 * 140.0
+# One stage's calls, one batch's, and a gathered row with its shares of gathering, scaling and adding up.
+STAGE_NS, BATCH_NS, BATCH_ROW_NS = 200e3, 60e3, 4 * 280.0
+# With more cells left than this, batches are not weighed against small slabs.
+WEIGH_CELLS = 4096
 # Rows that one stage may gather per (batch, head): 64 MB of float32 at head_dim 64.
 STAGE_ROWS = 1 << 18
 # Pairs of one batch per (batch, head): 8 MB of probabilities where they are not kept.
@@ -56,20 +62,24 @@ class Slab:
     fresh_rows: bool = False
     fresh_keys: bool = False
 
-    @property
+    @cached_property
     def keys_first(self) -> bool:
         """Whether probabilities are stored [keys, rows] rather than [rows, keys]."""
         return self.keys < KEYS_FIRST and self.keys <= self.rows
 
-    @property
+    def positions(self) -> np.ndarray:
+        """int64 [G · R]: the query rows."""
+        return (self.start + self.step * np.arange(self.cells)[:, None] + np.arange(self.rows)).reshape(-1)
+
+    @cached_property
     def pairs(self) -> int:
         return self.cells * self.rows * self.keys
 
-    @property
+    @cached_property
     def cells(self) -> int:
         return len(self.segment)
 
-    @property
+    @cached_property
     def keys(self) -> int:
         return sum(length for _, length, _ in self.ranges)
 
@@ -93,18 +103,18 @@ class Batch:
     bias: np.ndarray | None
     offset: np.ndarray
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """(G, R, S, W)"""
         return (*self.rows.shape, *self.keys.shape[1:])
 
-    @property
+    @cached_property
     def keys_first(self) -> bool:
         """Whether probabilities are stored [keys, rows] rather than [rows, keys]."""
         _, rows, _, width = self.shape
         return width < KEYS_FIRST and width <= rows
 
-    @property
+    @cached_property
     def pairs(self) -> int:
         units, rows, segments, width = self.shape
         return units * rows * segments * width
@@ -112,7 +122,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """What the torch executor runs: ``stages`` of batches, then ``slabs``.
+    """What the torch executor runs: ``slabs``, then ``stages`` of batches.
 
     ``all_rows_fresh`` and ``all_keys_fresh``: the fresh slabs alone hold every position as row, as key. Per segment:
     ``weight`` float64, ``edge`` and ``replace`` int64 (joint form: one segment of weight 1).
@@ -126,7 +136,7 @@ class Grouping:
     edge: np.ndarray
     replace: np.ndarray
 
-    @property
+    @cached_property
     def batches(self) -> tuple[Batch, ...]:
         return tuple(batch for stage in self.stages for batch in stage)
 
@@ -143,11 +153,30 @@ def build_grouping(table: BlockTable) -> Grouping:
     cells = table.cells()
     if not len(cells.segment):
         return Grouping((), (), False, False, weight, edge, replace)
-    slabs, taken = _slabs(_Pieces(table), replace)
-    left = (~taken).nonzero()[0]
-    stages = _stages(_batches(table, left, replace)) if len(left) else ()
+    pieces = _Pieces(table)
+    # joining adjacent cells makes fewer and taller ones, but may leave them overlapping, no longer in a row
+    slabs, batches = min((_parts(pieces, replace, join) for join in (True, False)), key=_parts_ns)
     slabs, all_rows, all_keys = _mark_fresh(slabs, table.n_positions)
-    return Grouping(stages, slabs, all_rows and not stages, all_keys and not stages, weight, edge, replace)
+    return Grouping(_stages(batches), slabs, all_rows, all_keys, weight, edge, replace)
+
+
+def _parts(pieces: _Pieces, replace: np.ndarray, join: bool) -> tuple[list[Slab], list[Batch]]:
+    nothing = np.zeros(len(pieces.keys), bool)
+    slabs, taken = _slabs(pieces, replace, nothing, join)
+    left = (~taken).nonzero()[0]
+    batches = _batches(pieces.table, left, replace) if len(left) else []
+    if 0 < len(left) <= WEIGH_CELLS and SLAB_NS <= STAGE_NS + BATCH_NS:
+        # what is left may be too little to be worth the calls of a stage
+        small, _ = _slabs(pieces, replace, taken, join, everything=True)
+        if _parts_ns((small, [])) <= _parts_ns(([], batches)):
+            slabs, batches = slabs + small, []
+    return slabs, batches
+
+
+def _parts_ns(parts: tuple[list[Slab], list[Batch]]) -> float:
+    slabs, batches = parts
+    in_batches = STAGE_NS + sum(BATCH_NS + _batch_ns(*batch.shape) for batch in batches) if batches else 0.0
+    return in_batches + sum(_slab_ns(slab.cells, slab.rows, slab.keys) for slab in slabs)
 
 
 def _segments(table: BlockTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -198,15 +227,21 @@ class _Pieces:
         return number
 
 
-def _slabs(pieces: _Pieces, replace: np.ndarray) -> tuple[list[Slab], np.ndarray]:
-    """Slabs that pay, and bool [cells]: which cells they hold."""
+def _slabs(
+    pieces: _Pieces, replace: np.ndarray, taken: np.ndarray, join: bool, everything: bool = False
+) -> tuple[list[Slab], np.ndarray]:
+    """Slabs of cells that are not ``taken`` (bool [cells]), all or those that pay, and which cells are taken then.
+
+    ``join``: adjacent rows that read the same keys become one taller cell.
+    """
     cells = pieces.table.cells()
-    kind = replace[cells.segment]
-    # adjacent rows that read the same keys: one taller cell, called a block
+    kind, taken = replace[cells.segment], taken.copy()
+    # a block is one cell, or several joined
     order = np.lexsort((cells.q_start, pieces.key_set, kind))
+    order = order[~taken[order]]
     ordered = (kind[order], pieces.key_set[order])
     joined = np.zeros(len(order), bool)
-    joined[1:] = cells.q_start[order][1:] == cells.q_stop[order][:-1]
+    joined[1:] = join & (cells.q_start[order][1:] == cells.q_stop[order][:-1])
     for array in ordered:
         joined[1:] &= array[1:] == array[:-1]
     block_first = (~joined).nonzero()[0]
@@ -216,7 +251,7 @@ def _slabs(pieces: _Pieces, replace: np.ndarray) -> tuple[list[Slab], np.ndarray
     rows, first_key = stop - start, pieces.start[pieces.ptr[lead]]
     edge = pieces.table.edge[cells.rectangle[cells.ptr[lead]]]
 
-    slabs, taken = [], np.zeros(len(order), bool)
+    slabs = []
     free = np.ones(len(lead), bool)
     # rows of blocks at equal distances: first within a connection, then among blocks at one distance from their keys,
     # then among blocks of the same keys; alone at last
@@ -225,7 +260,7 @@ def _slabs(pieces: _Pieces, replace: np.ndarray) -> tuple[list[Slab], np.ndarray
         if not len(candidates):
             break
         if key is None:
-            pays = _pays(1, rows[candidates], pieces.keys[lead[candidates]])
+            pays = everything | _pays(1, rows[candidates], pieces.keys[lead[candidates]])
             runs = [(candidate,) for candidate in candidates[pays].tolist()]
         else:
             columns = (kind[lead], rows, pieces.lengths[lead], key)
@@ -236,17 +271,24 @@ def _slabs(pieces: _Pieces, replace: np.ndarray) -> tuple[list[Slab], np.ndarray
             runs = (candidates[low:high] for low, high in _runs(candidates, same, start, rows, lead, pieces))
         for members in runs:
             members = np.asarray(members)
-            if _pays(len(members), rows[members[0]], pieces.keys[lead[members[0]]]):
+            if everything or _pays(len(members), rows[members[0]], pieces.keys[lead[members[0]]]):
                 free[members] = False
                 taken[order[expand_ranges(block_first[members], block_count[members])[1]]] = True
                 slabs.append(_slab(pieces, order, block_first[members], block_count[members]))
     return slabs, taken
 
 
-def _pays(count, rows, keys):
-    slab = SLAB_NS + count * (SLAB_CELL_NS + SLAB_PAIR_NS * rows * keys)
-    # a batch is shared: its calls are not charged here
-    return slab < count * (BATCH_ROW_NS * (rows + keys) + BATCH_PAIR_NS * rows * keys)
+def _slab_ns(cells, rows, keys):
+    return SLAB_NS + cells * (SLAB_CELL_NS + SLAB_ROW_NS * (rows + keys) + PAIR_NS * rows * keys)
+
+
+def _batch_ns(units, rows, segments, keys):
+    """Without the calls, which the batch's units share."""
+    return units * (BATCH_ROW_NS * (rows + segments * keys) + PAIR_NS * rows * segments * keys)
+
+
+def _pays(cells, rows, keys):
+    return _slab_ns(cells, rows, keys) < _batch_ns(cells, rows, 1, keys)
 
 
 def _runs(candidates, same, start, rows, lead, pieces):
@@ -317,12 +359,19 @@ def _slab(pieces: _Pieces, order: np.ndarray, first: np.ndarray, count: np.ndarr
 
 
 def _mark_fresh(slabs: list[Slab], n: int) -> tuple[tuple[Slab, ...], bool, bool]:
-    """Slabs with their fresh flags, largest first, and whether the fresh ones cover all rows, all keys."""
-    slabs = sorted(slabs, key=lambda slab: -slab.cells * slab.rows * slab.keys)
-    row_seen, key_seen, marked = np.zeros(n, bool), np.zeros(n, bool), []
+    """Slabs with their fresh flags, and whether the fresh ones cover all rows, all keys."""
+    # largest first, but those of rows that no other has written come before the others
+    slabs = sorted(slabs, key=lambda slab: -slab.pairs)
+    row_seen, first, later = np.zeros(n, bool), [], []
     for slab in slabs:
+        rows = slab.positions()
+        (later if row_seen[rows].any() else first).append(slab)
+        if first and first[-1] is slab:
+            row_seen[rows] = True
+    row_seen, key_seen, marked = np.zeros(n, bool), np.zeros(n, bool), []
+    for slab in (*first, *later):
         at = np.arange(slab.cells)[:, None]
-        rows = (slab.start + slab.step * at + np.arange(slab.rows)).reshape(-1)
+        rows = slab.positions()
         keys = np.concatenate([(first + step * at + np.arange(size)).reshape(-1) for first, size, step in slab.ranges])
         fresh_rows = not row_seen[rows].any()
         still = slab.cells > 1 and any(step == 0 for *_, step in slab.ranges)
@@ -409,8 +458,7 @@ def _assign(shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     def cost(shape, size):
         rows, segments, keys = np.moveaxis(shape, -1, 0)
-        pairs = BATCH_PAIR_NS * rows * segments * keys
-        return BATCH_NS + size * (pairs + BATCH_ROW_NS * (rows + segments * keys))
+        return BATCH_NS + _batch_ns(size, rows, segments, keys)
 
     while len(size) > 1:
         own = cost(shape, size)

@@ -31,7 +31,7 @@ class Side(NamedTuple):
 
 class Reduce(NamedTuple):
     """Gather-reduce of a stage's rows to canvas rows in (position, x) order: bags of ``index`` rows from ``offset`` on.
-    ``target`` names the canvas rows where they are not all of them."""
+    ``target`` names the canvas rows, None where the stage alone makes all of them."""
 
     index: torch.Tensor
     offset: torch.Tensor
@@ -90,7 +90,7 @@ class Indices:
         first, stride, position = first[order], stride[order], position[order]
         count = np.bincount(position, minlength=self.table.n_positions)
         target, x = None, np.arange(self.heads)
-        if len(self.grouping.stages) > 1:
+        if len(self.grouping.stages) > 1 or self.grouping.slabs:
             touched = count.nonzero()[0]
             count = count[touched]
             target = self.tensor((touched[:, None] * self.heads + x).reshape(-1))
@@ -177,8 +177,8 @@ class Indices:
 
         def make():
             slab = self.grouping.slabs[number]
-            position = slab.start + slab.step * np.arange(slab.cells)[:, None] + np.arange(slab.rows)
-            return self.tensor((self.grouping.replace[slab.segment] * self.table.n_positions + position).reshape(-1))
+            replace = self.grouping.replace[slab.segment].reshape(-1)
+            return self.tensor(replace * self.table.n_positions + slab.positions())
 
         return self._cached(("slab_scales", number), make)
 

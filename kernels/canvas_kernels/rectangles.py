@@ -56,12 +56,9 @@ def forward(
         saved[-2 * table.n_positions :] = step.row_scale.reshape(-1)
     flash = _choices(table, dim).flash
     kept, slab_parts = _saved_parts(saved, table, batch * heads, dim) if need_grad else (None, None)
-    total = None
-    for number in range(len(grouping.stages)):
-        total = forward_stage(number, step, inputs, scale, None if kept is None else kept[number], lse, total)
     # inactive slabs are not run, so nothing may count on their writing first
-    writes = total is None and step.live is None
-    if total is None:
+    writes, total = step.live is None, None
+    if grouping.slabs:
         total = rows.new_empty(rows.shape) if writes and grouping.all_rows_fresh else rows.new_zeros(rows.shape)
     for number, slab in enumerate(grouping.slabs):
         part = None if slab_parts is None else slab_parts[number]
@@ -71,6 +68,8 @@ def forward(
                 piece.zero_()
         else:
             forward_slab(number, step, inputs, scale, flash[number], part, lse, total, writes and slab.fresh_rows)
+    for number in range(len(grouping.stages)):
+        total = forward_stage(number, step, inputs, scale, None if kept is None else kept[number], lse, total)
     if need_lse and active is not None:
         lse.masked_fill_((active == 0).repeat_interleave(table.slot_layout(q.device).per_edge), math.inf)
     return _canvas(total, q), lse.view(batch, heads, lse.shape[1]), saved
@@ -106,18 +105,17 @@ def backward(
     per_segment = rows.new_zeros(len(grouping.weight)) if need_gain else None
     flash = _choices(table, dim).flash
     kept, slab_parts = _saved_parts(saved, table, batch * heads, dim)
-    totals: list[torch.Tensor | None] = [None, None, None]
-    for number in range(len(grouping.stages)):
-        part = None if kept is None else kept[number]
-        totals = backward_stage(number, step, inputs, scale, part, totals, per_segment)
-    writes = not grouping.stages and step.live is None
-    if not grouping.stages:
+    writes, totals = step.live is None, [None, None, None]
+    if grouping.slabs:
         covered = (grouping.all_rows_fresh, grouping.all_keys_fresh, grouping.all_keys_fresh)
         totals = [rows.new_empty(rows.shape) if writes and c else rows.new_zeros(rows.shape) for c in covered]
     for number, slab in enumerate(grouping.slabs):
         if step.runs(slab):
             fresh = (writes and slab.fresh_rows, writes and slab.fresh_keys)
             backward_slab(number, step, inputs, scale, flash[number], slab_parts[number], totals, per_segment, fresh)
+    for number in range(len(grouping.stages)):
+        part = None if kept is None else kept[number]
+        totals = backward_stage(number, step, inputs, scale, part, totals, per_segment)
     dgain = None
     if need_gain:
         weight, _ = indices.segments()
@@ -171,30 +169,28 @@ def saved_size(table: BlockTable, heads: int, head_dim: int, own_activity: bool)
 def _saved_parts(saved: torch.Tensor, table: BlockTable, heads: int, dim: int):
     """Flat pieces of ``saved``: probabilities per stage and batch, or None if they are not kept; those of each slab."""
     grouping, choices = group(table), _choices(table, dim)
-    at, kept, slab_parts = 0, None, []
-    if choices.keeps:
-        kept = []
-        for stage in grouping.stages:
-            kept.append([])
-            for batch in stage:
-                kept[-1].append(saved[at : at + heads * batch.pairs])
-                at += heads * batch.pairs
-    for slab, flash in zip(grouping.slabs, choices.flash):
-        sizes = saved_parts(slab, flash, heads, dim)
-        slab_parts.append(saved[at : at + sum(sizes)].split(sizes))
-        at += sum(sizes)
-    return kept, slab_parts
+    key = ("rectangles", "parts", heads, dim, choices)
+    if key not in table.cache:
+        sizes = [heads * batch.pairs for batch in grouping.batches] if choices.keeps else []
+        for slab, flash in zip(grouping.slabs, choices.flash):
+            sizes += saved_parts(slab, flash, heads, dim)
+        table.cache[key] = sizes
+    sizes = table.cache[key]
+    parts = iter(saved[: sum(sizes)].split_with_sizes(sizes))
+    kept = [[next(parts) for _ in stage] for stage in grouping.stages] if choices.keeps else None
+    return kept, [(next(parts), next(parts)) if flash else (next(parts),) for flash in choices.flash]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x (B, H, n, D) as (n, B · H, D) in the dtype computed in; a copy only if B > 1 or rows are not D apart."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.float()
     batch, heads, n, dim = x.shape
     if batch == 1:
-        rows = x[0].transpose(0, 1)
-        if x.stride(3) == 1 and x.stride(1) % max(dim, 1) == 0 and x.stride(2) % max(dim, 1) == 0:
-            return rows
-        return rows.contiguous()
+        _, by_head, by_position, by_element = x.stride()
+        if by_element == 1 and dim and by_head % dim == 0 and by_position % dim == 0:
+            return x.as_strided((n, heads, dim), (by_position, by_head, 1))
+        return x[0].transpose(0, 1).contiguous()
     return x.permute(2, 0, 1, 3).reshape(n, batch * heads, dim).contiguous()
 
 

@@ -17,10 +17,13 @@ from .indices import Indices, Step, slab_row_scale
 # Where there is no flash kernel that gives lse (other devices than the CPU), logits of at most this many floats at
 # once.
 DENSE_FLOATS = 1 << 26
-# Products whose matrices have at least this many elements are added to the canvas by the product itself, which torch
-# then calls matrix by matrix; smaller ones through a temporary. µs for four heads of 64, directly / through a
-# temporary: 448 × 32 93 / 124, 215 × 180 193 / 207, 64 × 64 37 / 35, 30 × 215 47 / 42.
-DIRECT_ELEMENTS = 1 << 13
+# Products whose matrices have at least this many elements, sums of at least this many terms each, are added to the
+# canvas by the product itself, which torch then calls matrix by matrix; others through a temporary. µs for four heads
+# of 64, directly / through a temporary: 448 × 32 93 / 124, 215 × 180 193 / 207, 64 × 64 37 / 35, 30 × 215 47 / 42.
+DIRECT_ELEMENTS, DIRECT_TERMS = 1 << 13, 32
+# Cells with fewer rows or keys than this are copied rather than walked in lanes: µs for a product over 28 (cell, head)
+# of 8 × 256, strided 320 and copied 253; of 64 × 64 alike, so that the copies would be all loss.
+LANE_SIDE = 32
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -73,6 +76,19 @@ def backward_slab(
         per_segment.put_(step.indices.slab_segments(number), delta, accumulate=True)
 
 
+def _coefficient(step: Step, number: int) -> torch.Tensor | float:
+    """Of a slab's rows: [G, 1, R, 1], or a number that holds for all."""
+    coefficient = step.slab_rows(number)
+    return coefficient if isinstance(coefficient, float) else coefficient[:, None]
+
+
+def _write_lse(lse: torch.Tensor, natural_lse: torch.Tensor, indices: Indices, slab: Slab) -> None:
+    """``natural_lse`` [G, X, R] to its slots of ``lse`` (X, n_slots)."""
+    values = natural_lse + indices.tensor(slab.offset).to(lse)[:, None, None]
+    slots = indices.tensor(slab.slot.reshape(-1))
+    lse.index_copy_(1, slots, values.transpose(0, 1).reshape(lse.shape[0], -1) / math.log(2))
+
+
 # -- flash: the whole slab in one call ---------------------------------------------------------------------------------
 
 
@@ -115,13 +131,8 @@ def _forward_flash(number, step: Step, inputs, scale, saved, lse, total, fresh) 
         saved[0].view(slab.cells, slab.rows, -1, out.shape[3]).copy_(out.transpose(1, 2))
         saved[1].view(slab.cells, slab.rows, -1).copy_(natural_lse.transpose(1, 2))
     if lse is not None:
-        values = natural_lse + indices.tensor(slab.offset).to(lse)[:, None, None]
-        slots = indices.tensor(slab.slot.reshape(-1))
-        lse.index_copy_(1, slots, values.transpose(0, 1).reshape(lse.shape[0], -1) / math.log(2))
-    coefficient = step.slab_rows(number)
-    if isinstance(coefficient, torch.Tensor):
-        coefficient = coefficient[:, None]
-    _add(_rows(total, slab), out, coefficient, fresh)
+        _write_lse(lse, natural_lse, indices, slab)
+    _add(_rows(total, slab), out, _coefficient(step, number), fresh)
 
 
 def _backward_flash(number, step: Step, inputs, scale, saved, totals, need_delta, fresh):
@@ -131,9 +142,9 @@ def _backward_flash(number, step: Step, inputs, scale, saved, totals, need_delta
     out = saved[0].view(slab.cells, slab.rows, heads, dim).transpose(1, 2)
     natural_lse = saved[1].view(slab.cells, slab.rows, heads).transpose(1, 2)
     upstream = scaled = _rows(grad_out, slab)
-    coefficient = step.slab_rows(number)
-    if isinstance(coefficient, torch.Tensor):
-        scaled, coefficient = upstream * coefficient[:, None], 1.0
+    coefficient = _coefficient(step, number)
+    if not isinstance(coefficient, float):
+        scaled, coefficient = upstream * coefficient, 1.0
     bias = indices.slab_bias(number)
     dq, dk, dv = _dense_backward(scaled, _rows(q, slab), _keys(k, slab), _keys(v, slab), out, natural_lse, bias, scale)
     _add(_rows(totals[0], slab), dq, coefficient, fresh[0])
@@ -151,164 +162,133 @@ def _backward_flash(number, step: Step, inputs, scale, saved, totals, need_delta
     return (upstream * out).sum((1, 3)) if need_delta else None
 
 
-# -- products: batched matrix products on strided views ----------------------------------------------------------------
-#  Cells and heads cannot be flattened into the one batch dimension of a product without a copy. So a slab is walked in
-# lanes, one for each cell or one for each head, whichever are fewer; the others are the batch, Y of them.
+# -- products: batched matrix products ---------------------------------------------------------------------------------
+# Cells and heads make the one batch dimension of a product, Y of them, where that is a view; otherwise the slab is
+# walked in lanes, one for each cell or one for each head, whichever are fewer. Thin cells are copied instead, all into
+# one lane.
 
 
-def _lanes(x: torch.Tensor, slab: Slab, start: int, move: int, length: int) -> list[torch.Tensor]:
-    """``length`` rows of each cell in ``x`` (n, X, D), lane by lane: views [Y, length, D]."""
-    by_position, by_head = x.stride(0), x.stride(1)
-    heads, dim = x.shape[1:]
-    at = x.storage_offset() + start * by_position
-    if slab.cells <= heads:
-        size, stride = (heads, length, dim), (by_head, by_position, 1)
-        return [x.as_strided(size, stride, at + cell * move * by_position) for cell in range(slab.cells)]
-    size, stride = (slab.cells, length, dim), (move * by_position, by_position, 1)
-    return [x.as_strided(size, stride, at + head * by_head) for head in range(heads)]
+def _is_flat(slab: Slab) -> bool:
+    return min(slab.rows, slab.keys) < LANE_SIDE
 
 
-def _row_lanes(x: torch.Tensor, slab: Slab) -> list[torch.Tensor]:
-    return _lanes(x, slab, slab.start, slab.step, slab.rows)
+def _lanes(x: torch.Tensor, slab: Slab) -> tuple[torch.Tensor, ...]:
+    """[G, X, …] as lanes: itself where the slab has one, else [Y, …] each."""
+    cells, heads = x.shape[:2]
+    if cells == 1 or heads == 1 or _is_flat(slab):
+        return (x,)
+    return x.unbind(0 if cells <= heads else 1)
 
 
-def _key_lanes(x: torch.Tensor, slab: Slab) -> list[torch.Tensor]:
-    ranges = [_lanes(x, slab, first, move, length) for first, length, move in slab.ranges]
-    return ranges[0] if len(ranges) == 1 else [torch.cat(parts, 1) for parts in zip(*ranges)]
+def _stack(lanes: list[torch.Tensor], slab: Slab, heads: int) -> torch.Tensor:
+    """The inverse of :func:`_lanes`, for lanes [Y, …] also where there is one."""
+    if len(lanes) == 1:
+        return lanes[0].view(slab.cells, heads, *lanes[0].shape[1:])
+    return torch.stack(lanes, 0 if slab.cells <= heads else 1)
+
+
+def _flat(lane: torch.Tensor) -> torch.Tensor:
+    """A lane as [Y, length, D]"""
+    return lane if lane.dim() == 3 else lane.reshape(-1, *lane.shape[2:])
 
 
 def _pair_lanes(flat: torch.Tensor, slab: Slab, heads: int) -> tuple[torch.Tensor, ...]:
     """``flat`` as a lane after another: [Y, keys, R] where keys come first, [Y, R, keys] otherwise."""
     shape = (slab.keys, slab.rows) if slab.keys_first else (slab.rows, slab.keys)
-    lanes, batch = sorted((slab.cells, heads))
-    return flat.view(lanes, batch, *shape).unbind(0)
+    count = 1 if _is_flat(slab) else min(slab.cells, heads)
+    return (flat.view(-1, *shape),) if count == 1 else flat.view(count, -1, *shape).unbind(0)
 
 
-def _coefficient_lanes(coefficient: torch.Tensor | float, slab: Slab, lanes: int):
-    """[1 or Y, R, 1] per lane."""
-    if isinstance(coefficient, float):
-        return [coefficient] * lanes
-    return coefficient.unbind(0) if lanes == slab.cells else [coefficient] * lanes
-
-
-def _logits(pairs, queries, keys, slab: Slab, scale: float, bias: torch.Tensor | None) -> None:
-    """pairs ← scale · queries keysᵀ + bias, in the order of its memory."""
-    beta = 0
+def _logits(pairs, queries, keys, slab: Slab, scale: float, bias: torch.Tensor | None = None) -> None:
+    """pairs ← scale · queries keysᵀ + bias, in the order of its memory. ``bias`` is a lane of [G, X, 1, keys]."""
     if bias is not None:
-        # [1 or Y, 1, keys]
-        pairs.copy_(bias.transpose(1, 2) if slab.keys_first else bias)
-        beta = 1
+        pairs.view(*bias.shape[:-2], *pairs.shape[1:]).copy_(bias.transpose(-1, -2) if slab.keys_first else bias)
     left, right = (keys, queries) if slab.keys_first else (queries, keys)
-    torch.baddbmm(pairs, left, right.transpose(1, 2), beta=beta, alpha=scale, out=pairs)
+    torch.baddbmm(pairs, left, right.transpose(1, 2), beta=0 if bias is None else 1, alpha=scale, out=pairs)
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
-    if alpha == 1.0:
-        return torch.bmm(left, right)
-    out = right.new_empty(left.shape[0], left.shape[1], right.shape[2])
-    return torch.baddbmm(out, left, right, beta=0, alpha=alpha, out=out)
-
-
-def _add_product(view: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha: float, fresh: bool) -> None:
-    """view ← alpha · left right, added unless ``fresh``."""
-    if left.shape[1] * right.shape[2] >= DIRECT_ELEMENTS:
-        view.baddbmm_(left, right, beta=0 if fresh else 1, alpha=alpha)
-    elif fresh:
-        view.copy_(_product(left, right, alpha))
+def _add_product(lane, left, right, coefficient: torch.Tensor | float, fresh: bool) -> None:
+    """lane ← coefficient · left right, added unless ``fresh``. ``lane`` [Y, length, D], or [G, X, length, D]."""
+    direct = left.shape[1] * right.shape[2] >= DIRECT_ELEMENTS and left.shape[2] >= DIRECT_TERMS
+    if direct and isinstance(coefficient, float) and (lane.dim() == 3 or lane.shape[0] == 1):
+        target = lane if lane.dim() == 3 else lane[0]
+        target.baddbmm_(left, right, beta=0 if fresh else 1, alpha=coefficient)
     else:
-        view.add_(_product(left, right, alpha))
+        _add(lane, torch.bmm(left, right).view(lane.shape), coefficient, fresh)
+
+
+def _add_key_product(lanes, slab: Slab, heads: int, left, right, alpha: float, fresh: bool) -> None:
+    """Like :func:`_add_product`, into the key rows of one lane, of which ``lanes`` are the ranges."""
+    begin = 0
+    for lane, (_, length, move) in zip(lanes, slab.ranges):
+        part = left if len(slab.ranges) == 1 else left[:, begin : begin + length]
+        begin += length
+        if slab.cells > 1 and move == 0 and (lane.dim() == 4 or slab.cells > heads):
+            # every cell reads the same keys
+            lane[0].add_(torch.bmm(part, right).view(lane.shape).sum(0), alpha=alpha)
+        else:
+            _add_product(lane, part, right, alpha, fresh)
+
+
+def _coefficient_lanes(step: Step, number: int, slab: Slab, heads: int):
+    coefficient = _coefficient(step, number)
+    if isinstance(coefficient, float):
+        return (coefficient,) * (1 if _is_flat(slab) else min(slab.cells, heads))
+    return _lanes(coefficient.expand(-1, heads, -1, -1), slab)
 
 
 def _forward_products(number, step: Step, inputs, scale, saved, lse, total, fresh) -> None:
     indices, slab = step.indices, step.indices.grouping.slabs[number]
     q, k, v = inputs
     heads = q.shape[1]
-    flat = q.new_empty(heads * slab.pairs) if saved is None else saved[0]
+    pair_lanes = _pair_lanes(q.new_empty(heads * slab.pairs) if saved is None else saved[0], slab, heads)
     key_dim = 1 if slab.keys_first else 2
-    pair_lanes = _pair_lanes(flat, slab, heads)
-    coefficients = _coefficient_lanes(step.slab_rows(number), slab, len(pair_lanes))
-    bias = _bias_lanes(indices.slab_bias(number), slab, len(pair_lanes))
-    lanes = zip(pair_lanes, _row_lanes(q, slab), _key_lanes(k, slab), _key_lanes(v, slab), _row_lanes(total, slab))
-    for lane, (pairs, queries, keys, values, out) in enumerate(lanes):
-        _logits(pairs, queries, keys, slab, scale, bias[lane])
+    bias = indices.slab_bias(number)
+    bias = [None] * len(pair_lanes) if bias is None else _lanes(bias.expand(-1, heads, -1, -1), slab)
+    coefficients = _coefficient_lanes(step, number, slab, heads)
+    views = (_rows(q, slab), _keys(k, slab), _keys(v, slab), _rows(total, slab))
+    lse_lanes = []
+    for lane, (pairs, queries, keys, values, out) in enumerate(zip(pair_lanes, *(_lanes(x, slab) for x in views))):
+        _logits(pairs, _flat(queries), _flat(keys), slab, scale, bias[lane])
         if lse is not None:
-            _write_lse(lse, lane, torch.logsumexp(pairs, key_dim), indices, slab)
+            lse_lanes.append(torch.logsumexp(pairs, key_dim))
         _softmax_out(pairs, key_dim, False, out=pairs)
         p = pairs.transpose(1, 2) if slab.keys_first else pairs
-        if isinstance(coefficients[lane], float):
-            _add_product(out, p, values, coefficients[lane], fresh)
-        else:
-            _add(out, torch.bmm(p, values), coefficients[lane], fresh)
-
-
-def _bias_lanes(bias: torch.Tensor | None, slab: Slab, lanes: int):
-    """[1 or Y, 1, keys] per lane."""
-    if bias is None:
-        return [None] * lanes
-    # [G, 1, 1, keys]
-    return bias.unbind(0) if lanes == slab.cells else [bias[:, 0]] * lanes
-
-
-def _write_lse(lse: torch.Tensor, lane: int, values: torch.Tensor, indices: Indices, slab: Slab) -> None:
-    """``values`` [Y, R], natural logarithms, to their slots of ``lse`` (X, n_slots)."""
-    offset, slots = indices.tensor(slab.offset).to(lse), indices.tensor(slab.slot)
-    if slab.cells <= lse.shape[0]:
-        lse.index_copy_(1, slots[lane], (values + offset[lane]) / math.log(2))
-    else:
-        lse[lane].index_copy_(0, slots.view(-1), ((values + offset[:, None]) / math.log(2)).view(-1))
+        _add_product(out, p, _flat(values), coefficients[lane], fresh)
+    if lse is not None:
+        _write_lse(lse, _stack(lse_lanes, slab, heads), indices, slab)
 
 
 def _backward_products(number, step: Step, inputs, scale, saved, totals, need_delta, fresh):
     slab = step.indices.grouping.slabs[number]
     q, k, v, grad_out = inputs
     heads = q.shape[1]
-    key_dim = 1 if slab.keys_first else 2
     pair_lanes = _pair_lanes(saved[0], slab, heads)
-    coefficients = _coefficient_lanes(step.slab_rows(number), slab, len(pair_lanes))
-    delta = q.new_zeros(slab.cells, slab.rows) if need_delta else None
-    lanes = zip(
-        pair_lanes,
-        _row_lanes(q, slab),
-        _key_lanes(k, slab),
-        _key_lanes(v, slab),
-        _row_lanes(grad_out, slab),
-        _row_lanes(totals[0], slab),
-        zip(*(_lanes(totals[1], slab, first, move, length) for first, length, move in slab.ranges)),
-        zip(*(_lanes(totals[2], slab, first, move, length) for first, length, move in slab.ranges)),
+    key_dim = 1 if slab.keys_first else 2
+    coefficients = _coefficient_lanes(step, number, slab, heads)
+    delta = []
+    views = (_rows(q, slab), _keys(k, slab), _keys(v, slab), _rows(grad_out, slab), _rows(totals[0], slab))
+    dk_lanes, dv_lanes = (
+        zip(*(_lanes(_view(total, slab, first, move, length), slab) for first, length, move in slab.ranges))
+        for total in totals[1:]
     )
+    lanes = zip(pair_lanes, *(_lanes(x, slab) for x in views), dk_lanes, dv_lanes)
     for lane, (pairs, queries, keys, values, upstream, dq, dk, dv) in enumerate(lanes):
         p = pairs.transpose(1, 2) if slab.keys_first else pairs
-        alpha, scaled = coefficients[lane], upstream
-        if not isinstance(alpha, float):
-            alpha, scaled = 1.0, upstream * alpha
+        values, alpha = _flat(values), coefficients[lane]
         if need_delta:
-            # [Y, R]
-            per_row = (upstream * torch.bmm(p, values)).sum(2)
-            if slab.cells <= heads:
-                delta[lane] = per_row.sum(0)
-            else:
-                delta += per_row
-        _add_key_product(dv, p.transpose(1, 2), scaled, alpha, slab, heads, fresh[1])
+            delta.append((_flat(upstream) * torch.bmm(p, values)).sum(2))
+        if not isinstance(alpha, float):
+            upstream, alpha = upstream * alpha, 1.0
+        upstream = _flat(upstream)
+        _add_key_product(dv, slab, heads, p.transpose(1, 2), upstream, alpha, fresh[1])
         ds = torch.empty_like(pairs)
-        _logits(ds, scaled, values, slab, 1.0, None)
+        _logits(ds, upstream, values, slab, 1.0)
         _softmax_backward_out(ds, pairs, key_dim, pairs.dtype, grad_input=ds)
         ds = ds.transpose(1, 2) if slab.keys_first else ds
-        _add_product(dq, ds, keys, scale * alpha, fresh[0])
-        _add_key_product(dk, ds.transpose(1, 2), queries, scale * alpha, slab, heads, fresh[1])
-    return delta
-
-
-def _add_key_product(views, left, right, alpha: float, slab: Slab, heads: int, fresh: bool) -> None:
-    """Like :func:`_add_product`, into the key rows of one lane, which ``views`` hold a range after another."""
-    begin = 0
-    for view, (_, length, move) in zip(views, slab.ranges):
-        part = left if len(views) == 1 else left[:, begin : begin + length]
-        begin += length
-        if move == 0 and slab.cells > heads:
-            # the batch is cells, which all read the same keys
-            view[0].add_(_product(part, right, alpha).sum(0))
-        else:
-            _add_product(view, part, right, alpha, fresh)
+        _add_product(dq, ds, _flat(keys), scale * alpha, fresh[0])
+        _add_key_product(dk, slab, heads, ds.transpose(1, 2), _flat(queries), scale * alpha, fresh[1])
+    return _stack(delta, slab, heads).sum(1) if need_delta else None
 
 
 # -- plain attention ---------------------------------------------------------------------------------------------------
