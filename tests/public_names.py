@@ -134,6 +134,5 @@ PUBLIC_NAMES = {
     "canvas_kernels": (
         "BlockTable",
         "block_attention",
-        "permute_rows",
     ),
 }

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from canvas_kernels import BlockTable, block_attention, ops, permute_rows
+from canvas_kernels import BlockTable, block_attention, ops
+from canvas_kernels.rows import put_rows, take_rows
 from tests.test_reference import error
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -46,13 +47,13 @@ def qkv(dtype=torch.float32, n=12, grad=True, seed=0):
 @pytest.mark.parametrize("need_lse", [False, True])
 def test_opcheck_edge(table, grad, need_lse):
     gain = torch.rand(3).requires_grad_(grad)
-    options = (torch.tensor([1.0, 0.0, 1.0]), None, table.key, 0.3, "torch", need_lse, False)
+    options = (torch.tensor([1.0, 0.0, 1.0]), None, table.key, 0.3, ops.TORCH, need_lse, False)
     result = torch.library.opcheck(torch.ops.canvas_kernels.attention.default, (*qkv(grad=grad), gain, *options))
     assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
 
 
 def test_opcheck_joint(joint):
-    options = (None, None, None, joint.key, 0.3, "torch", False, False)
+    options = (None, None, None, joint.key, 0.3, ops.TORCH, False, False)
     result = torch.library.opcheck(torch.ops.canvas_kernels.attention.default, (*qkv(torch.bfloat16), *options))
     assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
 
@@ -61,19 +62,11 @@ def test_opcheck_backward(table):
     q, k, v = qkv(grad=False)
     gain, active, row_scale = torch.rand(3), torch.tensor([1, 0, 1]), torch.rand(2, 12)
     for given in (None, row_scale):
-        forward = (gain, active, given, table.key, 0.3, "torch")
+        forward = (gain, active, given, table.key, 0.3, ops.TORCH)
         _, lse, aux = torch.ops.canvas_kernels.attention.default(q, k, v, *forward, False, True)
         args = (torch.randn_like(q), q, k, v, None, lse, aux, *forward, True)
         result = torch.library.opcheck(torch.ops.canvas_kernels.attention_backward.default, args)
         assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
-
-
-@pytest.mark.parametrize("order", [[2, 0, 1], [2, 0]])
-def test_opcheck_permute_rows(order):
-    inverse = torch.tensor([1, 2, 0]) if len(order) == 3 else torch.tensor([1, -1, 0])
-    args = (torch.randn(2, 3, 4, requires_grad=True), torch.tensor(order), inverse, -2)
-    result = torch.library.opcheck(torch.ops.canvas_kernels.permute_rows.default, args)
-    assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
 
 
 # -- compilation, checkpointing, autocast ------------------------------------------------------------------------------
@@ -90,10 +83,9 @@ def test_compiles_to_one_graph(table, backend):
     torch._dynamo.reset()
     gain, active = torch.rand(3).requires_grad_(), torch.tensor([1.0, 0.0, 1.0])
     order = torch.randperm(12)
-    inverse = torch.argsort(order)
 
     def step(q, k, v, gain, active):
-        return permute_rows(run(table, permute_rows(q, order, inverse), k, v, gain, active), inverse, order)
+        return put_rows(run(table, take_rows(q, order), k, v, gain, active), order, 12)
 
     inputs = [*qkv(), gain]
     upstream = torch.randn(2, 3, 12, 8)
@@ -213,49 +205,6 @@ def test_a_pending_backward_keeps_its_table():
     assert torch.equal(found, torch.autograd.grad(run(build(), *inputs).sum(), inputs[2])[0])
 
 
-# -- permute_rows ------------------------------------------------------------------------------------------------------
-
-
-def test_permute_rows_moves_rows_and_their_gradients():
-    x = torch.randn(2, 5, 3, requires_grad=True)
-    order = torch.tensor([3, 1, 4, 0, 2])
-    inverse = torch.argsort(order)
-    out = permute_rows(x, order, inverse)
-    assert torch.equal(out, x[:, order])
-    upstream = torch.randn_like(out)
-    assert torch.equal(torch.autograd.grad(out, x, upstream)[0], upstream[:, inverse])
-    assert torch.equal(permute_rows(out, inverse, order), x)
-
-
-def test_permute_rows_leaves_rows_out_and_fills_with_zeros():
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    order, inverse = torch.tensor([4, 1, 0]), torch.tensor([2, 1, -1, -1, 0])
-    fewer = permute_rows(x, order, inverse, 0)
-    assert torch.equal(fewer, x[[4, 1, 0]])
-    back = permute_rows(fewer, inverse, order, 0)
-    expected = x.detach().clone()
-    expected[2:4] = 0
-    assert torch.equal(back, expected)
-    assert torch.autograd.gradcheck(lambda x: permute_rows(permute_rows(x, order, inverse, 0), inverse, order, 0), x)
-    assert torch.autograd.gradgradcheck(lambda x: permute_rows(x.sin(), order, inverse, 0), x)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dim": 2}, r"dim 2 does not exist in x of shape \(5, 3\)"),
-        ({"order": torch.zeros(5, dtype=torch.int32)}, "order must be an int64 vector, got torch.int32"),
-        ({"order": torch.zeros(1, 5, dtype=torch.int64)}, r"order must be an int64 vector, got torch.int64 \(1, 5\)"),
-        ({"inverse": torch.zeros(4, dtype=torch.int64)}, "inverse has 4 entries for 5 rows of x"),
-        ({"inverse": torch.zeros(5, dtype=torch.int64, device="meta")}, "inverse is on meta, x on cpu"),
-    ],
-)
-def test_permute_rows_refuses(change, message):
-    arguments = {"x": torch.zeros(5, 3), "order": torch.arange(5), "inverse": torch.arange(5), "dim": 0} | change
-    with pytest.raises(ValueError, match=message):
-        permute_rows(**arguments)
-
-
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -323,14 +272,14 @@ def test_triton_refuses_what_it_cannot_do(table, monkeypatch):
     )
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "interpreter multiplies bfloat16 bit patterns" in message(dtype=torch.bfloat16)
-    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ops, "_has_triton", lambda: False)
     assert "needs the triton package, which is not installed: use 'torch'" in message()
 
 
 def test_a_key_of_no_live_table_is_a_key_error():
     q, k, v = qkv(grad=False)
     with pytest.raises(KeyError, match="no live BlockTable has the key nothing"):
-        torch.ops.canvas_kernels.attention(q, k, v, None, None, None, "nothing", 1.0, "torch", False, False)
+        torch.ops.canvas_kernels.attention(q, k, v, None, None, None, "nothing", 1.0, ops.TORCH, False, False)
 
 
 def test_importing_and_running_needs_no_triton():

@@ -57,7 +57,7 @@ def mode(request, monkeypatch):
     """Each way of executing, forced."""
     monkeypatch.setattr(grouping, "SLAB_NS", ALWAYS if "slabs" in request.param else NEVER)
     if request.param == "slabs of products in lanes":
-        monkeypatch.setattr(slabs, "LANE_SIDE", 1)
+        monkeypatch.setattr(grouping, "THIN_SIDE", 1)
     if request.param == "slabs of flash":
         monkeypatch.setattr(rectangles, "FLASH_SIDE", 1)
     if request.param == "batches computed again":
@@ -99,6 +99,18 @@ def test_frames_at_equal_distances_meet_the_oracle(mode, heads):
     check(table, inputs_for(table, batch=2, heads=heads, gain=True), {"active": active}, 1e-12)
 
 
+def test_rows_in_pieces_that_read_the_same_keys(mode):
+    # four pieces of rows, two connections, an overlap that forbids joining, and another class
+    table = BlockTable.from_rectangles(
+        "edge", 60, 3, q_start=[0, 8, 20, 31, 31, 50], q_stop=[6, 15, 29, 45, 45, 60], k_start=[30] * 6,
+        k_stop=[47] * 6, segment=range(6), weight=[1, 2, 0.5, 1, 3, 1], edge=[0, 0, 1, 1, 2, 2],
+        replace=[0, 0, 0, 0, 0, 1],
+    )  # fmt: skip
+    for heads in (1, 3):
+        check(table, inputs_for(table, heads=heads, batch=2, gain=True), {}, 1e-12)
+        check(table, inputs_for(table, heads=heads), {"active": torch.tensor([1, 1, 0])}, 1e-12)
+
+
 def test_cells_that_all_read_the_same_keys(mode):
     # five cells, rows apart so that they cannot be joined, under fewer heads, as many, more
     rows = np.arange(0, 40, 8)
@@ -116,6 +128,11 @@ def test_wide_joint_cells_with_weights_and_several_ranges(mode):
     weight = [1.0, 0.5, 1.0, 0.5, 2.0]
     table = BlockTable.from_rectangles("joint", 50, 0, q_start=q0, q_stop=q1, k_start=k0, k_stop=k1, weight=weight)
     check(table, inputs_for(table, batch=2), {}, 1e-12)
+
+
+def members(ranges, g: int) -> list[int]:
+    """Positions of cell ``g``."""
+    return [first + g * step + j for first, length, step in ranges for j in range(length)]
 
 
 def pairs_of(table) -> dict:
@@ -137,9 +154,10 @@ def test_grouping_holds_every_pair_once(form, mode):
         built, found = grouping.build_grouping(table), {}
         for slab in built.slabs:
             for g in range(slab.cells):
-                keys = [first + g * move + j for first, length, move in slab.ranges for j in range(length)]
-                for r in range(slab.rows):
-                    key = (int(slab.segment[g, r]), slab.start + g * slab.step + r)
+                keys, rows = members(slab.key_ranges, g), members(slab.row_ranges, g)
+                assert (len(keys), len(rows)) == (slab.keys, slab.rows)
+                for r, row in enumerate(rows):
+                    key = (int(slab.segment[g, r]), row)
                     assert key not in found
                     found[key] = keys
         for batch in built.batches:
@@ -187,19 +205,17 @@ def test_calls_grow_with_shapes_not_with_edges():
 def test_every_row_and_key_that_is_written_first_is_written_once():
     table = frames([6, 3], 9, [(0, 0, 0), (0, 0, -1), (0, 1, 0), (1, 1, 0), (1, 0, 0)])
     built = grouping.build_grouping(table)
-    for flag, positions in (
-        ("fresh_rows", lambda s: [s.start + g * s.step + r for g in range(s.cells) for r in range(s.rows)]),
-        (
-            "fresh_keys",
-            lambda s: [f + g * move + j for g in range(s.cells) for f, length, move in s.ranges for j in range(length)],
-        ),
-    ):
+    for name, stale in (("row", built.stale_rows), ("key", built.stale_keys)):
         seen: set = set()
+        written: set = set()
         for slab in built.slabs:
-            touched = positions(slab)
-            if getattr(slab, flag):
+            touched = [p for g in range(slab.cells) for p in members(getattr(slab, f"{name}_ranges"), g)]
+            if getattr(slab, f"fresh_{name}s"):
                 assert len(set(touched)) == len(touched) and not seen & set(touched)
+                written |= set(touched)
             seen |= set(touched)
+        cleared = {p for start, stop in stale for p in range(start, stop)}
+        assert cleared >= set(range(table.n_positions)) - written and not cleared & written
 
 
 @pytest.mark.parametrize("batch", [1, 3])

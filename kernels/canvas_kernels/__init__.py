@@ -3,7 +3,7 @@
 Importing it needs no triton.
 """
 
-from .ops import block_attention, permute_rows
+from .ops import block_attention
 from .table import BlockTable
 
-__all__ = ["BlockTable", "block_attention", "permute_rows"]
+__all__ = ["BlockTable", "block_attention"]

@@ -101,9 +101,7 @@ def _parts(table: BlockTable, indices: Indices) -> list[_Part]:
 
 
 def _slab_arrays(slab: Slab):
-    at = np.arange(slab.cells)[:, None]
-    rows = slab.start + slab.step * at + np.arange(slab.rows)
-    keys = np.concatenate([first + move * at + np.arange(length) for first, length, move in slab.ranges], axis=1)
+    rows, keys = slab.positions(slab.row_ranges), slab.positions(slab.key_ranges)
     return rows, keys[:, None], slab.segment[..., None], slab.slot[..., None], slab.offset, slab.bias
 
 

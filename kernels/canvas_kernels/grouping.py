@@ -9,6 +9,7 @@ than a batch of their own.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,8 +24,19 @@ PAIR_NS = 4 * 12.5
 # machine 713 / 719 (2 cells of 8 × 8), 640 / 719 (one of 16 × 64), 2068 / 2735 (8 of 32 × 32), 5201 / 5706 (50 of 16 ×
 # 16).
 SLAB_NS, SLAB_CELL_NS, SLAB_ROW_NS = 120e3, 4 * 1e3, 4 * 140.0
+# Rows that do not lie in one piece are copied together, thin cells side by side: the calls for each piece more, and a
+# row.
+PIECE_NS, COPY_NS = 20e3, 4 * 60.0
+# A slab's rows lie in at most this many pieces.
+MAX_PIECES = 4
+# Cells with fewer rows or keys than this are copied side by side, others walked one by one or head by head where
+# several cells and heads meet. µs for a product over 28 (cell, head) of 8 × 256 as it lies 320, copied 253; of 64 × 64
+# alike, so that the copies would be all loss.
+THIN_SIDE = 32
+# Where more stretches of positions than this are nobody's first write, everything is cleared beforehand.
+MAX_STALE = 8
 # One stage's calls, one batch's, and a gathered row with its shares of gathering, scaling and adding up.
-STAGE_NS, BATCH_NS, BATCH_ROW_NS = 200e3, 60e3, 4 * 280.0
+STAGE_NS, BATCH_NS, BATCH_ROW_NS = 400e3, 60e3, 4 * 280.0
 # With more cells left than this, batches are not weighed against small slabs.
 WEIGH_CELLS = 4096
 # Rows that one stage may gather per (batch, head): 64 MB of float32 at head_dim 64.
@@ -43,18 +55,16 @@ MAX_SHAPES = 64
 class Slab:
     """G cells of R query rows and the same numbers of keys, at equal distances.
 
-    Cell g holds the rows ``[start + g · step, start + g · step + rows)`` and, for each (first, length, step) of
-    ``ranges``, the keys ``[first + g · step, first + g · step + length)``, ranges in ascending order. ``segment`` and
+    Cell g holds, for each (first, length, step) of ``row_ranges`` and of ``key_ranges``, the positions
+    ``[first + g · step, first + g · step + length)``, ranges in ascending order. Rows never repeat. ``segment`` and
     ``slot`` int64 [G, R] are those of each row. ``bias`` float64 [G, keys]: ln of the keys' weights, None where it is
     constant along each cell's keys; ``offset`` float64 [G] holds the constant, which shows in lse alone.
     ``fresh_rows``: no slab before this one holds any of its rows; ``fresh_keys``: the same of its keys, and they are
     distinct.
     """
 
-    start: int
-    step: int
-    rows: int
-    ranges: tuple[tuple[int, int, int], ...]
+    row_ranges: tuple[tuple[int, int, int], ...]
+    key_ranges: tuple[tuple[int, int, int], ...]
     segment: np.ndarray
     slot: np.ndarray
     bias: np.ndarray | None
@@ -67,9 +77,15 @@ class Slab:
         """Whether probabilities are stored [keys, rows] rather than [rows, keys]."""
         return self.keys < KEYS_FIRST and self.keys <= self.rows
 
-    def positions(self) -> np.ndarray:
-        """int64 [G · R]: the query rows."""
-        return (self.start + self.step * np.arange(self.cells)[:, None] + np.arange(self.rows)).reshape(-1)
+    @cached_property
+    def thin(self) -> bool:
+        """Whether several cells are copied side by side."""
+        return min(self.rows, self.keys) < THIN_SIDE
+
+    def positions(self, ranges: tuple[tuple[int, int, int], ...]) -> np.ndarray:
+        """int64 [G, length]: what ``row_ranges`` or ``key_ranges`` hold."""
+        g = np.arange(self.cells)[:, None]
+        return np.concatenate([first + g * step + np.arange(length) for first, length, step in ranges], axis=1)
 
     @cached_property
     def pairs(self) -> int:
@@ -80,8 +96,12 @@ class Slab:
         return len(self.segment)
 
     @cached_property
+    def rows(self) -> int:
+        return sum(length for _, length, _ in self.row_ranges)
+
+    @cached_property
     def keys(self) -> int:
-        return sum(length for _, length, _ in self.ranges)
+        return sum(length for _, length, _ in self.key_ranges)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +144,15 @@ class Batch:
 class Grouping:
     """What the torch executor runs: ``slabs``, then ``stages`` of batches.
 
-    ``all_rows_fresh`` and ``all_keys_fresh``: the fresh slabs alone hold every position as row, as key. Per segment:
-    ``weight`` float64, ``edge`` and ``replace`` int64 (joint form: one segment of weight 1).
+    ``stale_rows`` and ``stale_keys``: ranges of positions that no fresh slab holds as row, as key, and that have to be
+    cleared where slabs write first. Per segment: ``weight`` float64, ``edge`` and ``replace`` int64 (joint form: one
+    segment of weight 1).
     """
 
     stages: tuple[tuple[Batch, ...], ...]
     slabs: tuple[Slab, ...]
-    all_rows_fresh: bool
-    all_keys_fresh: bool
+    stale_rows: tuple[tuple[int, int], ...]
+    stale_keys: tuple[tuple[int, int], ...]
     weight: np.ndarray
     edge: np.ndarray
     replace: np.ndarray
@@ -152,15 +173,15 @@ def build_grouping(table: BlockTable) -> Grouping:
     weight, edge, replace = _segments(table)
     cells = table.cells()
     if not len(cells.segment):
-        return Grouping((), (), False, False, weight, edge, replace)
+        return Grouping((), (), (), (), weight, edge, replace)
     pieces = _Pieces(table)
-    # joining adjacent cells makes fewer and taller ones, but may leave them overlapping, no longer in a row
-    slabs, batches = min((_parts(pieces, replace, join) for join in (True, False)), key=_parts_ns)
-    slabs, all_rows, all_keys = _mark_fresh(slabs, table.n_positions)
-    return Grouping(_stages(batches), slabs, all_rows, all_keys, weight, edge, replace)
+    # joining cells makes fewer and taller ones, but may leave them overlapping, no longer in a row
+    slabs, batches = min((_parts(pieces, replace, join) for join in (0, 1, MAX_PIECES)), key=_parts_ns)
+    slabs, stale_rows, stale_keys = _mark_fresh(slabs, table.n_positions)
+    return Grouping(_stages(batches), slabs, stale_rows, stale_keys, weight, edge, replace)
 
 
-def _parts(pieces: _Pieces, replace: np.ndarray, join: bool) -> tuple[list[Slab], list[Batch]]:
+def _parts(pieces: _Pieces, replace: np.ndarray, join: int) -> tuple[list[Slab], list[Batch]]:
     nothing = np.zeros(len(pieces.keys), bool)
     slabs, taken = _slabs(pieces, replace, nothing, join)
     left = (~taken).nonzero()[0]
@@ -176,7 +197,7 @@ def _parts(pieces: _Pieces, replace: np.ndarray, join: bool) -> tuple[list[Slab]
 def _parts_ns(parts: tuple[list[Slab], list[Batch]]) -> float:
     slabs, batches = parts
     in_batches = STAGE_NS + sum(BATCH_NS + _batch_ns(*batch.shape) for batch in batches) if batches else 0.0
-    return in_batches + sum(_slab_ns(slab.cells, slab.rows, slab.keys) for slab in slabs)
+    return in_batches + sum(_slab_ns(s.cells, s.rows, s.keys, len(s.row_ranges)) for s in slabs)
 
 
 def _segments(table: BlockTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -228,27 +249,25 @@ class _Pieces:
 
 
 def _slabs(
-    pieces: _Pieces, replace: np.ndarray, taken: np.ndarray, join: bool, everything: bool = False
+    pieces: _Pieces, replace: np.ndarray, taken: np.ndarray, join: int, everything: bool = False
 ) -> tuple[list[Slab], np.ndarray]:
     """Slabs of cells that are not ``taken`` (bool [cells]), all or those that pay, and which cells are taken then.
 
-    ``join``: adjacent rows that read the same keys become one taller cell.
+    ``join``: rows that read the same keys become one taller cell: 0 none, 1 adjacent ones, above that up to so many
+    pieces of rows.
     """
     cells = pieces.table.cells()
     kind, taken = replace[cells.segment], taken.copy()
     # a block is one cell, or several joined
     order = np.lexsort((cells.q_start, pieces.key_set, kind))
     order = order[~taken[order]]
-    ordered = (kind[order], pieces.key_set[order])
-    joined = np.zeros(len(order), bool)
-    joined[1:] = join & (cells.q_start[order][1:] == cells.q_stop[order][:-1])
-    for array in ordered:
-        joined[1:] &= array[1:] == array[:-1]
+    joined, apart = _joins(cells.q_start[order], cells.q_stop[order], (kind[order], pieces.key_set[order]), join)
     block_first = (~joined).nonzero()[0]
     block_count = np.diff(np.append(block_first, len(order)))
     lead = order[block_first]
-    start, stop = cells.q_start[lead], cells.q_stop[order[block_first + block_count - 1]]
-    rows, first_key = stop - start, pieces.start[pieces.ptr[lead]]
+    start, first_key = cells.q_start[lead], pieces.start[pieces.ptr[lead]]
+    rows = np.add.reduceat((cells.q_stop - cells.q_start)[order], block_first)
+    n_pieces = 1 + np.add.reduceat(apart.astype(np.int64), block_first)
     edge = pieces.table.edge[cells.rectangle[cells.ptr[lead]]]
 
     slabs = []
@@ -256,11 +275,11 @@ def _slabs(
     # rows of blocks at equal distances: first within a connection, then among blocks at one distance from their keys,
     # then among blocks of the same keys; alone at last
     for key in (edge, first_key - start, first_key, None):
-        candidates = free.nonzero()[0]
+        candidates = (free if key is None else free & (n_pieces == 1)).nonzero()[0]
         if not len(candidates):
-            break
+            continue
         if key is None:
-            pays = everything | _pays(1, rows[candidates], pieces.keys[lead[candidates]])
+            pays = everything | _pays(1, rows[candidates], pieces.keys[lead[candidates]], n_pieces[candidates])
             runs = [(candidate,) for candidate in candidates[pays].tolist()]
         else:
             columns = (kind[lead], rows, pieces.lengths[lead], key)
@@ -278,8 +297,26 @@ def _slabs(
     return slabs, taken
 
 
-def _slab_ns(cells, rows, keys):
-    return SLAB_NS + cells * (SLAB_CELL_NS + SLAB_ROW_NS * (rows + keys) + PAIR_NS * rows * keys)
+def _joins(start: np.ndarray, stop: np.ndarray, kinds: tuple[np.ndarray, ...], join: int):
+    """Of cells in order of ``kinds`` and start: which are joined to the one before, and which as another piece."""
+    joined, apart = np.zeros(len(start), bool), np.zeros(len(start), bool)
+    if not join or not len(start):
+        return joined, apart
+    same = np.ones(len(start) - 1, bool)
+    for kind in kinds:
+        same &= kind[1:] == kind[:-1]
+    joined[1:] = same & (start[1:] == stop[:-1])
+    if join > 1:
+        apart[1:] = same & (start[1:] > stop[:-1])
+        block = np.cumsum(~(joined | apart)) - 1
+        apart &= (np.bincount(block, weights=apart) < join)[block]
+    return joined | apart, apart
+
+
+def _slab_ns(cells, rows, keys, n_pieces=1):
+    thin = (cells > 1) & (np.minimum(rows, keys) < THIN_SIDE)
+    apart = (n_pieces - 1) * PIECE_NS + (n_pieces > 1) * COPY_NS * rows + thin * cells * COPY_NS * (rows + keys)
+    return SLAB_NS + apart + cells * (SLAB_CELL_NS + SLAB_ROW_NS * (rows + keys) + PAIR_NS * rows * keys)
 
 
 def _batch_ns(units, rows, segments, keys):
@@ -287,8 +324,8 @@ def _batch_ns(units, rows, segments, keys):
     return units * (BATCH_ROW_NS * (rows + segments * keys) + PAIR_NS * rows * segments * keys)
 
 
-def _pays(cells, rows, keys):
-    return _slab_ns(cells, rows, keys) < _batch_ns(cells, rows, 1, keys)
+def _pays(cells, rows, keys, n_pieces=1):
+    return _slab_ns(cells, rows, keys, n_pieces) < _batch_ns(cells, rows, 1, keys)
 
 
 def _runs(candidates, same, start, rows, lead, pieces):
@@ -345,11 +382,14 @@ def _slab(pieces: _Pieces, order: np.ndarray, first: np.ndarray, count: np.ndarr
     bias, offset = None, log_weight[:, 0]
     if (log_weight != offset[:, None]).any():
         bias, offset = np.repeat(log_weight, lengths, axis=1), np.zeros(len(lead))
-    start = cells.q_start[lead]
+    # pieces of rows, as the first block has them: several blocks have one each
+    own = member[: count[0]]
+    fresh = np.append(True, cells.q_start[own][1:] != cells.q_stop[own][:-1])
+    row_start = cells.q_start[own][fresh]
+    row_stop = cells.q_stop[own][np.append(fresh[1:], True)]
+    row_step = int(cells.q_start[lead[1]] - cells.q_start[lead[0]]) if len(lead) > 1 else 0
     return Slab(
-        int(start[0]),
-        int(start[1] - start[0]) if len(lead) > 1 else 0,
-        segment.shape[1],
+        tuple((int(a), int(b - a), row_step) for a, b in zip(row_start, row_stop)),
         tuple(zip(starts[0].tolist(), lengths.tolist(), steps.tolist())),
         segment,
         slot,
@@ -358,35 +398,36 @@ def _slab(pieces: _Pieces, order: np.ndarray, first: np.ndarray, count: np.ndarr
     )
 
 
-def _mark_fresh(slabs: list[Slab], n: int) -> tuple[tuple[Slab, ...], bool, bool]:
-    """Slabs with their fresh flags, and whether the fresh ones cover all rows, all keys."""
+def _mark_fresh(slabs: list[Slab], n: int):
+    """Slabs with their fresh flags, and the ranges that fresh ones leave out, of rows and of keys."""
     # largest first, but those of rows that no other has written come before the others
     slabs = sorted(slabs, key=lambda slab: -slab.pairs)
     row_seen, first, later = np.zeros(n, bool), [], []
     for slab in slabs:
-        rows = slab.positions()
+        rows = slab.positions(slab.row_ranges)
         (later if row_seen[rows].any() else first).append(slab)
         if first and first[-1] is slab:
             row_seen[rows] = True
     row_seen, key_seen, marked = np.zeros(n, bool), np.zeros(n, bool), []
+    row_stale, key_stale = np.ones(n, bool), np.ones(n, bool)
     for slab in (*first, *later):
-        at = np.arange(slab.cells)[:, None]
-        rows = slab.positions()
-        keys = np.concatenate([(first + step * at + np.arange(size)).reshape(-1) for first, size, step in slab.ranges])
+        rows, keys = slab.positions(slab.row_ranges), slab.positions(slab.key_ranges)
         fresh_rows = not row_seen[rows].any()
-        still = slab.cells > 1 and any(step == 0 for *_, step in slab.ranges)
+        still = slab.cells > 1 and any(step == 0 for *_, step in slab.key_ranges)
         fresh_keys = not still and not key_seen[keys].any()
         row_seen[rows] = True
         key_seen[keys] = True
-        marked.append(
-            Slab(
-                slab.start, slab.step, slab.rows, slab.ranges, slab.segment, slab.slot, slab.bias, slab.offset,
-                fresh_rows, fresh_keys,
-            )
-        )  # fmt: skip
-    all_rows = sum(slab.cells * slab.rows for slab in marked if slab.fresh_rows) == n
-    all_keys = sum(slab.cells * slab.keys for slab in marked if slab.fresh_keys) == n
-    return tuple(marked), all_rows, all_keys
+        row_stale[rows] &= not fresh_rows
+        key_stale[keys] &= not fresh_keys
+        marked.append(dataclasses.replace(slab, fresh_rows=fresh_rows, fresh_keys=fresh_keys))
+    return tuple(marked), _stretches(row_stale), _stretches(key_stale)
+
+
+def _stretches(flags: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """The ranges of positions that are flagged; all positions where those are too many."""
+    marks = np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8))
+    ranges = tuple(zip((marks == 1).nonzero()[0].tolist(), (marks == -1).nonzero()[0].tolist()))
+    return ranges if len(ranges) <= MAX_STALE else ((0, len(flags)),)
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------

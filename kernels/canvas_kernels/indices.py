@@ -178,7 +178,7 @@ class Indices:
         def make():
             slab = self.grouping.slabs[number]
             replace = self.grouping.replace[slab.segment].reshape(-1)
-            return self.tensor(replace * self.table.n_positions + slab.positions())
+            return self.tensor(replace * self.table.n_positions + slab.positions(slab.row_ranges).reshape(-1))
 
         return self._cached(("slab_scales", number), make)
 

@@ -1,4 +1,4 @@
-"""The registered operations: ``canvas_kernels::attention`` with its backward, and ``canvas_kernels::permute_rows``.
+"""The registered operation: ``canvas_kernels::attention`` and its backward.
 
 A table enters the operators as its content digest (:attr:`BlockTable.key`): strings are constants to a compiler, and
 equal digests mean equal tables in every process, so compiled graphs may be cached. Each operator has one
@@ -8,9 +8,12 @@ equal digests mean equal tables in every process, so compiled graphs may be cach
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
 import math
 import os
+import pkgutil
 
 import torch
 
@@ -19,6 +22,11 @@ from .table import BlockTable
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 MAX_TRITON_HEAD_DIM = 256
+# How much the torch executor keeps for backward is a size in a compiled graph, and compilers keep graphs on disk. Its
+# sources are in its name, so that what another version of them compiled is another graph.
+_SOURCES = ("grouping.py", "rectangles.py", "slabs.py", "batches.py", "indices.py", "tiling.py", "table.py")
+_CODE = b"".join(pkgutil.get_data(__package__, name) or b"" for name in _SOURCES)
+TORCH = f"torch {hashlib.sha1(_CODE, usedforsecurity=False).hexdigest()[:12]}"
 
 _LIBRARY = torch.library.Library("canvas_kernels", "DEF")
 _LIBRARY.define(
@@ -32,13 +40,9 @@ _LIBRARY.define(
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dgain)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_LIBRARY.define(
-    "permute_rows(Tensor x, Tensor order, Tensor inverse, int dim) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
 
 _attention = torch.ops.canvas_kernels.attention.default
 _attention_backward = torch.ops.canvas_kernels.attention_backward.default
-_permute_rows = torch.ops.canvas_kernels.permute_rows.default
 
 
 # -- the public functions ----------------------------------------------------------------------------------------------
@@ -96,39 +100,9 @@ def block_attention(
                 q, k, v, table, scale=scale, gain=gain, active=active, row_scale=row_scale, dropout_p=dropout_p
             )
     else:
-        out, lse, _ = _attention(q, k, v, gain, active, row_scale, table.key, scale, backend, return_lse, False)
+        executor = TORCH if backend == "torch" else backend
+        out, lse, _ = _attention(q, k, v, gain, active, row_scale, table.key, scale, executor, return_lse, False)
     return (out, lse) if return_lse else out
-
-
-def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, dim: int = -2) -> torch.Tensor:
-    """Rows of ``x`` in another order: out row i is x row ``order[i]`` along ``dim``. The gradient is a gather by
-    ``inverse``, never a scatter.
-
-    ``order`` and ``inverse`` are int64 index vectors, each the inverse of the other: ``inverse`` has as many entries as
-    x has rows, ``order`` as many as the result. Where the result has fewer rows, the others are left out (their entries
-    in ``inverse`` are not read); where it has more, x goes to the rows ``inverse`` and the rest are zero (entries of
-    ``order`` are not read). So ``permute_rows(permute_rows(x, order, inverse), inverse, order)`` gives x back, with
-    zeros in rows that were left out.
-
-    >>> x, order, inverse = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0]), torch.tensor([1, -1, 0])
-    >>> permute_rows(x, order, inverse).flatten().tolist()
-    [3.0, 1.0]
-    >>> permute_rows(permute_rows(x, order, inverse), inverse, order).flatten().tolist()
-    [1.0, 0.0, 3.0]
-    """
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"permute_rows: dim {dim} does not exist in x of shape {tuple(x.shape)}")
-    for name, index in (("order", order), ("inverse", inverse)):
-        if index.dim() != 1 or index.dtype != torch.int64:
-            raise ValueError(f"permute_rows: {name} must be an int64 vector, got {index.dtype} {tuple(index.shape)}")
-        if index.device != x.device:
-            raise ValueError(f"permute_rows: {name} is on {index.device}, x on {x.device}")
-    if inverse.shape[0] != x.shape[dim]:
-        raise ValueError(
-            f"permute_rows: inverse has {inverse.shape[0]} entries for {x.shape[dim]} rows of x {tuple(x.shape)} "
-            f"along dim {dim}"
-        )
-    return _permute_rows(x, order, inverse, dim)
 
 
 # -- checks: shapes and flags only, never values on a device -----------------------------------------------------------
@@ -190,17 +164,13 @@ def _check_triton(q, dropout_p) -> None:
         raise ValueError("backend 'triton' has no dropout: use 'torch' or 'auto'")
     if q.shape[3] > MAX_TRITON_HEAD_DIM:
         raise ValueError(f"backend 'triton' takes head_dim up to {MAX_TRITON_HEAD_DIM}, got {q.shape[3]}: use 'torch'")
-    refusal = _triton_refusal(q.device.type, _autocast_dtype(q))
-    if refusal:
-        raise ValueError(refusal)
 
 
-@torch.compiler.assume_constant_result
 def _triton_refusal(device_type: str, dtype: torch.dtype) -> str:
     """Why Triton cannot run here; empty if it can."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"backend 'triton' computes in float32, float16 and bfloat16, got {dtype}: use 'torch' or 'reference'"
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "backend 'triton' needs the triton package, which is not installed: use 'torch'"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not interpreted:
@@ -209,6 +179,11 @@ def _triton_refusal(device_type: str, dtype: torch.dtype) -> str:
     if interpreted and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 bit patterns: use float32 or float16 there, or backend 'torch'"
     return ""
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
@@ -235,10 +210,14 @@ def _row_scale(table, active, row_scale, q) -> torch.Tensor | None:
 def _attention_kernel(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, need_grad):
     table = BlockTable.lookup(table)
     options = {"scale": scale, "gain": gain, "active": active}
-    if backend == "torch":
+    if backend != "triton":
         return rectangles.forward(
             q, k, v, table, row_scale=row_scale, need_lse=need_lse, need_grad=need_grad, **options
         )
+    # here and not among the checks: what the machine has is nothing for a compiler to trace
+    refusal = _triton_refusal(q.device.type, q.dtype)
+    if refusal:
+        raise ValueError(refusal)
     from . import launch
 
     keeps_row_scale = need_grad and active is not None and row_scale is None and table.form == "edge"
@@ -250,7 +229,7 @@ def _attention_kernel(q, k, v, gain, active, row_scale, table, scale, backend, n
 def _attention_fake(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, need_grad):
     found = BlockTable.lookup(table)
     batch, heads = q.shape[:2]
-    if backend == "torch":
+    if backend != "triton":
         dtype = torch.promote_types(q.dtype, torch.float32)
         lse = q.new_empty((batch, heads, found.n_slots if need_lse else 0), dtype=dtype)
         own_activity = active is not None and row_scale is None
@@ -263,7 +242,7 @@ def _attention_fake(q, k, v, gain, active, row_scale, table, scale, backend, nee
 
 
 def _fake_like(x, backend):
-    return rectangles.empty_like(x) if backend == "torch" else x.new_empty(x.shape)
+    return x.new_empty(x.shape) if backend == "triton" else rectangles.empty_like(x)
 
 
 def _attention_backward_kernel(
@@ -271,7 +250,7 @@ def _attention_backward_kernel(
 ):
     table = BlockTable.lookup(table)
     options = {"scale": scale, "gain": gain, "active": active, "need_gain": need_gain}
-    if backend == "torch":
+    if backend != "triton":
         dq, dk, dv, dgain = rectangles.backward(grad_out, q, k, v, aux, table, row_scale=row_scale, **options)
     else:
         from . import launch
@@ -371,54 +350,13 @@ def _attention_autocast(device_type):
     return cast
 
 
-# -- permute_rows ------------------------------------------------------------------------------------------------------
-
-
-def _permute_rows_kernel(x, order, inverse, dim):
-    if order.shape[0] <= inverse.shape[0]:
-        return x.index_select(dim, order)
-    shape = list(x.shape)
-    shape[dim] = order.shape[0]
-    return x.new_zeros(shape).index_copy_(dim, inverse, x)
-
-
-def _permute_rows_fake(x, order, inverse, dim):
-    shape = list(x.shape)
-    shape[dim] = order.shape[0]
-    return x.new_empty(shape)
-
-
-class _PermuteRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, order, inverse, dim):
-        ctx.save_for_backward(order, inverse)
-        ctx.dim = dim
-        with torch._C._AutoDispatchBelowAutograd():
-            return _permute_rows(x, order, inverse, dim)
-
-    @staticmethod
-    def backward(ctx, grad):
-        order, inverse = ctx.saved_tensors
-        return _permute_rows(grad, inverse, order, ctx.dim), None, None, None
-
-
-def _permute_rows_autograd(x, order, inverse, dim):
-    if _needs_grad(x):
-        return _PermuteRows.apply(x, order, inverse, dim)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _permute_rows(x, order, inverse, dim)
-
-
 # -- registration ------------------------------------------------------------------------------------------------------
 
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("attention", _attention_kernel, _key)
     _LIBRARY.impl("attention_backward", _attention_backward_kernel, _key)
-    _LIBRARY.impl("permute_rows", _permute_rows_kernel, _key)
     _LIBRARY.impl("attention", _attention_autocast(_key.lower()), f"Autocast{_key}")
 _LIBRARY.impl("attention", _attention_autograd, "Autograd")
 _LIBRARY.impl("attention_backward", _attention_backward_autograd, "Autograd")
-_LIBRARY.impl("permute_rows", _permute_rows_autograd, "Autograd")
 torch.library.register_fake("canvas_kernels::attention", _attention_fake, lib=_LIBRARY)
 torch.library.register_fake("canvas_kernels::attention_backward", _attention_backward_fake, lib=_LIBRARY)
-torch.library.register_fake("canvas_kernels::permute_rows", _permute_rows_fake, lib=_LIBRARY)

@@ -59,7 +59,7 @@ def forward(
     # inactive slabs are not run, so nothing may count on their writing first
     writes, total = step.live is None, None
     if grouping.slabs:
-        total = rows.new_empty(rows.shape) if writes and grouping.all_rows_fresh else rows.new_zeros(rows.shape)
+        total = _blank(rows, grouping.stale_rows if writes else None)
     for number, slab in enumerate(grouping.slabs):
         part = None if slab_parts is None else slab_parts[number]
         if not step.runs(slab):
@@ -107,8 +107,8 @@ def backward(
     kept, slab_parts = _saved_parts(saved, table, batch * heads, dim)
     writes, totals = step.live is None, [None, None, None]
     if grouping.slabs:
-        covered = (grouping.all_rows_fresh, grouping.all_keys_fresh, grouping.all_keys_fresh)
-        totals = [rows.new_empty(rows.shape) if writes and c else rows.new_zeros(rows.shape) for c in covered]
+        stale = (grouping.stale_rows, grouping.stale_keys, grouping.stale_keys)
+        totals = [_blank(rows, ranges if writes else None) for ranges in stale]
     for number, slab in enumerate(grouping.slabs):
         if step.runs(slab):
             fresh = (writes and slab.fresh_rows, writes and slab.fresh_keys)
@@ -179,6 +179,16 @@ def _saved_parts(saved: torch.Tensor, table: BlockTable, heads: int, dim: int):
     parts = iter(saved[: sum(sizes)].split_with_sizes(sizes))
     kept = [[next(parts) for _ in stage] for stage in grouping.stages] if choices.keeps else None
     return kept, [(next(parts), next(parts)) if flash else (next(parts),) for flash in choices.flash]
+
+
+def _blank(rows: torch.Tensor, stale: tuple[tuple[int, int], ...] | None) -> torch.Tensor:
+    """A tensor like ``rows`` that is zero in the ranges ``stale``; everywhere for None."""
+    if stale is None:
+        return rows.new_zeros(rows.shape)
+    blank = rows.new_empty(rows.shape)
+    for start, stop in stale:
+        blank[start:stop].zero_()
+    return blank
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,6 @@ DENSE_FLOATS = 1 << 26
 # canvas by the product itself, which torch then calls matrix by matrix; others through a temporary. µs for four heads
 # of 64, directly / through a temporary: 448 × 32 93 / 124, 215 × 180 193 / 207, 64 × 64 37 / 35, 30 × 215 47 / 42.
 DIRECT_ELEMENTS, DIRECT_TERMS = 1 << 13, 32
-# Cells with fewer rows or keys than this are copied rather than walked in lanes: µs for a product over 28 (cell, head)
-# of 8 × 256, strided 320 and copied 253; of 64 × 64 alike, so that the copies would be all loss.
-LANE_SIDE = 32
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -102,13 +99,22 @@ def _view(x: torch.Tensor, slab: Slab, start: int, move: int, length: int) -> to
     )
 
 
+def _views(x: torch.Tensor, slab: Slab, ranges) -> list[torch.Tensor]:
+    return [_view(x, slab, first, move, length) for first, length, move in ranges]
+
+
+def _gather(x: torch.Tensor, slab: Slab, ranges) -> torch.Tensor:
+    """The rows of ``ranges`` in ``x`` (n, X, D): [G, X, length, D], a view where there is one range."""
+    views = _views(x, slab, ranges)
+    return views[0] if len(views) == 1 else torch.cat(views, 2)
+
+
 def _rows(x: torch.Tensor, slab: Slab) -> torch.Tensor:
-    return _view(x, slab, slab.start, slab.step, slab.rows)
+    return _gather(x, slab, slab.row_ranges)
 
 
 def _keys(x: torch.Tensor, slab: Slab) -> torch.Tensor:
-    views = [_view(x, slab, first, move, length) for first, length, move in slab.ranges]
-    return views[0] if len(views) == 1 else torch.cat(views, 2)
+    return _gather(x, slab, slab.key_ranges)
 
 
 def _add(view: torch.Tensor, x: torch.Tensor, coefficient: torch.Tensor | float, fresh: bool) -> None:
@@ -119,6 +125,23 @@ def _add(view: torch.Tensor, x: torch.Tensor, coefficient: torch.Tensor | float,
         view.add_(x, alpha=coefficient)
     else:
         view.addcmul_(x, coefficient)
+
+
+def _add_ranges(total, slab: Slab, ranges, x, coefficient: torch.Tensor | float, fresh: bool) -> None:
+    """Like :func:`_add`, x [G, X, length, D] into the rows of ``ranges`` in ``total`` (n, X, D)."""
+    begin = 0
+    for view, (_, length, move) in zip(_views(total, slab, ranges), ranges):
+        part, factor = x, coefficient
+        if len(ranges) > 1:
+            part = x[:, :, begin : begin + length]
+            if not isinstance(coefficient, float):
+                factor = coefficient[:, :, begin : begin + length]
+        begin += length
+        if slab.cells > 1 and move == 0:
+            # every cell has the same rows
+            _add(view[0], part.sum(0), factor, False)
+        else:
+            _add(view, part, factor, fresh)
 
 
 def _forward_flash(number, step: Step, inputs, scale, saved, lse, total, fresh) -> None:
@@ -132,7 +155,7 @@ def _forward_flash(number, step: Step, inputs, scale, saved, lse, total, fresh) 
         saved[1].view(slab.cells, slab.rows, -1).copy_(natural_lse.transpose(1, 2))
     if lse is not None:
         _write_lse(lse, natural_lse, indices, slab)
-    _add(_rows(total, slab), out, _coefficient(step, number), fresh)
+    _add_ranges(total, slab, slab.row_ranges, out, _coefficient(step, number), fresh)
 
 
 def _backward_flash(number, step: Step, inputs, scale, saved, totals, need_delta, fresh):
@@ -147,18 +170,9 @@ def _backward_flash(number, step: Step, inputs, scale, saved, totals, need_delta
         scaled, coefficient = upstream * coefficient, 1.0
     bias = indices.slab_bias(number)
     dq, dk, dv = _dense_backward(scaled, _rows(q, slab), _keys(k, slab), _keys(v, slab), out, natural_lse, bias, scale)
-    _add(_rows(totals[0], slab), dq, coefficient, fresh[0])
-    for total, gradient in ((totals[1], dk), (totals[2], dv)):
-        begin = 0
-        for first, length, move in slab.ranges:
-            view = _view(total, slab, first, move, length)
-            part = gradient[:, :, begin : begin + length]
-            begin += length
-            if slab.cells > 1 and move == 0:
-                # every cell reads the same keys
-                _add(view[0], part.sum(0), coefficient, False)
-            else:
-                _add(view, part, coefficient, fresh[1])
+    _add_ranges(totals[0], slab, slab.row_ranges, dq, coefficient, fresh[0])
+    _add_ranges(totals[1], slab, slab.key_ranges, dk, coefficient, fresh[1])
+    _add_ranges(totals[2], slab, slab.key_ranges, dv, coefficient, fresh[1])
     return (upstream * out).sum((1, 3)) if need_delta else None
 
 
@@ -168,14 +182,10 @@ def _backward_flash(number, step: Step, inputs, scale, saved, totals, need_delta
 # one lane.
 
 
-def _is_flat(slab: Slab) -> bool:
-    return min(slab.rows, slab.keys) < LANE_SIDE
-
-
 def _lanes(x: torch.Tensor, slab: Slab) -> tuple[torch.Tensor, ...]:
     """[G, X, …] as lanes: itself where the slab has one, else [Y, …] each."""
     cells, heads = x.shape[:2]
-    if cells == 1 or heads == 1 or _is_flat(slab):
+    if cells == 1 or heads == 1 or slab.thin:
         return (x,)
     return x.unbind(0 if cells <= heads else 1)
 
@@ -195,7 +205,7 @@ def _flat(lane: torch.Tensor) -> torch.Tensor:
 def _pair_lanes(flat: torch.Tensor, slab: Slab, heads: int) -> tuple[torch.Tensor, ...]:
     """``flat`` as a lane after another: [Y, keys, R] where keys come first, [Y, R, keys] otherwise."""
     shape = (slab.keys, slab.rows) if slab.keys_first else (slab.rows, slab.keys)
-    count = 1 if _is_flat(slab) else min(slab.cells, heads)
+    count = 1 if slab.thin else min(slab.cells, heads)
     return (flat.view(-1, *shape),) if count == 1 else flat.view(count, -1, *shape).unbind(0)
 
 
@@ -207,33 +217,45 @@ def _logits(pairs, queries, keys, slab: Slab, scale: float, bias: torch.Tensor |
     torch.baddbmm(pairs, left, right.transpose(1, 2), beta=0 if bias is None else 1, alpha=scale, out=pairs)
 
 
-def _add_product(lane, left, right, coefficient: torch.Tensor | float, fresh: bool) -> None:
-    """lane ← coefficient · left right, added unless ``fresh``. ``lane`` [Y, length, D], or [G, X, length, D]."""
-    direct = left.shape[1] * right.shape[2] >= DIRECT_ELEMENTS and left.shape[2] >= DIRECT_TERMS
-    if direct and isinstance(coefficient, float) and (lane.dim() == 3 or lane.shape[0] == 1):
-        target = lane if lane.dim() == 3 else lane[0]
-        target.baddbmm_(left, right, beta=0 if fresh else 1, alpha=coefficient)
-    else:
-        _add(lane, torch.bmm(left, right).view(lane.shape), coefficient, fresh)
+def _add_product(
+    lanes, slab: Slab, heads: int, ranges, left, right, coefficient: torch.Tensor | float, fresh: bool
+) -> None:
+    """Rows of ``ranges`` in one lane ← coefficient · left right, added unless ``fresh``.
 
-
-def _add_key_product(lanes, slab: Slab, heads: int, left, right, alpha: float, fresh: bool) -> None:
-    """Like :func:`_add_product`, into the key rows of one lane, of which ``lanes`` are the ranges."""
-    begin = 0
-    for lane, (_, length, move) in zip(lanes, slab.ranges):
-        part = left if len(slab.ranges) == 1 else left[:, begin : begin + length]
+    ``lanes``: a view per range, [Y, length, D] or [G, X, length, D]. ``left`` [Y, lengths, …], coefficient […, lengths,
+    1].
+    """
+    constant, begin = isinstance(coefficient, float), 0
+    for lane, (_, length, move) in zip(lanes, ranges):
+        part, factor = left, coefficient
+        if len(ranges) > 1:
+            part = left[:, begin : begin + length]
+            factor = coefficient if constant else coefficient[..., begin : begin + length, :]
         begin += length
         if slab.cells > 1 and move == 0 and (lane.dim() == 4 or slab.cells > heads):
-            # every cell reads the same keys
-            lane[0].add_(torch.bmm(part, right).view(lane.shape).sum(0), alpha=alpha)
+            # every cell has the same rows, and cells are among the batch
+            _add(lane[0], torch.bmm(part, right).view(lane.shape).sum(0), factor, False)
+        elif (
+            constant
+            and (lane.dim() == 3 or lane.shape[0] == 1)
+            and length * right.shape[2] >= DIRECT_ELEMENTS
+            and part.shape[2] >= DIRECT_TERMS
+        ):
+            target = lane if lane.dim() == 3 else lane[0]
+            target.baddbmm_(part, right, beta=0 if fresh else 1, alpha=factor)
         else:
-            _add_product(lane, part, right, alpha, fresh)
+            _add(lane, torch.bmm(part, right).view(lane.shape), factor, fresh)
+
+
+def _range_lanes(total: torch.Tensor, slab: Slab, ranges):
+    """Per lane, a view of each range in ``total`` (n, X, D)."""
+    return zip(*(_lanes(view, slab) for view in _views(total, slab, ranges)))
 
 
 def _coefficient_lanes(step: Step, number: int, slab: Slab, heads: int):
     coefficient = _coefficient(step, number)
     if isinstance(coefficient, float):
-        return (coefficient,) * (1 if _is_flat(slab) else min(slab.cells, heads))
+        return (coefficient,) * (1 if slab.thin else min(slab.cells, heads))
     return _lanes(coefficient.expand(-1, heads, -1, -1), slab)
 
 
@@ -246,15 +268,16 @@ def _forward_products(number, step: Step, inputs, scale, saved, lse, total, fres
     bias = indices.slab_bias(number)
     bias = [None] * len(pair_lanes) if bias is None else _lanes(bias.expand(-1, heads, -1, -1), slab)
     coefficients = _coefficient_lanes(step, number, slab, heads)
-    views = (_rows(q, slab), _keys(k, slab), _keys(v, slab), _rows(total, slab))
+    views = (_rows(q, slab), _keys(k, slab), _keys(v, slab))
+    lanes = zip(pair_lanes, *(_lanes(x, slab) for x in views), _range_lanes(total, slab, slab.row_ranges))
     lse_lanes = []
-    for lane, (pairs, queries, keys, values, out) in enumerate(zip(pair_lanes, *(_lanes(x, slab) for x in views))):
+    for lane, (pairs, queries, keys, values, out) in enumerate(lanes):
         _logits(pairs, _flat(queries), _flat(keys), slab, scale, bias[lane])
         if lse is not None:
             lse_lanes.append(torch.logsumexp(pairs, key_dim))
         _softmax_out(pairs, key_dim, False, out=pairs)
         p = pairs.transpose(1, 2) if slab.keys_first else pairs
-        _add_product(out, p, _flat(values), coefficients[lane], fresh)
+        _add_product(out, slab, heads, slab.row_ranges, p, _flat(values), coefficients[lane], fresh)
     if lse is not None:
         _write_lse(lse, _stack(lse_lanes, slab, heads), indices, slab)
 
@@ -267,12 +290,10 @@ def _backward_products(number, step: Step, inputs, scale, saved, totals, need_de
     key_dim = 1 if slab.keys_first else 2
     coefficients = _coefficient_lanes(step, number, slab, heads)
     delta = []
-    views = (_rows(q, slab), _keys(k, slab), _keys(v, slab), _rows(grad_out, slab), _rows(totals[0], slab))
-    dk_lanes, dv_lanes = (
-        zip(*(_lanes(_view(total, slab, first, move, length), slab) for first, length, move in slab.ranges))
-        for total in totals[1:]
-    )
-    lanes = zip(pair_lanes, *(_lanes(x, slab) for x in views), dk_lanes, dv_lanes)
+    views = (_rows(q, slab), _keys(k, slab), _keys(v, slab), _rows(grad_out, slab))
+    sides = (slab.row_ranges, slab.key_ranges, slab.key_ranges)
+    targets = (_range_lanes(total, slab, ranges) for total, ranges in zip(totals, sides))
+    lanes = zip(pair_lanes, *(_lanes(x, slab) for x in views), *targets)
     for lane, (pairs, queries, keys, values, upstream, dq, dk, dv) in enumerate(lanes):
         p = pairs.transpose(1, 2) if slab.keys_first else pairs
         values, alpha = _flat(values), coefficients[lane]
@@ -281,13 +302,13 @@ def _backward_products(number, step: Step, inputs, scale, saved, totals, need_de
         if not isinstance(alpha, float):
             upstream, alpha = upstream * alpha, 1.0
         upstream = _flat(upstream)
-        _add_key_product(dv, slab, heads, p.transpose(1, 2), upstream, alpha, fresh[1])
+        _add_product(dv, slab, heads, sides[2], p.transpose(1, 2), upstream, alpha, fresh[1])
         ds = torch.empty_like(pairs)
         _logits(ds, upstream, values, slab, 1.0)
         _softmax_backward_out(ds, pairs, key_dim, pairs.dtype, grad_input=ds)
         ds = ds.transpose(1, 2) if slab.keys_first else ds
-        _add_product(dq, ds, _flat(keys), scale * alpha, fresh[0])
-        _add_key_product(dk, slab, heads, ds.transpose(1, 2), _flat(queries), scale * alpha, fresh[1])
+        _add_product(dq, slab, heads, sides[0], ds, _flat(keys), scale * alpha, fresh[0])
+        _add_product(dk, slab, heads, sides[1], ds.transpose(1, 2), _flat(queries), scale * alpha, fresh[1])
     return _stack(delta, slab, heads).sum(1) if need_delta else None
 
 
