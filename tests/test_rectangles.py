@@ -60,6 +60,7 @@ def mode(request, monkeypatch):
         monkeypatch.setattr(grouping, "THIN_SIDE", 1)
     if request.param == "slabs of flash":
         monkeypatch.setattr(rectangles, "FLASH_SIDE", 1)
+        monkeypatch.setattr(rectangles, "FLASH_PAIRS", 1)
     if request.param == "batches computed again":
         monkeypatch.setattr(rectangles, "KEPT_PAIRS", 0)
     if request.param == "many stages":

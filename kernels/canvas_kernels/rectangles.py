@@ -20,10 +20,11 @@ from .table import BlockTable
 # Probabilities of the batches are kept for backward up to this many per position and head_dim element (16: four times
 # the bytes of q, k, v and out); above it backward computes them again, which costs a fifth more time.
 KEPT_PAIRS = 16
-# Slabs whose cells have at least this many rows and keys take the flash kernel, which keeps no probabilities. ns per
-# pair and head, forward + backward, flash / products: 64² 25 / 14, 128² 15.5 / 11.8, 215 × 180 13.4 / 11.9, 256² 14.1 /
-# 13.6, 512 × 256 12.9 / 11.4.
-FLASH_SIDE = 192
+# Slabs whose cells have at least this many pairs, and at least this many rows and keys, take the flash kernel, which
+# keeps no probabilities. ns per pair and head, forward + backward, flash / products: 64² 25 / 14, 215 × 180 13.4 /
+# 11.9, 512 × 256 15.1 / 13.4, 512² 15.7 / 15.6, 768 × 384 12.2 / 15.2; of 8 × 256 the flash backward takes four times
+# as long.
+FLASH_PAIRS, FLASH_SIDE = 160_000, 192
 
 
 def forward(
@@ -143,11 +144,13 @@ class _Choices(NamedTuple):
 
 
 def _choices(table: BlockTable, head_dim: int) -> _Choices:
-    key = ("rectangles", "choices", head_dim, KEPT_PAIRS, FLASH_SIDE)
+    key = ("rectangles", "choices", head_dim)
     if key not in table.cache:
         grouping = group(table)
         budget = KEPT_PAIRS * table.n_positions * head_dim
-        flash = tuple(min(slab.rows, slab.keys) >= FLASH_SIDE for slab in grouping.slabs)
+        flash = tuple(
+            slab.rows * slab.keys >= FLASH_PAIRS and min(slab.rows, slab.keys) >= FLASH_SIDE for slab in grouping.slabs
+        )
         if sum(slab.pairs for slab, is_flash in zip(grouping.slabs, flash) if not is_flash) > budget:
             flash = (True,) * len(flash)
         keeps = sum(batch.pairs for batch in grouping.batches) <= budget
