@@ -70,7 +70,8 @@ def test_plan_shows_every_rectangle_in_its_connections_colour(layout):
     faces = {tuple(face) for face in collection.get_facecolors()}
     assert len(faces) == 2
     assert f"density {100 * plan.density:.2f} %" in figure.get_axes()[0].get_title()
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["cam → cam (0, 0)", "plan → cam (all)"]
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend == ["cam → cam (0, 0)", "plan → cam (all)"]
 
 
 def test_joint_plan_has_no_legend(layout):
