@@ -19,8 +19,9 @@ from .indices import Indices, Step, slab_row_scale
 DENSE_FLOATS = 1 << 26
 # Products whose matrices have at least this many elements, sums of at least this many terms each, are added to the
 # canvas by the product itself, which torch then calls matrix by matrix; others through a temporary. µs for four heads
-# of 64, directly / through a temporary: 448 × 32 93 / 124, 215 × 180 193 / 207, 64 × 64 37 / 35, 30 × 215 47 / 42.
-DIRECT_ELEMENTS, DIRECT_TERMS = 1 << 13, 32
+# of 64, directly / through a temporary: 448 × 32 93 / 124, 215 × 180 193 / 207, 64 × 64 37 / 35 (of a
+# whole step with sixteen of them 2 % faster directly), 30 × 215 47 / 42.
+DIRECT_ELEMENTS, DIRECT_TERMS = 1 << 12, 32
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
