@@ -1,5 +1,6 @@
 """Declare regions of latent space and who reads whom; train through the block-sparse attention that follows."""
 
+from canvas_engineering.action_heads import ActionHead
 from canvas_engineering.attention import (
     ATTENTION_REGISTRY,
     CogVideoXAttention,
@@ -19,8 +20,13 @@ from canvas_engineering.canvas import (
     SpatiotemporalCanvas,
     transfer_distance,
 )
+from canvas_engineering.checkpoint import load_loop_checkpoint, save_loop_checkpoint
+from canvas_engineering.cogvideox import LoopedCogVideoXBlock, detect_inner_dim
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
+from canvas_engineering.curriculum import CurriculumScheduler
 from canvas_engineering.dispatch import AttentionDispatcher
+from canvas_engineering.graft import freeze_full, freeze_half, graft_looped_blocks, ungraft
+from canvas_engineering.looped_block import LoopedBlockWrapper
 from canvas_engineering.masks import MaskSpec, Rect, mask_to_index_pairs, rect_cover
 from canvas_engineering.plan import AttentionPlan, compile_attention
 from canvas_engineering.schema import CanvasSchema
@@ -30,6 +36,7 @@ from canvas_engineering.semantic import (
     compute_semantic_embeddings,
     program_distance,
 )
+from canvas_engineering.sharpening import SharpeningSchedule
 from canvas_engineering.types import (
     BoundField,
     BoundSchema,
@@ -79,4 +86,17 @@ __all__ = [
     "create_attention",
     "register_attention",
     "AttentionDispatcher",
+    # graft
+    "LoopedBlockWrapper",
+    "LoopedCogVideoXBlock",
+    "detect_inner_dim",
+    "graft_looped_blocks",
+    "ungraft",
+    "freeze_full",
+    "freeze_half",
+    "CurriculumScheduler",
+    "SharpeningSchedule",
+    "ActionHead",
+    "load_loop_checkpoint",
+    "save_loop_checkpoint",
 ]

@@ -4,6 +4,7 @@ PUBLIC_NAMES = {
     "canvas_engineering": (
         "ATTENTION_REGISTRY",
         "ATTENTION_TYPES",
+        "ActionHead",
         "AttentionDispatcher",
         "AttentionPlan",
         "BoundField",
@@ -15,14 +16,18 @@ PUBLIC_NAMES = {
         "Connection",
         "ConnectivityPolicy",
         "CrossAttention",
+        "CurriculumScheduler",
         "FamilyCarrierEmbedding",
         "Field",
         "LayoutStrategy",
+        "LoopedBlockWrapper",
+        "LoopedCogVideoXBlock",
         "MaskSpec",
         "PeriodEmbedding",
         "Rect",
         "RegionSpec",
         "SemanticConditioner",
+        "SharpeningSchedule",
         "SinusoidalPositionalEncoding3D",
         "SinusoidalPositionalEncodingND",
         "SpatiotemporalCanvas",
@@ -33,11 +38,21 @@ PUBLIC_NAMES = {
         "compile_schema",
         "compute_semantic_embeddings",
         "create_attention",
+        "detect_inner_dim",
+        "freeze_full",
+        "freeze_half",
+        "graft_looped_blocks",
+        "load_loop_checkpoint",
         "mask_to_index_pairs",
         "program_distance",
         "rect_cover",
         "register_attention",
+        "save_loop_checkpoint",
         "transfer_distance",
+        "ungraft",
+    ),
+    "canvas_engineering.action_heads": (
+        "ActionHead",
     ),
     "canvas_engineering.attention": (
         "ATTENTION_REGISTRY",
@@ -76,6 +91,17 @@ PUBLIC_NAMES = {
         "SinusoidalPositionalEncodingND",
         "SpatiotemporalCanvas",
     ),
+    "canvas_engineering.checkpoint": (
+        "load_loop_checkpoint",
+        "save_loop_checkpoint",
+    ),
+    "canvas_engineering.cogvideox": (
+        "LoopedCogVideoXBlock",
+        "detect_inner_dim",
+    ),
+    "canvas_engineering.cogvideox.block": (
+        "LoopedCogVideoXBlock",
+    ),
     "canvas_engineering.connectivity": (
         "CanvasTopology",
         "Connection",
@@ -84,6 +110,9 @@ PUBLIC_NAMES = {
         "resolve_connections",
         "resolve_frames",
     ),
+    "canvas_engineering.curriculum": (
+        "CurriculumScheduler",
+    ),
     "canvas_engineering.dispatch": (
         "AttentionDispatcher",
     ),
@@ -91,6 +120,17 @@ PUBLIC_NAMES = {
         "layout_figure",
         "plan_figure",
         "topology_figure",
+    ),
+    "canvas_engineering.graft": (
+        "freeze_full",
+        "freeze_half",
+        "graft_looped_blocks",
+        "ungraft",
+    ),
+    "canvas_engineering.looped_block": (
+        "LoopParameters",
+        "LoopedBlockWrapper",
+        "checked_loops",
     ),
     "canvas_engineering.masks": (
         "MaskSpec",
@@ -113,6 +153,9 @@ PUBLIC_NAMES = {
         "auto_semantic_type",
         "compute_semantic_embeddings",
         "program_distance",
+    ),
+    "canvas_engineering.sharpening": (
+        "SharpeningSchedule",
     ),
     "canvas_engineering.types": (
         "BoundField",
