@@ -21,7 +21,17 @@ from canvas_engineering.canvas import (
     transfer_distance,
 )
 from canvas_engineering.checkpoint import load_loop_checkpoint, save_loop_checkpoint
-from canvas_engineering.cogvideox import LoopedCogVideoXBlock, detect_inner_dim
+from canvas_engineering.cogvideox import (
+    CanvasAttnProcessor,
+    LoopedCogVideoXBlock,
+    PixelBox,
+    cogvideox_layout,
+    dense_topology,
+    detect_inner_dim,
+    measure_topology,
+    tile_topology,
+    window_topology,
+)
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
 from canvas_engineering.curriculum import CurriculumScheduler
 from canvas_engineering.dispatch import AttentionDispatcher
@@ -90,6 +100,13 @@ __all__ = [
     "LoopedBlockWrapper",
     "LoopedCogVideoXBlock",
     "detect_inner_dim",
+    "CanvasAttnProcessor",
+    "PixelBox",
+    "cogvideox_layout",
+    "dense_topology",
+    "measure_topology",
+    "tile_topology",
+    "window_topology",
     "graft_looped_blocks",
     "ungraft",
     "freeze_full",

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from .action_heads import ActionHead
-from .cogvideox import detect_inner_dim
+from .canvas import CanvasLayout
+from .cogvideox import TopologyMeasure, detect_inner_dim, measure_topology
 from .cogvideox.model import graft_cogvideox, is_cogvideox, ungraft_cogvideox
+from .connectivity import CanvasTopology
 from .looped_block import LOOP_PARAMETER_NAMES, LoopedBlockWrapper
 
 __all__ = ["freeze_full", "freeze_half", "graft_looped_blocks", "ungraft"]
@@ -30,6 +35,12 @@ def graft_looped_blocks(
     *,
     loops: int | None = None,
     gate: str = "tanh",
+    sharpening: Callable[[int], float] | Sequence[float] | None = None,
+    layout: CanvasLayout | None = None,
+    topology: CanvasTopology | None = None,
+    backend: str = "auto",
+    packed: bool = True,
+    measure_on: Mapping[str, Any] | None = None,
 ) -> tuple[list[nn.Module], ActionHead]:
     """Make the blocks of a model loop, in place; :func:`ungraft` undoes it.
 
@@ -47,13 +58,22 @@ def graft_looped_blocks(
         freeze: "full" leaves only loop parameters trainable, "half" freezes the patch embedding only, "none" nothing.
         loops: loops to run; by default 1, until ``set_loops`` or a CurriculumScheduler raises it.
         gate: "tanh", or "sigmoid" for loop checkpoints of the published package.
+        sharpening: a factor on the attention scale for each loop: a :class:`SharpeningSchedule`, or a list. CogVideoX
+            only, as everything below.
+        layout, topology: canvas attention, declared: each token reads, in one softmax, what the topology lets it read.
+            From :func:`cogvideox_layout` and the likes of :func:`window_topology`. A UserWarning says how much of dense
+            attention it computes.
+        backend: see :func:`canvas_attention`.
+        packed: keep tokens in the plan's packed order from the first block to the last, where that order moves any.
+        measure_on: arguments of the model's forward: the warning then says how far the attention outputs move.
 
     Returns:
         the looped blocks, and an ActionHead on the model's device.
 
     Raises:
         ValueError: no such list of blocks, an unknown ``freeze`` or ``gate``, a model that is grafted otherwise
-            already, or blocks whose forward a hook has replaced.
+            already, blocks that are offloaded, a declaration that attention over tokens cannot compute, or attention
+            options for a model that is not CogVideoX.
 
     >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2)
     >>> blocks, _ = graft_looped_blocks(encoder, block_attr="layers", loops=2)
@@ -68,11 +88,25 @@ def graft_looped_blocks(
         frozen = frozenset(name for name, parameter in transformer.named_parameters() if not parameter.requires_grad)
         transformer._frozen_before_graft = frozen
     if wrapper_class is None and is_cogvideox(transformer) and block_attr == "transformer_blocks":
-        blocks = graft_cogvideox(transformer, max_loops, inner_dim, gate)
+        if (layout is None) != (topology is None):
+            raise ValueError("give both layout= and topology=, or neither for dense attention")
+        if topology is not None:
+            measured = None if measure_on is None else measure_topology(transformer, layout, topology, measure_on)
+        betas = [sharpening(loop) for loop in range(max_loops)] if callable(sharpening) else sharpening
+        betas = None if betas is None else [float(beta) for beta in betas]
+        blocks = graft_cogvideox(transformer, max_loops, inner_dim, gate, betas, layout, topology, backend, packed)
+        transformer.set_loops(1 if loops is None else loops)
+        if topology is not None:
+            _warn_of_topology(blocks[0].attn1.processor.plan.density, measured)
+    elif sharpening is not None or layout is not None or topology is not None:
+        raise ValueError(
+            "sharpening, layout and topology are for diffusers' CogVideoXTransformer3DModel, got "
+            f"{type(transformer).__name__}"
+        )
     else:
         blocks = _wrap(originals, wrapper_class, max_loops, inner_dim, gate)
-    for block in blocks:
-        block.set_loops(1 if loops is None else loops)
+        for block in blocks:
+            block.set_loops(1 if loops is None else loops)
     if freeze == "full":
         freeze_full(transformer)
     elif freeze == "half":
@@ -85,6 +119,20 @@ def graft_looped_blocks(
         )
     device = next((p.device for p in transformer.parameters()), torch.device("cpu"))
     return blocks, ActionHead(latent_channels, action_dim).to(device)
+
+
+def _warn_of_topology(density: float, measured: TopologyMeasure | None) -> None:
+    lost = (
+        "measure_topology says how far its outputs move on a batch"
+        if measured is None
+        else f"on the given batch its outputs move by {100 * measured.difference:.1f} % of their mean size"
+    )
+    warnings.warn(
+        f"attention computes {100 * density:.2f} % of all token pairs; a backbone that was trained with dense "
+        f"attention and stays frozen loses the others: {lost}",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def ungraft(transformer: nn.Module, block_attr: str = "transformer_blocks") -> nn.Module:

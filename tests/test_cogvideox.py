@@ -119,8 +119,12 @@ def test_names_processors_and_config_of_the_backbone_stay():
     assert {**model.config, **plain.config} == dict(model.config)
     assert {name: value for name, value in model.config.items() if name not in plain.config} == {
         "max_loops": 3,
-        "loops": 1,
+        "loops": 2,
         "gate": "tanh",
+        "sharpening": None,
+        "canvas": None,
+        "backend": "auto",
+        "packed": False,
     }
 
 

@@ -8,8 +8,22 @@ from __future__ import annotations
 from torch import nn
 
 from .block import LoopedCogVideoXBlock
+from .layout import PixelBox, cogvideox_layout, dense_topology, tile_topology, window_topology
+from .measure import TopologyMeasure, measure_topology
+from .processor import CanvasAttnProcessor
 
-__all__ = ["LoopedCogVideoXBlock", "detect_inner_dim"]
+__all__ = [
+    "CanvasAttnProcessor",
+    "LoopedCogVideoXBlock",
+    "PixelBox",
+    "TopologyMeasure",
+    "cogvideox_layout",
+    "dense_topology",
+    "detect_inner_dim",
+    "measure_topology",
+    "tile_topology",
+    "window_topology",
+]
 
 
 def __getattr__(name: str):
@@ -17,6 +31,12 @@ def __getattr__(name: str):
         from .model import looped_model_class
 
         return looped_model_class()
+    if name == "ModelMixin":
+        # A saved pipeline names this module as the library of its transformer, and diffusers takes a class of a library
+        # for one that loads if it finds the library's own ModelMixin among its bases.
+        from diffusers import ModelMixin
+
+        return ModelMixin
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

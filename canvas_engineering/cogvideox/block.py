@@ -126,6 +126,10 @@ class LoopedCogVideoXBlock(nn.Module):
                 f"block {self.block_idx} sharpens its attention, which {type(self.attn1.processor).__name__} cannot: "
                 "set a CanvasAttnProcessor, or the block's sharpening to None"
             )
+        if getattr(self.attn1.processor, "sharpens", False) and attention_kwargs:
+            unknown = sorted(set(attention_kwargs) - {"attention_mask", "sharpness"})
+            if unknown:  # diffusers would drop them with a log line
+                raise ValueError(f"attention_kwargs {unknown} mean nothing to canvas attention")
         video, text = hidden_states, encoder_hidden_states
         for loop in range(self.loops):
             video_embedding, text_embedding, gate = self.loop(loop, video.dtype)

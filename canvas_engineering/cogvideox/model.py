@@ -5,12 +5,18 @@ from __future__ import annotations
 import inspect
 from functools import cache, wraps
 from importlib.util import find_spec
+from typing import Any
 
 from torch import nn
 
+from ..canvas import CanvasLayout
+from ..connectivity import CanvasTopology
+from ..schema import CanvasSchema
+from . import packing
 from .block import LoopedCogVideoXBlock
+from .processor import CanvasAttnProcessor
 
-LOOP_CONFIG = ("max_loops", "loops", "gate")
+OWN_CONFIG = ("max_loops", "loops", "gate", "sharpening", "canvas", "backend", "packed")
 
 
 @cache
@@ -19,16 +25,29 @@ def looped_model_class() -> type[nn.Module]:
     from diffusers import CogVideoXTransformer3DModel
     from diffusers.configuration_utils import register_to_config
 
-    def __init__(self, *args, max_loops: int = 3, loops: int | list[int] = 1, gate: str = "tanh", **stock):
+    def __init__(
+        self,
+        *args,
+        max_loops: int = 3,
+        loops: int | list[int] = 1,
+        gate: str = "tanh",
+        sharpening: list[float] | None = None,
+        canvas: dict[str, Any] | None = None,
+        backend: str = "auto",
+        packed: bool = False,
+        **stock,
+    ):
         CogVideoXTransformer3DModel.__init__(self, *args, **stock)
         inner_dim = self.config.num_attention_heads * self.config.attention_head_dim
         for number, block in enumerate(self.transformer_blocks):
             LoopedCogVideoXBlock.graft(block, number, max_loops, inner_dim, gate)
         self._set_block_loops(loops)
+        schema = None if canvas is None else CanvasSchema.from_dict(canvas["schema"])
+        set_attention(self, sharpening, schema, backend, packed)
 
     # diffusers reads names and defaults of the config off this signature: the stock ones of whatever version, and ours.
     stock = inspect.signature(CogVideoXTransformer3DModel.__init__)
-    own = [p for p in inspect.signature(__init__).parameters.values() if p.name in LOOP_CONFIG]
+    own = [p for p in inspect.signature(__init__).parameters.values() if p.name in OWN_CONFIG]
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     __init__.__signature__ = stock.replace(
         parameters=[*stock.parameters.values(), *(p.replace(kind=keyword_only) for p in own)]
@@ -38,7 +57,8 @@ def looped_model_class() -> type[nn.Module]:
         """``CogVideoXTransformer3DModel`` whose blocks loop, and whose config says how.
 
         ``graft_looped_blocks`` turns a stock model into one, in place. Further config: ``max_loops``; ``loops`` (of all
-        blocks, or a list with a number for each); ``gate`` ("tanh" or "sigmoid").
+        blocks, or a list with a number for each); ``gate`` ("tanh" or "sigmoid"); ``sharpening`` (a factor for each
+        loop, or None); ``canvas`` (the declaration that the attention follows, or None), ``backend`` and ``packed``.
         """
 
         _no_split_modules = [*CogVideoXTransformer3DModel._no_split_modules, "LoopedCogVideoXBlock"]
@@ -63,7 +83,8 @@ def looped_model_class() -> type[nn.Module]:
 
         @wraps(CogVideoXTransformer3DModel.save_config)
         def save_config(self, *args, **kwargs):
-            self._register_loops()  # a curriculum sets the loops of blocks, which do not know the model
+            self._register_loops()  # blocks and processors may have been set since
+            register_attention(self)
             return super().save_config(*args, **kwargs)
 
         @classmethod
@@ -113,22 +134,86 @@ def is_cogvideox(transformer: nn.Module) -> bool:
     )
 
 
-def graft_cogvideox(transformer: nn.Module, max_loops: int, inner_dim: int, gate: str) -> list[LoopedCogVideoXBlock]:
-    """Makes a stock model a looped one, in place; a looped one with equal settings stays as it is."""
-    config = transformer.config
-    if isinstance(transformer, looped_model_class()):
-        if (config.max_loops, config.gate) != (max_loops, gate):
+def canvas_processor(transformer: nn.Module) -> CanvasAttnProcessor | None:
+    """The processor that all blocks share, if it is a canvas processor; None if none has one.
+
+    Raises:
+        ValueError: blocks with different processors, which the config has no form for.
+    """
+    found = [block.attn1.processor for block in transformer.transformer_blocks]
+    canvas = [processor for processor in found if isinstance(processor, CanvasAttnProcessor)]
+    if canvas and (len(canvas) < len(found) or any(p.declaration() != canvas[0].declaration() for p in canvas)):
+        raise ValueError("the blocks have different attention processors; a config can name one for all of them")
+    return canvas[0] if canvas else None
+
+
+def set_attention(
+    transformer: nn.Module,
+    sharpening: list[float] | None,
+    schema: CanvasSchema | None,
+    backend: str,
+    packed: bool,
+) -> None:
+    """Gives all blocks of a looped model the attention of a declaration (dense for None) and its sharpening."""
+    blocks = transformer.transformer_blocks
+    if sharpening is not None:
+        short = max(block.max_loops for block in blocks) > len(sharpening)
+        if short or not all(0.0 < beta < float("inf") for beta in sharpening):
             raise ValueError(
-                f"this model is grafted with max_loops={config.max_loops}, gate={config.gate!r}; asked for "
-                f"max_loops={max_loops}, gate={gate!r}. ungraft it first"
+                f"sharpening must hold a positive factor for each of {blocks[0].max_loops} loops, got {sharpening}"
             )
-        return list(transformer.transformer_blocks)
-    processors = transformer.attn_processors
-    for number, block in enumerate(transformer.transformer_blocks):
-        LoopedCogVideoXBlock.graft(block, number, max_loops, inner_dim, gate)
-    transformer.__class__ = looped_model_class()
-    transformer._processors_before_graft = processors
-    transformer.register_to_config(max_loops=max_loops, loops=1, gate=gate)
+    if schema is not None or sharpening is not None:
+        declared = (None, None) if schema is None else (schema.layout, schema.topology)
+        processor = CanvasAttnProcessor(*declared, backend=backend)
+        packing.remove(transformer)
+        if packed and packing.can_pack(processor):
+            processor.packed = True
+            packing.install(transformer, processor)
+        fused = any(getattr(p, "fused", "Fused" in type(p).__name__) for p in transformer.attn_processors.values())
+        transformer.set_attn_processor(processor.with_fused(fused))
+    for block in blocks:
+        block.sharpening = None if sharpening is None else list(sharpening)
+    register_attention(transformer)
+
+
+def register_attention(transformer: nn.Module) -> None:
+    """Writes the attention that the blocks have into the model's config."""
+    processor = canvas_processor(transformer)
+    transformer.register_to_config(
+        sharpening=transformer.transformer_blocks[0].sharpening,
+        canvas=None if processor is None else processor.declaration(),
+        backend="auto" if processor is None else processor.backend,
+        packed=processor is not None and processor.packed,
+    )
+
+
+def graft_cogvideox(
+    transformer: nn.Module,
+    max_loops: int,
+    inner_dim: int,
+    gate: str,
+    sharpening: list[float] | None,
+    layout: CanvasLayout | None,
+    topology: CanvasTopology | None,
+    backend: str,
+    packed: bool,
+) -> list[LoopedCogVideoXBlock]:
+    """Makes a stock model a looped one, in place; a looped one with equal loops gets the attention asked for."""
+    config = transformer.config
+    schema = None if layout is None else CanvasSchema(layout, topology)
+    if not isinstance(transformer, looped_model_class()):
+        processors = transformer.attn_processors
+        for number, block in enumerate(transformer.transformer_blocks):
+            LoopedCogVideoXBlock.graft(block, number, max_loops, inner_dim, gate)
+        transformer.__class__ = looped_model_class()
+        transformer._processors_before_graft = processors
+        transformer.register_to_config(max_loops=max_loops, gate=gate)
+    elif (config.max_loops, config.gate) != (max_loops, gate):
+        raise ValueError(
+            f"this model is grafted with max_loops={config.max_loops}, gate={config.gate!r}; asked for "
+            f"max_loops={max_loops}, gate={gate!r}. ungraft it first"
+        )
+    set_attention(transformer, sharpening, schema, backend, packed)
     return list(transformer.transformer_blocks)
 
 
@@ -138,10 +223,11 @@ def ungraft_cogvideox(transformer: nn.Module) -> nn.Module:
     from diffusers.configuration_utils import FrozenDict
     from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
+    packing.remove(transformer)
     for block in transformer.transformer_blocks:
         block.ungraft()
     transformer.__class__ = CogVideoXTransformer3DModel
-    config = {name: value for name, value in transformer.config.items() if name not in LOOP_CONFIG}
+    config = {name: value for name, value in transformer.config.items() if name not in OWN_CONFIG}
     if config.get("_class_name") == "LoopedCogVideoXTransformer3DModel":
         config["_class_name"] = "CogVideoXTransformer3DModel"
     transformer._internal_dict = FrozenDict(config)
