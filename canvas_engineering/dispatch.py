@@ -10,6 +10,7 @@ from torch import nn
 from canvas_kernels.rows import take_rows
 
 from .attention import BACKENDS, create_attention
+from .attention.grouped import attend_grouped, fit, is_fused
 from .canvas import CanvasLayout
 from .connectivity import CanvasTopology
 from .plan import compile_attention
@@ -80,11 +81,13 @@ class AttentionDispatcher(nn.Module):
                 connection = plan.connections[plan.fns.index(fn)]
                 raise ValueError(f"connection {connection.src!r} reads {connection.dst!r}: {error}") from None
             self._plans[fn] = plan.for_fn(fn)
+            fit(fn, self.fn_modules[fn], self._plans[fn], layout, backend)
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
         reading = plan.rows("reading")
         self._every_row_reads = len(reading) == plan.n_packed
+        self._in_canvas_order = plan.in_canvas_order
         index = {
             "_order": plan.rows("order"),
             "_reading": reading,
@@ -118,7 +121,7 @@ class AttentionDispatcher(nn.Module):
         if not self.fn_modules:
             return x
         plan = self.plan
-        rows = x if plan.in_canvas_order else take_rows(x, self._order, 1)
+        rows = x if self._in_canvas_order else take_rows(x, self._order, 1)
         gain, single = self._gain(), len(self.fn_modules) == 1
         row_scale = None
         if active is not None or gain is not None or not single:
@@ -127,6 +130,10 @@ class AttentionDispatcher(nn.Module):
             factor = everyone if gain is None else gain * everyone
         written = None
         for fn, module in self.fn_modules.items():
+            if not is_fused(type(module)):
+                part = attend_grouped(module, rows, self._plans[fn], gain=gain, active=active, row_scale=row_scale)
+                written = part if written is None else written + part
+                continue
             whole_bias = single and gain is None
             part = module.attend(
                 rows,
@@ -143,7 +150,7 @@ class AttentionDispatcher(nn.Module):
             written = torch.where((row_scale.sum(0) > 0)[:, None], written, rows)
         if not self._every_row_reads:
             written = take_rows(written, self._reading, 1)
-        elif plan.in_canvas_order:
+        elif self._in_canvas_order:
             return written
         return x.index_copy(1, self._written, written)
 

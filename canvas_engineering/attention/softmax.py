@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..plan import AttentionPlan
-from .functional import canvas_attention
+from .functional import BACKENDS, canvas_attention
 
 
 class CrossAttention(nn.Module):
@@ -23,6 +23,9 @@ class CrossAttention(nn.Module):
     >>> module(torch.randn(1, 3, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)).shape
     torch.Size([1, 3, 8])
     """
+
+    backends = BACKENDS
+    takes_pairs = True
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()

@@ -19,6 +19,7 @@ from ..canvas import CanvasLayout
 from ..connectivity import CanvasTopology, Connection
 from .order import PackedOrder, pack_positions
 from .reads import Reads, topology_reads
+from .sets import ReadSets, read_sets
 from .tables import edge_table, joint_table
 
 __all__ = ["AttentionPlan", "compile_attention"]
@@ -152,6 +153,12 @@ class AttentionPlan:
                 args = (self.normalize, self.connections, self.fns, self.n_positions, table, reads, self.packed)
                 self.cache[key] = AttentionPlan(*args)
         return self.cache[key]
+
+    def sets(self) -> ReadSets:
+        """The reads as lists of rows, cached. ValueError where the queries of a read see different keys."""
+        if "sets" not in self.cache:
+            self.cache["sets"] = read_sets(self.reads, self.packed)
+        return self.cache["sets"]
 
     @property
     def replace(self) -> np.ndarray:
