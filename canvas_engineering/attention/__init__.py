@@ -1,14 +1,26 @@
 """Attention on canvases: the functional door, and the modules that connections name."""
 
 from .functional import BACKENDS, canvas_attention
+from .hyena import HyenaAttention
+from .mamba import MambaAttention
+from .mixture import MixtureAttention
+from .perceiver import PerceiverAttention
 from .registry import ATTENTION_REGISTRY, create_attention, register_attention
+from .rwkv import RWKVAttention
 from .softmax import CogVideoXAttention, CrossAttention
+from .topk import SparseAttention
 
 __all__ = [
     "ATTENTION_REGISTRY",
     "BACKENDS",
     "CogVideoXAttention",
     "CrossAttention",
+    "HyenaAttention",
+    "MambaAttention",
+    "MixtureAttention",
+    "PerceiverAttention",
+    "RWKVAttention",
+    "SparseAttention",
     "canvas_attention",
     "create_attention",
     "register_attention",

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from torch import nn
 
+from .hyena import HyenaAttention
+from .mamba import MambaAttention
+from .mixture import MixtureAttention
+from .perceiver import PerceiverAttention
+from .rwkv import RWKVAttention
 from .softmax import CogVideoXAttention, CrossAttention
+from .topk import SparseAttention
 
 ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "cross_attention": CrossAttention,
     "self_attention": CrossAttention,
     "cogvideox": CogVideoXAttention,
+    "perceiver": PerceiverAttention,
+    "sparse_attention": SparseAttention,
+    "mixture": MixtureAttention,
+    "mamba": MambaAttention,
+    "rwkv": RWKVAttention,
+    "hyena": HyenaAttention,
 }
 
 
