@@ -10,7 +10,7 @@ from torch import nn
 from canvas_kernels.rows import take_rows
 
 from .attention import BACKENDS, create_attention
-from .attention.grouped import attend_grouped, fit, is_fused
+from .attention.grouped import attend_grouped, fit, is_fused, prepare
 from .canvas import CanvasLayout
 from .connectivity import CanvasTopology
 from .plan import compile_attention
@@ -82,6 +82,7 @@ class AttentionDispatcher(nn.Module):
                 raise ValueError(f"connection {connection.src!r} reads {connection.dst!r}: {error}") from None
             self._plans[fn] = plan.for_fn(fn)
             fit(fn, self.fn_modules[fn], self._plans[fn], layout, backend)
+            prepare(self.fn_modules[fn], self._plans[fn])
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
@@ -153,6 +154,13 @@ class AttentionDispatcher(nn.Module):
         elif self._in_canvas_order:
             return written
         return x.index_copy(1, self._written, written)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._order.device.type != "meta":
+            for name, module in self.fn_modules.items():
+                prepare(module, self._plans[name], self._order.device)
+        return self
 
     def _gain(self) -> torch.Tensor | None:
         if self.edge_gates is None:

@@ -2,13 +2,20 @@
 
 from .functional import BACKENDS, canvas_attention
 from .registry import ATTENTION_REGISTRY, create_attention, register_attention
-from .softmax import CogVideoXAttention, CrossAttention
+from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
+from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
 
 __all__ = [
     "ATTENTION_REGISTRY",
     "BACKENDS",
     "CogVideoXAttention",
+    "CopyAttention",
+    "CosineAttention",
     "CrossAttention",
+    "GatedAttention",
+    "LinearAttention",
+    "NoneAttention",
+    "PoolingAttention",
     "canvas_attention",
     "create_attention",
     "register_attention",

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
-from .softmax import CogVideoXAttention, CrossAttention
+from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
+from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
 
 ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "cross_attention": CrossAttention,
     "self_attention": CrossAttention,
     "cogvideox": CogVideoXAttention,
+    "cosine_attention": CosineAttention,
+    "gated": GatedAttention,
+    "linear_attention": LinearAttention,
+    "pooling": PoolingAttention,
+    "pooling_attention": PoolingAttention,
+    "copy": CopyAttention,
+    "none": NoneAttention,
 }
 
 
