@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from canvas_kernels.rows import split_heads
+
 from ..plan import AttentionPlan
 from .functional import BACKENDS, canvas_attention
 
@@ -107,7 +109,7 @@ class CrossAttention(nn.Module):
         """q, k, v (B, heads, n, head_dim) of x (B, n, d_model), by one product, as the logits take them."""
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
-        q, k, v = (self._heads(part) for part in F.linear(x, weight, bias).chunk(3, dim=-1))
+        q, k, v = split_heads(F.linear(x, weight, bias), 3, self.n_heads)
         return self._logit_factors(q, k) + (v,)
 
     def _logit_factors(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
