@@ -208,9 +208,7 @@ def test_cross_attention_is_multi_head_attention():
 def test_names_of_the_softmax_family():
     assert {type(create_attention(name, 8)) for name in ("cross_attention", "self_attention")} == {CrossAttention}
     assert type(create_attention("cogvideox", 8, n_heads=2)) is CogVideoXAttention
-    with pytest.raises(
-        ValueError, match="'spooky' is not registered; known: cogvideox, cross_attention, self_attention"
-    ):
+    with pytest.raises(ValueError, match=r"'spooky' is not registered; known: cogvideox, .*, cross_attention, "):
         create_attention("spooky", 8)
     with pytest.raises(ValueError, match="n_heads 3 must divide d_model 8"):
         create_attention("cross_attention", 8, n_heads=3)

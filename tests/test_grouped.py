@@ -120,6 +120,7 @@ def test_a_step_with_groups_compiles_whole_and_runs_under_autocast():
     topology = CanvasTopology([*topology.connections, Connection("r0", "r1", write_mode="gate", fn="ranked")])
     dispatcher = randomised(layout, topology)
     x = torch.randn(2, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    torch._dynamo.reset()
     compiled = torch.compile(dispatcher, fullgraph=True, backend="aot_eager")
     out, expected = compiled(x), dispatcher(x)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)

@@ -7,13 +7,16 @@ from .mixture import MixtureAttention
 from .perceiver import PerceiverAttention
 from .registry import ATTENTION_REGISTRY, create_attention, register_attention
 from .rwkv import RWKVAttention
-from .softmax import CogVideoXAttention, CrossAttention
+from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
+from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
 from .topk import SparseAttention
 
 __all__ = [
     "ATTENTION_REGISTRY",
     "BACKENDS",
     "CogVideoXAttention",
+    "CopyAttention",
+    "CosineAttention",
     "CrossAttention",
     "HyenaAttention",
     "MambaAttention",
@@ -21,6 +24,10 @@ __all__ = [
     "PerceiverAttention",
     "RWKVAttention",
     "SparseAttention",
+    "GatedAttention",
+    "LinearAttention",
+    "NoneAttention",
+    "PoolingAttention",
     "canvas_attention",
     "create_attention",
     "register_attention",

@@ -183,8 +183,7 @@ def is_fused(cls: type) -> bool:
 
 
 def fit(fn: str, module: nn.Module, plan: AttentionPlan, layout: CanvasLayout, backend: str) -> None:
-    """Checks that ``module``, the function ``fn`` of a dispatcher, can run the reads of ``plan``, and groups them if it
-    has no ``attend``.
+    """Checks that ``module``, the function ``fn`` of a dispatcher, can run the reads of ``plan``.
 
     A fused class says by ``backends`` under which it runs, and by ``takes_pairs`` that the queries of one read may see
     different keys.
@@ -212,5 +211,12 @@ def fit(fn: str, module: nn.Module, plan: AttentionPlan, layout: CanvasLayout, b
                     "queries of a read the same keys: a mask of (query, key) pairs needs a function that weighs each "
                     "pair by itself, such as cross_attention"
                 )
-    if not fused:
-        read_groups(plan)
+
+
+def prepare(module: nn.Module, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
+    """Makes what running ``plan`` needs on ``device`` ahead of the first step: a fused class by its own
+    ``prepare(plan, device)``, where it has one."""
+    if not is_fused(type(module)):
+        read_groups(plan, device)
+    elif hasattr(module, "prepare"):
+        module.prepare(plan, device)

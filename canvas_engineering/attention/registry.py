@@ -9,7 +9,8 @@ from .mamba import MambaAttention
 from .mixture import MixtureAttention
 from .perceiver import PerceiverAttention
 from .rwkv import RWKVAttention
-from .softmax import CogVideoXAttention, CrossAttention
+from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
+from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
 from .topk import SparseAttention
 
 ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
@@ -22,6 +23,13 @@ ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "mamba": MambaAttention,
     "rwkv": RWKVAttention,
     "hyena": HyenaAttention,
+    "cosine_attention": CosineAttention,
+    "gated": GatedAttention,
+    "linear_attention": LinearAttention,
+    "pooling": PoolingAttention,
+    "pooling_attention": PoolingAttention,
+    "copy": CopyAttention,
+    "none": NoneAttention,
 }
 
 
