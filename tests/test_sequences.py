@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from canvas_engineering import AttentionDispatcher, CanvasLayout, CanvasTopology, Connection, create_attention
+from canvas_engineering import AttentionDispatcher, CanvasLayout, CanvasTopology, Connection, MaskSpec, create_attention
 from canvas_engineering.attention import topk
 from canvas_engineering.attention.hyena import average_to
 from canvas_engineering.attention.rwkv import decayed_sums
@@ -258,7 +258,7 @@ def test_extreme_decays_stay_finite_and_right():
     nn.init.zeros_(module.bonus)
     nn.init.zeros_(module.k_proj.weight)
     nn.init.zeros_(module.k_proj.bias)
-    y = module.summarise(x, x)
+    y = module.summarise(module.key_features(x, x))
     expected = module.v_proj(x).double().cumsum(1) / (torch.arange(1, length + 1)[:, None] + 1e-6)
     assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -371,6 +371,59 @@ def test_every_function_runs_with_all_modes_fills_and_masks(canvas, choose, batc
     found = gradients(out, leaves, upstream) if out.requires_grad else [torch.zeros_like(leaf) for leaf in leaves]
     for a, b in zip(found, gradients(expected, leaves, upstream)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30)
+@given(canvas=canvases(60, write_modes=("add", "replace", "gate"), fns=("sparse_attention", None)))
+def test_top_k_takes_masks_of_pairs(canvas):
+    layout, topology = canvas
+    dispatcher = dispatcher_of(layout, topology)
+    x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    # it serves each query by itself: a read of many is as many reads of one
+    reads = [
+        oracle.Read(read.connection, read.weight, {query: keys})
+        for read in oracle.reads(layout, topology)
+        for query, keys in read.keys.items()
+    ]
+    states = {fn: tensors(module) for fn, module in dispatcher.fn_modules.items()}
+    gates = dispatcher.edge_gates
+    expected = family_oracle.step(topology, reads, dispatcher.plan.fns, states, x, HEADS, gates=gates)
+    out, upstream = dispatcher(x), torch.randn_like(x)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    if out.requires_grad:
+        for a, b in zip(gradients(out, [x], upstream), gradients(expected, [x], upstream)):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fn", ["perceiver", "mixture", "mamba", "rwkv", "hyena"])
+def test_masks_of_pairs_are_refused_where_a_read_is_one_thing(fn):
+    layout = CanvasLayout(T=1, H=1, W=4, d_model=D_MODEL, regions={"a": (0, 1, 0, 1, 0, 2), "b": (0, 1, 0, 1, 2, 4)})
+    mask = MaskSpec("sparse", pattern=((True, False), (False, True)))
+    with pytest.raises(ValueError, match=f"connection 0, 'a' reads 'b' by '{fn}'.*pairs.*such as cross_attention"):
+        dispatcher_of(layout, CanvasTopology([Connection("a", "b", fn=fn, mask=mask)]))
+
+
+@pytest.mark.parametrize("fn", ["perceiver", "sparse_attention", "mamba", "rwkv"])
+def test_memories_are_made_once_for_each_set_of_keys(fn, monkeypatch):
+    spokes = {f"s{i}": (0, 1, 0, 1, i, i + 1) for i in range(6)}
+    regions = {**spokes, "pair": (0, 1, 0, 1, 6, 8), "hub": (0, 1, 0, 1, 8, 16)}
+    layout = CanvasLayout(T=1, H=1, W=16, d_model=D_MODEL, regions=regions)
+    dispatcher = dispatcher_of(
+        layout, CanvasTopology([Connection(name, "hub", fn=fn) for name in regions if name != "hub"])
+    )
+    (module,) = dispatcher.fn_modules.values()
+    summarise, shapes = type(module).summarise, []
+    monkeypatch.setattr(
+        type(module), "summarise", lambda self, f: shapes.append(tuple(f.shape[:2])) or summarise(self, f)
+    )
+    x = torch.randn(3, 16, D_MODEL, dtype=torch.float64)
+    out = dispatcher(x)
+    # the average that the last of two queries takes needs two keys
+    assert shapes == [(3, 2 if fn == "rwkv" else 8)]
+    hub = x[:, 8:]
+    torch.testing.assert_close(out[:, 6:8], module(x[:, 6:8], hub, hub), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out[:, 3:4], module(x[:, 3:4], hub, hub), rtol=1e-6, atol=1e-6)
+    assert torch.equal(out[:, 8:], hub)
 
 
 def test_a_mixed_step_compiles_whole_and_gives_the_same_numbers():

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .memories import check_dropout
+
 
 class HyenaAttention(nn.Module):
     """``order`` gated convolutions along the keys (Poli et al., 2023), with filters that are learned as spectra.
@@ -33,8 +35,7 @@ class HyenaAttention(nn.Module):
         super().__init__()
         if order < 1 or max_len < 2:
             raise ValueError(f"order must be at least 1 and max_len at least 2, got {order} and {max_len}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        check_dropout(dropout)
         self.order = order
         self.in_proj = nn.Linear(d_model, d_model * (order + 1))
         # mean |bin|² is 1: a convolution keeps the variance

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .memories import MemoryAttention, check_dropout
 from .scan import selective_scan
 
 
-class MambaAttention(nn.Module):
+class MambaAttention(MemoryAttention):
     """A selective scan along the keys (Gu and Dao, 2023) gives one memory row y_t per key; queries read the rows by
     softmax(norm(x_q) yᵀ / √d) y, and ``out_proj``.
 
@@ -38,8 +39,7 @@ class MambaAttention(nn.Module):
         super().__init__()
         if state_size < 1 or dt_rank < 0:
             raise ValueError(f"state_size must be at least 1 and dt_rank at least 0, got {state_size} and {dt_rank}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        check_dropout(dropout)
         self.dropout, self.state_size = dropout, state_size
         self.dt_rank = dt_rank or max(1, d_model // 16)
         self.in_proj = nn.Linear(d_model, 2 * d_model)
@@ -58,25 +58,25 @@ class MambaAttention(nn.Module):
         dt = torch.exp(torch.empty_like(self.dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)))
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
 
-    def summarise(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """(B, m, d_model) → the memory y (B, m, d_model) of one key sequence; ``values`` are not used."""
-        u, z = self.in_proj(keys).chunk(2, dim=-1)
-        dt, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
+    def key_features(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """u, z and what steps, inputs and outputs of the states are made of, (…, 2 · d_model + dt_rank + 2 ·
+        state_size). ``values`` are not used."""
+        both = self.in_proj(keys)
+        return torch.cat([both, self.x_proj(both.chunk(2, dim=-1)[0])], -1)
+
+    def summarise(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, m, …) → the memory y (B, m, d_model)."""
+        d = len(self.D)
+        u, z, dt, b, c = features.split([d, d, self.dt_rank, self.state_size, self.state_size], dim=-1)
         wide = torch.promote_types(u.dtype, torch.float32)  # 4,096 steps of a 16-bit state are noise
         dt = F.softplus(self.dt_proj(dt).to(wide))
         u, b, c = (t.to(wide) for t in (u, b, c))
         y = selective_scan(dt, dt * u, b, c, -torch.exp(self.A_log.to(wide)))
         return (y + self.D * u).to(z.dtype) * F.silu(z)
 
-    def respond(self, queries: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """(B, n, d_model) reading a memory of :meth:`summarise` → (B, n, d_model)."""
-        q, y = self.norm(queries)[:, None].to(memory.dtype), memory[:, None]
-        out = F.scaled_dot_product_attention(q, y, y, dropout_p=self.dropout if self.training else 0.0)
-        return self.out_proj(out[:, 0])
+    def query_features(self, queries: torch.Tensor) -> torch.Tensor:
+        return self.norm(queries)
 
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """One read: queries (B, n, d_model) over keys (B, m, d_model), in order → (B, n, d_model).
-
-        ``values`` are not used: the memory is made of the keys.
-        """
-        return self.respond(queries, self.summarise(keys, values))
+    def respond(self, features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        q, y = features[:, None].to(memory.dtype), memory[:, None]
+        return F.scaled_dot_product_attention(q, y, y, dropout_p=self.dropout if self.training else 0.0)[:, 0]

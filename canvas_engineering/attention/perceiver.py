@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from .memories import MemoryAttention
 from .softmax import CrossAttention
 
 
-class PerceiverAttention(nn.Module):
+class PerceiverAttention(MemoryAttention):
     """``n_latents`` learned rows attend over the keys (``compress``), and the queries over what these found
     (``readout``), as in Perceiver IO (Jaegle et al., 2021): z = cross(latents → x_k), out = cross(x_q → z).
 
@@ -29,19 +31,33 @@ class PerceiverAttention(nn.Module):
         super().__init__()
         if n_latents < 1:
             raise ValueError(f"n_latents must be at least 1, got {n_latents}")
+        self.n_heads, self.dropout = n_heads, dropout
         # rows of norm about one, and different: equal latents would stay equal
         self.latents = nn.Parameter(torch.randn(1, n_latents, d_model) * d_model**-0.5)
         self.compress = CrossAttention(d_model, n_heads, dropout)
         self.readout = CrossAttention(d_model, n_heads, dropout)
 
-    def summarise(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """(B, m, d_model) → what the latents find there, (B, n_latents, d_model)."""
-        return self.compress(self.latents.expand(len(keys), -1, -1), keys, values)
+    @property
+    def out_projection(self) -> nn.Linear:
+        return self.readout.out_proj
 
-    def respond(self, queries: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """(B, n, d_model) reading a memory of :meth:`summarise` → (B, n, d_model)."""
-        return self.readout(queries, memory, memory)
+    def key_features(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What the latents see of each position, (…, 2 · d_model)."""
+        return torch.cat([self.compress.k_proj(keys), self.compress.v_proj(values)], -1)
 
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
-        return self.respond(queries, self.summarise(keys, values))
+    def summarise(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, m, 2 · d_model) → what queries see of the latents' findings, (B, n_latents, 2 · d_model)."""
+        latents = self.compress.q_proj(self.latents).expand(len(features), -1, -1)
+        found = self.compress.out_proj(self._attention(latents, features))
+        return torch.cat([self.readout.k_proj(found), self.readout.v_proj(found)], -1)
+
+    def query_features(self, queries: torch.Tensor) -> torch.Tensor:
+        return self.readout.q_proj(queries)
+
+    def respond(self, features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        return self._attention(features, memory)
+
+    def _attention(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, dim=-1)))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return out.transpose(1, 2).flatten(2)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .memories import MemoryAttention, check_heads
+
 _CHUNK = 32
 # exp(−exp(8)) is 0 in float64 too, and powers of it stay finite.
 _FASTEST = 8.0
@@ -39,7 +41,7 @@ def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor) -> torch.Tensor:
     return inside.flatten(1, 2)[:, :length]
 
 
-class RWKVAttention(nn.Module):
+class RWKVAttention(MemoryAttention):
     """The WKV average of RWKV-4 (Peng et al., 2023) along the keys, read by position: query i takes row i, the last row
     beyond, behind a sigmoid of its own.
 
@@ -59,12 +61,11 @@ class RWKVAttention(nn.Module):
     torch.Size([1, 3, 8])
     """
 
+    causal = True
+
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
-        if n_heads < 1 or d_model % n_heads:
-            raise ValueError(f"n_heads {n_heads} must divide d_model {d_model}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        check_heads(d_model, n_heads, dropout)
         self.r_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
         # as in RWKV-4: decay from slow to fast over the channels, bonus about ln 0.3 and uneven
         channel = torch.arange(d_model)
@@ -73,9 +74,13 @@ class RWKVAttention(nn.Module):
         self.decay = nn.Parameter(decay.view(n_heads, -1))
         self.bonus = nn.Parameter(bonus.view(n_heads, -1))
 
-    def summarise(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """(B, m, d_model) → the averages y (B, m, d_model)."""
-        k, v = self.k_proj(keys), self.v_proj(values)
+    def key_features(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """k and v of each position, (…, 2 · d_model)."""
+        return torch.cat([self.k_proj(keys), self.v_proj(values)], -1)
+
+    def summarise(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, m, 2 · d_model) → the averages y (B, m, d_model)."""
+        k, v = features.chunk(2, dim=-1)
         wide = torch.promote_types(v.dtype, torch.float32)  # sums of e^10 overflow float16
         a, bonus = k.to(wide).clamp(-10, 10).exp(), self.bonus.flatten().to(wide)
         own = torch.stack([a * v.to(wide), a])  # [2, B, m, d]: what S and what Z gain
@@ -86,15 +91,12 @@ class RWKVAttention(nn.Module):
         top, bottom = past * fade + own * torch.exp(bonus.clamp(max=0))
         return (top / (bottom + 1e-6 * fade)).to(v.dtype)
 
-    def respond(self, queries: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """(B, n, d_model) reading the averages (B, m, d_model) by position → (B, n, d_model)."""
-        n, m = queries.shape[1], memory.shape[1]
+    def query_features(self, queries: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.r_proj(queries))
+
+    def respond(self, features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        n, m = features.shape[1], memory.shape[1]
         y = memory[:, :n]
         if n > m:
             y = torch.cat([y, memory[:, -1:].expand(-1, n - m, -1)], 1)
-        return self.out_proj(torch.sigmoid(self.r_proj(queries)) * y)
-
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """One read: queries (B, n, d_model) over keys and values (B, m, d_model), in order → (B, n, d_model)."""
-        n = queries.shape[1]  # no query sees a later key than its own
-        return self.respond(queries, self.summarise(keys[:, :n], values[:, :n]))
+        return features * y

@@ -19,7 +19,7 @@ from ..canvas import CanvasLayout
 from ..connectivity import CanvasTopology, Connection
 from .order import PackedOrder, pack_positions
 from .reads import Reads, topology_reads
-from .sets import ReadSets, read_sets
+from .sets import ReadSets, cell_sets, has_pairs, read_sets
 from .tables import edge_table, joint_table
 
 __all__ = ["AttentionPlan", "compile_attention"]
@@ -159,6 +159,15 @@ class AttentionPlan:
         if "sets" not in self.cache:
             self.cache["sets"] = read_sets(self.reads, self.packed)
         return self.cache["sets"]
+
+    def row_sets(self) -> ReadSets:
+        """:meth:`sets`, or, where the queries of a read see different keys, such reads split until they see the same;
+        cached."""
+        if not has_pairs(self.reads):
+            return self.sets()
+        if "row sets" not in self.cache:
+            self.cache["row sets"] = cell_sets(self.table)
+        return self.cache["row sets"]
 
     @property
     def replace(self) -> np.ndarray:
