@@ -1,9 +1,11 @@
 """Attention on canvases: the functional door, and the modules that connections name."""
 
+from .chosen import RandomFixedAttention
 from .functional import BACKENDS, canvas_attention
 from .registry import ATTENTION_REGISTRY, create_attention, register_attention
 from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
 from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
+from .windows import LocalAttention
 
 __all__ = [
     "ATTENTION_REGISTRY",
@@ -14,8 +16,10 @@ __all__ = [
     "CrossAttention",
     "GatedAttention",
     "LinearAttention",
+    "LocalAttention",
     "NoneAttention",
     "PoolingAttention",
+    "RandomFixedAttention",
     "canvas_attention",
     "create_attention",
     "register_attention",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from .chosen import RandomFixedAttention
 from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
 from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
+from .windows import LocalAttention
 
 ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "cross_attention": CrossAttention,
@@ -17,6 +19,8 @@ ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "pooling": PoolingAttention,
     "pooling_attention": PoolingAttention,
     "copy": CopyAttention,
+    "local_attention": LocalAttention,
+    "random_fixed": RandomFixedAttention,
     "none": NoneAttention,
 }
 
