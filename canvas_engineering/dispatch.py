@@ -80,9 +80,8 @@ class AttentionDispatcher(nn.Module):
             except ValueError as error:
                 connection = plan.connections[plan.fns.index(fn)]
                 raise ValueError(f"connection {connection.src!r} reads {connection.dst!r}: {error}") from None
-            self._plans[fn] = plan.for_fn(fn)
-            fit(fn, self.fn_modules[fn], self._plans[fn], layout, backend)
-            prepare(self.fn_modules[fn], self._plans[fn])
+            self._plans[fn] = fit(fn, self.fn_modules[fn], plan.for_fn(fn), layout, backend)
+        self.plan = plan = plan.refined(self._plans)
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}

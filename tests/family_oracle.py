@@ -5,6 +5,7 @@ It reads tensors by their names in a state dict, and nothing of the library.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -26,7 +27,9 @@ def oracle(fn, state_dict, x_q, x_k, n_heads=1, **context) -> torch.Tensor:
 
 def sees(fn, n, m, window_size=8) -> list[bool]:
     """Per query of a read of n queries and m keys: whether it has a key there at all; only windows can miss all."""
-    if fn != "local_attention":
+    if isinstance(FUNCTIONS[fn], functools.partial):
+        window_size = FUNCTIONS[fn].keywords["window_size"]
+    elif FUNCTIONS[fn] is not local:
         return [True] * n
     return [any(row) for row in window(n, m, window_size).tolist()]
 
@@ -261,7 +264,7 @@ def step(topology, reads, fns, state_dicts, x, n_heads, gates=None, active=None,
         fn, (keys,) = fns[read.connection], set(read.keys.values())
         queries, keys = sorted(read.keys), sorted(keys)
         options = (context or {}).get(fn, {})
-        some = sees(fn, len(queries), len(keys), **(options if fn == "local_attention" else {}))
+        some = sees(fn, len(queries), len(keys), **({} if fn != "local_attention" else options))
         live.append((read, fn, queries, keys, some, options))
     replaced = {
         i for read, _, queries, _, some, _ in live if modes[read.connection] == "replace"

@@ -14,8 +14,9 @@ from tests.strategies import canvases
 
 D_MODEL, HEADS = 12, 3
 TABLES = ("cross_attention", "self_attention", "cogvideox", "cosine_attention", "gated")
+CHOSEN = ("local_attention", "random_fixed")
 SUMS = ("linear_attention", "pooling", "pooling_attention", "copy")
-FNS = TABLES + SUMS
+FNS = TABLES + SUMS + CHOSEN
 
 
 def randomise(module):
@@ -66,6 +67,8 @@ NAMES = {
     "pooling": {"proj.weight", "proj.bias"},
     "pooling_attention": {"proj.weight", "proj.bias"},
     "copy": set(),
+    "local_attention": QKVO,
+    "random_fixed": QKVO | {"seed"},
     "none": set(),
 }
 
@@ -171,7 +174,7 @@ def two_regions(*connections, width=4):
     return layout, CanvasTopology(list(connections))
 
 
-@pytest.mark.parametrize("fn", SUMS)
+@pytest.mark.parametrize("fn", SUMS + CHOSEN)
 def test_a_mask_of_pairs_is_refused_where_keys_are_summed(fn):
     pairs = MaskSpec("sparse", pattern=tuple(tuple(i == j for j in range(8)) for i in range(8)))
     with pytest.raises(ValueError, match=rf"connection 0, 'a' reads 'b' by '{fn}'.*such as cross_attention"):

@@ -1,5 +1,6 @@
 """Attention on canvases: the functional door, and the modules that connections name."""
 
+from .chosen import RandomFixedAttention
 from .functional import BACKENDS, canvas_attention
 from .hyena import HyenaAttention
 from .mamba import MambaAttention
@@ -10,6 +11,7 @@ from .rwkv import RWKVAttention
 from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
 from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
 from .topk import SparseAttention
+from .windows import LocalAttention
 
 __all__ = [
     "ATTENTION_REGISTRY",
@@ -18,16 +20,18 @@ __all__ = [
     "CopyAttention",
     "CosineAttention",
     "CrossAttention",
+    "GatedAttention",
     "HyenaAttention",
+    "LinearAttention",
+    "LocalAttention",
     "MambaAttention",
     "MixtureAttention",
-    "PerceiverAttention",
-    "RWKVAttention",
-    "SparseAttention",
-    "GatedAttention",
-    "LinearAttention",
     "NoneAttention",
+    "PerceiverAttention",
     "PoolingAttention",
+    "RWKVAttention",
+    "RandomFixedAttention",
+    "SparseAttention",
     "canvas_attention",
     "create_attention",
     "register_attention",

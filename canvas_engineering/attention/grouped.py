@@ -182,11 +182,12 @@ def is_fused(cls: type) -> bool:
     return False
 
 
-def fit(fn: str, module: nn.Module, plan: AttentionPlan, layout: CanvasLayout, backend: str) -> None:
-    """Checks that ``module``, the function ``fn`` of a dispatcher, can run the reads of ``plan``.
+def fit(fn: str, module: nn.Module, plan: AttentionPlan, layout: CanvasLayout, backend: str) -> AttentionPlan:
+    """Checks that ``module``, the function ``fn`` of a dispatcher, can run the reads of ``plan``, prepares it, and
+    gives the plan that it runs.
 
     A fused class says by ``backends`` under which it runs, and by ``takes_pairs`` that the queries of one read may see
-    different keys.
+    different keys. With ``refine(plan)`` it leaves out queries of reads, whose weights then do not count.
 
     Raises:
         ValueError: a backend that does not run it, or a mask of (query, key) pairs on a function that wants equal keys
@@ -211,6 +212,10 @@ def fit(fn: str, module: nn.Module, plan: AttentionPlan, layout: CanvasLayout, b
                     "queries of a read the same keys: a mask of (query, key) pairs needs a function that weighs each "
                     "pair by itself, such as cross_attention"
                 )
+    if fused and hasattr(module, "refine"):
+        plan = module.refine(plan)
+    prepare(module, plan)
+    return plan
 
 
 def prepare(module: nn.Module, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .chosen import RandomFixedAttention
 from .hyena import HyenaAttention
 from .mamba import MambaAttention
 from .mixture import MixtureAttention
@@ -12,6 +13,7 @@ from .rwkv import RWKVAttention
 from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
 from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
 from .topk import SparseAttention
+from .windows import LocalAttention
 
 ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "cross_attention": CrossAttention,
@@ -29,6 +31,8 @@ ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "pooling": PoolingAttention,
     "pooling_attention": PoolingAttention,
     "copy": CopyAttention,
+    "local_attention": LocalAttention,
+    "random_fixed": RandomFixedAttention,
     "none": NoneAttention,
 }
 
