@@ -14,7 +14,7 @@ RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench gpu lint aot
+.PHONY: help setup demo test bench gpu lint aot oldest
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,9 +30,13 @@ demo: $(READY) ## CartPole end to end: record, declare, train, compare, draw; OU
 test: $(READY) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q $(ARGS)
 
-bench: $(READY) ## the dispatcher against a per-edge loop and a dense mask, and what compiling a plan costs
+bench: $(READY) ## the dispatcher against a per-edge loop and a dense mask, plans, and CogVideoX's attention
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cogvideox
+
+oldest: $(READY) ## CogVideoX's tests against the oldest diffusers that is supported
+	@scripts/oldest.sh
 
 lint: $(READY) ## ruff
 	@$(RUN) -m ruff check .
