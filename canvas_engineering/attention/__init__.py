@@ -3,7 +3,7 @@
 from .chosen import RandomFixedAttention
 from .functional import BACKENDS, canvas_attention
 from .registry import ATTENTION_REGISTRY, create_attention, register_attention
-from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
+from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention, SigmoidAttention
 from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
 from .windows import LocalAttention
 
@@ -20,6 +20,7 @@ __all__ = [
     "NoneAttention",
     "PoolingAttention",
     "RandomFixedAttention",
+    "SigmoidAttention",
     "canvas_attention",
     "create_attention",
     "register_attention",

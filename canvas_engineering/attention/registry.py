@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .chosen import RandomFixedAttention
-from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
+from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention, SigmoidAttention
 from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
 from .windows import LocalAttention
 
@@ -14,6 +14,7 @@ ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "self_attention": CrossAttention,
     "cogvideox": CogVideoXAttention,
     "cosine_attention": CosineAttention,
+    "sigmoid_attention": SigmoidAttention,
     "gated": GatedAttention,
     "linear_attention": LinearAttention,
     "pooling": PoolingAttention,
