@@ -58,6 +58,8 @@ from canvas_engineering.program import (
     resolve_operator_defaults,
     validate_constraints,
 )
+from canvas_engineering.residuals import ResidualAccumulator, ResidualSpec
+from canvas_engineering.scheduling import HybridScheduler, LearnedScheduler, RegionScheduler
 from canvas_engineering.schema import CanvasSchema
 from canvas_engineering.semantic import (
     SemanticConditioner,
@@ -152,4 +154,9 @@ __all__ = [
     "create_attention",
     "register_attention",
     "AttentionDispatcher",
+    "HybridScheduler",
+    "LearnedScheduler",
+    "RegionScheduler",
+    "ResidualAccumulator",
+    "ResidualSpec",
 ]
