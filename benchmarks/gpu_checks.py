@@ -74,8 +74,8 @@ def run_task(task: Task, device: str) -> dict:
 
     def compute():
         out, lse = launch.forward(q, k, v, table, **options)
-        grads = launch.backward(grad_out, q, k, v, out, lse, table, **options, need_gain=task.gained)
-        return dict(zip(RESULTS, (out, *grads)))
+        gradients, dgain = launch.backward(grad_out, q, k, v, out, lse, table, **options, need_gain=task.gained)
+        return dict(zip(RESULTS, (out, *gradients, dgain)))
 
     found, again = compute(), compute()
     faults = [f"{name}: two runs differ" for name in RESULTS if not _same(found[name], again[name])]

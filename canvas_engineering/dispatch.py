@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from canvas_kernels.rows import take_rows
+from canvas_kernels.rows import join_rows, split_rows
 
 from .attention import BACKENDS, create_attention
 from .canvas import CanvasLayout
@@ -83,12 +83,12 @@ class AttentionDispatcher(nn.Module):
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
-        reading = plan.rows("reading")
-        self._every_row_reads = len(reading) == plan.n_packed
+        reads = torch.zeros(plan.n_packed, 1, dtype=torch.bool)
+        reads[plan.rows("reading")] = True
+        self._every_row_reads = bool(reads.all())
         index = {
             "_order": plan.rows("order"),
-            "_reading": reading,
-            "_written": plan.rows("written"),
+            "_reads": reads,
             "_gates": torch.tensor(gates, dtype=torch.int64),
             "_source_region": torch.tensor([regions.get(c.src, 0) for c in plan.connections], dtype=torch.int64),
         }
@@ -118,7 +118,7 @@ class AttentionDispatcher(nn.Module):
         if not self.fn_modules:
             return x
         plan = self.plan
-        rows = x if plan.in_canvas_order else take_rows(x, self._order, 1)
+        rows, rest = (x, None) if plan.in_canvas_order else split_rows(x, self._order, 1)
         gain, single = self._gain(), len(self.fn_modules) == 1
         row_scale = None
         if active is not None or gain is not None or not single:
@@ -141,11 +141,9 @@ class AttentionDispatcher(nn.Module):
         written = written.to(x.dtype)
         if active is not None:
             written = torch.where((row_scale.sum(0) > 0)[:, None], written, rows)
-        if not self._every_row_reads:
-            written = take_rows(written, self._reading, 1)
-        elif plan.in_canvas_order:
-            return written
-        return x.index_copy(1, self._written, written)
+        elif not self._every_row_reads:
+            written = torch.where(self._reads, written, rows)
+        return written if rest is None else join_rows(rest, self._order, written, 1)
 
     def _gain(self) -> torch.Tensor | None:
         if self.edge_gates is None:

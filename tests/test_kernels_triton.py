@@ -171,7 +171,8 @@ def computed(table, inputs, scale, gain=None, active=None, row_scale=None):
     gain, active, row_scale = (None if x is None else x.to(DEVICE) for x in (gain, active, row_scale))
     options = dict(scale=scale, gain=gain, active=active, row_scale=row_scale)
     out, lse = launch.forward(q, k, v, table, **options)
-    dq, dk, dv, dgain = launch.backward(grad_out, q, k, v, out, lse, table, **options, need_gain=gain is not None)
+    gradients, dgain = launch.backward(grad_out, q, k, v, out, lse, table, **options, need_gain=gain is not None)
+    dq, dk, dv = gradients
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dgain": dgain}
 
 
@@ -446,7 +447,7 @@ def test_a_step_neither_waits_for_the_device_nor_escapes_a_captured_graph(name):
         row_scale = table.row_scale(active, "cuda") if edge else None
         options = dict(scale=0.1, gain=gain, active=active, row_scale=row_scale)
         out, lse = launch.forward(*inputs[:3], table, **options)
-        return out, *launch.backward(inputs[3], *inputs[:3], out, lse, table, **options, need_gain=edge)[:3]
+        return out, *launch.backward(inputs[3], *inputs[:3], out, lse, table, **options, need_gain=edge)[0]
 
     step()
     torch.cuda.synchronize()

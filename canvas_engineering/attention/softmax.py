@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from canvas_kernels.rows import split_heads
+
 from ..plan import AttentionPlan
 from .functional import canvas_attention
 
@@ -68,7 +70,7 @@ class CrossAttention(nn.Module):
         """
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
-        q, k, v = (self._heads(part) for part in F.linear(x, weight, bias).chunk(3, dim=-1))
+        q, k, v = split_heads(F.linear(x, weight, bias), 3, self.n_heads)
         out = canvas_attention(
             q,
             k,

@@ -30,10 +30,11 @@ def forward_stage(
     scale: float,
     kept: list[torch.Tensor] | None,
     lse: torch.Tensor,
-    total: torch.Tensor | None,
-) -> torch.Tensor:
-    """``total`` (n, X, D), None at first, plus what stage ``number`` contributes. Probabilities go to ``kept``, a flat
-    tensor per batch, unless it is None; log-sum-exp to ``lse`` (X, n_slots) unless that has no slots."""
+    total: torch.Tensor,
+) -> None:
+    """Adds what stage ``number`` contributes to ``total`` (n, X, D), or writes it if it is alone. Probabilities go to
+    ``kept``, a flat tensor per batch, unless it is None; log-sum-exp to ``lse`` (X, n_slots) unless that has no
+    slots."""
     indices = step.indices
     q, k, v = inputs
     queries = _gather(q, indices, number, QUERIES)
@@ -57,7 +58,7 @@ def forward_stage(
     coefficient = step.rows(number)
     if coefficient is not None:
         results.mul_(coefficient)
-    return _accumulate(total, results, indices, number, QUERIES)
+    _accumulate(total, results, indices, number, QUERIES)
 
 
 def backward_stage(
@@ -66,11 +67,12 @@ def backward_stage(
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
     kept: list[torch.Tensor] | None,
-    totals: list[torch.Tensor | None],
+    totals: tuple[torch.Tensor, ...],
     per_segment: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    """``totals`` of dq, dk, dv plus what stage ``number`` contributes, from ``inputs`` q, k, v and grad_out (n, X, D).
-    ``kept`` as forward left it, None to compute it again. Adds Σ_rows s · δ to ``per_segment``, unless that is None."""
+) -> None:
+    """Adds what stage ``number`` contributes to ``totals``, dq, dk, dv (n, X, D), or writes it if it is alone, from
+    ``inputs`` q, k, v and grad_out (n, X, D). ``kept`` as forward left it, None to compute it again. Adds Σ_rows s · δ
+    to ``per_segment``, unless that is None."""
     indices = step.indices
     q, k, v, grad_out = inputs
     queries, upstream = _gather(q, indices, number, QUERIES), _gather(grad_out, indices, number, QUERIES)
@@ -110,8 +112,8 @@ def backward_stage(
     if coefficient is not None:
         dk.mul_(coefficient)
         dv.mul_(coefficient)
-    sides = ((dq, QUERIES), (dk, KEYS), (dv, KEYS))
-    return [_accumulate(total, rows, indices, number, side) for total, (rows, side) in zip(totals, sides)]
+    for total, rows, side in zip(totals, (dq, dk, dv), (QUERIES, KEYS, KEYS)):
+        _accumulate(total, rows, indices, number, side)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -125,17 +127,17 @@ def _gather(x: torch.Tensor, indices: Indices, number: int, side: int) -> torch.
     return x.as_strided((count, dim), (dim, 1)).index_select(0, indices.gather(number, side, strides))
 
 
-def _accumulate(total: torch.Tensor | None, rows: torch.Tensor, indices: Indices, number: int, side: int):
-    n, heads, dim = indices.table.n_positions, indices.heads, rows.shape[1]
-    index, offset, target = indices.reduce(number, side)
+def _accumulate(total: torch.Tensor, rows: torch.Tensor, indices: Indices, number: int, side: int) -> None:
+    n, heads, dim = total.shape
+    spread = total.stride(0) // (heads * dim)
+    index, offset, target = indices.reduce(number, side, spread)
     reduced = _gather_reduce(rows, index, offset, False, 0, False, None, True)[0]
     if target is None:
-        return reduced.view(n, heads, dim)
-    if total is None:
-        total = rows.new_zeros(n, heads, dim)
+        total.copy_(reduced.view(n, heads, dim))
+        return
     # targets are distinct: additions happen in the order of slabs and stages
-    total.view(n * heads, dim).index_add_(0, target, reduced)
-    return total
+    count = ((n - 1) * spread + 1) * heads
+    total.as_strided((count, dim), (dim, 1)).index_add_(0, target, reduced)
 
 
 def _walk(indices: Indices, number: int, dim: int):

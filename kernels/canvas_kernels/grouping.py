@@ -27,8 +27,8 @@ SLAB_NS, SLAB_CELL_NS, SLAB_ROW_NS = 120e3, 4 * 1e3, 4 * 140.0
 # Rows that do not lie in one piece are copied together, thin cells side by side: the calls for each piece more, and a
 # row.
 PIECE_NS, COPY_NS = 20e3, 4 * 60.0
-# A slab's rows lie in at most this many pieces.
-MAX_PIECES = 4
+# How many pieces the rows of a slab may have, for keys of at least THIN_SIDE and for fewer: each is tried, 0 joins none.
+JOINS = ((0, 0), (1, 1), (4, 4), (1, 0), (4, 0))
 # Cells with fewer rows or keys than this are copied side by side, others walked one by one or head by head where
 # several cells and heads meet. µs for a product over 28 (cell, head) of 8 × 256 as it lies 320, copied 253; of 64 × 64
 # alike, so that the copies would be all loss.
@@ -176,12 +176,13 @@ def build_grouping(table: BlockTable) -> Grouping:
         return Grouping((), (), (), (), weight, edge, replace)
     pieces = _Pieces(table)
     # joining cells makes fewer and taller ones, but may leave them overlapping, no longer in a row
-    slabs, batches = min((_parts(pieces, replace, join) for join in (0, 1, MAX_PIECES)), key=_parts_ns)
+    joins = dict.fromkeys((join if (pieces.keys >= THIN_SIDE).any() else 0, thin) for join, thin in JOINS)
+    slabs, batches = min((_parts(pieces, replace, join) for join in joins), key=_parts_ns)
     slabs, stale_rows, stale_keys = _mark_fresh(slabs, table.n_positions)
     return Grouping(_stages(batches), slabs, stale_rows, stale_keys, weight, edge, replace)
 
 
-def _parts(pieces: _Pieces, replace: np.ndarray, join: int) -> tuple[list[Slab], list[Batch]]:
+def _parts(pieces: _Pieces, replace: np.ndarray, join: tuple[int, int]) -> tuple[list[Slab], list[Batch]]:
     nothing = np.zeros(len(pieces.keys), bool)
     slabs, taken = _slabs(pieces, replace, nothing, join)
     left = (~taken).nonzero()[0]
@@ -249,19 +250,20 @@ class _Pieces:
 
 
 def _slabs(
-    pieces: _Pieces, replace: np.ndarray, taken: np.ndarray, join: int, everything: bool = False
+    pieces: _Pieces, replace: np.ndarray, taken: np.ndarray, join: tuple[int, int], everything: bool = False
 ) -> tuple[list[Slab], np.ndarray]:
     """Slabs of cells that are not ``taken`` (bool [cells]), all or those that pay, and which cells are taken then.
 
-    ``join``: rows that read the same keys become one taller cell: 0 none, 1 adjacent ones, above that up to so many
-    pieces of rows.
+    ``join``, as in ``JOINS``: rows that read the same keys become one taller cell: 0 none, 1 adjacent ones, above that
+    up to so many pieces of rows.
     """
     cells = pieces.table.cells()
     kind, taken = replace[cells.segment], taken.copy()
     # a block is one cell, or several joined
     order = np.lexsort((cells.q_start, pieces.key_set, kind))
     order = order[~taken[order]]
-    joined, apart = _joins(cells.q_start[order], cells.q_stop[order], (kind[order], pieces.key_set[order]), join)
+    limit = np.where(pieces.keys[order] >= THIN_SIDE, *join)
+    joined, apart = _joins(cells.q_start[order], cells.q_stop[order], (kind[order], pieces.key_set[order]), limit)
     block_first = (~joined).nonzero()[0]
     block_count = np.diff(np.append(block_first, len(order)))
     lead = order[block_first]
@@ -297,19 +299,19 @@ def _slabs(
     return slabs, taken
 
 
-def _joins(start: np.ndarray, stop: np.ndarray, kinds: tuple[np.ndarray, ...], join: int):
-    """Of cells in order of ``kinds`` and start: which are joined to the one before, and which as another piece."""
+def _joins(start: np.ndarray, stop: np.ndarray, kinds: tuple[np.ndarray, ...], limit: np.ndarray):
+    """Of cells in order of ``kinds`` and start: which are joined to the one before, and which as another piece.
+    ``limit``, equal within a kind: the pieces that one block may have."""
     joined, apart = np.zeros(len(start), bool), np.zeros(len(start), bool)
-    if not join or not len(start):
+    if not limit.any():
         return joined, apart
-    same = np.ones(len(start) - 1, bool)
+    same = limit[1:] > 0
     for kind in kinds:
         same &= kind[1:] == kind[:-1]
     joined[1:] = same & (start[1:] == stop[:-1])
-    if join > 1:
-        apart[1:] = same & (start[1:] > stop[:-1])
-        block = np.cumsum(~(joined | apart)) - 1
-        apart &= (np.bincount(block, weights=apart) < join)[block]
+    apart[1:] = same & (start[1:] > stop[:-1])
+    block = np.cumsum(~(joined | apart)) - 1
+    apart &= np.bincount(block, weights=apart)[block] < limit
     return joined | apart, apart
 
 

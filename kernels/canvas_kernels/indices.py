@@ -74,10 +74,11 @@ class Indices:
             lambda: self._spread(self.sides[stage][side].position, by_head, by_position),
         )
 
-    def reduce(self, stage: int, side: int) -> Reduce:
-        return self._cached(("reduce", stage, side), lambda: self._reduce(stage, side))
+    def reduce(self, stage: int, side: int, spread: int) -> Reduce:
+        """For canvas rows whose positions lie ``spread`` · X rows apart."""
+        return self._cached(("reduce", stage, side, spread), lambda: self._reduce(stage, side, spread))
 
-    def _reduce(self, stage: int, side: int) -> Reduce:
+    def _reduce(self, stage: int, side: int, spread: int) -> Reduce:
         # entry e of canvas row (position[e], x) is gathered row first[e] + x · stride[e]
         first, stride, position, begin = [], [], [], 0
         for part, valid in zip(*self.sides[stage][side]):
@@ -93,7 +94,7 @@ class Indices:
         if len(self.grouping.stages) > 1 or self.grouping.slabs:
             touched = count.nonzero()[0]
             count = count[touched]
-            target = self.tensor((touched[:, None] * self.heads + x).reshape(-1))
+            target = self.tensor((touched[:, None] * (spread * self.heads) + x).reshape(-1))
         # the bag of (position p, x) starts at X · start[p] + x · count[p]
         start = np.cumsum(count) - count
         bag = np.repeat(np.arange(len(count)), count)

@@ -76,9 +76,10 @@ def backward(
     row_scale=None,
     need_gain: bool = False,
 ):
-    """``(dq, dk, dv, dgain)``, the gradients of :func:`forward`.
+    """``(gradients, dgain)``, those of :func:`forward`.
 
-    dq, dk, dv (B, H, n, D) are contiguous in the inputs' dtype; dgain is (n_edges,) float32, None unless ``need_gain``.
+    ``gradients`` (3, B, H, n, D) holds dq, dk, dv, contiguous, in the inputs' dtype; dgain is (n_edges,) float32, None
+    unless ``need_gain``.
     """
     q, k, v, grad_out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(grad_out)
     row_scale = _plain(row_scale)
@@ -115,7 +116,8 @@ def backward(
                 *strides,
                 **_constants(config, head_dim),
             )
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    gradients = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)
+    dq, dk, dv = gradients.unbind()
     for config, walk in _walks(table, q, "dq", gain, active):
         dq_kernel[(walk.n_tiles * batch_heads,)](
             q,
@@ -165,7 +167,7 @@ def backward(
             SIGNED=signed,
             **_constants(config, head_dim),
         )
-    return dq, dk, dv, _gain_gradient(delta, table, active, row_scale) if need_gain else None
+    return gradients, _gain_gradient(delta, table, active, row_scale) if need_gain else None
 
 
 def _gain_gradient(delta, table, active, row_scale) -> torch.Tensor:

@@ -37,7 +37,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, Tensor aux, "
     "Tensor? gain, Tensor? active, Tensor? row_scale, str table, float scale, str backend, bool need_gain) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dgain)",
+    "-> (Tensor gradients, Tensor dgain)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -251,23 +251,24 @@ def _attention_backward_kernel(
     table = BlockTable.lookup(table)
     options = {"scale": scale, "gain": gain, "active": active, "need_gain": need_gain}
     if backend != "triton":
-        dq, dk, dv, dgain = rectangles.backward(grad_out, q, k, v, aux, table, row_scale=row_scale, **options)
+        gradients, dgain = rectangles.backward(grad_out, q, k, v, aux, table, row_scale=row_scale, **options)
     else:
         from . import launch
 
         if row_scale is None and aux.numel():
             row_scale = aux
         row_scale = _row_scale(table, active, row_scale, q)
-        dq, dk, dv, dgain = launch.backward(grad_out, q, k, v, out, lse, table, row_scale=row_scale, **options)
+        gradients, dgain = launch.backward(grad_out, q, k, v, out, lse, table, row_scale=row_scale, **options)
     dgain = q.new_empty(0) if dgain is None else dgain.to(gain.dtype)
-    return dq, dk, dv, dgain
+    return gradients, dgain
 
 
 def _attention_backward_fake(
     grad_out, q, k, v, out, lse, aux, gain, active, row_scale, table, scale, backend, need_gain
 ):
     dgain = gain.new_empty(gain.shape) if need_gain else q.new_empty(0)
-    return _fake_like(q, backend), _fake_like(k, backend), _fake_like(v, backend), dgain
+    gradients = q.new_empty((3, *q.shape)) if backend == "triton" else rectangles.empty_gradients(q)
+    return gradients, dgain
 
 
 # -- attention: autograd -----------------------------------------------------------------------------------------------
@@ -298,10 +299,10 @@ class _Attention(torch.autograd.Function):
             return (None,) * 10
         q, k, v, out, lse, aux, gain, active, row_scale = ctx.saved_tensors
         need_gain = gain is not None and ctx.needs_input_grad[3]
-        dq, dk, dv, dgain = _attention_backward(
+        gradients, dgain = _attention_backward(
             grad_out, q, k, v, out, lse, aux, gain, active, row_scale, *ctx.options, need_gain
         )
-        return dq, dk, dv, dgain if need_gain else None, None, None, None, None, None, None
+        return *gradients.unbind(), dgain if need_gain else None, None, None, None, None, None, None
 
 
 class _AttentionBackward(torch.autograd.Function):

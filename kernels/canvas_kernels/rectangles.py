@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .batches import backward_stage, forward_stage
-from .grouping import group
+from .grouping import Grouping, group
 from .indices import Step, indices_of
 from .slabs import backward_slab, forward_slab, saved_parts
 from .table import BlockTable
@@ -58,9 +58,8 @@ def forward(
     flash = _choices(table, dim).flash
     kept, slab_parts = _saved_parts(saved, table, batch * heads, dim) if need_grad else (None, None)
     # inactive slabs are not run, so nothing may count on their writing first
-    writes, total = step.live is None, None
-    if grouping.slabs:
-        total = _blank(rows, grouping.stale_rows if writes else None)
+    writes, total = step.live is None, rows.new_empty(rows.shape)
+    _clear(total, grouping, grouping.stale_rows if writes else None)
     for number, slab in enumerate(grouping.slabs):
         part = None if slab_parts is None else slab_parts[number]
         if not step.runs(slab):
@@ -70,7 +69,7 @@ def forward(
         else:
             forward_slab(number, step, inputs, scale, flash[number], part, lse, total, writes and slab.fresh_rows)
     for number in range(len(grouping.stages)):
-        total = forward_stage(number, step, inputs, scale, None if kept is None else kept[number], lse, total)
+        forward_stage(number, step, inputs, scale, None if kept is None else kept[number], lse, total)
     if need_lse and active is not None:
         lse.masked_fill_((active == 0).repeat_interleave(table.slot_layout(q.device).per_edge), math.inf)
     return _canvas(total, q), lse.view(batch, heads, lse.shape[1]), saved
@@ -90,15 +89,15 @@ def backward(
     row_scale: torch.Tensor | None = None,
     need_gain: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """``(dq, dk, dv, dgain)`` from :func:`forward`'s inputs and ``saved``; dq, dk, dv in q's dtype, laid out by
-    :func:`empty_like`; dgain (n_edges,) in the dtype computed in, None unless ``need_gain``."""
+    """``(gradients, dgain)`` from :func:`forward`'s inputs and ``saved``; ``gradients`` (3, B, H, n, D), dq, dk, dv, in
+    q's dtype, laid out by :func:`empty_gradients`; dgain (n_edges,) in the dtype computed in, None unless
+    ``need_gain``."""
     grouping = group(table)
     batch, heads, _, dim = q.shape
     inputs = tuple(_rows(x) for x in (q, k, v, grad_out))
     rows = inputs[0]
     if q.numel() == 0 or not (grouping.stages or grouping.slabs):
-        gradients = [_canvas(rows.new_zeros(rows.shape), q) for _ in range(3)]
-        return *gradients, rows.new_zeros(table.n_edges) if need_gain else None
+        return empty_gradients(q).zero_(), rows.new_zeros(table.n_edges) if need_gain else None
     indices = indices_of(table, rows)
     if active is not None and row_scale is None:
         row_scale = saved[-2 * table.n_positions :].view(2, -1)
@@ -106,17 +105,18 @@ def backward(
     per_segment = rows.new_zeros(len(grouping.weight)) if need_gain else None
     flash = _choices(table, dim).flash
     kept, slab_parts = _saved_parts(saved, table, batch * heads, dim)
-    writes, totals = step.live is None, [None, None, None]
-    if grouping.slabs:
-        stale = (grouping.stale_rows, grouping.stale_keys, grouping.stale_keys)
-        totals = [_blank(rows, ranges if writes else None) for ranges in stale]
+    writes = step.live is None
+    gradients = rows.new_empty(rows.shape[0], 3, *rows.shape[1:])
+    totals = gradients.unbind(1)
+    for total, stale in zip(totals, (grouping.stale_rows, grouping.stale_keys, grouping.stale_keys)):
+        _clear(total, grouping, stale if writes else None)
     for number, slab in enumerate(grouping.slabs):
         if step.runs(slab):
             fresh = (writes and slab.fresh_rows, writes and slab.fresh_keys)
             backward_slab(number, step, inputs, scale, flash[number], slab_parts[number], totals, per_segment, fresh)
     for number in range(len(grouping.stages)):
         part = None if kept is None else kept[number]
-        totals = backward_stage(number, step, inputs, scale, part, totals, per_segment)
+        backward_stage(number, step, inputs, scale, part, totals, per_segment)
     dgain = None
     if need_gain:
         weight, _ = indices.segments()
@@ -125,7 +125,7 @@ def backward(
         )
         if active is not None:
             dgain = dgain * (active != 0).to(dgain.dtype)
-    return *(_canvas(total, q) for total in totals), dgain
+    return _canvas(gradients, q), dgain
 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
@@ -133,6 +133,13 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
     is what a projection reads and writes."""
     batch, heads, n, dim = x.shape
     return x.new_empty(n, batch, heads, dim).permute(1, 2, 0, 3)
+
+
+def empty_gradients(x: torch.Tensor) -> torch.Tensor:
+    """Empty (3, B, H, n, D) as this executor lays out gradients: (n, 3, B, H, D) in memory, which for one canvas is
+    what a joint projection of q, k and v reads."""
+    batch, heads, n, dim = x.shape
+    return x.new_empty(n, 3, batch, heads, dim).permute(1, 2, 3, 0, 4)
 
 
 class _Choices(NamedTuple):
@@ -184,14 +191,14 @@ def _saved_parts(saved: torch.Tensor, table: BlockTable, heads: int, dim: int):
     return kept, [(next(parts), next(parts)) if flash else (next(parts),) for flash in choices.flash]
 
 
-def _blank(rows: torch.Tensor, stale: tuple[tuple[int, int], ...] | None) -> torch.Tensor:
-    """A tensor like ``rows`` that is zero in the ranges ``stale``; everywhere for None."""
-    if stale is None:
-        return rows.new_zeros(rows.shape)
-    blank = rows.new_empty(rows.shape)
-    for start, stop in stale:
-        blank[start:stop].zero_()
-    return blank
+def _clear(total: torch.Tensor, grouping: Grouping, stale: tuple[tuple[int, int], ...] | None) -> None:
+    """Zeros in ``total`` (n, X, D) wherever something is added before anything is written: in the ranges ``stale``,
+    everywhere for None. A stage that is alone writes everything."""
+    if stale is None or (not grouping.slabs and len(grouping.stages) > 1):
+        total.zero_()
+    elif grouping.slabs:
+        for start, stop in stale:
+            total[start:stop].zero_()
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -208,6 +215,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _canvas(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Rows (n, B · H, D) as (B, H, n, D) in x's dtype."""
+    """Rows (n, B · H, D) as (B, H, n, D) in x's dtype; (n, 3, B · H, D) as (3, B, H, n, D)."""
     batch, heads, n, dim = x.shape
-    return rows.to(x.dtype).view(n, batch, heads, dim).permute(1, 2, 0, 3)
+    rows = rows.to(x.dtype)
+    if rows.dim() == 3:
+        return rows.view(n, batch, heads, dim).permute(1, 2, 0, 3)
+    return rows.view(n, 3, batch, heads, dim).permute(1, 2, 3, 0, 4)

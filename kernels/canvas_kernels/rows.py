@@ -33,6 +33,54 @@ class _PutRows(torch.autograd.Function):
         return _TakeRows.apply(grad, index, ctx.dim), None, None, None
 
 
+class _SplitRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index, dim):
+        ctx.save_for_backward(index)
+        ctx.dim, ctx.size = dim, x.shape[dim]
+        ctx.set_materialize_grads(False)
+        return x.index_select(dim, index), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, rows, rest):
+        (index,) = ctx.saved_tensors
+        if rest is None:
+            return None if rows is None else _PutRows.apply(rows, index, ctx.dim, ctx.size), None, None
+        if rows is None:
+            return rest.index_fill(ctx.dim, index, 0), None, None
+        return rest.index_copy(ctx.dim, index, rows), None, None
+
+
+class _JoinRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rest, index, rows, dim):
+        ctx.save_for_backward(index)
+        ctx.dim = dim
+        return rest.index_copy(dim, index, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return grad, None, _TakeRows.apply(grad, index, ctx.dim), None
+
+
+def split_rows(x: torch.Tensor, index: torch.Tensor, dim: int = -2) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows ``index`` of x along ``dim``, the rest), for :func:`join_rows` with the same index: rows that do not repeat
+    are worked on and come back. The rest has all of x's rows, but those at ``index`` have no gradient there, which
+    saves clearing and adding a canvas in backward; nothing but :func:`join_rows` may use it.
+
+    >>> rows, rest = split_rows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0]))
+    >>> join_rows(rest, torch.tensor([2, 0]), 10 * rows).tolist()
+    [[10.0], [2.0], [30.0]]
+    """
+    return _SplitRows.apply(x, index, dim % x.dim())
+
+
+def join_rows(rest: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, dim: int = -2) -> torch.Tensor:
+    """``rest`` of :func:`split_rows` with ``rows`` in the places that were split off, a new tensor."""
+    return _JoinRows.apply(rest, index, rows, dim % rest.dim())
+
+
 def take_rows(x: torch.Tensor, index: torch.Tensor, dim: int = -2) -> torch.Tensor:
     """Rows ``index`` of x along ``dim``; ``index`` (int64 [m]) must not repeat a row, which makes the gradient a plain
     copy.
@@ -50,3 +98,43 @@ def put_rows(y: torch.Tensor, index: torch.Tensor, size: int, dim: int = -2) -> 
     [[2.0], [0.0], [1.0]]
     """
     return _PutRows.apply(y, index, dim % y.dim(), size)
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, parts, heads):
+        return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        whole = _one_piece(grads)
+        if whole is None:
+            whole = torch.cat([grad.transpose(1, 2).flatten(2) for grad in grads], 2)
+        return whole, None, None
+
+
+def _one_piece(parts: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    """(B, n, parts · heads · D) if that is how ``parts``, each (B, heads, n, D), lie in memory."""
+    first = parts[0]
+    batch, heads, n, dim = first.shape
+    # a compiler sees no memory, and derivatives of derivatives do not go through it
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or batch != 1:
+        return None
+    width, start = heads * dim, first.storage_offset()
+    lies = (dim, len(parts) * width, 1)
+    memory = first.untyped_storage()._cdata
+    for number, part in enumerate(parts):
+        same = part.untyped_storage()._cdata == memory and part.storage_offset() == start + number * width
+        if not same or part.stride()[1:] != lies:
+            return None
+    return first.as_strided((1, n, len(parts) * width), (n * len(parts) * width, len(parts) * width, 1), start)
+
+
+def split_heads(x: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
+    """x (B, n, parts · heads · D) as ``parts`` views (B, heads, n, D). Its gradient is no copy where those of the parts
+    lie in memory as x does.
+
+    >>> split_heads(torch.arange(8.0).view(1, 2, 4), 2, 2)[1].tolist()
+    [[[[2.0], [6.0]], [[3.0], [7.0]]]]
+    """
+    return _SplitHeads.apply(x, parts, heads)
