@@ -113,6 +113,11 @@ class CortexRegistry:
         return sorted(self._cortices)
 
     @property
+    def specs(self) -> list[CortexSpec]:
+        """All cortices, by name."""
+        return [self._cortices[name] for name in self.cortex_names]
+
+    @property
     def n_cortices(self) -> int:
         return len(self._cortices)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from canvas_engineering.program.edges import parse_trigger
 from canvas_engineering.program.specs import choices
 
 __all__ = ["ResidualAccumulator", "ResidualSpec"]
@@ -119,3 +120,77 @@ class ResidualAccumulator(nn.Module):
     def reset(self) -> None:
         """Back to zero."""
         self.values.zero_()
+
+    def _apply(self, fn, recurse=True):
+        # running averages stay in float32 when a model goes to 16 bits: 1 − decay would round away
+        values = self.values
+        super()._apply(fn, recurse)
+        if self.values.dtype != values.dtype:
+            self.values = values.to(self.values.device)
+        return self
+
+
+class TriggerFlags(nn.Module):
+    """Triggers as tensors: which connections may run, decided on the device.
+
+    Args:
+        triggers: connection number to trigger; connections without one always may.
+        n_connections: how many there are.
+        accumulator: whose summaries triggers name; a summary that it does not keep makes a trigger false, and so do all
+            without it.
+
+    Raises:
+        ValueError: a trigger of another form.
+    """
+
+    _OPS = ("<", ">", "==", "!=")
+    _WANTS = {"<=": ("<", "=="), ">=": (">", "==")}
+
+    def __init__(self, triggers: dict[int, str], n_connections: int, accumulator: ResidualAccumulator | None):
+        super().__init__()
+        kinds = () if accumulator is None else accumulator.spec.kinds
+        rows = {} if accumulator is None else {name: row for row, name in enumerate(accumulator.region_names)}
+        parsed = [parse_trigger(trigger) for trigger in triggers.values()]
+        clauses = [clause for trigger in parsed for clause in trigger]
+        known = [clause.region in rows and clause.kind in kinds for clause in clauses]
+        column = [
+            rows[clause.region] * len(kinds) + kinds.index(clause.kind) if kept else 0
+            for clause, kept in zip(clauses, known)
+        ]
+        wants = [[op in self._WANTS.get(clause.op, (clause.op,)) for op in self._OPS] for clause in clauses]
+        # place len(clauses) holds True, with which short triggers are filled up
+        longest = max(map(len, parsed))
+        numbers = iter(range(len(clauses)))
+        of_trigger = [
+            [next(numbers) for _ in trigger] + [len(clauses)] * (longest - len(trigger)) for trigger in parsed
+        ]
+        trigger_of = torch.full((n_connections,), len(parsed))
+        trigger_of[list(triggers)] = torch.arange(len(parsed))
+        # as bits, so that a model in 16 bits keeps its thresholds
+        threshold = torch.tensor([clause.number for clause in clauses], dtype=torch.float64).view(torch.int64)
+        index = {
+            "column": torch.tensor(column),
+            "known": torch.tensor(known),
+            "wants": torch.tensor(wants),
+            "threshold": threshold,
+            "of_trigger": torch.tensor(of_trigger),
+            "trigger_of": trigger_of,
+        }
+        for name, tensor in index.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, summaries: torch.Tensor | None) -> torch.Tensor:
+        """(connections,) float32, 1 where the connection has no trigger or one that holds.
+
+        ``summaries``: (regions, kinds) of the accumulator, or None.
+        """
+        if summaries is None or not summaries.numel():
+            held = torch.zeros_like(self.known)
+        else:
+            value = summaries.reshape(-1).double().index_select(0, self.column)[:, None]
+            threshold = self.threshold.view(torch.float64)[:, None]
+            compared = (value < threshold, value > threshold, value == threshold, value != threshold)
+            held = (torch.cat(compared, 1) & self.wants).any(1) & self.known
+        always = torch.ones_like(held[:1])
+        fires = torch.cat([held, always])[self.of_trigger].all(1)
+        return torch.cat([fires, always])[self.trigger_of].float()

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from hypothesis import strategies as st
 
-from canvas_engineering import CanvasLayout, CanvasTopology, Connection, MaskSpec, RegionSpec, TemporalFill
+from canvas_engineering import (
+    CanvasLayout,
+    CanvasProgram,
+    CanvasSchema,
+    CanvasTopology,
+    Connection,
+    ConnectionProgram,
+    CortexRegistry,
+    CortexSpec,
+    IdentitySpec,
+    MaskSpec,
+    RegionProgram,
+    RegionSpec,
+    TemporalFill,
+)
 
 MAX_POSITIONS = 120
 
@@ -93,3 +108,64 @@ def canvases(draw, max_positions=MAX_POSITIONS, pairs=True, write_modes=("add",)
     """(layout, topology)."""
     layout = draw(layouts(max_positions))
     return layout, draw(topologies(layout, pairs, write_modes))
+
+
+KINDS = ("prediction", "novelty")
+
+
+@st.composite
+def _triggers(draw, names):
+    clauses = []
+    for _ in range(draw(st.integers(1, 2))):
+        region = draw(st.sampled_from([*names, *names, *names, "nowhere"]))
+        op = draw(st.sampled_from(["<", ">", "<=", ">=", "==", "!="]))
+        # summaries are drawn from the same few numbers: every comparison has its turn
+        clauses.append(f"{region}.{draw(st.sampled_from([*KINDS, *KINDS, 'other']))} {op} {draw(levels)}")
+    return " && ".join(clauses)
+
+
+levels = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+
+
+@st.composite
+def programs(draw, layout, topology, pairs=True):
+    """Programs with operators, triggers, write modes, masks, banks and residual carriers, and summaries for them."""
+    names = list(layout.regions)
+    regions, connections = {}, {}
+    for name in names:
+        identity = None
+        if draw(st.integers(0, 3)) == 0:
+            identity = IdentitySpec(slot_capacity=draw(st.integers(1, 4)), birth_death=draw(st.booleans()))
+        carrier = draw(st.sampled_from(["deterministic", "residual"]))
+        if identity is not None or carrier != "deterministic":
+            regions[name] = RegionProgram(carrier=carrier, identity=identity)
+    for src, dst in sorted({(c.src, c.dst) for c in topology.connections}):
+        if draw(st.booleans()):
+            connections[src, dst] = ConnectionProgram(
+                draw(st.sampled_from(["attend", "write", "act", "retrieve", "observe", "unheard of"])),
+                draw(st.none() | _triggers(names)),
+                draw(st.sampled_from(["add", "add", "replace", "gate"])),
+                draw(st.none() | masks(layout, src, dst, pairs)),
+            )
+    cortex = CortexRegistry()
+    if draw(st.booleans()):
+        cortex.register(CortexSpec("home", local_backend="self_attention"))
+        for name in draw(st.lists(st.sampled_from(names), unique=True, min_size=1)):
+            cortex.assign(name, "home")
+    summaries = {name: {kind: draw(levels) for kind in KINDS} for name in names if draw(st.integers(0, 3))}
+    program = CanvasProgram(CanvasSchema(layout, topology), regions, connections)
+    return program, cortex, summaries
+
+
+@st.composite
+def programmed_canvases(draw, max_positions=40, pairs=True):
+    """(layout, topology, program, cortex, summaries, active region names or None)."""
+    layout = draw(layouts(max_positions))
+    topology = draw(topologies(layout, pairs, ("add", "add", "replace", "gate")))
+    renamed = [
+        dataclasses.replace(c, fn="cogvideox") if c.fn is None and draw(st.integers(0, 4)) == 0 else c
+        for c in topology.connections
+    ]
+    topology = CanvasTopology(renamed)
+    active = draw(st.none() | st.sets(st.sampled_from(list(layout.regions))))
+    return layout, topology, *draw(programs(layout, topology, pairs)), active

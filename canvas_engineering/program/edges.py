@@ -137,13 +137,14 @@ def resolve_edge(
     fn, write_mode, trigger = resolve_operator_defaults(cp, default_attn)
     if connection.write_mode != "add" and (cp is None or cp.write_mode == "add"):
         write_mode = connection.write_mode
-    changes = {
-        "fn": connection.fn or local_backend or fn,
+    wanted = {
+        "fn": connection.fn or local_backend or (None if fn == default_attn else fn),
         "write_mode": write_mode,
         "mask": connection.mask if cp is None or cp.mask_spec is None else cp.mask_spec,
-        "operator": connection.operator if cp is None else cp.operator,
     }
-    return dataclasses.replace(connection, **changes), trigger
+    # an edge that a program does not change stays the same object, and so finds the same plan
+    changes = {name: value for name, value in wanted.items() if value != getattr(connection, name)}
+    return dataclasses.replace(connection, **changes) if changes else connection, trigger
 
 
 def resolve_edges(
