@@ -89,7 +89,7 @@ def compare(canvas, seed, backend, dtype, tolerance):
     torch.testing.assert_close(accumulator.values, torch.tensor(flat).reshape(-1, 2), rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=60)
+@settings(max_examples=120)
 @given(programmed_canvases(), st.integers(0, 2**16))
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_step_is_the_oracle(backend, canvas, seed):
@@ -300,6 +300,16 @@ def test_regions_with_an_identity_are_read_through_their_slots(birth_death):
     moved = x.clone()
     moved[:, 2] += 1
     assert not torch.equal(dispatcher(moved)[:, [0, 1]], out[:, [0, 1]])
+
+
+def test_a_mask_of_pairs_says_who_reads_a_bank():
+    layout = CanvasLayout(T=1, spatial_shape=(7,), d_model=D_MODEL, regions={"a": (0, 1, 0, 4), "b": (0, 1, 4, 7)})
+    pattern = ((True, False, False), (True, True, False), (False, True, True), (False, False, False))
+    topology = CanvasTopology([Connection("a", "b", mask=MaskSpec("sparse", pattern=pattern))])
+    x, out, dispatcher = ran(layout, topology, {"b": RegionProgram(identity=IdentitySpec(slot_capacity=2))})
+    bank = dispatcher.slot_modules["b"](x[:, 4:])
+    close(out[:, :3], dispatcher.fn_modules["cross_attention"](x[:, :3], bank, bank))
+    assert torch.equal(out[:, 3:], x[:, 3:])
 
 
 def test_a_bank_that_nothing_reads_exists_and_is_not_run():
