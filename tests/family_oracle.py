@@ -128,7 +128,7 @@ def mixture(p, x_q, x_k, n_heads, top_k_experts=2):
     rows = []
     for b in range(len(x_q)):
         for i in range(x_q.shape[1]):
-            ranked = sorted(filled, key=lambda e: -float(router[b, i, e]))[:top_k_experts]
+            ranked = sorted(filled, key=lambda e: -router[b, i, e].item())[:top_k_experts]
             share = router[b, i, ranked].softmax(-1)
             rows.append(sum(share[place] * outputs[e][b, i] for place, e in enumerate(ranked)))
     return torch.stack(rows).reshape(x_q.shape)

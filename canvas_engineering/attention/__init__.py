@@ -2,9 +2,15 @@
 
 from .chosen import RandomFixedAttention
 from .functional import BACKENDS, canvas_attention
+from .hyena import HyenaAttention
+from .mamba import MambaAttention
+from .mixture import MixtureAttention
+from .perceiver import PerceiverAttention
 from .registry import ATTENTION_REGISTRY, create_attention, register_attention
+from .rwkv import RWKVAttention
 from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention, SigmoidAttention
 from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
+from .topk import SparseAttention
 from .windows import LocalAttention
 
 __all__ = [
@@ -15,12 +21,18 @@ __all__ = [
     "CosineAttention",
     "CrossAttention",
     "GatedAttention",
+    "HyenaAttention",
     "LinearAttention",
     "LocalAttention",
+    "MambaAttention",
+    "MixtureAttention",
     "NoneAttention",
+    "PerceiverAttention",
     "PoolingAttention",
+    "RWKVAttention",
     "RandomFixedAttention",
     "SigmoidAttention",
+    "SparseAttention",
     "canvas_attention",
     "create_attention",
     "register_attention",

@@ -5,14 +5,26 @@ from __future__ import annotations
 from torch import nn
 
 from .chosen import RandomFixedAttention
+from .hyena import HyenaAttention
+from .mamba import MambaAttention
+from .mixture import MixtureAttention
+from .perceiver import PerceiverAttention
+from .rwkv import RWKVAttention
 from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention, SigmoidAttention
 from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
+from .topk import SparseAttention
 from .windows import LocalAttention
 
 ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "cross_attention": CrossAttention,
     "self_attention": CrossAttention,
     "cogvideox": CogVideoXAttention,
+    "perceiver": PerceiverAttention,
+    "sparse_attention": SparseAttention,
+    "mixture": MixtureAttention,
+    "mamba": MambaAttention,
+    "rwkv": RWKVAttention,
+    "hyena": HyenaAttention,
     "cosine_attention": CosineAttention,
     "sigmoid_attention": SigmoidAttention,
     "gated": GatedAttention,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from canvas_kernels.table import BlockTable
 from canvas_kernels.tiling import expand_ranges
 
 from .order import PackedOrder
@@ -64,6 +65,34 @@ def read_sets(reads: Reads, packed: PackedOrder) -> ReadSets:
     ptr = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(used)))])
     numbers = numbers.reshape(-1)
     return ReadSets(ptr, row, numbers[: len(triple)], numbers[len(triple) :], weight, connection)
+
+
+def cell_sets(table: BlockTable) -> ReadSets:
+    """The reads of a table in edge form, split into such as see the same keys in all of their rows, which stand in
+    packed order: for functions that serve each query by itself, whatever the order of its keys."""
+    cells = table.cells()
+    count = len(cells.q_start)
+    owner, q_rows = expand_ranges(cells.q_start, cells.q_stop - cells.q_start)
+    start = table.k_start[cells.rectangle]
+    piece, k_rows = expand_ranges(start, table.k_stop[cells.rectangle] - start)
+    key_owner = np.repeat(np.arange(count), np.diff(cells.ptr))[piece]
+    lengths = np.concatenate([np.bincount(owner, minlength=count), np.bincount(key_owner, minlength=count)])
+    lead = cells.rectangle[cells.ptr[:-1]]
+    number = np.arange(count)
+    return ReadSets(
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.concatenate([q_rows, k_rows]),
+        number,
+        count + number,
+        table.weight[lead].astype(np.float64),
+        table.edge[lead].astype(np.int64),
+    )
+
+
+def has_pairs(reads: Reads) -> bool:
+    """Whether the queries of some read see different keys."""
+    first = np.searchsorted(reads.part_read, np.arange(len(reads.weight)))
+    return bool((reads.part_q != reads.part_q[first][reads.part_read]).any())
 
 
 def _sets(reads: Reads):
