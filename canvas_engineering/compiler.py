@@ -1,4 +1,4 @@
-"""ProgramCompiler: what deploy makes of a program: which regions freeze, become constants, are exported, or are dropped."""
+"""ProgramCompiler: what deploy makes of a program: what freezes, becomes constant, is exported, or is dropped."""
 
 from __future__ import annotations
 

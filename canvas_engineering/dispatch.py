@@ -11,6 +11,7 @@ from torch import nn
 from canvas_kernels.rows import join_rows, split_rows
 
 from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
+from .attention.grouped import attend_grouped, fit, is_fused, prepare
 from .canvas import ATTENTION_TYPES, CanvasLayout
 from .canvas.tensor import parameter_key
 from .connectivity import CanvasTopology
@@ -106,7 +107,9 @@ class AttentionDispatcher(nn.Module):
             except ValueError as error:
                 connection = plan.connections[plan.fns.index(fn)]
                 raise ValueError(f"connection {connection.src!r} reads {connection.dst!r}: {error}") from None
-            self._plans[fn] = plan.for_fn(fn)
+            self._plans[fn] = fit(fn, self.fn_modules[fn], plan.for_fn(fn), layout, backend)
+        compiled, self.plan = plan, plan.refined(self._plans)
+        plan = self.plan
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
@@ -128,7 +131,7 @@ class AttentionDispatcher(nn.Module):
         self._activity: dict[tuple, torch.Tensor] = {}
         self._add_banks(program, n_heads, order[n_rows:] - layout.num_positions)
         self.residual_accumulator = residual_accumulator
-        self._errors = self._residual_connections(program)
+        self._errors = self._residual_connections(program, compiled)
         self.triggers = None
         if plan.triggers:
             self.triggers = TriggerFlags(plan.triggers, plan.n_connections, residual_accumulator)
@@ -164,16 +167,10 @@ class AttentionDispatcher(nn.Module):
             factor = everyone if gain is None else gain * everyone
         written = None
         for fn, module in self.fn_modules.items():
-            whole_bias = single and gain is None
-            part = module.attend(
-                rows,
-                self._plans[fn],
-                gain=gain,
-                active=active,
-                row_scale=row_scale,
-                bias_share=None if whole_bias else self._plans[fn].row_share(factor, row_scale),
-                backend=self.backend,
-            )
+            share = None
+            if gain is not None or not single:
+                share = self._plans[fn].row_share(factor, row_scale)
+            part = self._attend(module, rows, self._plans[fn], gain, active, row_scale, share)
             written = part if written is None else written + part
         if self._errors:
             self._accumulate(rows, active)
@@ -183,6 +180,21 @@ class AttentionDispatcher(nn.Module):
         elif not self._every_row_reads:
             written = torch.where(self._reads, written, canvas_rows)
         return written if rest is None else join_rows(rest, self._order, written, 1)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._order.device.type != "meta":
+            for name, module in self.fn_modules.items():
+                prepare(module, self._plans[name], self._order.device)
+            for errors in self._errors:
+                prepare(self.fn_modules[errors.fn], errors.plan, self._order.device)
+        return self
+
+    def _attend(self, module, rows, plan, gain=None, active=None, row_scale=None, bias_share=None) -> torch.Tensor:
+        options = {"gain": gain, "active": active, "row_scale": row_scale}
+        if not is_fused(type(module)):
+            return attend_grouped(module, rows, plan, **options)
+        return module.attend(rows, plan, **options, bias_share=bias_share, backend=self.backend)
 
     def microsteps(self, x: torch.Tensor, plan: Iterable[Iterable[str] | torch.Tensor | None]) -> torch.Tensor:
         """One step after another, each with its own active regions: what ``RegionScheduler.step_plan`` gives."""
@@ -218,8 +230,8 @@ class AttentionDispatcher(nn.Module):
 
     # -- residuals
 
-    def _residual_connections(self, program: CanvasProgram | None) -> list[_Errors]:
-        accumulator, plan = self.residual_accumulator, self.plan
+    def _residual_connections(self, program: CanvasProgram | None, plan: AttentionPlan) -> list[_Errors]:
+        accumulator = self.residual_accumulator
         if accumulator is None:
             return []
         kept, programs = set(accumulator.region_names), {} if program is None else program.regions
@@ -230,16 +242,16 @@ class AttentionDispatcher(nn.Module):
             if region in programs:
                 carriers.add(programs[region].carrier)
             if "residual" in carriers and region in kept:
-                own = plan.for_connection(number)
-                own_rows = own.rows("reading")
-                self.register_buffer(f"_error_rows_{number}", own_rows, persistent=False)
-                found.append(_Errors(number, region, plan.fns[number], own))
+                fn = plan.fns[number]
+                own = fit(fn, self.fn_modules[fn], plan.for_connection(number), self.layout, self.backend)
+                self.register_buffer(f"_error_rows_{number}", own.rows("reading"), persistent=False)
+                found.append(_Errors(number, region, fn, own))
         return found
 
     @torch.no_grad()
     def _accumulate(self, rows: torch.Tensor, active: torch.Tensor | None) -> None:
         for errors in self._errors:
-            attended = self.fn_modules[errors.fn].attend(rows, errors.plan, backend=self.backend)
+            attended = self._attend(self.fn_modules[errors.fn], rows, errors.plan)
             index = getattr(self, f"_error_rows_{errors.number}")
             error = attended.index_select(1, index) - rows.index_select(1, index)
             on = None if active is None else active[errors.number]

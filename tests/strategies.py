@@ -25,6 +25,7 @@ from canvas_engineering import (
 )
 
 MAX_POSITIONS = 120
+FNS = (None, None, None, None, "cross_attention", "none")
 
 
 @st.composite
@@ -77,7 +78,7 @@ def masks(draw, layout, src, dst, pairs=True):
 
 
 @st.composite
-def topologies(draw, layout, pairs=True, write_modes=("add",)):
+def topologies(draw, layout, pairs=True, write_modes=("add",), fns=FNS):
     """Up to 6 connections with all offsets, fills, orders, weights (0 too), masks and repetitions."""
     names = list(layout.regions)
     offsets = st.one_of(st.none(), st.integers(-3, 3))
@@ -94,7 +95,7 @@ def topologies(draw, layout, pairs=True, write_modes=("add",)):
                 weight=draw(st.sampled_from([1.0, 0.5, 0.25, 2.0, 3.7, 0.0])),
                 t_src=draw(offsets),
                 t_dst=draw(offsets),
-                fn=draw(st.sampled_from([None, None, None, None, "cross_attention", "none"])),
+                fn=draw(st.sampled_from(fns)),
                 write_mode=draw(st.sampled_from(write_modes)),
                 temporal_fill=draw(st.sampled_from(TemporalFill)),
                 interpolation_order=draw(st.integers(0, 4)),
@@ -105,10 +106,10 @@ def topologies(draw, layout, pairs=True, write_modes=("add",)):
 
 
 @st.composite
-def canvases(draw, max_positions=MAX_POSITIONS, pairs=True, write_modes=("add",)):
-    """(layout, topology)."""
+def canvases(draw, max_positions=MAX_POSITIONS, pairs=True, write_modes=("add",), fns=FNS):
+    """(layout, topology); connections draw their function from ``fns``."""
     layout = draw(layouts(max_positions))
-    return layout, draw(topologies(layout, pairs, write_modes))
+    return layout, draw(topologies(layout, pairs, write_modes, fns))
 
 
 KINDS = ("prediction", "novelty")

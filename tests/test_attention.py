@@ -208,9 +208,7 @@ def test_cross_attention_is_multi_head_attention():
 def test_names_of_the_softmax_family():
     assert {type(create_attention(name, 8)) for name in ("cross_attention", "self_attention")} == {CrossAttention}
     assert type(create_attention("cogvideox", 8, n_heads=2)) is CogVideoXAttention
-    with pytest.raises(
-        ValueError, match="'spooky' is not registered; known: cogvideox, cross_attention, self_attention"
-    ):
+    with pytest.raises(ValueError, match=r"'spooky' is not registered; known: cogvideox, .*, cross_attention, "):
         create_attention("spooky", 8)
     with pytest.raises(ValueError, match="n_heads 3 must divide d_model 8"):
         create_attention("cross_attention", 8, n_heads=3)
@@ -227,8 +225,8 @@ def test_registering_a_module(monkeypatch):
 
     register_attention("mine", Mine)
     assert type(create_attention("mine", 8)) is Mine
-    with pytest.raises(ValueError, match="Linear has no attend"):
-        register_attention("mine", torch.nn.Linear)
+    with pytest.raises(ValueError, match=r"Module has no forward\(queries, keys, values\)"):
+        register_attention("mine", torch.nn.Module)
     with pytest.raises(ValueError, match=r"not a subclass of torch.nn.Module"):
         register_attention("mine", dict)
     with pytest.raises(ValueError, match="'none' cannot be registered"):

@@ -4,12 +4,36 @@ from __future__ import annotations
 
 from torch import nn
 
-from .softmax import CogVideoXAttention, CrossAttention
+from .chosen import RandomFixedAttention
+from .hyena import HyenaAttention
+from .mamba import MambaAttention
+from .mixture import MixtureAttention
+from .perceiver import PerceiverAttention
+from .rwkv import RWKVAttention
+from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
+from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
+from .topk import SparseAttention
+from .windows import LocalAttention
 
 ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "cross_attention": CrossAttention,
     "self_attention": CrossAttention,
     "cogvideox": CogVideoXAttention,
+    "perceiver": PerceiverAttention,
+    "sparse_attention": SparseAttention,
+    "mixture": MixtureAttention,
+    "mamba": MambaAttention,
+    "rwkv": RWKVAttention,
+    "hyena": HyenaAttention,
+    "cosine_attention": CosineAttention,
+    "gated": GatedAttention,
+    "linear_attention": LinearAttention,
+    "pooling": PoolingAttention,
+    "pooling_attention": PoolingAttention,
+    "copy": CopyAttention,
+    "local_attention": LocalAttention,
+    "random_fixed": RandomFixedAttention,
+    "none": NoneAttention,
 }
 
 
@@ -31,8 +55,11 @@ def create_attention(fn_name: str, d_model: int, n_heads: int = 4, dropout: floa
 def register_attention(name: str, cls: type[nn.Module]) -> None:
     """Makes ``cls`` the module of connections with ``fn=name``, in this process.
 
-    ``cls(d_model, n_heads=…, dropout=…)`` must be a Module with ``attend`` as :class:`CrossAttention` has it, which is
-    how the dispatcher calls it: once for all of its connections.
+    ``cls(d_model, n_heads=…, dropout=…)`` must be a Module with ``forward(queries, keys, values)``, one read: (B, n,
+    d_model) over (B, m, d_model), keys and values being one tensor, to (B, n, d_model), each batch entry by itself. The
+    dispatcher calls it once for all reads of one shape (:func:`.grouped.attend_grouped`), whatever their write modes,
+    gates and fills. A class with an ``attend`` as :class:`CrossAttention` has it is called with the whole plan instead,
+    once for all of its connections.
 
     Raises:
         ValueError: ``cls`` is not such a class, or ``name`` is "none", which stands for no read.
@@ -41,6 +68,6 @@ def register_attention(name: str, cls: type[nn.Module]) -> None:
         raise ValueError(f"{name!r} cannot be registered: 'none' declares an edge that does not run")
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"{name!r}: {cls!r} is not a subclass of torch.nn.Module")
-    if not callable(getattr(cls, "attend", None)):
-        raise ValueError(f"{name!r}: {cls.__name__} has no attend(x, plan, …) method, which the dispatcher calls")
+    if cls.forward is nn.Module.forward and not callable(getattr(cls, "attend", None)):
+        raise ValueError(f"{name!r}: {cls.__name__} has no forward(queries, keys, values), which the dispatcher calls")
     ATTENTION_REGISTRY[name] = cls

@@ -1,4 +1,4 @@
-"""The softmax family: cross attention, under each of the names that it is declared by."""
+"""The softmax family: cross attention under each of its names, by cosines, and behind a gate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from canvas_kernels.rows import split_heads
 
 from ..plan import AttentionPlan
-from .functional import canvas_attention
+from .functional import BACKENDS, canvas_attention
 
 
 class CrossAttention(nn.Module):
@@ -26,6 +26,11 @@ class CrossAttention(nn.Module):
     torch.Size([1, 3, 8])
     """
 
+    backends = BACKENDS
+    takes_pairs = True
+    # of q·k: head_dim^−½ for None
+    _scale: float | None = None
+
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
         if n_heads < 1 or d_model % n_heads:
@@ -41,7 +46,9 @@ class CrossAttention(nn.Module):
         q, k, v = (
             self._heads(proj(x)) for proj, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
         )
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        q, k = self._logit_factors(q, k)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self._scale)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def attend(
@@ -68,14 +75,27 @@ class CrossAttention(nn.Module):
         Returns:
             (B, n, d_model): the weighted sum of the reads, projected; what rows without reads hold is not specified.
         """
-        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
-        bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
-        q, k, v = split_heads(F.linear(x, weight, bias), 3, self.n_heads)
+        out = self.weighted_values(x, plan, gain=gain, active=active, row_scale=row_scale, backend=backend)
+        return project_out(self.out_proj, out, bias_share)
+
+    def weighted_values(
+        self,
+        x: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        gain: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """What :meth:`attend` gives before ``out_proj``."""
+        q, k, v = self._project(x)
         out = canvas_attention(
             q,
             k,
             v,
             plan,
+            scale=self._scale,
             gain=gain,
             active=active,
             row_scale=row_scale,
@@ -83,14 +103,95 @@ class CrossAttention(nn.Module):
             backend=backend,
             packed=True,
         )
-        out = out.transpose(1, 2).flatten(2)
-        if bias_share is None:
-            return self.out_proj(out)
-        return F.linear(out, self.out_proj.weight) + bias_share[:, None].to(out.dtype) * self.out_proj.bias
+        return out.transpose(1, 2).flatten(2)
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v (B, heads, n, head_dim) of x (B, n, d_model), by one product, as the logits take them."""
+        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
+        q, k, v = split_heads(F.linear(x, weight, bias), 3, self.n_heads)
+        return self._logit_factors(q, k) + (v,)
+
+    def _logit_factors(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What q and k (B, heads, rows, head_dim) become before their products are scaled by ``_scale``."""
+        return q, k
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
 
+def project_out(
+    out_proj: nn.Linear, out: torch.Tensor, bias_share: torch.Tensor | None, factor: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``factor`` (a scalar tensor, or None for 1) times ``out_proj`` after the weighted sum over reads: ``out`` (B, n,
+    d), with ``bias_share`` (n,) of its bias for each row, or all of it for None."""
+    weight, bias = out_proj.weight, out_proj.bias
+    if factor is not None:
+        # on d² numbers rather than on all rows
+        weight, bias = factor * weight, factor * bias
+    if bias_share is None:
+        return F.linear(out, weight, bias)
+    out = F.linear(out, weight)
+    return out + bias_share[:, None].to(out.dtype) * bias
+
+
 class CogVideoXAttention(CrossAttention):
     """The function of edges declared as "cogvideox": cross attention, in a module of its own."""
+
+
+class CosineAttention(CrossAttention):
+    """softmax(temperature · cos(q, k)) v: q and k of length 1 in each head, ``temperature`` learned, 10 at first.
+
+    The same kernels as :class:`CrossAttention`: the temperature is folded into q, so that reading it waits for no
+    device.
+
+    >>> CosineAttention(8, n_heads=2).temperature.item()
+    10.0
+    """
+
+    _scale = 1.0
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
+        super().__init__(d_model, n_heads, dropout)
+        self.temperature = nn.Parameter(torch.tensor(10.0))
+
+    def _logit_factors(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # lengths in float32 at least: the squares of 16-bit values overflow or round away
+        wide_q, wide_k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+        wide_q = F.normalize(wide_q, dim=-1) * self.temperature
+        return wide_q.to(q.dtype), F.normalize(wide_k, dim=-1).to(k.dtype)
+
+
+class GatedAttention(nn.Module):
+    """σ(gate) · cross attention, in ``cross_attn``; ``gate`` (1,) is zero at first, so the gate starts half open.
+
+    >>> torch.sigmoid(GatedAttention(8, n_heads=2).gate).item()
+    0.5
+    """
+
+    backends = BACKENDS
+    takes_pairs = True
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
+        super().__init__()
+        self.cross_attn = CrossAttention(d_model, n_heads, dropout)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
+        return torch.sigmoid(self.gate) * self.cross_attn(queries, keys, values)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        gain: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
+        bias_share: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """Every read of ``plan`` in one fused call; arguments and result as for :meth:`CrossAttention.attend`."""
+        out = self.cross_attn.weighted_values(x, plan, gain=gain, active=active, row_scale=row_scale, backend=backend)
+        return project_out(self.cross_attn.out_proj, out, bias_share, torch.sigmoid(self.gate))

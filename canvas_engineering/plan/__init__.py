@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -24,7 +24,8 @@ from ..program.checks import check_program
 from ..program.edges import resolve_edges
 from .order import PackedOrder, pack_positions
 from .reads import Bank, Reads, topology_reads
-from .tables import edge_table, joint_table
+from .sets import ReadSets, cell_sets, has_pairs, read_sets
+from .tables import edge_table, join_tables, joint_table
 
 __all__ = ["AttentionPlan", "compile_attention"]
 
@@ -164,6 +165,30 @@ class AttentionPlan:
         if key not in self.cache:
             self.cache[key] = self._of(np.arange(self.n_connections) == number)
         return self.cache[key]
+
+    def refined(self, by_fn: Mapping[str, AttentionPlan]) -> AttentionPlan:
+        """This plan with the tables of ``by_fn``, one plan for each function that has reads: what counts where. Itself
+        if they are those of :meth:`for_fn`."""
+        if all(self.for_fn(fn) is plan for fn, plan in by_fn.items()):
+            return self
+        table = join_tables([plan.table for plan in by_fn.values()])
+        families = {("fn", fn): plan for fn, plan in by_fn.items()}
+        return dataclasses.replace(self, table=table, cache=families)
+
+    def sets(self) -> ReadSets:
+        """The reads as lists of rows, cached. ValueError where the queries of a read see different keys."""
+        if "sets" not in self.cache:
+            self.cache["sets"] = read_sets(self.reads, self.packed)
+        return self.cache["sets"]
+
+    def row_sets(self) -> ReadSets:
+        """:meth:`sets`, or, where the queries of a read see different keys, such reads split until they see the same;
+        cached."""
+        if not has_pairs(self.reads):
+            return self.sets()
+        if "row sets" not in self.cache:
+            self.cache["row sets"] = cell_sets(self.table)
+        return self.cache["row sets"]
 
     def _of(self, chosen: np.ndarray) -> AttentionPlan:
         reads = self.reads.of(chosen)

@@ -35,7 +35,8 @@ def pack_positions(layout: CanvasLayout, reads: Reads, banks: Sequence[Bank] = (
     Positions that no read uses are left out: nothing is projected, loaded or written for them. Positions that lie in
     the same boxes are interchangeable; they stand together. Within the region that claims them first they go by time
     and then by place, or by place and then by time (spatial tiles read over all frames want that), whichever gives
-    fewer intervals.
+    fewer intervals. Regions stand one after another, or side by side in every frame, smallest first, where boxes stay
+    whole by that and what reads one box lies in fewer intervals (then such rows make one taller rectangle).
     """
     box, position = _box_positions(layout, reads.boxes)
     n = layout.num_positions + sum(bank.size for bank in banks)
@@ -66,7 +67,27 @@ def pack_positions(layout: CanvasLayout, reads: Reads, banks: Sequence[Bank] = (
         other = _intervals(box, position, other_rank, len(reads.boxes))
         if len(other[0]) < len(intervals[0]):
             by_time, intervals = by_place, other
+    size = np.bincount(claim[used], minlength=int(claim.max(initial=0)) + 1)
+    if np.count_nonzero(size) > 1:
+        by_frame = np.lexsort((canvas, signature, claim, size[claim], time, unused))
+        other_rank = np.empty(n, np.int64)
+        other_rank[by_frame] = canvas
+        other = _intervals(box, position, other_rank, len(reads.boxes))
+        if len(other[0]) <= len(intervals[0]) and _readers(reads, *other) < _readers(reads, *intervals):
+            by_time, intervals = by_frame, other
     return PackedOrder(by_time[: int(used.sum())], *intervals)
+
+
+def _readers(reads: Reads, start: np.ndarray, stop: np.ndarray, ptr: np.ndarray) -> int:
+    """In how many intervals those positions lie that read the same box, summed over the boxes that are read."""
+    key, query = np.unique(np.stack([reads.part_k, reads.part_q]), axis=1)
+    owner, interval = expand_ranges(ptr[query], np.diff(ptr)[query])
+    key, start, stop = key[owner], start[interval], stop[interval]
+    by_key = np.lexsort((start, key))
+    # keys apart from one another on one line, so that one running maximum serves all
+    base = key[by_key] * (int(stop.max(initial=0)) + 2)
+    start, reach = base + start[by_key], np.maximum.accumulate(base + stop[by_key])
+    return int(len(start) and 1 + np.count_nonzero(start[1:] > reach[:-1]))
 
 
 def _box_positions(layout: CanvasLayout, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from canvas_kernels.table import BlockTable
@@ -49,6 +51,17 @@ def edge_table(reads: Reads, packed: PackedOrder, n_connections: int, replace: n
         edge=connection,
         replace=replace[connection],
     )
+
+
+def join_tables(tables: Sequence[BlockTable]) -> BlockTable:
+    """The rectangles of several tables over the same positions and edges as one table, segments apart. Edge form."""
+    if len(tables) == 1:
+        return tables[0]
+    names = ("q_start", "q_stop", "k_start", "k_stop", "weight", "edge", "replace")
+    columns = {name: np.concatenate([getattr(table, name) for table in tables]) for name in names}
+    first = np.cumsum([0] + [int(table.segment.max(initial=-1)) + 1 for table in tables])
+    segment = np.concatenate([table.segment + start for table, start in zip(tables, first)])
+    return BlockTable.from_rectangles("edge", tables[0].n_positions, tables[0].n_edges, segment=segment, **columns)
 
 
 def joint_table(reads: Reads, packed: PackedOrder) -> BlockTable:

@@ -27,7 +27,7 @@ SLAB_NS, SLAB_CELL_NS, SLAB_ROW_NS = 120e3, 4 * 1e3, 4 * 140.0
 # Rows that do not lie in one piece are copied together, thin cells side by side: the calls for each piece more, and a
 # row.
 PIECE_NS, COPY_NS = 20e3, 4 * 60.0
-# How many pieces the rows of a slab may have, for keys of at least THIN_SIDE and for fewer: each is tried, 0 joins none.
+# How many pieces the rows of a slab may have, for keys of at least THIN_SIDE and for fewer: all are tried. 0: no joins.
 JOINS = ((0, 0), (1, 1), (4, 4), (1, 0), (4, 0))
 # Cells with fewer rows or keys than this are copied side by side, others walked one by one or head by head where
 # several cells and heads meet. µs for a product over 28 (cell, head) of 8 × 256 as it lies 320, copied 253; of 64 × 64

@@ -1,0 +1,168 @@
+"""Softmax over some keys of each read, chosen by places alone, as a block table; and a choice drawn once for ever."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from canvas_kernels.ops import block_attention
+from canvas_kernels.table import BlockTable
+
+from ..plan import AttentionPlan
+from ..plan.pairs import choose_pairs, pair_rectangles
+from .softmax import CrossAttention
+
+_MASK64 = (1 << 64) - 1
+
+
+class ChosenKeys(CrossAttention):
+    """Cross attention whose queries see some of their read's keys, chosen by their places in it. Subclasses give
+    ``pairs``, and ``choice_key`` to name their choice."""
+
+    takes_pairs = False
+    # defined beside this class's own forward: see grouped.is_fused
+    attend = CrossAttention.attend
+
+    def pairs(self, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+        """(query, key), int64: the pairs that count among n queries and m keys, sorted, without repeats."""
+        raise NotImplementedError
+
+    def choice_key(self) -> tuple:
+        """Equal for equal choices."""
+        raise NotImplementedError
+
+    def chosen(self, plan: AttentionPlan) -> AttentionPlan:
+        """``plan`` with the pairs that count alone, cached on it."""
+        key = ("chosen", *self.choice_key())
+        if key not in plan.cache:
+            plan.cache[key] = choice = choose_pairs(plan, self.pairs)
+            choice.cache[key] = choice
+        return plan.cache[key]
+
+    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
+        """Makes the table of ``plan``, and its row scales on ``device``."""
+        self.chosen(plan).to(device)
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model); 0 for queries that
+        see no key."""
+        n, m = queries.shape[1], keys.shape[1]
+        rows = (self.q_proj(queries), self.k_proj(keys), self.v_proj(values))
+        # one canvas, the queries before the keys
+        q, k, v = (self._heads(F.pad(x, pad)) for x, pad in zip(rows, ((0, 0, 0, m), (0, 0, n, 0), (0, 0, n, 0))))
+        query, key = self.pairs(n, m)
+        read, q0, q1, k0, k1 = pair_rectangles(np.zeros(len(query), np.int64), query, n + key)
+        spans = {"q_start": q0, "q_stop": q1, "k_start": k0, "k_stop": k1}
+        ones = np.ones(len(read))
+        table = BlockTable.from_rectangles("edge", n + m, 1, **spans, segment=read, weight=ones, edge=read)
+        dropout_p = self.dropout if self.training else 0.0
+        out = block_attention(q, k, v, table, dropout_p=dropout_p)[:, :, :n].transpose(1, 2).flatten(2)
+        out = self.out_proj(out)
+        sees = torch.from_numpy(np.bincount(query, minlength=n) > 0).to(out.device)
+        return torch.where(sees[:, None], out, torch.zeros_like(out))
+
+    def weighted_values(
+        self,
+        x: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        gain: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """As :meth:`CrossAttention.weighted_values`, of the pairs that count."""
+        return super().weighted_values(
+            x, self.chosen(plan), gain=gain, active=active, row_scale=row_scale, backend=backend
+        )
+
+
+class RandomFixedAttention(ChosenKeys):
+    """Softmax over min(n_random, m) keys of a read, drawn for each query once and for ever from ``seed``.
+
+    ``seed`` is a saved int64 buffer, drawn from torch's generator unless given. The draw is a function of integers
+    (seed, the query's place in the read, m): equal after a reload and on every device.
+
+    >>> module = RandomFixedAttention(8, n_heads=2, n_random=2, seed=1)
+    >>> [keys.tolist() for keys in module.pairs(3, 9)]
+    [[0, 0, 1, 1, 2, 2], [3, 7, 2, 5, 2, 7]]
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int = 4,
+        dropout: float = 0.0,
+        n_random: int = 8,
+        *,
+        seed: int | None = None,
+    ):
+        super().__init__(d_model, n_heads, dropout)
+        if n_random < 1:
+            raise ValueError(f"n_random must be at least 1, got {n_random}")
+        self.n_random = n_random
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
+        self._prepared: list[tuple[AttentionPlan, torch.device | str]] = []
+        self._read_seed()
+
+    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
+        """Makes the table of ``plan``, and its row scales on ``device``; again when another seed is loaded."""
+        if not any(plan is known and device == other for known, other in self._prepared):
+            self._prepared.append((plan, device))
+        super().prepare(plan, device)
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._read_seed()
+        for plan, device in self._prepared:
+            super().prepare(plan, device)
+
+    def _read_seed(self) -> None:
+        """Takes the seed to the host; once for each time that the buffer is moved or written."""
+        self._host_seed, self._seen = int(self.seed), self._buffer_state()
+
+    def _buffer_state(self) -> tuple:
+        return (id(self.seed), None if self.seed.is_inference() else self.seed._version)
+
+    def choice_key(self) -> tuple:
+        # a compiler sees no versions; what is loaded tells of itself
+        if not torch.compiler.is_compiling() and self._seen != self._buffer_state():
+            self._read_seed()
+        return ("random", self.n_random, self._host_seed)
+
+    def draw(self, n: int, m: int) -> np.ndarray:
+        """int64 [n, min(n_random, m)]: each query's keys, ascending."""
+        _, _, seed = self.choice_key()
+        return np.sort(draw_keys(seed, n, m, min(self.n_random, m)), axis=1)
+
+    def pairs(self, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+        keys = self.draw(n, m)
+        return np.repeat(np.arange(n), keys.shape[1]), keys.reshape(-1)
+
+
+def draw_keys(seed: int, n: int, m: int, count: int) -> np.ndarray:
+    """int64 [n, count]: ``count`` distinct numbers below m for each of n queries, by Floyd's method: for each last =
+    m − count … m − 1 a number up to ``last``, or ``last`` itself if that was drawn before.
+
+    Numbers come from 64-bit words scrambled as splitmix64 does it, of (seed, query, m, last): a word depends on no
+    other draw. Fixed for ever, for saved models hold to it.
+    """
+    word = _scramble(np.uint64(seed & _MASK64))
+    word = _scramble(_scramble(word ^ np.arange(n, dtype=np.uint64)) ^ np.uint64(m))
+    drawn = np.empty((n, count), np.int64)
+    for place, last in enumerate(range(m - count, m)):
+        number = (_scramble(word ^ np.uint64(last)) % np.uint64(last + 1)).astype(np.int64)
+        repeated = (drawn[:, :place] == number[:, None]).any(1)
+        drawn[:, place] = np.where(repeated, last, number)
+    return drawn
+
+
+def _scramble(word: np.ndarray) -> np.ndarray:
+    """The next output of splitmix64 (Steele, Lea, Flood, 2014) from each uint64 state, modulo 2⁶⁴."""
+    with np.errstate(over="ignore"):
+        word = word + np.uint64(0x9E3779B97F4A7C15)
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return word ^ (word >> np.uint64(31))

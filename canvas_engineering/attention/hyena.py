@@ -1,0 +1,96 @@
+"""hyena: gated long convolutions of the keys, by FFT."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .memories import check_dropout
+
+
+class HyenaAttention(nn.Module):
+    """``order`` gated convolutions along the keys (Poli et al., 2023), with filters that are learned as spectra.
+
+        v, x_1 … = in_proj(x_k);  per order o: v ← irfft(rfft(v · σ(gate_o(x_o))) · filter_o);  out_proj(v)
+
+    The convolution is circular over the next power of two, its spectrum ``filter_o`` from bin 0 up. A read of n queries
+    over m ≠ n keys convolves n rows, row i the mean of keys ⌊i·m/n⌋ … ⌈(i + 1)·m/n⌉ − 1; the queries themselves count
+    for their number only. A power of two beyond ``max_len`` takes the spectrum interpolated linearly in frequency.
+
+    Time is O((n log n + m) · d_model) beside the projections, memory O((n + m) · d_model).
+
+    Args:
+        d_model: width of the canvas.
+        n_heads, dropout: taken for the sake of one signature; there are no heads and no attention probabilities.
+        order: number of gated convolutions.
+        max_len: rows that the spectra resolve; each has max_len // 2 + 1 bins.
+
+    >>> module = HyenaAttention(8, max_len=16)
+    >>> module(torch.randn(1, 3, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)).shape
+    torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0, order: int = 2, max_len: int = 4096):
+        super().__init__()
+        if order < 1 or max_len < 2:
+            raise ValueError(f"order must be at least 1 and max_len at least 2, got {order} and {max_len}")
+        check_dropout(dropout)
+        self.order = order
+        self.in_proj = nn.Linear(d_model, d_model * (order + 1))
+        # mean |bin|² is 1: a convolution keeps the variance
+        bins = (torch.randn(d_model, max_len // 2 + 1, 2) * 0.5**0.5 for _ in range(order))
+        self.filter_params = nn.ParameterList(nn.Parameter(part) for part in bins)
+        self.gates = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(order))
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """One read: n = queries.shape[1] rows made of keys (B, m, d_model), in order → (B, n, d_model).
+
+        ``values`` are not used: what is convolved is made of the keys.
+        """
+        n = queries.shape[1]
+        v, *gates = self.in_proj(average_to(keys, n)).chunk(self.order + 1, dim=-1)
+        length = 1 << (n - 1).bit_length()
+        wide = torch.promote_types(v.dtype, torch.float32)  # there is no 16-bit FFT on CPUs
+        for gate, x, spectrum in zip(self.gates, gates, self.filter_params):
+            bins = torch.view_as_complex(_resampled(spectrum.to(wide), length // 2 + 1).contiguous())  # [d, bins]
+            wave = torch.fft.rfft((v * torch.sigmoid(gate(x))).to(wide), n=length, dim=1)  # [B, bins, d]
+            v = torch.fft.irfft(wave * bins.t(), n=length, dim=1)[:, :n].to(x.dtype)
+        return self.out_proj(v)
+
+
+def _resampled(spectrum: torch.Tensor, bins: int) -> torch.Tensor:
+    """(d, K, 2) → (d, bins, 2): the first bins, or K bins interpolated linearly where more are wanted."""
+    last = spectrum.shape[1] - 1
+    if bins <= last + 1:
+        return spectrum[:, :bins]
+    place = torch.arange(bins, device=spectrum.device) * last  # in units of 1 / (bins − 1) of a bin
+    low = (place // (bins - 1)).clamp(max=last - 1)
+    first = -(-torch.arange(last, device=spectrum.device) * (bins - 1) // last)
+    # Every interval between two bins makes as many new ones as the fullest, and each new bin is taken from where it
+    # stands: so nothing is gathered twice, and the gradient is a copy.
+    room = -(-(bins - 1) // last) + 1
+    inside = torch.arange(bins, device=spectrum.device) - first[low]
+    ticks = (first[:, None] + torch.arange(room, device=spectrum.device)) * last - (bins - 1) * torch.arange(
+        last, device=spectrum.device
+    )[:, None]
+    share = (ticks / (bins - 1)).to(spectrum.dtype)[:, :, None]  # [K − 1, room, 1]
+    between = torch.lerp(spectrum[:, :-1, None], spectrum[:, 1:, None], share)
+    return between.flatten(1, 2).index_select(1, low * room + inside)
+
+
+def average_to(x: torch.Tensor, n: int) -> torch.Tensor:
+    """x (B, m, d) averaged to n rows: row i is the mean of rows ⌊i·m/n⌋ … ⌈(i + 1)·m/n⌉ − 1.
+
+    >>> average_to(torch.tensor([[[1.0], [2.0], [6.0]]]), 2).flatten().tolist()
+    [1.5, 4.0]
+    """
+    m = x.shape[1]
+    if m == n:
+        return x
+    if m % n == 0:
+        return x.unflatten(1, (n, m // n)).mean(2)
+    if n % m == 0:
+        return x.repeat_interleave(n // m, 1)
+    return F.adaptive_avg_pool1d(x.transpose(1, 2), n).transpose(1, 2)

@@ -1,0 +1,204 @@
+"""Functions that make a memory of the keys, which queries then read: the memory is made once for each set of keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from canvas_kernels.gathers import RowMap, gather_rows, sum_rows
+
+from ..plan import AttentionPlan
+from .grouped import coefficients, from_reads, query_places, rows_of, to_reads
+from .softmax import project_out
+
+
+def check_heads(d_model: int, n_heads: int, dropout: float) -> None:
+    """ValueError where heads do not divide the width, or the dropout is no probability below 1."""
+    if n_heads < 1 or d_model % n_heads:
+        raise ValueError(f"n_heads {n_heads} must divide d_model {d_model}")
+    check_dropout(dropout)
+
+
+def check_dropout(dropout: float) -> None:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+
+
+class MemoryAttention(nn.Module):
+    """out_projection(respond(query_features(x_q), summarise(key_features(x_k)))), the four of a subclass's own.
+
+    What depends on one position alone (the features) is computed once per position, whatever number of reads hold it;
+    ``summarise`` once for each distinct set of keys; the output projection once per position, after the weighted sum.
+
+    Class attributes:
+        takes_pairs: each query is served by itself and the order of keys does not count, so that masks of (query, key)
+            pairs may split a read into smaller ones.
+        causal: query i reads the first i + 1 rows of the memory at most, and these depend on as many keys.
+    """
+
+    takes_pairs = False
+    causal = False
+
+    def key_features(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """(…, d_model), twice → (…, F), position by position."""
+        raise NotImplementedError
+
+    def summarise(self, features: torch.Tensor) -> torch.Tensor:
+        """The features of a read's keys, (B, m, F) → its memory (B, rows, M)."""
+        raise NotImplementedError
+
+    def query_features(self, queries: torch.Tensor) -> torch.Tensor:
+        """(…, d_model) → (…, Q), position by position."""
+        raise NotImplementedError
+
+    def respond(self, features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """The features of a read's queries, (B, n, Q), and its memory → (B, n, d_model)."""
+        raise NotImplementedError
+
+    @property
+    def out_projection(self) -> nn.Linear:
+        """The last layer."""
+        return self.out_proj
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """One read: queries (B, n, d_model) over keys and values (B, m, d_model), in order → (B, n, d_model)."""
+        if self.causal:
+            keys, values = keys[:, : queries.shape[1]], values[:, : queries.shape[1]]
+        memory = self.summarise(self.key_features(keys, values))
+        return self.out_projection(self.respond(self.query_features(queries), memory))
+
+    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
+        """Makes the index tensors of ``plan`` on ``device``."""
+        shared_memories(plan, device)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        gain: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
+        bias_share: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """Every read of ``plan``, one call for all memories of a length and one for all reads of a shape; arguments and
+        result as for :meth:`CrossAttention.attend`."""
+        found = shared_memories(plan, x.device)
+        batch = x.shape[0]
+        rows = rows_of(x)
+        own = gather_rows(rows, found.key_rows).unflatten(1, (batch, -1))
+        keys = gather_rows(self.key_features(own, own).flatten(1), found.keys)
+        own = gather_rows(rows, found.query_rows).unflatten(1, (batch, -1))
+        queries = gather_rows(self.query_features(own).flatten(1), found.queries)
+        pieces = []
+        for group in found.groups:
+            features = to_reads(keys[group.start : group.start + group.sets * group.m], group.sets, batch)
+            memory = self.summarise(features[:, : group.longest] if self.causal else features)
+            shape = memory.shape[1:]
+            memory = memory.reshape(group.sets, -1)  # [sets, B · rows · M]
+            for part in group.parts:
+                taken = gather_rows(memory, part.of).reshape(part.reads * batch, *shape)
+                asking = to_reads(queries[part.start : part.start + part.reads * part.n], part.reads, batch)
+                pieces.append(from_reads(self.respond(asking, taken), part.reads, batch))
+        results = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        weighted = results * coefficients(found, plan, gain, active, row_scale)
+        out = sum_rows(weighted, found.queries).to(results.dtype).unflatten(1, (batch, -1)).transpose(0, 1)
+        if bias_share is not None:
+            bias_share = gather_rows(bias_share[:, None], found.query_rows)[:, 0]
+        out = project_out(self.out_projection, out, bias_share)
+        return sum_rows(rows_of(out), found.query_rows).unflatten(1, (batch, -1)).transpose(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """``reads`` reads with n queries each: their query places from ``start`` on, and ``of``, the key set of each within
+    its group."""
+
+    reads: int
+    n: int
+    start: int
+    of: RowMap
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryGroup:
+    """``sets`` key sets of m keys each: their key places from ``start`` on, the reads that want them, and the most
+    queries that one of those has, or m if that is fewer."""
+
+    sets: int
+    m: int
+    start: int
+    longest: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedMemories:
+    """A plan's reads by the sets of their keys, and those by length, as index tensors of one device.
+
+    Attributes:
+        groups: by m, their parts by n.
+        key_rows: RowMap of the distinct packed rows that are keys; keys: RowMap of the K key places over those.
+        query_rows, queries: the same of the S query places.
+        weight, scale_row, connections: of the query places, as in :class:`.grouped.ReadGroups`.
+    """
+
+    groups: tuple[MemoryGroup, ...]
+    key_rows: RowMap
+    keys: RowMap
+    query_rows: RowMap
+    queries: RowMap
+    weight: torch.Tensor
+    scale_row: torch.Tensor
+    connections: RowMap
+
+
+def shared_memories(plan: AttentionPlan, device: torch.device | str = "cpu") -> SharedMemories:
+    """Made once per plan and device. Reads whose queries see different keys are split into such as see the same."""
+    key = ("shared memories", str(device))
+    if key not in plan.cache:
+        sets = plan.row_sets()
+        n = sets.lengths(sets.queries)
+        used = np.unique(sets.keys)
+        used = used[np.argsort(sets.lengths(used), kind="stable")]
+        number = np.empty(len(sets.ptr) - 1, np.int64)
+        number[used] = np.arange(len(used))
+        read_set = number[sets.keys]
+        order = np.lexsort((read_set, n, sets.lengths(sets.keys)))
+        place, q_rows = sets.rows_of(sets.queries[order])
+        _, k_rows = sets.rows_of(used)
+        plan.cache[key] = SharedMemories(
+            _groups(sets.lengths(used), n[order], read_set[order], device),
+            *_distinct(k_rows, plan.n_packed, device),
+            *_distinct(q_rows, plan.n_packed, device),
+            *query_places(plan, sets, order[place], q_rows, device),
+        )
+    return plan.cache[key]
+
+
+def _groups(m: np.ndarray, n: np.ndarray, read_set: np.ndarray, device) -> tuple[MemoryGroup, ...]:
+    """From the ascending lengths m of key sets, and of each read its length and its set, reads in order of (m, n)."""
+    k_start, q_start = np.cumsum(m) - m, np.cumsum(n) - n
+    read_m = m[read_set]
+    groups = []
+    for length in np.unique(m):
+        first, stop = np.searchsorted(m, [length, length + 1])
+        low, high = np.searchsorted(read_m, [length, length + 1])
+        parts = []
+        for size in np.unique(n[low:high]):
+            begin, end = low + np.searchsorted(n[low:high], [size, size + 1])
+            of = RowMap.of(read_set[begin:end] - first, int(stop - first), device)
+            parts.append(Part(int(end - begin), int(size), int(q_start[begin]), of))
+        longest = min(int(length), parts[-1].n)
+        groups.append(MemoryGroup(int(stop - first), int(length), int(k_start[first]), longest, tuple(parts)))
+    return tuple(groups)
+
+
+def _distinct(rows: np.ndarray, size: int, device) -> tuple[RowMap, RowMap]:
+    """The distinct rows among ``size``, and where each of ``rows`` stands among them."""
+    found, place = np.unique(rows, return_inverse=True)
+    return RowMap.of(found, size, device), RowMap.of(place.reshape(-1), len(found), device)

@@ -1,0 +1,63 @@
+"""perceiver: keys compressed through learned latents, which the queries read."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .memories import MemoryAttention
+from .softmax import CrossAttention
+
+
+class PerceiverAttention(MemoryAttention):
+    """``n_latents`` learned rows attend over the keys (``compress``), and the queries over what these found
+    (``readout``), as in Perceiver IO (Jaegle et al., 2021): z = cross(latents → x_k), out = cross(x_q → z).
+
+    Time and memory are O((n + m) · n_latents): no query meets a key.
+
+    Args:
+        d_model: width of the canvas; n_heads must divide it.
+        n_heads: heads of both attentions.
+        dropout: probability of dropping an attention weight of either, in training.
+        n_latents: rows of the bottleneck.
+
+    >>> module = PerceiverAttention(8, n_heads=2)
+    >>> module(torch.randn(1, 3, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)).shape
+    torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0, n_latents: int = 8):
+        super().__init__()
+        if n_latents < 1:
+            raise ValueError(f"n_latents must be at least 1, got {n_latents}")
+        self.n_heads, self.dropout = n_heads, dropout
+        # rows of norm about one, and different: equal latents would stay equal
+        self.latents = nn.Parameter(torch.randn(1, n_latents, d_model) * d_model**-0.5)
+        self.compress = CrossAttention(d_model, n_heads, dropout)
+        self.readout = CrossAttention(d_model, n_heads, dropout)
+
+    @property
+    def out_projection(self) -> nn.Linear:
+        return self.readout.out_proj
+
+    def key_features(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What the latents see of each position, (…, 2 · d_model)."""
+        return torch.cat([self.compress.k_proj(keys), self.compress.v_proj(values)], -1)
+
+    def summarise(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, m, 2 · d_model) → what queries see of the latents' findings, (B, n_latents, 2 · d_model)."""
+        latents = self.compress.q_proj(self.latents).expand(len(features), -1, -1)
+        found = self.compress.out_proj(self._attention(latents, features))
+        return torch.cat([self.readout.k_proj(found), self.readout.v_proj(found)], -1)
+
+    def query_features(self, queries: torch.Tensor) -> torch.Tensor:
+        return self.readout.q_proj(queries)
+
+    def respond(self, features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        return self._attention(features, memory)
+
+    def _attention(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, dim=-1)))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,102 @@
+"""rwkv: averages of the keys' values with learned per-channel decay, as products with triangular matrices."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .memories import MemoryAttention, check_heads
+
+_CHUNK = 32
+# exp(−exp(8)) is 0 in float64 too, and powers of it stay finite.
+_FASTEST = 8.0
+
+
+def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor) -> torch.Tensor:
+    """S_t = Σ_{j<t} exp(log_keep)^(t−1−j) x_j along dim 1 of x (B, length, d); log_keep (d,), ≤ 0.
+
+    Each chunk is one product with a triangular matrix of powers per channel, whose last row is what the chunk hands on;
+    what chunks hand on is the same sum again, of a length 32 times smaller.
+
+    >>> decayed_sums(torch.ones(1, 4, 1), torch.tensor([0.5]).log()).flatten().tolist()
+    [0.0, 1.0, 1.5, 1.75]
+    """
+    batch, length, _ = x.shape
+    chunk = min(length, _CHUNK)
+    count = -(-length // chunk)
+    steps = torch.arange(chunk + 1, device=x.device)
+    age = steps[:, None] - 1 - steps[:chunk]  # [chunk + 1, chunk]
+    powers = torch.exp(log_keep[:, None, None] * age.clamp_min(0)) * (age >= 0)  # [d, chunk + 1, chunk]
+    chunks = F.pad(x, (0, 0, 0, count * chunk - length)).unflatten(1, (count, chunk))
+    sums = powers @ chunks.permute(3, 2, 0, 1).flatten(2)  # [d, chunk + 1, batch · count]
+    sums = sums.unflatten(2, (batch, count)).permute(2, 3, 1, 0)  # [batch, count, chunk + 1, d]
+    inside = sums[:, :, :chunk]
+    if count > 1:
+        before = decayed_sums(sums[:, :, chunk], log_keep * chunk)
+        fading = torch.exp(log_keep * steps[:chunk, None])  # [chunk, d]
+        inside = torch.addcmul(inside, fading, before[:, :, None])
+    return inside.flatten(1, 2)[:, :length]
+
+
+class RWKVAttention(MemoryAttention):
+    """The WKV average of RWKV-4 (Peng et al., 2023) along the keys, read by position: query i takes row i, the last row
+    beyond, behind a sigmoid of its own.
+
+        a_t = exp(clamp(k_t, ±10));  S, Z ← S · w + a_t v_t, Z · w + a_t with w = exp(−exp(decay))
+        y_t = (S_{t−1} + e^bonus a_t v_t) / (Z_{t−1} + e^bonus a_t + 1e-6)
+        out_i = out_proj(σ(r_proj x_q) · y_min(i, m − 1))
+
+    Time and memory are O((n + m) · d_model): chunks of 32 by triangular products.
+
+    Args:
+        d_model: width of the canvas; n_heads must divide it.
+        n_heads: heads; decay and bonus are (n_heads, d_model / n_heads), every channel its own.
+        dropout: taken for the sake of one signature; there are no attention probabilities to drop.
+
+    >>> module = RWKVAttention(8, n_heads=2)
+    >>> module(torch.randn(1, 3, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)).shape
+    torch.Size([1, 3, 8])
+    """
+
+    causal = True
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
+        super().__init__()
+        check_heads(d_model, n_heads, dropout)
+        self.r_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
+        # as in RWKV-4: decay from slow to fast over the channels, bonus about ln 0.3 and uneven
+        channel = torch.arange(d_model)
+        decay = -5 + 8 * (channel / max(d_model - 1, 1)) ** 0.7
+        bonus = math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1)
+        self.decay = nn.Parameter(decay.view(n_heads, -1))
+        self.bonus = nn.Parameter(bonus.view(n_heads, -1))
+
+    def key_features(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """k and v of each position, (…, 2 · d_model)."""
+        return torch.cat([self.k_proj(keys), self.v_proj(values)], -1)
+
+    def summarise(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, m, 2 · d_model) → the averages y (B, m, d_model)."""
+        k, v = features.chunk(2, dim=-1)
+        wide = torch.promote_types(v.dtype, torch.float32)  # sums of e^10 overflow float16
+        a, bonus = k.to(wide).clamp(-10, 10).exp(), self.bonus.flatten().to(wide)
+        own = torch.stack([a * v.to(wide), a])  # [2, B, m, d]: what S and what Z gain
+        log_keep = -self.decay.flatten().to(wide).clamp(max=_FASTEST).exp()
+        past = decayed_sums(own.flatten(0, 1), log_keep).unflatten(0, (2, -1))
+        # both sides divided by e^bonus where that is large, so that no bonus overflows
+        fade = torch.exp(-bonus.clamp_min(0))
+        top, bottom = past * fade + own * torch.exp(bonus.clamp(max=0))
+        return (top / (bottom + 1e-6 * fade)).to(v.dtype)
+
+    def query_features(self, queries: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.r_proj(queries))
+
+    def respond(self, features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        n, m = features.shape[1], memory.shape[1]
+        y = memory[:, :n]
+        if n > m:
+            y = torch.cat([y, memory[:, -1:].expand(-1, n - m, -1)], 1)
+        return features * y

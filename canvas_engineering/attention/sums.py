@@ -1,0 +1,313 @@
+"""Functions of sums over the keys of a read, which all of its queries share: linear attention, pooling; and copies.
+
+None of them touches a (query, key) pair: the cost goes with queries plus keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from canvas_kernels.gathers import BagMap, RowMap, gather_rows, sum_bags, sum_rows
+
+from ..plan import AttentionPlan
+from .grouped import coefficients, query_places, rows_of
+from .softmax import project_out
+
+LINEAR_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """``count`` sets of ``length`` rows each, one after another from place ``start``."""
+
+    count: int
+    length: int
+    start: int
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Its places among gathered ``rows`` (S, …): (count, length, …)."""
+        return rows[self.start : self.start + self.count * self.length].unflatten(0, (self.count, self.length))
+
+
+@dataclass(frozen=True, eq=False)
+class SharedKeys:
+    """A plan's reads, each distinct set of keys once.
+
+    Attributes:
+        key_sets: stretches of the K key places, of equal length each. keys: RowMap of the key places over packed rows.
+        bags: BagMap of the sets, in the same order. set_length: (sets, 1) float32.
+        reads: stretches of the S query places. queries: RowMap of the query places.
+        read_set: RowMap of the reads over key sets. place_read: RowMap of the query places over reads.
+        weight, scale_row, connections: of the query places, as in :class:`.grouped.ReadGroups`.
+    """
+
+    key_sets: tuple[Stretch, ...]
+    keys: RowMap
+    bags: BagMap
+    set_length: torch.Tensor
+    reads: tuple[Stretch, ...]
+    queries: RowMap
+    read_set: RowMap
+    place_read: RowMap
+    weight: torch.Tensor
+    scale_row: torch.Tensor
+    connections: RowMap
+
+
+def shared_keys(plan: AttentionPlan, device: torch.device | str = "cpu") -> SharedKeys:
+    """Made once per plan and device. ValueError where the queries of a read see different keys."""
+    key = ("shared keys", str(device))
+    if key not in plan.cache:
+        sets = plan.sets()
+        used = np.unique(sets.keys)
+        used = used[np.argsort(sets.lengths(used), kind="stable")]
+        number = np.empty(len(sets.ptr) - 1, np.int64)
+        number[used] = np.arange(len(used))
+        _, k_rows = sets.rows_of(used)
+        length = sets.lengths(used)
+        order = np.argsort(sets.lengths(sets.queries), kind="stable")
+        place, q_rows = sets.rows_of(sets.queries[order])
+        plan.cache[key] = SharedKeys(
+            _stretches(length),
+            RowMap.of(k_rows, plan.n_packed, device),
+            BagMap.of(k_rows, np.concatenate([[0], np.cumsum(length)]), plan.n_packed, device),
+            torch.from_numpy(length.astype(np.float32))[:, None].to(device),
+            _stretches(sets.lengths(sets.queries[order])),
+            RowMap.of(q_rows, plan.n_packed, device),
+            RowMap.of(number[sets.keys[order]], len(used), device),
+            RowMap.of(place, len(order), device),
+            *query_places(plan, sets, order[place], q_rows, device),
+        )
+    return plan.cache[key]
+
+
+def _stretches(lengths: np.ndarray) -> tuple[Stretch, ...]:
+    """Of ascending lengths."""
+    values, counts = np.unique(lengths, return_counts=True)
+    starts = np.cumsum(values * counts) - values * counts
+    return tuple(Stretch(*numbers) for numbers in zip(counts.tolist(), values.tolist(), starts.tolist()))
+
+
+def _check_heads(d_model: int, n_heads: int) -> None:
+    if n_heads < 1 or d_model % n_heads:
+        raise ValueError(f"n_heads {n_heads} must divide d_model {d_model}")
+
+
+class LinearAttention(nn.Module):
+    """φ(q)·Σ_j φ(k_j) v_jᵀ / (φ(q)·Σ_j φ(k_j) + 1e-6) with φ = elu + 1, and biased projections as
+    :class:`CrossAttention` has.
+
+    The sums are taken once for each distinct set of keys. ``dropout`` has no probabilities to act on here.
+
+    >>> module = LinearAttention(8, n_heads=2)
+    >>> module(torch.randn(1, 3, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)).shape
+    torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
+        super().__init__()
+        _check_heads(d_model, n_heads)
+        self.n_heads = n_heads
+        self.dropout = dropout
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
+
+    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
+        """Makes the index tensors of ``plan`` on ``device``."""
+        shared_keys(plan, device)
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
+        q, k, v = (
+            proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            for proj, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
+        )
+        with torch.autocast(q.device.type, enabled=False):
+            out = _normalised(_feature(q), _key_sums(_feature(k), _wide(v)))
+        return self.out_proj(out.to(q.dtype).transpose(1, 2).flatten(2))
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        gain: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
+        bias_share: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """Every read of ``plan``; arguments and result as for :meth:`CrossAttention.attend`."""
+        found = shared_keys(plan, x.device)
+        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
+        projected = F.linear(x, weight, bias)
+        batch, dtype = x.shape[0], projected.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            # the sums of 16-bit inputs are taken in float32
+            q, k, v = _wide(projected).chunk(3, dim=-1)
+            q, k, v = rows_of(_feature(q)), rows_of(_feature(k)), rows_of(v)
+            k, v = gather_rows(k, found.keys), gather_rows(v, found.keys)
+            # [sets, B, heads, head_dim, head_dim + 1]
+            sums = [_key_sums(self._split(s.of(k), batch), self._split(s.of(v), batch)) for s in found.key_sets]
+            sums = torch.cat(sums)
+            sums = gather_rows(sums.flatten(1), found.read_set).unflatten(1, sums.shape[1:])
+            q, pieces, first = gather_rows(q, found.queries), [], 0
+            for stretch in found.reads:
+                own = sums[first : first + stretch.count]
+                first += stretch.count
+                # [reads, B, heads, n, head_dim] → [reads · n, B · d]
+                out = _normalised(self._split(stretch.of(q), batch), own)
+                pieces.append(out.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1))
+            results = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            results = results * coefficients(found, plan, gain, active, row_scale)
+            out = sum_rows(results, found.queries).unflatten(1, (batch, -1)).transpose(0, 1)
+        return project_out(self.out_proj, out.to(dtype), bias_share)
+
+    def _split(self, rows: torch.Tensor, batch: int) -> torch.Tensor:
+        """[sets, m, B · d] as [sets, B, heads, m, head_dim]."""
+        return rows.unflatten(2, (batch, self.n_heads, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _feature(x: torch.Tensor) -> torch.Tensor:
+    return F.elu(_wide(x)) + 1
+
+
+def _key_sums(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[…, m, D] φ(k) and v → […, D, D + 1]: Σ φ(k_j) v_jᵀ, and Σ φ(k_j) as the last column."""
+    return torch.cat([k.transpose(-1, -2) @ v, k.sum(-2)[..., None]], -1)
+
+
+def _normalised(q: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """[…, n, D] φ(q) and […, D, D + 1] → […, n, D]."""
+    out = q @ sums
+    return out[..., :-1] / (out[..., -1:] + LINEAR_EPSILON)
+
+
+class PoolingAttention(nn.Module):
+    """proj(mean of the keys), the same for every query of a read. ``n_heads`` and ``dropout`` have nothing to act on.
+
+    >>> module = PoolingAttention(2)
+    >>> _ = nn.init.eye_(module.proj.weight), nn.init.zeros_(module.proj.bias)
+    >>> keys = torch.tensor([[[1.0, 2.0], [3.0, 6.0]]])
+    >>> module(torch.zeros(1, 1, 2), keys, keys).tolist()
+    [[[2.0, 4.0]]]
+    """
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
+        super().__init__()
+        self.proj = nn.Linear(d_model, d_model)
+
+    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
+        """Makes the index tensors of ``plan`` on ``device``."""
+        shared_keys(plan, device)
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """One read: the projected mean of ``values`` (B, m, d_model) for each of the queries (B, n, d_model)."""
+        return self.proj(values.mean(1, keepdim=True)).expand(-1, queries.shape[1], -1)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        gain: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
+        bias_share: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """Every read of ``plan``; arguments and result as for :meth:`CrossAttention.attend`. One projection for each
+        distinct set of keys, whose bias needs no share: it is weighed with the rest."""
+        found = shared_keys(plan, x.device)
+        batch = x.shape[0]
+        means = sum_bags(rows_of(x), found.bags) / found.set_length.to(x.dtype)
+        # [sets, B, d]
+        pooled = self.proj(means.unflatten(1, (batch, -1)))
+        by_read = gather_rows(pooled.flatten(1), found.read_set)
+        results = gather_rows(by_read, found.place_read) * coefficients(found, plan, gain, active, row_scale)
+        return sum_rows(results, found.queries).unflatten(1, (batch, -1)).transpose(0, 1)
+
+
+class CopyAttention(nn.Module):
+    """Query i takes key i as it is; zeros where there are fewer keys. No parameters.
+
+    >>> CopyAttention(1)(torch.zeros(1, 3, 1), *[torch.tensor([[[1.0], [2.0]]])] * 2).flatten().tolist()
+    [1.0, 2.0, 0.0]
+    """
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
+        super().__init__()
+
+    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
+        """Makes the index tensors of ``plan`` on ``device``."""
+        copies(plan, device)
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """One read: the first n rows of ``values`` (B, m, d_model), zeros beyond → (B, n, d_model)."""
+        n = queries.shape[1]
+        return F.pad(values[:, :n], (0, 0, 0, max(0, n - values.shape[1])))
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        gain: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
+        bias_share: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """Every read of ``plan``; arguments and result as for :meth:`CrossAttention.attend`. There is no bias."""
+        found = copies(plan, x.device)
+        results = gather_rows(rows_of(x), found.sources) * coefficients(found, plan, gain, active, row_scale)
+        return sum_rows(results, found.targets).unflatten(1, (x.shape[0], -1)).transpose(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Rows that queries take: RowMaps of C places over packed rows, and what :func:`.grouped.coefficients` wants."""
+
+    sources: RowMap
+    targets: RowMap
+    weight: torch.Tensor
+    scale_row: torch.Tensor
+    connections: RowMap
+
+
+def copies(plan: AttentionPlan, device: torch.device | str = "cpu") -> Copies:
+    """Made once per plan and device. ValueError where the queries of a read see different keys."""
+    key = ("copies", str(device))
+    if key not in plan.cache:
+        sets = plan.sets()
+        taken = np.minimum(sets.lengths(sets.queries), sets.lengths(sets.keys))
+        read = np.repeat(np.arange(len(taken)), taken)
+        nth = np.arange(len(read)) - (np.cumsum(taken) - taken)[read]
+        targets, sources = (sets.rows[sets.ptr[side[read]] + nth] for side in (sets.queries, sets.keys))
+        maps = (RowMap.of(rows, plan.n_packed, device) for rows in (sources, targets))
+        plan.cache[key] = Copies(*maps, *query_places(plan, sets, read, targets, device))
+    return plan.cache[key]
+
+
+class NoneAttention(nn.Module):
+    """What "none" declares: an edge that does not run. Zeros for every query; a dispatcher makes no read of it at all.
+
+    >>> NoneAttention(2)(torch.ones(1, 1, 2), *[torch.ones(1, 3, 2)] * 2).tolist()
+    [[[0.0, 0.0]]]
+    """
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
+        super().__init__()
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Zeros like the queries (B, n, d_model)."""
+        return torch.zeros_like(queries)

@@ -1,0 +1,211 @@
+"""Softmax over a window that slides along the keys of a read.
+
+The torch path cuts the queries of a read into blocks, gathers the keys that a block sees and masks inside it, so that
+pairs outside of the band are hardly ever computed. Triton and the reference run the same windows as a block table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from canvas_kernels.gathers import RowMap, gather_rows, sum_rows
+from canvas_kernels.tiling import expand_ranges
+
+from ..plan import AttentionPlan
+from .chosen import ChosenKeys
+from .grouped import coefficients, query_places
+
+# Queries of one block of a window of at most as many keys, and at most.
+LEAST_BLOCK, LARGEST_BLOCK = 16, 128
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """How one shape of read is cut: Q blocks of C query places and K key places, counted inside the read.
+
+    ``query`` int64 [Q, C] and ``key`` int64 [Q, K], any place where a block has fewer; ``seen`` bool [Q, C, K], which
+    pairs count; ``counts`` bool [Q, C]: whether the place is a query that has keys. One that has none sees everything,
+    for a softmax of nothing is no number.
+    """
+
+    query: np.ndarray
+    key: np.ndarray
+    seen: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class BlockGroup:
+    """``reads`` reads cut alike into ``blocks`` blocks of ``rows`` × ``keys``, from those places on. ``bias`` float32
+    [blocks, 1, 1, rows, keys], 0 where a pair counts and −inf where it does not."""
+
+    reads: int
+    blocks: int
+    rows: int
+    keys: int
+    q_start: int
+    k_start: int
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockedReads:
+    """All reads of a plan, cut: RowMaps of the query and key places over packed rows, and what
+    :func:`.grouped.coefficients` wants, with weight 0 at places that do not count."""
+
+    groups: tuple[BlockGroup, ...]
+    queries: RowMap
+    keys: RowMap
+    weight: torch.Tensor
+    scale_row: torch.Tensor
+    connections: RowMap
+
+
+def block_reads(plan: AttentionPlan, cut, device: torch.device | str) -> BlockedReads:
+    """Cuts every read of ``plan``; ``cut(n, m)`` gives the :class:`Blocks` of those of n queries and m keys."""
+    sets = plan.sets()
+    n, m = sets.lengths(sets.queries), sets.lengths(sets.keys)
+    shapes, shape = np.unique(np.stack([n, m], 1), axis=0, return_inverse=True)
+    groups, parts, q_start, k_start = [], [], 0, 0
+    for number, (rows, keys) in enumerate(shapes.tolist()):
+        blocks = cut(rows, keys)
+        reads = (shape.reshape(-1) == number).nonzero()[0]
+        q_rows, k_rows = (
+            sets.rows[sets.ptr[side[reads]][:, None] + place.reshape(-1)].reshape(-1)
+            for side, place in ((sets.queries, blocks.query), (sets.keys, blocks.key))
+        )
+        owner = np.repeat(reads, blocks.query.size)
+        parts.append((q_rows, k_rows, owner, np.tile(blocks.counts.reshape(-1), len(reads))))
+        bias = torch.zeros(blocks.seen.shape).masked_fill_(torch.from_numpy(~blocks.seen), -math.inf)
+        shape_of = (len(blocks.query), blocks.query.shape[1], blocks.key.shape[1])
+        groups.append(BlockGroup(len(reads), *shape_of, q_start, k_start, bias[:, None, None].to(device)))
+        q_start += len(q_rows)
+        k_start += len(k_rows)
+    q_rows, k_rows, owner, counts = (np.concatenate(column) for column in zip(*parts))
+    weight, scale_row, connections = query_places(plan, sets, owner, q_rows, device)
+    weight = weight * torch.from_numpy(counts).to(weight)
+    maps = (RowMap.of(rows, plan.n_packed, device) for rows in (q_rows, k_rows))
+    return BlockedReads(tuple(groups), *maps, weight, scale_row, connections)
+
+
+def attend_blocks(q, k, v, found: BlockedReads, factor: torch.Tensor, scale: float, dropout_p: float) -> torch.Tensor:
+    """Σ over reads of ``factor`` · softmax over the pairs that count: q, k, v (B, heads, n, D) → (n, B, heads, D)."""
+    batch, heads, _, dim = q.shape
+    # places, B, heads, D
+    q = gather_rows(_by_row(q), found.queries).unflatten(1, (batch, heads, dim))
+    k, v = (gather_rows(_by_row(x), found.keys).unflatten(1, (batch, heads, dim)) for x in (k, v))
+    pieces = []
+    for g in found.groups:
+        units = g.reads * g.blocks
+        queries = _blocks(q, g.q_start, units, g.rows)
+        keys, values = (_blocks(x, g.k_start, units, g.keys) for x in (k, v))
+        # [units, B, heads, rows, keys]
+        logits = scale * (queries @ keys.transpose(-1, -2))
+        logits = (logits.unflatten(0, (g.reads, g.blocks)) + g.bias.to(logits.dtype)).flatten(0, 1)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        p = F.dropout(torch.softmax(logits, -1, dtype=wide).to(values.dtype), dropout_p, training=dropout_p > 0)
+        pieces.append((p @ values).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1))
+    results = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    return sum_rows(results * factor, found.queries).unflatten(1, (batch, heads, dim))
+
+
+def _by_row(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(2, 0, 1, 3).flatten(1)
+
+
+def _blocks(x: torch.Tensor, start: int, units: int, length: int) -> torch.Tensor:
+    """[units, B, heads, length, D] of gathered places (S, B, heads, D)."""
+    return x[start : start + units * length].unflatten(0, (units, length)).permute(0, 2, 3, 1, 4)
+
+
+class LocalAttention(ChosenKeys):
+    """Softmax over a window: query i of n sees the keys j of m with |i − floor(j·n/m)| ≤ window_size // 2, both counted
+    inside the read in canvas order.
+
+    A query whose window holds no key (there may be some where n > m) has no read there: nothing is added, and the
+    connection's weight does not count for it.
+
+    >>> module = LocalAttention(8, n_heads=2, window_size=2)
+    >>> [keys.tolist() for keys in module.pairs(3, 3)]
+    [[0, 0, 1, 1, 1, 2, 2], [0, 1, 0, 1, 2, 1, 2]]
+    """
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0, window_size: int = 8):
+        super().__init__(d_model, n_heads, dropout)
+        if window_size < 0:
+            raise ValueError(f"window_size must not be negative, got {window_size}")
+        self.window_size = window_size
+
+    def choice_key(self) -> tuple:
+        return ("window", self.window_size // 2)
+
+    def refine(self, plan: AttentionPlan) -> AttentionPlan:
+        """The plan whose weights count: without the reads of queries that see no key."""
+        return self.chosen(plan)
+
+    def blocked(self, plan: AttentionPlan, device: torch.device | str) -> BlockedReads:
+        """``plan`` cut into blocks, cached on it."""
+        key = ("blocked", *self.choice_key(), str(device))
+        if key not in plan.cache:
+            plan.cache[key] = block_reads(plan, self.cut, device)
+        return plan.cache[key]
+
+    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
+        """Makes the table and the index tensors of ``plan`` on ``device``."""
+        super().prepare(plan, device)
+        self.blocked(self.chosen(plan), device)
+
+    def weighted_values(
+        self,
+        x: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        gain: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """As :meth:`CrossAttention.weighted_values`; "auto" is the torch path on every device."""
+        if backend not in ("auto", "torch"):
+            return super().weighted_values(x, plan, gain=gain, active=active, row_scale=row_scale, backend=backend)
+        chosen = self.chosen(plan)
+        found = self.blocked(chosen, x.device)
+        q, k, v = self._project(x)
+        factor = coefficients(found, chosen, gain, active, row_scale)
+        dropout_p = self.dropout if self.training else 0.0
+        out = attend_blocks(q, k, v, found, factor, q.shape[-1] ** -0.5, dropout_p)
+        # (n, B, heads, D) → (B, n, d)
+        return out.flatten(2).transpose(0, 1).to(v.dtype)
+
+    def _bounds(self, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [n]: the keys [low, high) of each query."""
+        i, reach = np.arange(n), self.window_size // 2
+        # floor(j·n/m) ≥ a exactly where j ≥ ceil(a·m/n)
+        low, high = (np.clip(-(-edge * m // n), 0, m) for edge in (i - reach, i + reach + 1))
+        return low, high
+
+    def pairs(self, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+        low, high = self._bounds(n, m)
+        return expand_ranges(low, high - low)
+
+    def cut(self, n: int, m: int) -> Blocks:
+        """The same pairs as blocks of neighbouring queries."""
+        low, high = self._bounds(n, m)
+        size = 1 << self.window_size.bit_length()
+        size = min(n, max(LEAST_BLOCK, min(LARGEST_BLOCK, size)))
+        query = np.arange(0, n, size)[:, None] + np.arange(size)
+        inside = query < n
+        query = np.minimum(query, n - 1)
+        # windows move one way: a block sees from its first row's low to its last row's high
+        first = low[query[:, 0]]
+        width = max(1, int((high[query[:, -1]] - first).max()))
+        key = first[:, None] + np.arange(width)
+        seen = (key[:, None] >= low[query][:, :, None]) & (key[:, None] < high[query][:, :, None])
+        counts = inside & seen.any(2)
+        seen |= ~counts[:, :, None]
+        return Blocks(query, np.minimum(key, m - 1), seen, counts)

@@ -1,0 +1,80 @@
+"""Plans of functions that choose, from the shape of a read alone, which keys each query sees: windows, fixed draws."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from canvas_kernels.table import BlockTable
+
+from . import AttentionPlan
+
+# Of n queries over m keys of a read: (query, key) of every pair that counts, int64, sorted by both and without repeats.
+Choice = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+
+
+def choose_pairs(plan: AttentionPlan, choice: Choice) -> AttentionPlan:
+    """The plan with only the pairs that ``choice(n, m)`` keeps of each read of n queries and m keys, both counted
+    inside the read in canvas order. Queries that keep no key lose the read: its weight does not count for them.
+
+    Host only; cost and memory go with the pairs that are kept.
+
+    Raises:
+        ValueError: a read whose queries see different keys.
+    """
+    sets = plan.sets()
+    n, m = sets.lengths(sets.queries), sets.lengths(sets.keys)
+    shapes, shape = np.unique(np.stack([n, m], 1), axis=0, return_inverse=True)
+    parts = []
+    for number, (rows, keys) in enumerate(shapes.tolist()):
+        query, key = choice(rows, keys)
+        reads = (shape.reshape(-1) == number).nonzero()[0]
+        # [reads, pairs] packed rows
+        q_row, k_row = (
+            sets.rows[sets.ptr[side[reads]][:, None] + place]
+            for side, place in ((sets.queries, query), (sets.keys, key))
+        )
+        parts.append(tuple(a.reshape(-1) for a in (np.broadcast_to(reads[:, None], q_row.shape), q_row, k_row)))
+    read, q_row, k_row = (np.concatenate([np.zeros(0, np.int64), *column]) for column in zip(*parts))
+    read, q0, q1, k0, k1 = pair_rectangles(read, q_row, k_row)
+    connection = sets.connection[read]
+    table = BlockTable.from_rectangles(
+        "edge",
+        plan.n_packed,
+        plan.n_connections,
+        q_start=q0,
+        q_stop=q1,
+        k_start=k0,
+        k_stop=k1,
+        segment=read,
+        weight=sets.weight[read],
+        edge=connection,
+        replace=plan.replace[connection],
+    )
+    return dataclasses.replace(plan, table=table, cache={})
+
+
+def pair_rectangles(read: np.ndarray, q_row: np.ndarray, k_row: np.ndarray):
+    """Distinct (read, query row, key row) triples as rectangles ``(read, q_start, q_stop, k_start, k_stop)``: runs of
+    keys, and consecutive query rows of equal runs together."""
+    order = np.lexsort((k_row, q_row, read))
+    read, q_row, k_row = read[order], q_row[order], k_row[order]
+    first = _breaks((read, q_row), k_row).nonzero()[0]
+    read, q_row, k0 = read[first], q_row[first], k_row[first]
+    k1 = k_row[np.append(first[1:], len(k_row)) - 1] + 1 if len(first) else k0
+    order = np.lexsort((q_row, k1, k0, read))
+    read, q_row, k0, k1 = read[order], q_row[order], k0[order], k1[order]
+    first = _breaks((read, k0, k1), q_row).nonzero()[0]
+    q1 = q_row[np.append(first[1:], len(q_row)) - 1] + 1 if len(first) else q_row[first]
+    return read[first], q_row[first], q1, k0[first], k1[first]
+
+
+def _breaks(same: tuple[np.ndarray, ...], step: np.ndarray) -> np.ndarray:
+    """bool: where a run begins, of equal values in ``same`` along which ``step`` grows by one."""
+    fresh = np.ones(len(step), bool)
+    fresh[1:] = step[1:] != step[:-1] + 1
+    for values in same:
+        fresh[1:] |= values[1:] != values[:-1]
+    return fresh

@@ -1,0 +1,230 @@
+"""Every fused attention function: one read against its equations, and mixed in a dispatcher against sums over reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from canvas_engineering import AttentionDispatcher, CanvasLayout, CanvasTopology, Connection, MaskSpec, create_attention
+from tests import family_oracle, oracle
+from tests.strategies import canvases
+
+D_MODEL, HEADS = 12, 3
+TABLES = ("cross_attention", "self_attention", "cogvideox", "cosine_attention", "gated")
+CHOSEN = ("local_attention", "random_fixed")
+SUMS = ("linear_attention", "pooling", "pooling_attention", "copy")
+FNS = TABLES + SUMS + CHOSEN
+
+
+def randomise(module):
+    """Parameters of N(0, 0.5²), in float64; what starts elsewhere than around 0 stays around there."""
+    for name, parameter in module.named_parameters():
+        nn.init.normal_(parameter, mean=3.0 if name.endswith("temperature") else 0.0, std=0.5)
+    return module.double()
+
+
+def state(module):
+    """Tensors by name, differentiable."""
+    return {**dict(module.named_buffers()), **dict(module.named_parameters())}
+
+
+def same(got, expected, leaves, tolerance):
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    grad = torch.randn_like(expected)
+    found = torch.autograd.grad(got, leaves, grad, allow_unused=True) if got.requires_grad else [None] * len(leaves)
+    wanted = [None] * len(leaves)
+    if expected.requires_grad:
+        wanted = torch.autograd.grad(expected, leaves, grad, allow_unused=True)
+    for a, b in zip(found, wanted):
+        a, b = (torch.zeros((), dtype=torch.float64) if g is None else g for g in (a, b))
+        torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=10 * tolerance, atol=10 * tolerance)
+
+
+# -- one read ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (7, 3), (1, 1), (9, 9), (40, 2)])
+@pytest.mark.parametrize("fn", FNS)
+def test_one_read_is_the_equation(fn, shape):
+    torch.manual_seed(0)
+    module = randomise(create_attention(fn, D_MODEL, HEADS))
+    x_q, x_k = (torch.randn(2, rows, D_MODEL, dtype=torch.float64, requires_grad=True) for rows in shape)
+    expected = family_oracle.oracle(fn, state(module), x_q, x_k, HEADS)
+    same(module(x_q, x_k, x_k), expected, [x_q, x_k, *module.parameters()], 1e-11)
+
+
+QKVO = {f"{name}_proj.{part}" for name in ("q", "k", "v", "out") for part in ("weight", "bias")}
+NAMES = {
+    "cross_attention": QKVO,
+    "self_attention": QKVO,
+    "cogvideox": QKVO,
+    "cosine_attention": QKVO | {"temperature"},
+    "gated": {f"cross_attn.{name}" for name in QKVO} | {"gate"},
+    "linear_attention": QKVO,
+    "pooling": {"proj.weight", "proj.bias"},
+    "pooling_attention": {"proj.weight", "proj.bias"},
+    "copy": set(),
+    "local_attention": QKVO,
+    "random_fixed": QKVO | {"seed"},
+    "none": set(),
+}
+
+
+@pytest.mark.parametrize("fn", NAMES)
+def test_state_dicts_have_the_published_names(fn):
+    module = create_attention(fn, 8, n_heads=2, dropout=0.1)
+    assert set(module.state_dict()) == NAMES[fn]
+
+
+def test_published_values_at_the_start():
+    assert create_attention("cosine_attention", 8).temperature.item() == 10.0
+    assert create_attention("cosine_attention", 8).temperature.shape == ()
+    assert create_attention("gated", 8).gate.tolist() == [0.0]
+    zeros = create_attention("none", 8)(torch.ones(2, 3, 8), torch.ones(2, 4, 8), torch.ones(2, 4, 8))
+    assert torch.equal(zeros, torch.zeros(2, 3, 8))
+
+
+def test_lengths_of_16_bit_vectors_neither_overflow_nor_vanish():
+    module = create_attention("cosine_attention", 8, n_heads=2).half()
+    with torch.no_grad():
+        for size in (3e-4, 1e3):
+            q, k = module._logit_factors(*(torch.full((1, 2, 3, 4), size, dtype=torch.float16) for _ in range(2)))
+            torch.testing.assert_close((q * k).sum(-1), torch.full((1, 2, 3), 10.0).half(), rtol=2e-3, atol=0)
+
+
+# -- dispatchers -------------------------------------------------------------------------------------------------------
+
+
+def randomised(layout, topology, **options):
+    torch.manual_seed(1)
+    return randomise(AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS, **options))
+
+
+def oracle_step(dispatcher, x, active=None):
+    return family_oracle.step(
+        dispatcher.topology,
+        oracle.reads(dispatcher.layout, dispatcher.topology),
+        dispatcher.plan.fns,
+        {fn: state(module) for fn, module in dispatcher.fn_modules.items()},
+        x,
+        HEADS,
+        gates=dispatcher.edge_gates,
+        active=active,
+    )
+
+
+def check_step(canvas, choose, batch, **options):
+    layout, topology = canvas
+    dispatcher = randomised(layout, topology, **options)
+    x = torch.randn(batch, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    names = sorted(layout.regions)[:1] if choose else None
+    active = None if names is None else [c.src in names for c in topology.connections]
+    # weights and row scales are float32
+    same(dispatcher(x, names), oracle_step(dispatcher, x, active), [x, *dispatcher.parameters()], 1e-6)
+
+
+MODES = ("add", "replace", "gate")
+
+
+@settings(max_examples=12)
+@given(data=st.data(), choose=st.booleans(), batch=st.integers(1, 2))
+@pytest.mark.parametrize("fn", [fn for fn in FNS if fn not in ("self_attention", "cogvideox", "pooling_attention")])
+def test_reads_of_one_function_are_the_oracle(fn, data, choose, batch):
+    check_step(data.draw(canvases(60, pairs=False, write_modes=MODES, fns=(fn,))), choose, batch)
+
+
+@settings(max_examples=40)
+@given(canvas=canvases(60, pairs=False, write_modes=MODES, fns=(*FNS, None, "none")), choose=st.booleans())
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_functions_mix_freely(backend, canvas, choose):
+    check_step(canvas, choose, 1, backend=backend)
+
+
+@settings(max_examples=15)
+@given(canvas=canvases(40, pairs=True, write_modes=MODES, fns=TABLES))
+def test_masks_of_pairs_suit_functions_that_weigh_pairs(canvas):
+    layout, topology = canvas
+    dispatcher = randomised(layout, topology)
+    x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64)
+    total, weight = torch.zeros_like(x), torch.zeros(x.shape[1], dtype=torch.float64)
+    reads = oracle.reads(layout, topology)
+    modes = [c.write_mode for c in topology.connections]
+    gated = [i for i, mode in enumerate(modes) if mode == "gate"]
+    replaced = {q for read in reads if modes[read.connection] == "replace" for q in read.keys}
+    for read in reads:
+        fn = dispatcher.plan.fns[read.connection]
+        share = read.weight
+        if read.connection in gated:
+            share = share * torch.sigmoid(dispatcher.edge_gates[gated.index(read.connection)])
+        for query, keys in read.keys.items():
+            if modes[read.connection] == "replace" or query not in replaced:
+                one = family_oracle.oracle(fn, state(dispatcher.fn_modules[fn]), x[:, [query]], x[:, list(keys)], HEADS)
+                total = total.index_add(1, torch.tensor([query]), share * one)
+                weight[query] += read.weight
+    expected = torch.where(weight[:, None] > 0, total / weight.clamp_min(1e-300)[:, None], x)
+    torch.testing.assert_close(dispatcher(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def two_regions(*connections, width=4):
+    regions = {"a": (0, 2, 0, 1, 0, width), "b": (0, 2, 1, 2, 0, width)}
+    layout = CanvasLayout(T=2, H=2, W=width, d_model=D_MODEL, regions=regions)
+    return layout, CanvasTopology(list(connections))
+
+
+@pytest.mark.parametrize("fn", SUMS + CHOSEN)
+def test_a_mask_of_pairs_is_refused_where_keys_are_summed(fn):
+    pairs = MaskSpec("sparse", pattern=tuple(tuple(i == j for j in range(8)) for i in range(8)))
+    with pytest.raises(ValueError, match=rf"connection 0, 'a' reads 'b' by '{fn}'.*such as cross_attention"):
+        randomised(*two_regions(Connection("a", "b", fn=fn, mask=pairs)))
+
+
+@pytest.mark.parametrize("fn", SUMS)
+def test_a_named_backend_without_kernels_is_refused(fn):
+    with pytest.raises(ValueError, match=f"backend 'triton' does not run '{fn}': auto, torch, reference do"):
+        randomised(*two_regions(Connection("a", "b", fn=fn)), backend="triton")
+
+
+def test_a_step_compiles_whole_and_backward_repeats_its_bits():
+    torch._dynamo.reset()
+    edges = [Connection(a, b, fn=fn, t_src=0, t_dst=0, write_mode="gate") for fn in FNS for a in "ab" for b in "ab"]
+    dispatcher = randomised(*two_regions(*edges))
+    x = torch.randn(2, 16, D_MODEL, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(dispatcher, fullgraph=True, backend="aot_eager")
+    leaves = [x, *dispatcher.parameters()]
+    runs = [torch.autograd.grad(run(x).square().sum(), leaves) for run in (compiled, dispatcher, dispatcher)]
+    for a, b, c in zip(*runs):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        assert torch.equal(b, c)
+
+
+@pytest.mark.parametrize("fn", FNS)
+def test_bfloat16_is_as_near_as_the_module_on_one_read(fn):
+    dispatcher = randomised(*two_regions(Connection("a", "b", fn=fn), width=32))
+    x = torch.randn(1, 128, D_MODEL, dtype=torch.float64)
+    expected = oracle_step(dispatcher, x)
+    dispatcher, low = dispatcher.bfloat16(), x.bfloat16()
+    (module,) = dispatcher.fn_modules.values()
+    out = dispatcher(low)
+    assert out.dtype == torch.bfloat16
+    queries = torch.cat([torch.arange(32), torch.arange(64, 96)])
+    keys = queries + 32
+    plain = module(low[:, queries], low[:, keys], low[:, keys])
+    scale = expected[:, queries].abs().max()
+    errors = [((y.double() - expected[:, queries]).abs().max() / scale).item() for y in (out[:, queries], plain)]
+    assert errors[0] <= 2 * errors[1] + 1e-9 and errors[1] < 0.05
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_that_many_reads_share_are_summed_once():
+    from canvas_engineering.attention.sums import shared_keys
+
+    layout, topology = two_regions(Connection("a", "b", fn="linear_attention", t_src=0), Connection("b", "b"))
+    dispatcher = randomised(layout, topology)
+    found = shared_keys(dispatcher._plans["linear_attention"])
+    assert [(s.count, s.length) for s in found.reads] == [(2, 4)]
+    assert [(s.count, s.length) for s in found.key_sets] == [(1, 8)]
