@@ -1,5 +1,6 @@
 """Declare regions of latent space and who reads whom; train through the block-sparse attention that follows."""
 
+from canvas_engineering.action_heads import ActionHead
 from canvas_engineering.attention import (
     ATTENTION_REGISTRY,
     CogVideoXAttention,
@@ -33,6 +34,7 @@ from canvas_engineering.canvas import (
     SpatiotemporalCanvas,
     transfer_distance,
 )
+from canvas_engineering.checkpoint import load_loop_checkpoint, save_loop_checkpoint
 from canvas_engineering.clock_ir import (
     And,
     BoundaryExpr,
@@ -49,11 +51,25 @@ from canvas_engineering.clock_ir import boundary as clock_boundary
 from canvas_engineering.clock_ir import on as clock_on
 from canvas_engineering.clock_ir import periodic as clock_periodic
 from canvas_engineering.compiler import CompiledProgram, ProgramCompiler, load_exported
+from canvas_engineering.cogvideox import (
+    CanvasAttnProcessor,
+    LoopedCogVideoXBlock,
+    PixelBox,
+    cogvideox_layout,
+    dense_topology,
+    detect_inner_dim,
+    measure_topology,
+    tile_topology,
+    window_topology,
+)
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
 from canvas_engineering.cortex import CortexRegistry, CortexSpec
+from canvas_engineering.curriculum import CurriculumScheduler
 from canvas_engineering.dispatch import AttentionDispatcher
+from canvas_engineering.graft import freeze_full, freeze_half, graft_looped_blocks, ungraft
 from canvas_engineering.identity import IdentitySpec, SlotBindingModule
 from canvas_engineering.learning import FAMILY_DEFAULTS, default_learning
+from canvas_engineering.looped_block import LoopedBlockWrapper
 from canvas_engineering.masks import MaskSpec, Rect, mask_to_index_pairs, rect_cover
 from canvas_engineering.plan import AttentionPlan, compile_attention
 from canvas_engineering.program import (
@@ -82,6 +98,7 @@ from canvas_engineering.semantic import (
     compute_semantic_embeddings,
     program_distance,
 )
+from canvas_engineering.sharpening import SharpeningSchedule
 from canvas_engineering.types import (
     DEFAULT_WIRING,
     BoundField,
@@ -191,4 +208,24 @@ __all__ = [
     "RegionScheduler",
     "ResidualAccumulator",
     "ResidualSpec",
+    # graft
+    "LoopedBlockWrapper",
+    "LoopedCogVideoXBlock",
+    "detect_inner_dim",
+    "CanvasAttnProcessor",
+    "PixelBox",
+    "cogvideox_layout",
+    "dense_topology",
+    "measure_topology",
+    "tile_topology",
+    "window_topology",
+    "graft_looped_blocks",
+    "ungraft",
+    "freeze_full",
+    "freeze_half",
+    "CurriculumScheduler",
+    "SharpeningSchedule",
+    "ActionHead",
+    "load_loop_checkpoint",
+    "save_loop_checkpoint",
 ]
