@@ -51,6 +51,7 @@ from canvas_engineering.clock_ir import MaxSilence as ClockMaxSilence
 from canvas_engineering.clock_ir import boundary as clock_boundary
 from canvas_engineering.clock_ir import on as clock_on
 from canvas_engineering.clock_ir import periodic as clock_periodic
+from canvas_engineering.compiler import CompiledProgram, ProgramCompiler, load_exported
 from canvas_engineering.cogvideox import (
     CanvasAttnProcessor,
     LoopedCogVideoXBlock,
@@ -178,6 +179,9 @@ __all__ = [
     # plan
     "AttentionPlan",
     "compile_attention",
+    "CompiledProgram",
+    "ProgramCompiler",
+    "load_exported",
     # run
     "ATTENTION_REGISTRY",
     "CogVideoXAttention",
