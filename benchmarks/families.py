@@ -162,8 +162,8 @@ def scaling_rows(fn: str, sizes: tuple[int, ...] = SIZES) -> list[dict]:
 
 
 def gate(module: nn.Module, expected: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
-    """The largest error of outputs and gradients against ``expected`` in float64, relative to the largest value of each.
-    Raises :class:`Disagreement` over 1e-5."""
+    """The largest error of outputs and gradients against ``expected`` in float64, relative to the largest value of
+    each. Raises :class:`Disagreement` over 1e-5."""
     results = []
     upstream = torch.randn(inputs[0].shape)
     for one, dtype in ((module, torch.float32), (expected.double(), torch.float64)):
@@ -318,8 +318,8 @@ def document(rows: list[dict]) -> str:
     for fn in names:
         row = scaling[fn, "64 queries"]
         lines.append(
-            f"| {fn} | {row['time_exponent']:.2f} | {row['memory_exponent']:.2f} | {_time(row['seconds'][-1]['p10'])} | "
-            f"{row['peak_bytes'][-1] / 2**20:.0f} |"
+            f"| {fn} | {row['time_exponent']:.2f} | {row['memory_exponent']:.2f} | "
+            f"{_time(row['seconds'][-1]['p10'])} | {row['peak_bytes'][-1] / 2**20:.0f} |"
         )
     lines += ["", "Where the measure is not the claim:", ""]
     lines += [f"- {fn}: {note}." for fn, note in NOTES.items() if fn in names]
@@ -327,8 +327,8 @@ def document(rows: list[dict]) -> str:
         "",
         f"## Scans against loops over positions (d_model {WIDTH})",
         "",
-        "The indexed loop takes `x[:, t]` at every step, which autograd answers with a tensor of zeros per step; the cut "
-        "loop takes its inputs apart once. Outputs and gradients agree to 1e-5 with the loop in float64.",
+        "The indexed loop takes `x[:, t]` at every step, which autograd answers with a tensor of zeros per step; the "
+        "cut loop takes its inputs apart once. Outputs and gradients agree to 1e-5 with the loop in float64.",
         "",
         "| function | queries | keys | contestant | ms | time / ours |",
         "|---|---|---|---|---|---|",
