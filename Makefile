@@ -30,10 +30,11 @@ demo: $(READY) ## CartPole end to end: record, declare, train, compare, draw; OU
 test: $(READY) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q $(ARGS)
 
-bench: $(READY) ## the dispatcher against a per-edge loop and a dense mask, plans, and CogVideoX's attention
+bench: $(READY) ## the dispatcher against a per-edge loop and a dense mask, plans, CogVideoX's attention; README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cogvideox
+	@$(RUN) -m benchmarks.readme
 
 oldest: $(READY) ## CogVideoX's tests against the oldest diffusers that is supported
 	@scripts/oldest.sh
