@@ -50,7 +50,6 @@ from canvas_engineering.clock_ir import MaxSilence as ClockMaxSilence
 from canvas_engineering.clock_ir import boundary as clock_boundary
 from canvas_engineering.clock_ir import on as clock_on
 from canvas_engineering.clock_ir import periodic as clock_periodic
-from canvas_engineering.compiler import CompiledProgram, ProgramCompiler, load_exported
 from canvas_engineering.cogvideox import (
     CanvasAttnProcessor,
     LoopedCogVideoXBlock,
@@ -62,6 +61,7 @@ from canvas_engineering.cogvideox import (
     tile_topology,
     window_topology,
 )
+from canvas_engineering.compiler import CompiledProgram, ProgramCompiler, load_exported
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
 from canvas_engineering.cortex import CortexRegistry, CortexSpec
 from canvas_engineering.curriculum import CurriculumScheduler
