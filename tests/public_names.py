@@ -76,6 +76,7 @@ PUBLIC_NAMES = {
         "ResidualSpec",
         "SemanticConditioner",
         "SharpeningSchedule",
+        "SigmoidAttention",
         "SinusoidalPositionalEncoding3D",
         "SinusoidalPositionalEncodingND",
         "SlotBindingModule",
@@ -137,6 +138,7 @@ PUBLIC_NAMES = {
         "PoolingAttention",
         "RWKVAttention",
         "RandomFixedAttention",
+        "SigmoidAttention",
         "SparseAttention",
         "canvas_attention",
         "create_attention",
@@ -147,6 +149,7 @@ PUBLIC_NAMES = {
         "canvas_attention",
     ),
     "canvas_engineering.attention.scan": (
+        "decayed_sums",
         "selective_scan",
     ),
     "canvas_engineering.canvas": (

@@ -33,6 +33,10 @@ def trained(kind="2b", loops=3, num_layers=2, **options):
     return model
 
 
+def version(text):
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
 def run(model, kind="2b", **options):
     return model(**inputs(kind, **options))[0]
 
@@ -334,6 +338,8 @@ def test_group_offload(offload_type):
     with torch.no_grad():
         expected = run(model)
         options = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+        if version(diffusers.__version__) < (0, 36) and not torch.cuda.is_available():
+            pytest.skip("before 0.36, diffusers offloads groups only where there is an accelerator")
         model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=offload_type, **options)
         assert torch.equal(run(model), expected)
 

@@ -13,7 +13,7 @@ from tests import family_oracle, oracle
 from tests.strategies import canvases
 
 D_MODEL, HEADS = 12, 3
-TABLES = ("cross_attention", "self_attention", "cogvideox", "cosine_attention", "gated")
+TABLES = ("cross_attention", "self_attention", "cogvideox", "cosine_attention", "sigmoid_attention", "gated")
 CHOSEN = ("local_attention", "random_fixed")
 SUMS = ("linear_attention", "pooling", "pooling_attention", "copy")
 FNS = TABLES + SUMS + CHOSEN
@@ -64,6 +64,7 @@ NAMES = {
     "cosine_attention": QKVO | {"temperature"},
     "gated": {f"cross_attn.{name}" for name in QKVO} | {"gate"},
     "linear_attention": QKVO,
+    "sigmoid_attention": QKVO,
     "pooling": {"proj.weight", "proj.bias"},
     "pooling_attention": {"proj.weight", "proj.bias"},
     "copy": set(),
