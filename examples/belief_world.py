@@ -37,7 +37,7 @@ from canvas_engineering import (
     compile_program,
 )
 
-TOKENS, D_MODEL, HEADS, BLOCKS = 32, 32, 4, 2
+TOKENS, D_MODEL, HEADS, BLOCKS = 4, 32, 4, 2
 FORCES = (3.0, 30.0)
 CHANGE_EVERY, SILENCE = 60, 40
 THOUGHT = ("memory", "belief")
@@ -46,18 +46,19 @@ THOUGHT = ("memory", "belief")
 class World:
     """Field by field: what was seen lately, what is made of it, and the moment."""
 
-    def __init__(self, window: int) -> None:
-        self.belief = Field(2, TOKENS // 2, family="state", tags=("belief",))
-        self.memory = Field(window, TOKENS, family="memory")
+    def __init__(self, window: int, tokens: int) -> None:
+        self.belief = Field(2, 8, family="state", tags=("belief",))
+        self.memory = Field(window, tokens, family="memory")
         self.error = Field(1, 4, family="residual")
         self.moment = Field(1, 2, family="observation")
         self.action = Field(1, 1, family="action")
 
 
-def declare(window: int) -> tuple[BoundSchema, CanvasProgram]:
-    """The canvas, and how its edges behave: everything goes through the belief; errors correct it behind a learned gate
-    while there are any to speak of, and the action is what the belief makes of it."""
-    bound, program = compile_program(World(window), d_model=D_MODEL, connectivity=ConnectivityPolicy("star"))
+def declare(window: int, tokens: int = TOKENS) -> tuple[BoundSchema, CanvasProgram]:
+    """The canvas of so many transitions, at so many positions each, and how its edges behave: everything goes through
+    the belief; errors correct it behind a learned gate while there are any to speak of, and the action is what the
+    belief makes of it."""
+    bound, program = compile_program(World(window, tokens), d_model=D_MODEL, connectivity=ConnectivityPolicy("star"))
     program.connections["belief", "error"] = ConnectionProgram("correct", "moment.prediction > 0.05", "gate")
     program.connections["action", "belief"] = ConnectionProgram("act")
     return bound, program
@@ -123,14 +124,15 @@ class Thinker(nn.Module):
     def __init__(self, bound: BoundSchema, program: CanvasProgram, window: int):
         super().__init__()
         topology, layout = bound.topology, bound.layout
+        tokens = layout.region_numel("memory") // window
         self.summary = ResidualAccumulator(["moment"], ResidualSpec(decay=0.5))
         self.norms = nn.ModuleList(nn.LayerNorm(D_MODEL) for _ in range(BLOCKS))
         options = {"program": program, "residual_accumulator": self.summary}
         self.blocks = nn.ModuleList(
             AttentionDispatcher(topology, layout, D_MODEL, HEADS, **options) for _ in range(BLOCKS)
         )
-        self.transition = nn.Linear(9, TOKENS * D_MODEL)
-        self.place = nn.Parameter(0.02 * torch.randn(window * TOKENS, D_MODEL))
+        self.transition = nn.Linear(9, tokens * D_MODEL)
+        self.place = nn.Parameter(0.02 * torch.randn(window * tokens, D_MODEL))
         self.belief = nn.Parameter(0.02 * torch.randn(layout.region_numel("belief"), D_MODEL))
         self.moment, self.error = nn.Linear(5, 2 * D_MODEL), nn.Linear(4, 4 * D_MODEL)
         self.action = nn.Linear(1, D_MODEL)
@@ -151,7 +153,7 @@ class Thinker(nn.Module):
             "action": self.action(action).unflatten(1, (1, -1)),
         }
         if active is None or "memory" in active:
-            written["memory"] = self.transition(window).unflatten(2, (TOKENS, -1)).flatten(1, 2) + self.place
+            written["memory"] = self.transition(window).unflatten(2, (-1, D_MODEL)).flatten(1, 2) + self.place
         if active is None or "belief" in active:
             written["belief"] = self.belief.expand(len(state), -1, -1)
         for name, content in written.items():
@@ -167,7 +169,20 @@ class Thinker(nn.Module):
         return canvas, drift + action * push
 
 
-def train(model: Thinker, motion: Motion, steps: int, batch: int = 4) -> None:
+def enlarged(model: Thinker, window: int, times: int) -> Thinker:
+    """The same function on a canvas with every position of the memory ``times`` over: of equal keys, attention takes
+    the mean. It stands for a memory as large as a camera's would be, without the hours that training one takes."""
+    bound, program = declare(window, TOKENS * times)
+    found, state = Thinker(bound, program, window), model.state_dict()
+    state["place"] = state["place"].repeat_interleave(times, 0)
+    for name in ("transition.weight", "transition.bias"):
+        by_token = state[name].unflatten(0, (TOKENS, D_MODEL))
+        state[name] = by_token.repeat_interleave(times, 0).flatten(0, 1)
+    found.load_state_dict(state)
+    return found
+
+
+def train(model: Thinker, motion: Motion, steps: int, batch: int = 16) -> None:
     """Predictions with a fresh belief, with one that is some steps old, and with one that errors correct."""
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=max(steps, 1))
@@ -252,19 +267,21 @@ def typical_error(model: Thinker, motion: Motion, quantile: float) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("belief_world", description=__doc__)
-    parser.add_argument("--steps", type=int, default=250, help="of training")
+    parser.add_argument("--steps", type=int, default=200, help="of training")
     parser.add_argument("--window", type=int, default=24, help="transitions in the memory")
-    parser.add_argument("--length", type=int, default=300, help="steps of motion to compare on")
+    parser.add_argument("--times", type=int, default=20, help="copies of the memory's positions when comparing")
+    parser.add_argument("--length", type=int, default=200, help="steps of motion to compare on")
     options = parser.parse_args(argv)
     torch.manual_seed(0)
     bound, program = declare(options.window)
-    print(f"{program.summary()}\n{bound.summary().splitlines()[0]}")
     motion, spread = Motion.of(8_000, 0, options.window)
     model = Thinker(bound, program, options.window)
-    print(f"attention: {model.blocks[0].plan.summary()}")
     train(model, motion, options.steps)
+    model = enlarged(model, options.window, options.times)
+    bound, program = declare(options.window, TOKENS * options.times)
+    print(f"{program.summary()}\n{bound.summary()}\n{model.blocks[0].plan.summary()}")
     quiet, _ = Motion.of(options.window + max(20, options.length // 4), 1, options.window, spread)
-    threshold = typical_error(model.eval(), quiet, 0.75)
+    threshold = typical_error(model.eval(), quiet, 0.85)
     stream, _ = Motion.of(options.window + options.length, 2, options.window, spread)
     ways = {"always": None, "when surprised": scheduled(program, threshold), "once": scheduled(program, 1e9)}
     runs = compare(model, stream, ways)
