@@ -35,8 +35,8 @@ def measured(dispatcher: list[dict], plan_cost: list[dict]) -> str:
             lines.append(f"| {WORDS[row['case']]} | {row['positions']:,} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Compiling the plan, cold: {seconds['computer_use'] * 1e3:.0f} ms for a computer-use canvas of 16,384 positions,",
-        f"{seconds['video of 256 frames']:.2f} s for a causal video of 1,048,576.",
+        f"Compiling the plan, cold: {1e3 * seconds['computer_use']:.0f} ms for a computer-use canvas of 16,384",
+        f"positions, {seconds['video of 256 frames']:.2f} s for a causal video of 1,048,576.",
     ]
     return "\n".join(lines) + "\n"
 
