@@ -31,7 +31,7 @@ from canvas_kernels.configs import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOAT32_POINTERS = ("lse_ptr", "lse2_ptr", "delta_ptr", "weight_ptr", "row_scale_ptr")
+FLOAT32_POINTERS = ("lse_ptr", "lse2_ptr", "delta_ptr", "weight_ptr", "row_scale_ptr", "factor_ptr")
 DOTS = {"forward": 2, "delta": 2, "dq": 3, "dkv": 4}
 SPILL_FREE_UP_TO = 128
 RESULTS = ("registers", "resident", "spilled", "shared", "wgmma", "copies", "seconds", "faults")
@@ -114,9 +114,13 @@ def _signature(launch: Launch):
     """The kernel, and its arguments as a call with aligned tensors would specialise them."""
     from canvas_kernels.backward import dkv_kernel, dq_kernel, edge_delta_kernel
     from canvas_kernels.forward import forward_kernel
+    from canvas_kernels.sigmoid_kernels import sigmoid_dkv_kernel, sigmoid_dq_kernel, sigmoid_forward_kernel
 
-    function = {"forward": forward_kernel, "delta": edge_delta_kernel, "dq": dq_kernel, "dkv": dkv_kernel}[launch.stage]
-    values = {"JOINT": launch.form == "joint", "SIGNED": launch.signed, "HEAD_DIM": launch.head_dim}
+    softmax = {"forward": forward_kernel, "delta": edge_delta_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+    sigmoid = {"forward": sigmoid_forward_kernel, "dq": sigmoid_dq_kernel, "dkv": sigmoid_dkv_kernel}
+    function = (sigmoid if launch.form == "sigmoid" else softmax)[launch.stage]
+    values = {"JOINT": launch.form == "joint", "SIGNED": launch.signed, "GAINS": launch.signed}
+    values |= {"HEAD_DIM": launch.head_dim}
     values |= {"BLOCK_D": configs.block_d(launch.head_dim)}
     values |= {"BLOCK_M": launch.config.block_m, "BLOCK_N": launch.config.block_n}
     signature, constants, attributes = {}, {}, {}

@@ -5,6 +5,7 @@ A task is one head dimension, dtype and form; its table is laid out so that ever
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ RESULTS = ("out", "dq", "dk", "dv", "dgain")
 
 
 class Task(NamedTuple):
-    """One check. ``gained`` (edge form) adds gains of every sign and an inactive edge."""
+    """One check. ``form`` "sigmoid" is the edge form without a normaliser. ``gained`` (not in joint form) adds gains of
+    every sign and an inactive edge."""
 
     head_dim: int
     dtype: torch.dtype
@@ -32,7 +34,7 @@ class Task(NamedTuple):
 
 def tasks(positions: int, head_dims=HEAD_DIMS, dtypes=DTYPES) -> list[Task]:
     """Every combination, the slow ones to compile first."""
-    forms = (("joint", False), ("edge", False), ("edge", True))
+    forms = (("joint", False), ("edge", False), ("edge", True), ("sigmoid", False), ("sigmoid", True))
     by_size = sorted(head_dims, reverse=True)
     return [Task(d, dtype, form, gained, positions) for d in by_size for dtype in dtypes for form, gained in forms]
 
@@ -69,10 +71,14 @@ def run_task(task: Task, device: str) -> dict:
     q, k, v, grad_out = (torch.randn(shape, generator=generator, device=device).to(task.dtype) for _ in range(4))
     gain = torch.tensor([1.2, -0.7, 0.0, 0.9], device=device) if task.gained else None
     active = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device) if task.gained else None
-    row_scale = table.row_scale(active, device) if task.form == "edge" else None
+    row_scale = None if task.form == "joint" else table.row_scale(active, device)
     options = dict(scale=task.head_dim**-0.5, gain=gain, active=active, row_scale=row_scale)
 
     def compute():
+        if task.form == "sigmoid":
+            out = launch.sigmoid_forward(q, k, v, table, **options)
+            gradients, dgain = launch.sigmoid_backward(grad_out, q, k, v, table, **options, need_gain=task.gained)
+            return dict(zip(RESULTS, (out, *gradients, dgain)))
         out, lse = launch.forward(q, k, v, table, **options)
         gradients, dgain = launch.backward(grad_out, q, k, v, out, lse, table, **options, need_gain=task.gained)
         return dict(zip(RESULTS, (out, *gradients, dgain)))
@@ -80,6 +86,7 @@ def run_task(task: Task, device: str) -> dict:
     found, again = compute(), compute()
     faults = [f"{name}: two runs differ" for name in RESULTS if not _same(found[name], again[name])]
     faults += _unused(table, task, device) if device == "cuda" else []
+    options["activation"] = "sigmoid" if task.form == "sigmoid" else "softmax"
     exact = _with_gradients(_reference, torch.float64, q, k, v, grad_out, table, options)
     plain = None
     if task.dtype != torch.float32:
@@ -99,7 +106,7 @@ def run_task(task: Task, device: str) -> dict:
 def _unused(table: BlockTable, task: Task, device: str) -> list[str]:
     """Configurations that the table gives no tile: they would pass unseen."""
     missing = []
-    stages = ("forward", "dq", "dkv") if task.form == "joint" else ("forward", "delta", "dq", "dkv")
+    stages = ("forward", "delta", "dq", "dkv") if task.form == "edge" else ("forward", "dq", "dkv")
     for stage in stages:
         found = configs.lookup(launch.arch_of(torch.device(device)), task.head_dim, task.dtype, stage, task.form)
         tilings = table.device_tilings(device, configs.classes(found), stage == "dkv")
@@ -123,7 +130,7 @@ def _reference(q, k, v, table, options):
 
 
 def _dense(q, k, v, table, options):
-    """The plain implementation whose rounding sets the budget: dense, in the inputs' dtype, a softmax per segment."""
+    """The plain implementation whose rounding sets the budget: dense, in the inputs' dtype, segment by segment."""
     out = torch.zeros_like(q)
     for segment in range(int(table.segment.max()) + 1):
         rectangles = np.flatnonzero(table.segment == segment)
@@ -137,6 +144,7 @@ def _dense(q, k, v, table, options):
             weight[rows, table.k_start[r] : table.k_stop[r]] = float(table.weight[r])
         logits = options["scale"] * (q[:, :, first:last] @ k.transpose(-1, -2))
         logits = logits.masked_fill(weight == 0, torch.finfo(q.dtype).min)
+        activate = torch.sigmoid if options["activation"] == "sigmoid" else functools.partial(torch.softmax, dim=-1)
         factor = (weight > 0).any(1).to(q.dtype)
         if table.form == "joint":
             logits = logits + torch.where(weight > 0, weight, 1.0).log().to(q.dtype)
@@ -144,7 +152,7 @@ def _dense(q, k, v, table, options):
             factor = factor * (table.weight[rectangles[0]] * options["row_scale"][kind, first:last]).to(q.dtype)
             factor = factor if options["gain"] is None else factor * options["gain"][edge]
         rows = torch.arange(first, last, device=q.device)
-        out = out.index_add(2, rows, factor[:, None] * (logits.softmax(-1) @ v))
+        out = out.index_add(2, rows, factor[:, None] * (activate(logits) @ v))
     return out
 
 

@@ -1,27 +1,43 @@
-"""AttentionDispatcher: a topology as a layer, one fused call per attention function."""
+"""AttentionDispatcher: a topology as a layer, under a program, one fused call per attention function."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from canvas_kernels.rows import join_rows, split_rows
 
-from .attention import BACKENDS, create_attention
+from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
 from .attention.grouped import attend_grouped, fit, is_fused, prepare
-from .canvas import CanvasLayout
+from .canvas import ATTENTION_TYPES, CanvasLayout
+from .canvas.tensor import parameter_key
 from .connectivity import CanvasTopology
-from .plan import compile_attention
+from .cortex import CortexRegistry
+from .identity import SlotBindingModule
+from .plan import AttentionPlan, compile_attention
+from .program import CanvasProgram
+from .residuals import ResidualAccumulator, TriggerFlags
 
 __all__ = ["AttentionDispatcher"]
 
 _ACTIVITY_CACHE_SIZE = 256
 
 
+@dataclass(frozen=True, eq=False)
+class _Errors:
+    """A connection whose output, less what asked for it, goes into the residual summary of ``region``."""
+
+    number: int
+    region: str
+    fn: str
+    plan: AttentionPlan
+
+
 class AttentionDispatcher(nn.Module):
-    """Runs every connection of a topology on a canvas tensor, in edge form (semantics, section 4).
+    """Runs every connection of a topology on a canvas tensor, in edge form (semantics, sections 4 and 5).
 
     At each position the outputs of its reads are averaged by weight, out_i = Σ_r a_r f_r(i) / Σ_r w_r, with a_r = w_r,
     or w_r·σ(g) on a connection of write mode "gate" with its learned g; where a "replace" read is in force, only
@@ -29,21 +45,29 @@ class AttentionDispatcher(nn.Module):
 
     Args:
         topology, layout: the declaration. Connections to regions that the layout lacks are skipped with one
-        UserWarning. d_model: width of the canvas tensor.
+            UserWarning.
+        d_model: width of the canvas tensor.
         n_heads: heads of each attention function; must divide d_model.
         dropout: on attention weights, in training.
         skip_temporal: read every connection as dense in time.
+        residual_accumulator: gets, after each step, attended − queries of every connection that ran and whose dst has
+            the carrier "residual", if it keeps that region; triggers read its summaries as they stood before.
+        program: its connection programs give functions, write modes, masks and triggers to the connections of their
+            pairs; regions with an identity are read through a bank of slots.
+        cortex: edges inside one cortex that name no function run its ``local_backend``.
         backend: "auto", "triton", "torch" or "reference"; see :func:`canvas_attention`.
 
     Attributes:
         plan: the compiled :class:`AttentionPlan`.
         fn_modules: ModuleDict by function name, one module shared by the connections of that function.
         edge_gates: (gate connections,) parameter, zeros at first; None where no connection gates.
+        slot_modules: ModuleDict of the banks, by region name with ``.`` as ``__`` and brackets as ``_``.
+
+    A step that is computed again, as activation checkpointing does, updates the summaries again.
 
     Raises:
         ValueError: an attention function that is not registered, n_heads that do not divide d_model, an unknown
-        backend, or
-            a mask that does not fit its regions.
+            backend, a mask that does not fit its regions, or a program that cannot be run.
 
     >>> from canvas_engineering import CanvasLayout, CanvasTopology
     >>> layout = CanvasLayout(T=2, H=2, W=2, d_model=16, regions={"a": (0, 2, 0, 1, 0, 2)})
@@ -61,14 +85,17 @@ class AttentionDispatcher(nn.Module):
         n_heads: int = 4,
         dropout: float = 0.0,
         skip_temporal: bool = False,
-        *,
+        residual_accumulator: ResidualAccumulator | None = None,
+        program: CanvasProgram | None = None,
+        cortex: CortexRegistry | None = None,
         backend: str = "auto",
     ):
         super().__init__()
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        _check_kinds(residual_accumulator, program, cortex)
         self.topology, self.layout, self.d_model, self.backend = topology, layout, d_model, backend
-        self.plan = plan = compile_attention(layout, topology, dense_in_time=skip_temporal)
+        self.plan = plan = compile_attention(layout, topology, program, cortex=cortex, dense_in_time=skip_temporal)
         reading = {plan.fns[c] for c in plan.reads.connection}
         self.fn_modules = nn.ModuleDict()
         self._plans = {}
@@ -81,17 +108,20 @@ class AttentionDispatcher(nn.Module):
                 connection = plan.connections[plan.fns.index(fn)]
                 raise ValueError(f"connection {connection.src!r} reads {connection.dst!r}: {error}") from None
             self._plans[fn] = fit(fn, self.fn_modules[fn], plan.for_fn(fn), layout, backend)
-        self.plan = plan = plan.refined(self._plans)
+        compiled, self.plan = plan, plan.refined(self._plans)
+        plan = self.plan
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
-        self._in_canvas_order = plan.in_canvas_order
+        order = plan.rows("order")
+        self._n_rows = n_rows = int((order < layout.num_positions).sum())
+        self._in_canvas_order = n_rows == layout.num_positions and bool((order[:-1] < order[1:]).all())
         reads = torch.zeros(plan.n_packed, 1, dtype=torch.bool)
         reads[plan.rows("reading")] = True
-        self._every_row_reads = bool(reads.all())
+        self._every_row_reads = bool(reads[:n_rows].all())
         index = {
-            "_order": plan.rows("order"),
-            "_reads": reads,
+            "_order": order[:n_rows],
+            "_reads": reads[:n_rows],
             "_gates": torch.tensor(gates, dtype=torch.int64),
             "_source_region": torch.tensor([regions.get(c.src, 0) for c in plan.connections], dtype=torch.int64),
         }
@@ -99,6 +129,12 @@ class AttentionDispatcher(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self._region_number = regions
         self._activity: dict[tuple, torch.Tensor] = {}
+        self._add_banks(program, n_heads, order[n_rows:] - layout.num_positions)
+        self.residual_accumulator = residual_accumulator
+        self._errors = self._residual_connections(program, compiled)
+        self.triggers = None
+        if plan.triggers:
+            self.triggers = TriggerFlags(plan.triggers, plan.n_connections, residual_accumulator)
 
     def forward(self, x: torch.Tensor, active_regions: Iterable[str] | torch.Tensor | None = None) -> torch.Tensor:
         """One step.
@@ -106,8 +142,7 @@ class AttentionDispatcher(nn.Module):
         Args:
             x: (B, N, d_model), floating.
             active_regions: regions whose reads run: names, or a tensor (regions,) of 0 and 1 in the layout's order,
-            which
-                stays on the device. The others' positions pass through and stay readable. None: all.
+                which stays on the device. The others' positions pass through and stay readable. None: all.
 
         Returns:
             (B, N, d_model) in x's dtype.
@@ -115,13 +150,15 @@ class AttentionDispatcher(nn.Module):
         Raises:
             ValueError: x of another shape. KeyError: the name of a region that the layout does not have.
         """
-        if x.dim() != 3 or x.shape[1] != self.plan.n_positions or x.shape[2] != self.d_model:
-            raise ValueError(f"x must be (batch, {self.plan.n_positions}, {self.d_model}), got {tuple(x.shape)}")
+        n = self.layout.num_positions
+        if x.dim() != 3 or x.shape[1] != n or x.shape[2] != self.d_model:
+            raise ValueError(f"x must be (batch, {n}, {self.d_model}), got {tuple(x.shape)}")
         active = self._active_connections(active_regions, x.device)
         if not self.fn_modules:
             return x
         plan = self.plan
-        rows, rest = (x, None) if self._in_canvas_order else split_rows(x, self._order, 1)
+        canvas_rows, rest = (x, None) if self._in_canvas_order else split_rows(x, self._order, 1)
+        rows = self._with_banks(x, canvas_rows) if self._bound else canvas_rows
         gain, single = self._gain(), len(self.fn_modules) == 1
         row_scale = None
         if active is not None or gain is not None or not single:
@@ -130,26 +167,18 @@ class AttentionDispatcher(nn.Module):
             factor = everyone if gain is None else gain * everyone
         written = None
         for fn, module in self.fn_modules.items():
-            if not is_fused(type(module)):
-                part = attend_grouped(module, rows, self._plans[fn], gain=gain, active=active, row_scale=row_scale)
-                written = part if written is None else written + part
-                continue
-            whole_bias = single and gain is None
-            part = module.attend(
-                rows,
-                self._plans[fn],
-                gain=gain,
-                active=active,
-                row_scale=row_scale,
-                bias_share=None if whole_bias else self._plans[fn].row_share(factor, row_scale),
-                backend=self.backend,
-            )
+            share = None
+            if gain is not None or not single:
+                share = self._plans[fn].row_share(factor, row_scale)
+            part = self._attend(module, rows, self._plans[fn], gain, active, row_scale, share)
             written = part if written is None else written + part
-        written = written.to(x.dtype)
+        if self._errors:
+            self._accumulate(rows, active)
+        written = written.to(x.dtype)[:, : self._n_rows]
         if active is not None:
-            written = torch.where((row_scale.sum(0) > 0)[:, None], written, rows)
+            written = torch.where((row_scale.sum(0)[: self._n_rows] > 0)[:, None], written, canvas_rows)
         elif not self._every_row_reads:
-            written = torch.where(self._reads, written, rows)
+            written = torch.where(self._reads, written, canvas_rows)
         return written if rest is None else join_rows(rest, self._order, written, 1)
 
     def _apply(self, fn, recurse=True):
@@ -157,7 +186,78 @@ class AttentionDispatcher(nn.Module):
         if self._order.device.type != "meta":
             for name, module in self.fn_modules.items():
                 prepare(module, self._plans[name], self._order.device)
+            for errors in self._errors:
+                prepare(self.fn_modules[errors.fn], errors.plan, self._order.device)
         return self
+
+    def _attend(self, module, rows, plan, gain=None, active=None, row_scale=None, bias_share=None) -> torch.Tensor:
+        options = {"gain": gain, "active": active, "row_scale": row_scale}
+        if not is_fused(type(module)):
+            return attend_grouped(module, rows, plan, **options)
+        return module.attend(rows, plan, **options, bias_share=bias_share, backend=self.backend)
+
+    def microsteps(self, x: torch.Tensor, plan: Iterable[Iterable[str] | torch.Tensor | None]) -> torch.Tensor:
+        """One step after another, each with its own active regions: what ``RegionScheduler.step_plan`` gives."""
+        for active_regions in plan:
+            x = self(x, active_regions)
+        return x
+
+    @property
+    def summaries(self) -> dict[str, dict[str, float]]:
+        """Residual summaries as plain floats, {} without an accumulator; waits for the device."""
+        return {} if self.residual_accumulator is None else self.residual_accumulator.summaries()
+
+    # -- identity
+
+    def _add_banks(self, program: CanvasProgram | None, n_heads: int, slots: torch.Tensor) -> None:
+        """``slots``: those that some read uses, numbered over all banks."""
+        self.slot_modules, self._bound = nn.ModuleDict(), []
+        used = set(slots.tolist())
+        for bank in self.plan.banks:
+            identity, key = program.regions[bank.region].identity, parameter_key(bank.region)
+            if key in self.slot_modules or hasattr(nn.ModuleDict, key):
+                raise ValueError(f"region {bank.region!r} cannot have a slot bank: the name {key!r} is taken")
+            self.slot_modules[key] = SlotBindingModule(self.d_model, bank.size, n_heads, identity.birth_death)
+            if bank.start in used:
+                name = f"_bank_rows_{len(self._bound)}"
+                self.register_buffer(name, self.layout.region_index(bank.region), persistent=False)
+                self._bound.append((key, name))
+
+    def _with_banks(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Packed rows of the canvas, and after them the slots of each bank that is read, bound to x."""
+        slots = [self.slot_modules[key](x.index_select(1, getattr(self, name))) for key, name in self._bound]
+        return torch.cat([rows, *(bank.to(rows.dtype) for bank in slots)], 1)
+
+    # -- residuals
+
+    def _residual_connections(self, program: CanvasProgram | None, plan: AttentionPlan) -> list[_Errors]:
+        accumulator = self.residual_accumulator
+        if accumulator is None:
+            return []
+        kept, programs = set(accumulator.region_names), {} if program is None else program.regions
+        found = []
+        for number in dict.fromkeys(plan.reads.connection.tolist()):
+            region = plan.connections[number].dst
+            carriers = {self.layout.region_spec(region).carrier}
+            if region in programs:
+                carriers.add(programs[region].carrier)
+            if "residual" in carriers and region in kept:
+                fn = plan.fns[number]
+                own = fit(fn, self.fn_modules[fn], plan.for_connection(number), self.layout, self.backend)
+                self.register_buffer(f"_error_rows_{number}", own.rows("reading"), persistent=False)
+                found.append(_Errors(number, region, fn, own))
+        return found
+
+    @torch.no_grad()
+    def _accumulate(self, rows: torch.Tensor, active: torch.Tensor | None) -> None:
+        for errors in self._errors:
+            attended = self._attend(self.fn_modules[errors.fn], rows, errors.plan)
+            index = getattr(self, f"_error_rows_{errors.number}")
+            error = attended.index_select(1, index) - rows.index_select(1, index)
+            on = None if active is None else active[errors.number]
+            self.residual_accumulator.update(errors.region, error, on)
+
+    # -- activity
 
     def _gain(self) -> torch.Tensor | None:
         if self.edge_gates is None:
@@ -166,6 +266,14 @@ class AttentionDispatcher(nn.Module):
         return ones.index_copy(0, self._gates, torch.sigmoid(self.edge_gates.float()))
 
     def _active_connections(self, active_regions, device) -> torch.Tensor | None:
+        active = self._sources_active(active_regions, device)
+        if self.triggers is None:
+            return active
+        accumulator = self.residual_accumulator
+        fires = self.triggers(None if accumulator is None else accumulator.values)
+        return fires if active is None else active * fires
+
+    def _sources_active(self, active_regions, device) -> torch.Tensor | None:
         if active_regions is None:
             return None
         if isinstance(active_regions, torch.Tensor):
@@ -188,3 +296,20 @@ class AttentionDispatcher(nn.Module):
                 self._activity.pop(next(iter(self._activity)))
             self._activity[key] = torch.tensor(flags, device=device)
         return self._activity[key]
+
+
+def _check_kinds(residual_accumulator, program, cortex) -> None:
+    kinds = (
+        ("residual_accumulator", residual_accumulator, ResidualAccumulator),
+        ("program", program, CanvasProgram),
+        ("cortex", cortex, CortexRegistry),
+    )
+    for name, value, kind in kinds:
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} must be a {kind.__name__}, or None, got {value!r}")
+    known = sorted({*ATTENTION_REGISTRY, *ATTENTION_TYPES})
+    for spec in () if cortex is None else cortex.specs:
+        if spec.local_backend not in known:
+            raise ValueError(
+                f"cortex {spec.name!r}: unknown local_backend {spec.local_backend!r}: choose one of {', '.join(known)}"
+            )

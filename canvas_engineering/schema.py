@@ -22,18 +22,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, TemporalFill):
         return value.value
     if isinstance(value, MaskSpec):
-        return _declared(value)
+        return declared_fields(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _declared(declaration: Any) -> dict[str, Any]:
+def declared_fields(declaration: Any) -> dict[str, Any]:
     """The fields of a dataclass that have no default or another value than it, as JSON types."""
     values = ((f, getattr(declaration, f.name)) for f in fields(declaration))
     return {f.name: _plain(value) for f, value in values if f.default is MISSING or value != f.default}
 
 
-def _built(cls: type, given: Any, what: str) -> Any:
-    """The dataclass from its `_declared` form. ValueError: not a dict, a missing field, or one that does not exist."""
+def built(cls: type, given: Any, what: str) -> Any:
+    """The dataclass from its `declared_fields` form. ValueError: not a dict, or a field that is missing or unknown."""
     if not isinstance(given, dict):
         raise ValueError(f"{what} must be a dict of its fields, got {given!r}")
     known = [f.name for f in fields(cls)]
@@ -52,8 +52,36 @@ def _built(cls: type, given: Any, what: str) -> Any:
 def _connection_from_dict(given: Any, index: int) -> Connection:
     what = f"topology[{index}]"
     if isinstance(given, dict) and given.get("mask") is not None:
-        given = {**given, "mask": _built(MaskSpec, given["mask"], f"{what} mask")}
-    return _built(Connection, given, what)
+        given = {**given, "mask": built(MaskSpec, given["mask"], f"{what} mask")}
+    return built(Connection, given, what)
+
+
+def dumped(form: dict[str, Any], metadata: dict[str, Any]) -> bytes:
+    """JSON text of a schema's dict. ValueError: metadata that JSON has no exact form for."""
+    try:
+        text = json.dumps(form, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the schema's metadata cannot be written as JSON: {error}") from error
+    if json.loads(text)["metadata"] != metadata:  # a tuple, say, which would come back as a list
+        raise ValueError(f"the schema's metadata would come back from JSON changed: {_shortened(metadata)}")
+    return f"{text}\n".encode()
+
+
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Writes a file under a temporary name and renames it: it is never seen half-written."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        # mkstemp makes files that only their owner may read; a declaration is as readable as any other file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 @dataclass
@@ -105,10 +133,10 @@ class CanvasSchema:
                 "d_model": layout.d_model,
                 "t_current": layout.t_current,
             },
-            "regions": {name: _declared(layout.region_spec(name)) for name in layout.regions},
+            "regions": {name: declared_fields(layout.region_spec(name)) for name in layout.regions},
         }
         if self.topology is not None:
-            form["topology"] = [_declared(connection) for connection in self.topology.connections]
+            form["topology"] = [declared_fields(connection) for connection in self.topology.connections]
         form["metadata"] = dict(self.metadata)
         return form
 
@@ -138,7 +166,7 @@ class CanvasSchema:
         if connections is not None and not isinstance(connections, list):
             raise ValueError(f"topology must be a list of connections, got {_shortened(connections)}")
         specs = {
-            name: tuple(given) if isinstance(given, list) else _built(RegionSpec, given, f"region {name!r}")
+            name: tuple(given) if isinstance(given, list) else built(RegionSpec, given, f"region {name!r}")
             for name, given in regions.items()
         }
         topology = None
@@ -157,25 +185,7 @@ class CanvasSchema:
         Raises:
             ValueError: metadata that JSON has no exact form for; the file stays as it was.
         """
-        try:
-            text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the schema's metadata cannot be written as JSON: {error}") from error
-        if json.loads(text)["metadata"] != self.metadata:  # a tuple, say, which would come back as a list
-            raise ValueError(f"the schema's metadata would come back from JSON changed: {_shortened(self.metadata)}")
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", text=True)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-            # mkstemp makes files that only their owner may read; a schema is as readable as any other file.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        replace_file(path, dumped(self.to_dict(), self.metadata))
 
     @classmethod
     def from_json(cls, path: str | Path) -> CanvasSchema:

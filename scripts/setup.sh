@@ -41,8 +41,8 @@ else
     "$venv" -m pip install --quiet -c "$constraints" torch || echo "setup: torch could not be installed" >&2
 fi
 
-if "$venv" -m pip install --quiet -c "$constraints" -e ".[dev,data]"; then
-    echo "setup: installed canvas-engineering with its dev and data extras"
+if "$venv" -m pip install --quiet -c "$constraints" -e ".[dev,data,cogvideox]"; then
+    echo "setup: installed canvas-engineering with its dev, data and cogvideox extras"
 elif "$venv" -m pip install --quiet --no-index --no-deps --no-build-isolation -e .; then
     echo "setup: no package index answered; installed canvas-engineering alone, on the packages that are here"
 else

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import random
 
 from hypothesis import strategies as st
 
-from canvas_engineering import CanvasLayout, CanvasTopology, Connection, MaskSpec, RegionSpec, TemporalFill
+from canvas_engineering import (
+    CanvasLayout,
+    CanvasProgram,
+    CanvasSchema,
+    CanvasTopology,
+    Connection,
+    ConnectionProgram,
+    CortexRegistry,
+    CortexSpec,
+    IdentitySpec,
+    MaskSpec,
+    RegionProgram,
+    RegionSpec,
+    TemporalFill,
+)
 
 MAX_POSITIONS = 120
 FNS = (None, None, None, None, "cross_attention", "none")
@@ -94,3 +110,82 @@ def canvases(draw, max_positions=MAX_POSITIONS, pairs=True, write_modes=("add",)
     """(layout, topology); connections draw their function from ``fns``."""
     layout = draw(layouts(max_positions))
     return layout, draw(topologies(layout, pairs, write_modes, fns))
+
+
+KINDS = ("prediction", "novelty")
+LEVELS = (0.0, 0.25, 0.5, 1.0)
+
+
+def _trigger(rng, names):
+    clauses = []
+    for _ in range(rng.choice([1, 1, 2])):
+        region = rng.choice([*names, *names, *names, "nowhere"])
+        # summaries are drawn from the same few numbers: every comparison has its turn
+        kind, op = rng.choice([*KINDS, *KINDS, *KINDS, "other"]), rng.choice(["<", ">", "<=", ">=", "==", "!="])
+        clauses.append(f"{region}.{kind} {op} {rng.choice(LEVELS)}")
+    return " && ".join(clauses)
+
+
+def _nested_bools(rng, shape):
+    if not shape:
+        return rng.random() < 0.5
+    return tuple(_nested_bools(rng, shape[1:]) for _ in range(shape[0]))
+
+
+def _mask(rng, layout, src, dst, pairs):
+    src_shape, dst_shape = layout.region_size(src), layout.region_size(dst)
+    kinds = ["tile", *(["box"] if math.prod(dst_shape) <= 24 else [])]
+    if pairs and math.prod(src_shape) * math.prod(dst_shape) <= 64:
+        kinds.append("pairs")
+    kind = rng.choice(kinds)
+    if kind == "tile":
+        return MaskSpec("tile", tile_shape=tuple(rng.randint(1, 4) for _ in layout.spatial_shape))
+    shape = dst_shape if kind == "box" else (math.prod(src_shape), math.prod(dst_shape))
+    return MaskSpec("sparse", pattern=_nested_bools(rng, shape))
+
+
+def programmed(rng, layout, topology, pairs=True):
+    """(topology, program, cortex, summaries, active region names or None), all of it likely to matter.
+
+    Drawn from a seeded generator: hypothesis would spend its examples on programs that say next to nothing.
+    """
+    names = list(layout.regions)
+    connections = [
+        dataclasses.replace(c, fn=rng.choice([None, None, None, "cogvideox"]) if c.fn != "none" else "none")
+        for c in topology.connections
+    ]
+    # a full read of a random pair, so that something is read in most canvases
+    connections.append(Connection(rng.choice(names), rng.choice(names), t_src=rng.choice([None, 0]), t_dst=None))
+    topology = CanvasTopology(connections)
+    regions, programs = {}, {}
+    for name in names:
+        identity = None
+        if rng.random() < 0.3:
+            identity = IdentitySpec(slot_capacity=rng.randint(1, 4), birth_death=rng.random() < 0.5)
+        carrier = rng.choice(["deterministic", "residual"])
+        if identity is not None or carrier != "deterministic":
+            regions[name] = RegionProgram(carrier=carrier, identity=identity)
+    for src, dst in sorted({(c.src, c.dst) for c in connections}):
+        if rng.random() < 0.7:
+            programs[src, dst] = ConnectionProgram(
+                rng.choice(["attend", "attend", "write", "act", "retrieve", "unheard of"]),
+                _trigger(rng, names) if rng.random() < 0.6 else None,
+                rng.choice(["add", "add", "add", "replace", "gate"]),
+                _mask(rng, layout, src, dst, pairs) if rng.random() < 0.4 else None,
+            )
+    cortex = CortexRegistry()
+    cortex.register(CortexSpec("home", local_backend="self_attention"))
+    for name in names:
+        if rng.random() < 0.3:
+            cortex.assign(name, "home")
+    summaries = {name: {kind: rng.choice(LEVELS) for kind in KINDS} for name in names if rng.random() < 0.8}
+    active = None if rng.random() < 0.4 else {name for name in names if rng.random() < 0.7}
+    return topology, CanvasProgram(CanvasSchema(layout, topology), regions, programs), cortex, summaries, active
+
+
+@st.composite
+def programmed_canvases(draw, max_positions=40, pairs=True):
+    """(layout, topology, program, cortex, summaries, active region names or None)."""
+    layout = draw(layouts(max_positions, none=False))
+    topology = draw(topologies(layout, pairs, ("add", "add", "replace", "gate")))
+    return layout, *programmed(random.Random(draw(st.integers(0, 2**32))), layout, topology, pairs)

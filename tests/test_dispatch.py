@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from canvas_engineering.attention import ATTENTION_REGISTRY
 from canvas_engineering.canvas import CanvasLayout, RegionSpec
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.dispatch import AttentionDispatcher
@@ -261,7 +262,7 @@ def test_a_saved_model_runs_where_its_plan_was_never_compiled(tmp_path):
     assert copy.deepcopy(dispatcher).plan is dispatcher.plan
 
 
-def test_bad_input_is_named():
+def test_bad_input_is_named(monkeypatch):
     layout, topology = small()
     dispatcher = AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS)
     with pytest.raises(ValueError, match=r"x must be \(batch, 36, 12\), got \(1, 35, 12\)"):
@@ -270,5 +271,6 @@ def test_bad_input_is_named():
         AttentionDispatcher(topology, layout, D_MODEL, n_heads=5)
     with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):
         AttentionDispatcher(topology, layout, D_MODEL, backend="cuda")
+    monkeypatch.delitem(ATTENTION_REGISTRY, "mamba")
     with pytest.raises(ValueError, match="connection 'a' reads 'b': attention function 'mamba' is not registered"):
         AttentionDispatcher(CanvasTopology([Connection("a", "b", fn="mamba")]), layout, D_MODEL)

@@ -46,12 +46,13 @@ def test_an_unknown_contestant_is_named():
         gpu_cases.contestant("fastest", TOY, None, None, None)
 
 
-@pytest.mark.parametrize("form", ["edge", "joint"])
+@pytest.mark.parametrize("form", ["edge", "joint", "sigmoid"])
 def test_the_plain_implementation_that_sets_budgets_is_right(form):
     table = gpu_checks.mixed_table(form, 100)
     q, k, v = torch.randn(3, 1, 1, 100, 8, generator=torch.Generator().manual_seed(0)).double()
     options = dict(scale=0.3, gain=None, active=None, row_scale=None)
-    if form == "edge":
+    options["activation"] = "sigmoid" if form == "sigmoid" else "softmax"
+    if form != "joint":
         options |= dict(gain=torch.tensor([1.2, -0.7, 0.0, 0.9]).double(), active=torch.tensor([1, 0, 1, 1]))
         options["row_scale"] = table.row_scale(options["active"].float(), "cpu")
     wanted = reference.attention(q, k, v, table, **options)[0]
@@ -59,6 +60,7 @@ def test_the_plain_implementation_that_sets_budgets_is_right(form):
 
 
 def test_a_wrong_result_is_a_fault(monkeypatch):
+    assert gpu_checks.run_task(gpu_checks.Task(16, torch.float32, "sigmoid", True, 30), "cpu")["faults"] == []
     task = gpu_checks.Task(16, torch.float32, "joint", False, 30)
     sound = gpu_checks.run_task(task, "cpu")
     assert sound["faults"] == []

@@ -8,7 +8,7 @@ from .mixture import MixtureAttention
 from .perceiver import PerceiverAttention
 from .registry import ATTENTION_REGISTRY, create_attention, register_attention
 from .rwkv import RWKVAttention
-from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
+from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention, SigmoidAttention
 from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
 from .topk import SparseAttention
 from .windows import LocalAttention
@@ -31,6 +31,7 @@ __all__ = [
     "PoolingAttention",
     "RWKVAttention",
     "RandomFixedAttention",
+    "SigmoidAttention",
     "SparseAttention",
     "canvas_attention",
     "create_attention",

@@ -24,6 +24,7 @@ def canvas_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
     packed: bool = False,
+    activation: str = "softmax",
 ) -> torch.Tensor:
     """Attention of every read of a plan in one call (semantics, sections 3 and 4).
 
@@ -43,6 +44,7 @@ def canvas_attention(
         backend: "triton", "torch" (grouped rectangles), "reference" (slow, any dtype), or "auto": Triton for tensors
         on a
             GPU, torch elsewhere. A named backend never falls back.
+        activation: "softmax", or in edge form "sigmoid": σ(scale · q·k) for each pair by itself, without a normaliser.
 
     Returns:
         like q; rows that read nothing are 0.
@@ -80,5 +82,6 @@ def canvas_attention(
         row_scale=row_scale,
         dropout_p=dropout_p,
         backend=backend,
+        activation=activation,
     )
     return out if packed else plan.unpack(out)

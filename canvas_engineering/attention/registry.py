@@ -10,7 +10,7 @@ from .mamba import MambaAttention
 from .mixture import MixtureAttention
 from .perceiver import PerceiverAttention
 from .rwkv import RWKVAttention
-from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention
+from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention, SigmoidAttention
 from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
 from .topk import SparseAttention
 from .windows import LocalAttention
@@ -26,6 +26,7 @@ ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "rwkv": RWKVAttention,
     "hyena": HyenaAttention,
     "cosine_attention": CosineAttention,
+    "sigmoid_attention": SigmoidAttention,
     "gated": GatedAttention,
     "linear_attention": LinearAttention,
     "pooling": PoolingAttention,

@@ -1,4 +1,4 @@
-"""The softmax family: cross attention under each of its names, by cosines, and behind a gate."""
+"""The softmax family: cross attention under each of its names, by cosines, by sigmoids, and behind a gate."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class CrossAttention(nn.Module):
     takes_pairs = True
     # of q·k: head_dim^−½ for None
     _scale: float | None = None
+    _activation = "softmax"
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
@@ -48,7 +49,7 @@ class CrossAttention(nn.Module):
         )
         q, k = self._logit_factors(q, k)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self._scale)
+        out = self._one_read(q, k, v, dropout)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def attend(
@@ -102,6 +103,7 @@ class CrossAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             backend=backend,
             packed=True,
+            activation=self._activation,
         )
         return out.transpose(1, 2).flatten(2)
 
@@ -111,6 +113,10 @@ class CrossAttention(nn.Module):
         bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
         q, k, v = split_heads(F.linear(x, weight, bias), 3, self.n_heads)
         return self._logit_factors(q, k) + (v,)
+
+    def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        """One read of (B, heads, n, head_dim) over (B, heads, m, head_dim)."""
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self._scale)
 
     def _logit_factors(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What q and k (B, heads, rows, head_dim) become before their products are scaled by ``_scale``."""
@@ -160,6 +166,22 @@ class CosineAttention(CrossAttention):
         wide_q, wide_k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
         wide_q = F.normalize(wide_q, dim=-1) * self.temperature
         return wide_q.to(q.dtype), F.normalize(wide_k, dim=-1).to(k.dtype)
+
+
+class SigmoidAttention(CrossAttention):
+    """Σ_j σ(q·k_j / √head_dim) v_j: each key counts by itself, with no bias on the logits and no normaliser, so that
+    outputs grow with the number of keys.
+
+    >>> module = SigmoidAttention(4, n_heads=2)
+    >>> module(torch.randn(1, 3, 4), torch.randn(1, 5, 4), torch.randn(1, 5, 4)).shape
+    torch.Size([1, 3, 4])
+    """
+
+    _activation = "sigmoid"
+
+    def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        p = torch.sigmoid(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5)
+        return F.dropout(p, dropout_p, training=dropout_p > 0) @ v
 
 
 class GatedAttention(nn.Module):

@@ -136,7 +136,7 @@ class FamilyCarrierEmbedding(nn.Module):
         )
 
 
-def _parameter_key(region: str) -> str:
+def parameter_key(region: str) -> str:
     return region.replace(".", "__").replace("[", "_").replace("]", "_")
 
 
@@ -194,7 +194,7 @@ class SpatiotemporalCanvas(nn.Module):
     def _modality_embeddings(self) -> nn.ParameterDict:
         embeddings, owners = nn.ParameterDict(), {}
         for name in self.layout.regions:
-            key = _parameter_key(name)
+            key = parameter_key(name)
             if key in owners:
                 raise ValueError(f"regions {owners[key]!r} and {name!r} would share the parameter name {key!r}")
             if hasattr(nn.ParameterDict, key) or hasattr(nn.ParameterDict(), key):
@@ -287,7 +287,7 @@ class SpatiotemporalCanvas(nn.Module):
         if self.semantic_conditioner is not None:
             identity = self.semantic_conditioner.get_conditioning(region_name)
         else:
-            identity = self.modality_embeddings[_parameter_key(region_name)]
+            identity = self.modality_embeddings[parameter_key(region_name)]
         identity = identity + self.period_embedding(self.layout.region_spec(region_name).period)
         if self.family_carrier_embedding is not None:
             identity = identity + self.family_carrier_embedding(*self._programs[region_name])

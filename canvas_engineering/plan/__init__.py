@@ -18,8 +18,12 @@ from canvas_kernels.tiling import TileClass
 
 from ..canvas import CanvasLayout
 from ..connectivity import CanvasTopology, Connection
+from ..cortex import CortexRegistry
+from ..program import CanvasProgram
+from ..program.checks import check_program
+from ..program.edges import resolve_edges
 from .order import PackedOrder, pack_positions
-from .reads import Reads, topology_reads
+from .reads import Bank, Reads, topology_reads
 from .sets import ReadSets, cell_sets, has_pairs, read_sets
 from .tables import edge_table, join_tables, joint_table
 
@@ -39,12 +43,15 @@ class AttentionPlan:
 
     Attributes:
         normalize: "edge" (a softmax per read, the dispatcher's form) or "joint" (one softmax per query, the masks'
-        form). connections: the topology's connections; gains and activity are in their order.
+        form).
+        connections: the topology's connections as they run under the program; gains and activity are in their order.
         fns: the attention function that each connection resolves to.
-        n_positions: N of the canvas.
+        n_positions: N of the canvas, and the slots of all banks after them.
         table: the canvas_kernels.BlockTable over packed positions.
-        order: int64 [n], the canvas position at each packed place (read-only numpy); n ≤ N, for positions that no read
-            uses have no packed place.
+        order: int64 [n], the position at each packed place (read-only numpy), slots last; n ≤ N, for positions that no
+            read uses have no packed place.
+        banks: the slots through which regions with an identity are read.
+        triggers: connection number to the trigger that has to hold for it to run.
     """
 
     normalize: str
@@ -54,6 +61,8 @@ class AttentionPlan:
     table: BlockTable
     reads: Reads = field(repr=False)
     packed: PackedOrder = field(repr=False)
+    banks: tuple[Bank, ...] = ()
+    triggers: dict[int, str] = field(default_factory=dict)
     cache: dict = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo) -> AttentionPlan:
@@ -145,14 +154,16 @@ class AttentionPlan:
             raise ValueError("joint form has one softmax over all connections: it cannot be taken apart by function")
         key = ("fn", fn)
         if key not in self.cache:
-            chosen = np.array([name == fn for name in self.fns])
-            reads = self.reads.of(chosen)
-            if len(reads.weight) == len(self.reads.weight):
-                self.cache[key] = self
-            else:
-                table = edge_table(reads, self.packed, self.n_connections, self.replace)
-                args = (self.normalize, self.connections, self.fns, self.n_positions, table, reads, self.packed)
-                self.cache[key] = AttentionPlan(*args)
+            self.cache[key] = self._of(np.array([name == fn for name in self.fns]))
+        return self.cache[key]
+
+    def for_connection(self, number: int) -> AttentionPlan:
+        """The same plan with the reads of one connection only; packed order and connection numbers stay."""
+        if self.normalize != "edge":
+            raise ValueError("joint form has one softmax over all connections: it cannot be taken apart by connection")
+        key = ("connection", number)
+        if key not in self.cache:
+            self.cache[key] = self._of(np.arange(self.n_connections) == number)
         return self.cache[key]
 
     def refined(self, by_fn: Mapping[str, AttentionPlan]) -> AttentionPlan:
@@ -178,6 +189,13 @@ class AttentionPlan:
         if "row sets" not in self.cache:
             self.cache["row sets"] = cell_sets(self.table)
         return self.cache["row sets"]
+
+    def _of(self, chosen: np.ndarray) -> AttentionPlan:
+        reads = self.reads.of(chosen)
+        if len(reads.weight) == len(self.reads.weight):
+            return self
+        table = edge_table(reads, self.packed, self.n_connections, self.replace)
+        return dataclasses.replace(self, table=table, reads=reads, cache={})
 
     @property
     def replace(self) -> np.ndarray:
@@ -256,7 +274,9 @@ class AttentionPlan:
 def compile_attention(
     layout: CanvasLayout,
     topology: CanvasTopology,
+    program: CanvasProgram | None = None,
     *,
+    cortex: CortexRegistry | None = None,
     normalize: str = "edge",
     dense_in_time: bool = False,
 ) -> AttentionPlan:
@@ -266,6 +286,9 @@ def compile_attention(
     Args:
         layout: where regions lie.
         topology: who reads whom. Connections to regions that the layout lacks are skipped with one UserWarning.
+        program: how the connections run: functions, write modes, masks and triggers, and which regions are read
+            through a bank of slots. Connection programs for pairs without a connection get one UserWarning.
+        cortex: gives edges inside one cortex its attention function.
         normalize: "edge" for one softmax per read, averaged by weight; "joint" for one softmax per query over the
             union of its reads, weights as ln w on the logits.
         dense_in_time: read every connection as if it had no temporal offsets.
@@ -274,7 +297,8 @@ def compile_attention(
         the plan; a second call with an equal declaration gives the same object.
 
     Raises:
-        ValueError: ``normalize`` unknown, or a mask that does not fit its connection's regions.
+        ValueError: ``normalize`` unknown, a mask that does not fit its connection's regions, a program that cannot be
+            run, or one that wants gates or triggers in joint form.
 
     >>> from canvas_engineering import CanvasLayout, CanvasTopology
     >>> layout = CanvasLayout(T=2, H=2, W=2, d_model=8, regions={"a": (0, 2, 0, 1, 0, 2), "b": (0, 2, 1, 2, 0, 2)})
@@ -284,14 +308,20 @@ def compile_attention(
     """
     if normalize not in NORMALIZE:
         raise ValueError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")
-    key = (layout.key(), topology.key(), normalize, dense_in_time)
+    if program is not None:
+        check_program(program)
+    topology, triggers = resolve_edges(topology, layout, program, cortex)
+    banks = _banks(layout, program)
+    if normalize == "joint":
+        _check_joint(topology, triggers, program)
+    key = (layout.key(), topology.key(), normalize, dense_in_time, banks, tuple(triggers.items()))
     with _cache_lock:
         if key in _cache:
             _cache.move_to_end(key)
             return _cache[key]
     fns = tuple(topology.resolve_fns(layout))
-    reads = topology_reads(layout, topology, dense_in_time)
-    packed = pack_positions(layout, reads)
+    reads = topology_reads(layout, topology, dense_in_time, banks)
+    packed = pack_positions(layout, reads, banks)
     connections = tuple(topology.connections)
     if normalize == "joint":
         table = joint_table(reads, packed)
@@ -299,10 +329,30 @@ def compile_attention(
         replace = np.array([c.write_mode == "replace" for c in connections], dtype=bool)
         table = edge_table(reads, packed, len(connections), replace)
     packed.order.setflags(write=False)
-    plan = AttentionPlan(normalize, connections, fns, layout.num_positions, table, reads, packed)
+    n_positions = layout.num_positions + sum(bank.size for bank in banks)
+    plan = AttentionPlan(normalize, connections, fns, n_positions, table, reads, packed, banks, triggers)
     with _cache_lock:
         # another thread may have compiled the same declaration meanwhile: everyone gets the first one
         plan = _cache.setdefault(key, plan)
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     return plan
+
+
+def _banks(layout: CanvasLayout, program: CanvasProgram | None) -> tuple[Bank, ...]:
+    banks: list[Bank] = []
+    for name, region in ({} if program is None else program.regions).items():
+        if region.identity is not None and name in layout.regions:
+            start = banks[-1].start + banks[-1].size if banks else 0
+            banks.append(Bank(name, start, region.identity.slot_capacity))
+    return tuple(banks)
+
+
+def _check_joint(topology: CanvasTopology, triggers: dict[int, str], program: CanvasProgram | None) -> None:
+    gated = {number for number, c in enumerate(topology.connections) if program is not None and c.write_mode == "gate"}
+    for number in sorted(gated | triggers.keys()):
+        c, what = topology.connections[number], "gate" if number in gated else f"trigger {triggers.get(number)!r}"
+        raise ValueError(
+            f"connection {number}, {c.src!r} reads {c.dst!r} with a {what}, which belongs to the edge form: joint form "
+            "has one softmax per query with constant weights"
+        )

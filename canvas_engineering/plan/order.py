@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from canvas_kernels.tiling import expand_ranges
 
 from ..canvas import CanvasLayout
-from .reads import Reads
+from .reads import Bank, Reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +18,7 @@ class PackedOrder:
     """The n positions that reads use, in packed order, and each box of the reads as intervals of it.
 
     Attributes:
-        order: int64 [n], the canvas position at each packed place.
+        order: int64 [n], the canvas position at each packed place. Slots of banks count on from N, and stand last.
         interval_start, interval_stop: int64 [I], half-open packed ranges, ascending within a box.
         ptr: int64 [U + 1], box u has the intervals ``ptr[u] … ptr[u + 1] − 1``.
     """
@@ -28,7 +29,7 @@ class PackedOrder:
     ptr: np.ndarray
 
 
-def pack_positions(layout: CanvasLayout, reads: Reads) -> PackedOrder:
+def pack_positions(layout: CanvasLayout, reads: Reads, banks: Sequence[Bank] = ()) -> PackedOrder:
     """Orders positions so that every box of the reads is as few intervals as can be found.
 
     Positions that no read uses are left out: nothing is projected, loaded or written for them. Positions that lie in
@@ -38,9 +39,11 @@ def pack_positions(layout: CanvasLayout, reads: Reads) -> PackedOrder:
     whole by that and what reads one box lies in fewer intervals (then such rows make one taller rectangle).
     """
     box, position = _box_positions(layout, reads.boxes)
-    n = layout.num_positions
-    frame_size = n // layout.T
-    claim = _first_claims(layout)
+    n = layout.num_positions + sum(bank.size for bank in banks)
+    frame_size = layout.num_positions // layout.T
+    # a bank is claimed after all regions, each by itself
+    own = [np.full(bank.size, len(layout.regions) + 1 + number) for number, bank in enumerate(banks)]
+    claim = np.concatenate([_first_claims(layout), *own])
     # Positions with equal sums lie in the same boxes: 64 random bits a box make a false match a matter of 1e-12.
     mark = np.random.default_rng(0).integers(1, 2**63, size=len(reads.boxes), dtype=np.uint64)
     signature = np.zeros(n, np.uint64)
@@ -99,7 +102,9 @@ def _box_positions(layout: CanvasLayout, boxes: np.ndarray) -> tuple[np.ndarray,
         rest, offset = np.divmod(rest, size)
         position += (boxes[:, axis, 0][owner] + offset) * stride
         stride *= (layout.T, *layout.spatial_shape)[axis]
-    return owner, position
+    # slots are boxes of one place in frames beyond the canvas (see Bank): one position a frame there
+    n = layout.num_positions
+    return owner, np.where(position < n, position, n + position * layout.T // max(n, 1) - layout.T)
 
 
 def _first_claims(layout: CanvasLayout) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,20 @@ import numpy as np
 from ..canvas import CanvasLayout
 from ..connectivity import CanvasTopology, resolve_connections, resolve_frames
 from ..masks import MaskSpec, pattern_cover, split_boxes
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The slots through which a region is read: positions N + start … N + start + size − 1, beyond the canvas."""
+
+    region: str
+    start: int
+    size: int
+
+    def box(self, layout: CanvasLayout) -> np.ndarray:
+        """int64 [D, 2]: the slots as the first place of as many frames, after the canvas's own."""
+        frames = (layout.T + self.start, layout.T + self.start + self.size)
+        return np.array([frames, *[(0, 1)] * layout.n_spatial_dims], dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +62,16 @@ class Reads:
         )
 
 
-def topology_reads(layout: CanvasLayout, topology: CanvasTopology, dense_in_time: bool = False) -> Reads:
+def topology_reads(
+    layout: CanvasLayout, topology: CanvasTopology, dense_in_time: bool = False, banks: Sequence[Bank] = ()
+) -> Reads:
     """Resolves every connection (semantics, section 2).
 
     Args:
         layout, topology: the declaration. A connection that names a region missing from the layout makes no read, and
             one UserWarning tells of all of them.
         dense_in_time: take every connection as if it had no temporal offsets.
+        banks: every read of a bank's region has the whole bank as its keys, whatever frame or tile it names.
 
     Raises:
         ValueError: a mask that does not fit its regions, named with its connection.
@@ -62,7 +80,8 @@ def topology_reads(layout: CanvasLayout, topology: CanvasTopology, dense_in_time
     regions = np.array([layout.region_box(name) for name in names], dtype=np.int64)
     regions = regions.reshape(len(names), 1 + layout.n_spatial_dims, 2)
     periods = [layout.region_spec(name).period for name in names]
-    collect = _Collector(regions)
+    bank_of = {names[bank.region]: number for number, bank in enumerate(banks)}
+    collect = _Collector(regions, np.array([bank.box(layout) for bank in banks]), bank_of)
     # Columns of numbers, for a tuple per connection would be an object to collect.
     whole_number, whole_src, whole_dst, whole_weight = collect.whole
     for number, connection, _ in resolve_connections(topology, layout):
@@ -98,16 +117,27 @@ def topology_reads(layout: CanvasLayout, topology: CanvasTopology, dense_in_time
 class _Collector:
     """Gathers reads of the three kinds and numbers them in declaration order at the end."""
 
-    def __init__(self, regions: np.ndarray):
-        self.regions = regions
+    def __init__(self, regions: np.ndarray, banks: np.ndarray, bank_of: dict[int, int]):
+        """``regions``, ``banks``: boxes [n, D, 2]; ``bank_of``: region number to that of its bank."""
+        self.regions, self.banks, self.bank_of = regions, banks, bank_of
         # of each read between whole regions: its connection, src and dst region, and weight
         self.whole: tuple[list[int], list[int], list[int], list[float]] = ([], [], [], [])
         self.framed: list[tuple] = []
         # one entry per read of a masked connection: (connection, weight, q boxes [n, D, 2], k boxes [n, D, 2])
         self.split: list[tuple[int, float, np.ndarray, np.ndarray]] = []
 
+    def keys(self, dst: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes [n, D, 2] of what is read in regions ``dst``, their banks where they have one; and where those are."""
+        if not self.bank_of:
+            return self.regions[dst], np.zeros(len(dst), bool)
+        bank = np.array([self.bank_of.get(region, -1) for region in np.asarray(dst).tolist()])
+        boxes = self.regions[dst]
+        boxes[bank >= 0] = self.banks[bank[bank >= 0]]
+        return boxes, bank >= 0
+
     def masked(self, number, src, dst, weight, frames, mask: MaskSpec) -> None:
         q_region, k_region = self.regions[src], self.regions[dst]
+        bank = self.bank_of.get(dst)
         if mask.kind == "sparse":
             cover = pattern_cover(mask, tuple(np.diff(q_region).ravel()), tuple(np.diff(k_region).ravel()))
         for i in range(len(frames)):
@@ -117,9 +147,14 @@ class _Collector:
             read_weight = weight * frames.fraction[i]
             if mask.kind == "tile":
                 for q_tile, k_tile in zip(*split_boxes(mask, q_box, k_box), strict=True):
+                    k_tile = k_tile if bank is None else self.banks[bank]
                     self.split.append((number, read_weight, q_tile[None], k_tile[None]))
             elif cover.pair:
-                pairs = list(_pair_boxes(cover.rects, q_region, k_region, q_box, k_box))
+                rects = cover.rects if bank is None else _any_key(cover.rects, k_region, k_box)
+                pairs = list(_pair_boxes(rects, q_region, k_region, q_box, k_box))
+                if pairs and bank is not None:
+                    # one part for each box of queries: all of them see the whole bank
+                    pairs = [(box, self.banks[bank]) for box in {box.tobytes(): box for box, _ in pairs}.values()]
                 if pairs:
                     q_boxes, k_boxes = zip(*pairs, strict=True)
                     self.split.append((number, read_weight, np.array(q_boxes), np.array(k_boxes)))
@@ -127,6 +162,8 @@ class _Collector:
                 k_boxes = cover.k_boxes + k_region[:, :1]
                 k_boxes[:, 0] = np.clip(k_boxes[:, 0], *k_box[0])
                 k_boxes = k_boxes[k_boxes[:, 0, 0] < k_boxes[:, 0, 1]]
+                if bank is not None:
+                    k_boxes = self.banks[[bank] if len(k_boxes) else []]
                 if len(k_boxes):
                     self.split.append((number, read_weight, np.repeat(q_box[None], len(k_boxes), 0), k_boxes))
 
@@ -145,14 +182,16 @@ class _Collector:
 
         if self.whole[0]:
             number, src, dst, weight = map(np.array, self.whole)
-            add(number, weight, self.regions[src], self.regions[dst], np.arange(len(number)))
+            add(number, weight, self.regions[src], self.keys(dst)[0], np.arange(len(number)))
         if self.framed:
             number, src, dst, weight, frames = zip(*self.framed, strict=True)
             lengths = [len(f) for f in frames]
-            q, k = (np.repeat(self.regions[np.array(side)], lengths, axis=0) for side in (src, dst))
-            for box, start, stop in ((q, "q_start", "q_stop"), (k, "k_start", "k_stop")):
-                box[:, 0, 0] = np.concatenate([getattr(f, start) for f in frames])
-                box[:, 0, 1] = np.concatenate([getattr(f, stop) for f in frames])
+            k, in_bank = self.keys(np.array(dst))
+            q, k = (np.repeat(boxes, lengths, axis=0) for boxes in (self.regions[np.array(src)], k))
+            framed = ~np.repeat(in_bank, lengths)
+            for box, start, stop, rows in ((q, "q_start", "q_stop", slice(None)), (k, "k_start", "k_stop", framed)):
+                box[rows, 0, 0] = np.concatenate([getattr(f, start) for f in frames])[rows]
+                box[rows, 0, 1] = np.concatenate([getattr(f, stop) for f in frames])[rows]
             weight = np.repeat(np.array(weight, dtype=np.float64), lengths)
             weight *= np.concatenate([f.fraction for f in frames])
             add(np.repeat(np.array(number), lengths), weight, q, k, np.arange(len(weight)))
@@ -180,6 +219,20 @@ def _unique_boxes(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = flat.view(np.dtype((np.void, flat.dtype.itemsize * flat.shape[1]))).ravel()
     _, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
     return boxes[first], inverse.reshape(-1)
+
+
+def _any_key(rects: np.ndarray, k_region: np.ndarray, k_box: np.ndarray) -> np.ndarray:
+    """[n, 2, 2]: the queries that have a key in the frames of ``k_box``, as disjoint ranges, and all keys for each."""
+    volume = int(np.prod(np.diff(k_region[1:])))
+    low, high = (k_box[0] - k_region[0, 0]) * volume
+    held = rects[(rects[:, 1, 0] < high) & (rects[:, 1, 1] > low), 0]
+    joined: list[list[int]] = []
+    for start, stop in sorted(held.tolist()):
+        if joined and start <= joined[-1][1]:
+            joined[-1][1] = max(joined[-1][1], stop)
+        else:
+            joined.append([start, stop])
+    return np.array([[queries, [low, high]] for queries in joined], dtype=np.int64).reshape(-1, 2, 2)
 
 
 def _pair_boxes(rects, q_region, k_region, q_box, k_box):

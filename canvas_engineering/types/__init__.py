@@ -6,10 +6,13 @@ them, and `bound` is what comes out.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from canvas_engineering.canvas import CanvasLayout, RegionSpec
 from canvas_engineering.canvas.layout import checked_int
+from canvas_engineering.connectivity import CanvasTopology
+from canvas_engineering.program import CanvasProgram, RegionProgram
 from canvas_engineering.schema import CanvasSchema
 from canvas_engineering.semantic import auto_semantic_type
 from canvas_engineering.types.bound import BoundField, BoundSchema
@@ -18,7 +21,33 @@ from canvas_engineering.types.pack import auto_shape, field_shapes, pack, spatia
 from canvas_engineering.types.walk import TypeNode, walk
 from canvas_engineering.types.wire import wire
 
-__all__ = ["BoundField", "BoundSchema", "ConnectivityPolicy", "Field", "LayoutStrategy", "compile_schema"]
+__all__ = [
+    "DEFAULT_WIRING",
+    "BoundField",
+    "BoundSchema",
+    "ConnectivityPolicy",
+    "Field",
+    "LayoutStrategy",
+    "compile_program",
+    "compile_schema",
+]
+
+# (src family, dst family): the operator of their connections
+DEFAULT_WIRING: dict[tuple[str, str], str] = {
+    ("observation", "state"): "observe",
+    ("state", "observation"): "predict",
+    ("state", "state"): "integrate",
+    ("state", "memory"): "write",
+    ("memory", "state"): "retrieve",
+    ("state", "action"): "act",
+    ("action", "state"): "intervene",
+    ("state", "residual"): "emit_residual",
+    ("observation", "residual"): "emit_residual",
+    ("observation", "observation"): "attend",
+    ("action", "action"): "attend",
+    ("memory", "memory"): "attend",
+    ("residual", "residual"): "attend",
+}
 
 
 def compile_schema(
@@ -66,6 +95,63 @@ def compile_schema(
     (['camera', 'joints', 'action'], (17, 14), 9)
     """
     return compile_tree(walk(root), T, spatial_shape, d_model, connectivity, layout_strategy, t_current, H, W)
+
+
+def compile_program(
+    root: Any,
+    T: int = 1,
+    spatial_shape: tuple[int, ...] | None = None,
+    d_model: int = 64,
+    connectivity: ConnectivityPolicy | None = None,
+    layout_strategy: str | LayoutStrategy = LayoutStrategy.PACKED,
+    t_current: int = 0,
+    H: int | None = None,
+    W: int | None = None,
+) -> tuple[BoundSchema, CanvasProgram]:
+    """`compile_schema`, and a program with the family, tags and carrier of every field that declares any of them.
+
+    Connections between two fields that both declare a family get the operator of DEFAULT_WIRING, if it has one for
+    the pair. That alone changes nothing that is computed: ``program.connections`` is empty, for the ConnectionPrograms
+    that are to be executed.
+
+    Args:
+        root, T, spatial_shape, d_model, connectivity, layout_strategy, t_current, H, W: as for `compile_schema`.
+
+    Returns:
+        the bound schema, and the program; ``bound.schema`` is ``program.schema``.
+
+    Raises:
+        ValueError: as `compile_schema`.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Robot:
+    ...     camera: Field = Field(12, 12, family="observation")
+    ...     joints: Field = Field(1, 8, family="observation", carrier="deterministic")
+    ...     belief: Field = Field(4, 4, family="state", tags=("belief",))
+    ...     action: Field = Field(1, 8, family="action", loss_weight=2.0)
+    >>> bound, program = compile_program(Robot(), T=8, d_model=256)
+    >>> print(program.summary())
+    CanvasProgram (v2.0.0, 4 regions programmed):
+      families: action=1, observation=2, state=1
+    >>> {c.operator for c in bound.topology.connections if (c.src, c.dst) == ("belief", "camera")}
+    {'predict'}
+    """
+    tree = walk(root)
+    bound = compile_tree(tree, T, spatial_shape, d_model, connectivity, layout_strategy, t_current, H, W)
+    declared = dict(tree.fields())
+    families = {path: field.family for path, field in declared.items() if field.family is not None}
+    connections = []
+    for c in bound.topology.connections:
+        operator = DEFAULT_WIRING.get((families.get(c.src), families.get(c.dst)), c.operator)
+        connections.append(c if operator == c.operator else dataclasses.replace(c, operator=operator))
+    bound.schema.topology = CanvasTopology(connections)
+    regions = {
+        path: RegionProgram(field.family or "state", field.tags, bound.region_specs[path].carrier)
+        for path, field in declared.items()
+        if field.family is not None or field.tags or field.carrier is not None
+    }
+    return bound, CanvasProgram(bound.schema, regions)
 
 
 def compile_tree(

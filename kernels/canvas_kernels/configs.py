@@ -60,6 +60,12 @@ _PASSES = (
     ("dkv", "joint"),
     ("dkv", "edge"),
 )
+# The passes without a normaliser take the edge form's tiles, except where they have their own.
+_SIGMOID_PASSES = (("forward", "sigmoid"), ("dq", "sigmoid"), ("dkv", "sigmoid"))
+
+
+# "signed": gains may be negative; of the sigmoid's dq, that gains are trained.
+_SIGNS = {("dq", "edge"): (False, True), ("dkv", "edge"): (False, True), ("dq", "sigmoid"): (False, True)}
 
 
 def _every(passes: tuple, by_head_dim: dict[int, Config]) -> dict:
@@ -153,6 +159,11 @@ _SIXTEEN_BIT = {
                 256: Config(64, 32, 8, 2),  # 140
             },
         ),
+        ("dq", "sigmoid"): {
+            64: Config(64, 64, 4, 2),
+            128: Config(64, 64, 8, 2),  # 125, with gains 154; held to 128 it spills 32 bytes with gains
+            256: Config(64, 32, 8, 2),
+        },
         **_every(
             (("dkv", "joint"), ("dkv", "edge")),
             {
@@ -212,7 +223,7 @@ def block_d(head_dim: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def lookup(arch: str, head_dim: int, dtype: torch.dtype, stage: str, form: str) -> tuple[Config, ...]:
-    """The configurations of one pass, the larger tile first.
+    """The configurations of one pass, the larger tile first. ``form`` is "joint", "edge" or "sigmoid".
 
     Raises ValueError for an architecture, head dimension or dtype that the kernels are not built for.
     """
@@ -226,7 +237,10 @@ def lookup(arch: str, head_dim: int, dtype: torch.dtype, stage: str, form: str) 
         raise ValueError(f"no configurations for {arch}; there are some for {', '.join(ARCHITECTURES)}")
     if dtype == torch.float32:
         return (_serving(_FLOAT32[arch], head_dim),)
-    large, small = _serving(_SIXTEEN_BIT[arch][stage, form], head_dim), _serving(_SMALL, head_dim)
+    passes = _SIXTEEN_BIT[arch]
+    if form == "sigmoid" and (stage, form) not in passes:
+        form = "edge"
+    large, small = _serving(passes[stage, form], head_dim), _serving(_SMALL, head_dim)
     return (large, small) if small.cost < large.cost else (large,)
 
 
@@ -239,8 +253,8 @@ def classes(configs: tuple[Config, ...]) -> tuple[TileClass, ...]:
 def shipped(arch: str | None = None, head_dims: tuple[int, ...] = HEAD_DIMS) -> Iterator[Launch]:
     """Every kernel that can be launched, for one architecture or all; ``head_dims`` are padded ones."""
     for name in ARCHITECTURES if arch is None else (arch,):
-        for stage, form in _PASSES:
-            for signed in (False, True) if form == "edge" and stage in ("dq", "dkv") else (False,):
+        for stage, form in _PASSES + _SIGMOID_PASSES:
+            for signed in _SIGNS.get((stage, form), (False,)):
                 for head_dim in head_dims:
                     for dtype in (torch.bfloat16, torch.float16, torch.float32):
                         for config in lookup(name, head_dim, dtype, stage, form):

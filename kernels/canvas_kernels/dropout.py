@@ -17,7 +17,7 @@ from .indices import Indices, indices_of
 from .table import BlockTable
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """G units of R rows that read S segments of W keys, on the device. ``segment`` [G, R, S] is the number of segments
     and ``scale`` [G, R, S] is 2 n (an entry of the flattened row_scale) where there is only padding; ``slot`` −1
     there."""
@@ -42,6 +42,7 @@ def attention(
     active: torch.Tensor | None = None,
     row_scale: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    activation: str = "softmax",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) as :func:`canvas_kernels.reference.attention`, in few calls; random numbers from torch's generator."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -62,7 +63,7 @@ def attention(
         row_scale = indices.row_scale(active) if row_scale is None else row_scale
         coefficient = F.pad(weight, (0, 1))
         scales = F.pad(row_scale.detach().to(dtype).reshape(-1), (0, 1))
-    for part in _parts(table, indices):
+    for part in parts_of(table, indices):
         units = len(part.rows)
         segments, width = part.keys.shape[1:]
         # [B, H, G, R or S·W, D]
@@ -77,7 +78,8 @@ def attention(
         found = torch.logsumexp(logits.detach(), -1) / math.log(2) + part.offset[:, None, None]
         real = (part.slot >= 0).reshape(-1).nonzero().view(-1)
         lse.index_copy_(2, part.slot.reshape(-1)[real], found.flatten(2)[:, :, real])
-        p = F.dropout(torch.softmax(logits, -1), dropout_p)
+        p = torch.sigmoid(logits) if activation == "sigmoid" else torch.softmax(logits, -1)
+        p = F.dropout(p, dropout_p)
         # [G, R, S, 1]
         if coefficient is None:
             factor = (part.slot >= 0).to(dtype)[..., None]
@@ -91,7 +93,8 @@ def attention(
     return out.to(q.dtype), lse
 
 
-def _parts(table: BlockTable, indices: Indices) -> list[_Part]:
+def parts_of(table: BlockTable, indices: Indices) -> list[Part]:
+    """Every slab and batch of a table, made once per dtype and device."""
     key = ("dropout", indices.dtype, indices.device)
     if key not in table.cache:
         grouping = group(table)
@@ -112,11 +115,11 @@ def _batch_arrays(batch: Batch):
     return batch.rows, batch.keys, segment, slot, batch.offset, batch.bias
 
 
-def _part(rows, keys, segment, slot, offset, bias, table: BlockTable, indices: Indices) -> _Part:
+def _part(rows, keys, segment, slot, offset, bias, table: BlockTable, indices: Indices) -> Part:
     grouping, n = indices.grouping, table.n_positions
     entry = np.where(segment < 0, 2 * n, grouping.replace[segment] * n + rows[..., None])
     segment = np.where(segment < 0, len(grouping.weight), segment)
     tensors = [indices.tensor(array) for array in (rows, keys, segment, entry, slot)]
     offset = indices.tensor(offset).to(indices.dtype) / math.log(2)
     bias = None if bias is None else indices.tensor(bias).to(indices.dtype)[:, None]
-    return _Part(*tensors, offset, bias)
+    return Part(*tensors, offset, bias)

@@ -16,6 +16,7 @@ from . import configs
 from .backward import dkv_kernel, dq_kernel, edge_delta_kernel, joint_delta_kernel
 from .configs import Config
 from .forward import forward_kernel
+from .sigmoid_kernels import sigmoid_dkv_kernel, sigmoid_dq_kernel, sigmoid_forward_kernel
 from .table import BlockTable
 from .tiling import Tiling
 
@@ -170,6 +171,111 @@ def backward(
     return gradients, _gain_gradient(delta, table, active, row_scale) if need_gain else None
 
 
+# -- sigmoid -----------------------------------------------------------------------------------------------------------
+
+
+def sigmoid_forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None):
+    """``out`` (B, H, n, D), contiguous in q's dtype, of attention without a normaliser; edge form. Tensors as for
+    :func:`forward`; ``row_scale`` None stands for the table's own."""
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    batch, heads, n, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    factor = _slot_factors(table, gain, active, row_scale, q.device)
+    for config, walk in _walks(table, q, "forward", None, active, "sigmoid"):
+        sigmoid_forward_kernel[(walk.n_tiles * batch * heads,)](
+            q,
+            k,
+            v,
+            out,
+            factor,
+            walk.tiles,
+            walk.rows,
+            walk.n_tiles,
+            walk.n_rows,
+            heads,
+            n,
+            scale * LOG2E,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            **_constants(config, head_dim),
+        )
+    return out
+
+
+def sigmoid_backward(
+    grad_out, q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None, need_gain=False
+):
+    """``(gradients, dgain)`` of :func:`sigmoid_forward`, as :func:`backward` gives them."""
+    q, k, v, grad_out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(grad_out)
+    if row_scale is None:
+        row_scale = table.row_scale(active, q.device)
+    row_scale = _plain(row_scale)
+    batch, heads, n, head_dim = q.shape
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
+    factor = _slot_factors(table, gain, active, row_scale, q.device)
+    # slots of inactive edges are written by no one and read by the sum over slots
+    delta = torch.zeros((batch, heads, table.n_slots if need_gain else 0), dtype=torch.float32, device=q.device)
+    gradients = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)
+    dq, dk, dv = gradients.unbind()
+    for config, walk in _walks(table, q, "dq", None, active, "sigmoid"):
+        sigmoid_dq_kernel[(walk.n_tiles * batch * heads,)](
+            q,
+            k,
+            v,
+            grad_out,
+            factor,
+            delta,
+            dq,
+            walk.tiles,
+            walk.rows,
+            walk.n_tiles,
+            walk.n_rows,
+            heads,
+            n,
+            table.n_slots,
+            scale,
+            scale * LOG2E,
+            *strides,
+            GAINS=need_gain,
+            **_constants(config, head_dim),
+        )
+    for config, walk in _walks(table, q, "dkv", None, active, "sigmoid"):
+        sigmoid_dkv_kernel[(walk.n_tiles * batch * heads,)](
+            q,
+            k,
+            v,
+            grad_out,
+            factor,
+            dk,
+            dv,
+            walk.tiles,
+            walk.rows,
+            walk.n_tiles,
+            walk.n_rows,
+            heads,
+            n,
+            scale,
+            scale * LOG2E,
+            *strides,
+            **_constants(config, head_dim),
+        )
+    return gradients, _gain_gradient(delta, table, active, row_scale) if need_gain else None
+
+
+def _slot_factors(table, gain, active, row_scale, device) -> torch.Tensor:
+    """(n_slots,) float32: c_ri = w_r · gain · active · row_scale of every (segment, row)."""
+    layout = table.slot_layout(device)
+    row_scale = table.row_scale(active, device) if row_scale is None else _plain(row_scale)
+    factor = layout.weight * row_scale[layout.replace, layout.position]
+    for by_edge in (gain, None if active is None else active != 0):
+        if by_edge is not None:
+            by_edge = by_edge.detach().to(torch.float32)
+            # the size is known here: asking the device for it would wait
+            factor = factor * by_edge.repeat_interleave(layout.per_edge, output_size=table.n_slots)
+    return factor
+
+
 def _gain_gradient(delta, table, active, row_scale) -> torch.Tensor:
     """dgain_e = Σ_{r of e} Σ_i w_r · active_e · row_scale[class_r, i] · δ_ri, (n_edges,) float32, in a fixed order."""
     layout = table.slot_layout(delta.device)
@@ -213,11 +319,11 @@ class _Walk:
         self.n_tiles, self.n_rows = tiles.shape[0], n_rows
 
 
-def _walks(table, q, stage, gain, active):
-    """(config, walk) of every launch of a pass."""
+def _walks(table, q, stage, gain, active, form=None):
+    """(config, walk) of every launch of a pass, configured for the table's form unless another ``form`` is named."""
     if not q.numel():
         return []
-    found = configs.lookup(arch_of(q.device), q.shape[3], q.dtype, stage, table.form)
+    found = configs.lookup(arch_of(q.device), q.shape[3], q.dtype, stage, form or table.form)
     tilings = table.device_tilings(q.device, configs.classes(found), stage == "dkv")
     config_of = {(config.block_m, config.block_n): config for config in found}
     return [(config_of[tiling.block_m, tiling.block_n], walk(tiling, table, gain, active)) for tiling in tilings]

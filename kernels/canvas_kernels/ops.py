@@ -18,8 +18,10 @@ import pkgutil
 import torch
 
 from . import dropout, rectangles, reference
+from .sigmoid import sigmoid_attention
 from .table import BlockTable
 
+ACTIVATIONS = ("softmax", "sigmoid")
 BACKENDS = ("auto", "triton", "torch", "reference")
 MAX_TRITON_HEAD_DIM = 256
 # How much the torch executor keeps for backward is a size in a compiled graph, and compilers keep graphs on disk. Its
@@ -61,6 +63,7 @@ def block_attention(
     backend: str = "auto",
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    activation: str = "softmax",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Segmented block-sparse attention; ``kernels/README.md`` has the formulas.
 
@@ -72,6 +75,7 @@ def block_attention(
 
     ``backend``: "triton", "torch" (grouped rectangles), "reference" (cell by cell, for tests), or "auto": Triton for
     tensors on a CUDA or ROCm device without dropout, torch otherwise. A backend that is named never falls back.
+    ``activation`` "sigmoid": σ(scale · q·k) in place of the softmax, without a normaliser, in edge form; it has no lse.
     Gradients flow to q, k, v and gain; second derivatives need "reference". Under autocast float32 inputs are cast as
     ``scaled_dot_product_attention`` casts them.
 
@@ -85,6 +89,8 @@ def block_attention(
     scale = _check_inputs(q, k, v, table, scale, dropout_p)
     if gain is not None or active is not None or row_scale is not None:
         _check_edge_inputs(q, table, gain, active, row_scale)
+    if activation != "softmax":
+        _check_activation(activation, table, return_lse)
     if backend == "auto":
         backend = "triton" if q.device.type == "cuda" and not dropout_p else "torch"
     elif backend not in BACKENDS:
@@ -97,8 +103,22 @@ def block_attention(
         # the products inside are the operation's own: it computes 16-bit inputs in float32
         with torch.autocast(q.device.type, enabled=False):
             out, lse = execute(
-                q, k, v, table, scale=scale, gain=gain, active=active, row_scale=row_scale, dropout_p=dropout_p
+                q,
+                k,
+                v,
+                table,
+                scale=scale,
+                gain=gain,
+                active=active,
+                row_scale=row_scale,
+                dropout_p=dropout_p,
+                activation=activation,
             )
+    elif activation == "sigmoid":
+        q, k, v = _autocast(q, k, v)
+        # activity may be changed in place before backward runs: this step keeps its own
+        active = None if active is None else active.clone()
+        return sigmoid_attention(q, k, v, gain, active, row_scale, table.key, scale, backend)
     else:
         executor = TORCH if backend == "torch" else backend
         out, lse, _ = _attention(q, k, v, gain, active, row_scale, table.key, scale, executor, return_lse, False)
@@ -157,6 +177,18 @@ def _check_edge_inputs(q, table, gain, active, row_scale) -> None:
             raise ValueError(f"{name} is on {value.device}, q on {q.device}")
         if name != "active" and not value.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, got {value.dtype}")
+
+
+def _check_activation(activation, table, return_lse) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if table.form == "joint":
+        raise ValueError(
+            f"activation {activation!r} belongs to the edge form: a joint table is one softmax per row, whose weights "
+            "are addends of the logits"
+        )
+    if return_lse:
+        raise ValueError(f"activation {activation!r} has no log-sum-exp to return: nothing is normalised")
 
 
 def _check_triton(q, dropout_p) -> None:

@@ -27,11 +27,13 @@ def attention(
     active: torch.Tensor | None = None,
     row_scale: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    activation: str = "softmax",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Segmented attention as ``kernels/README.md`` defines it.
 
     ``q``, ``k``, ``v`` (B, H, n, D) in packed order; ``gain`` and ``active`` (n_edges,) and ``row_scale`` (2, n) in
-    edge form only. ``dropout_p`` drops probabilities after the softmax and scales the rest by 1 / (1 − p). Returns
+    edge form only. ``dropout_p`` drops probabilities and scales the rest by 1 / (1 − p). With ``activation`` "sigmoid"
+    the probabilities are σ(scale · q·k), without a normaliser, and lse means nothing: it stays +inf. Returns
     ``out`` (B, H, n, D) in q's dtype and ``lse`` (B, H, n_slots), base 2, +inf for slots of inactive edges and rows
     without keys; ``lse`` carries no gradient.
 
@@ -65,9 +67,12 @@ def attention(
         logits = scale * (queries[:, :, start:stop] @ keys.index_select(2, index).transpose(-1, -2))
         if table.form == "joint":
             logits = logits + torch.from_numpy(np.log(weights)).to(logits)
-        slot = int(cells.slot[c])
-        lse[:, :, slot : slot + stop - start] = torch.logsumexp(logits.detach(), -1) / math.log(2)
-        probabilities = torch.softmax(logits, -1)
+        if activation == "sigmoid":
+            probabilities = torch.sigmoid(logits)
+        else:
+            slot = int(cells.slot[c])
+            lse[:, :, slot : slot + stop - start] = torch.logsumexp(logits.detach(), -1) / math.log(2)
+            probabilities = torch.softmax(logits, -1)
         if dropout_p:
             probabilities = F.dropout(probabilities, dropout_p)
         piece = probabilities @ values.index_select(2, index)

@@ -1,0 +1,202 @@
+"""Loop parameters and action heads on disk, without the backbone."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .looped_block import LOOP_PARAMETER_NAMES
+
+__all__ = ["load_loop_checkpoint", "save_loop_checkpoint"]
+
+FORMAT_VERSION = "1.0.0"
+_KEY = "canvas_engineering"
+
+
+def save_loop_checkpoint(
+    looped_blocks: list[nn.Module],
+    action_head: nn.Module | None,
+    path: str | os.PathLike,
+    metadata: dict[str, Any] | None = None,
+) -> None:
+    """Write the loop parameters of all blocks, and the action head if there is one.
+
+    A path that ends in ".safetensors" gives a safetensors file whose metadata holds, as JSON under
+    "canvas_engineering", the format, the versions, what the blocks are, their canvas declaration and ``metadata``.
+    Any other path gives a ``torch.save`` of ``{"loop_blocks": {"block_0": {"loop_emb": …}, …}, "action_head": …,
+    "metadata": …}``, which the published package reads too. Either is written to a temporary file and then renamed.
+
+    Args:
+        looped_blocks: as ``graft_looped_blocks`` gives them.
+        metadata: anything that JSON holds.
+
+    Raises:
+        ValueError: metadata that JSON does not hold.
+    """
+    path = Path(path)
+    description = _describe(looped_blocks, action_head)
+    description |= {"versions": _versions(), "metadata": metadata or {}}
+    try:
+        text = json.dumps(description)
+    except TypeError as error:
+        raise ValueError(f"metadata must be of the kinds that JSON holds: {error}") from None
+    blocks = {f"block_{i}": _parameters(block) for i, block in enumerate(looped_blocks)}
+    head = None
+    if action_head is not None:
+        head = {name: tensor.detach().cpu().contiguous() for name, tensor in action_head.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            tensors = {f"loop_blocks.{b}.{name}": t for b, group in blocks.items() for name, t in group.items()}
+            tensors |= {f"action_head.{name}": tensor for name, tensor in (head or {}).items()}
+            save_file(tensors, temporary, metadata={_KEY: text})
+        else:
+            torch.save({"loop_blocks": blocks, "action_head": head, "metadata": json.loads(text)}, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_loop_checkpoint(
+    looped_blocks: list[nn.Module], action_head: nn.Module | None, path: str | os.PathLike
+) -> dict[str, Any]:
+    """Read what :func:`save_loop_checkpoint` wrote, either format, or a checkpoint of the published package.
+
+    The blocks get the file's parameters, and its number of loops where it says one. Nothing is changed if anything does
+    not fit. The tensors of an action head under other names are taken in order.
+
+    Returns:
+        what the file says of itself (format, versions, metadata); empty for a file of the published package.
+
+    Raises:
+        ValueError: no such checkpoint, or one of another model: the message lists what differs.
+    """
+    blocks, head, description = _read(Path(path))
+    differences = [] if len(blocks) == len(looped_blocks) else [f"{len(blocks)} blocks, the model {len(looped_blocks)}"]
+    if description:
+        own = _describe(looped_blocks, action_head)
+        for name in ("gate", "canvas"):
+            _compare(name, description.get(name), own[name], differences)
+    elif any(block.loop.gate != "sigmoid" for block in looped_blocks):
+        differences.append('gate "sigmoid" (it does not say, as the published package), the model "tanh"')
+    moves: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for number, block in enumerate(looped_blocks):
+        saved = blocks.get(f"block_{number}", {})
+        own = {name: getattr(block, name, None) for name in LOOP_PARAMETER_NAMES}
+        _match(f"block_{number}", saved, {name: t for name, t in own.items() if t is not None}, moves, differences)
+    if action_head is not None and head is not None:
+        own = action_head.state_dict()
+        if set(head) != set(own) and len(head) == len(own):
+            head = dict(zip(own, head.values()))
+        _match("action_head", head, own, moves, differences)
+    elif action_head is not None:
+        differences.append("no action head, the model has one")
+    if differences:
+        shown = "; ".join(differences[:8]) + ("; …" if len(differences) > 8 else "")
+        raise ValueError(f"{path} is a loop checkpoint of another model: it has {shown}")
+    with torch.no_grad():
+        for target, source in moves:
+            target.copy_(source)
+    for block, loops in zip(looped_blocks, description.get("loops", [])):
+        block.set_loops(loops)
+    return description
+
+
+def _parameters(block: nn.Module) -> dict[str, torch.Tensor]:
+    named = {name: getattr(block, name, None) for name in LOOP_PARAMETER_NAMES}
+    return {name: t.detach().cpu().contiguous() for name, t in named.items() if t is not None}
+
+
+def _describe(blocks: list[nn.Module], action_head: nn.Module | None) -> dict[str, Any]:
+    first = blocks[0] if blocks else None
+    processor = getattr(getattr(first, "attn1", None), "processor", None)
+    return {
+        "format": FORMAT_VERSION,
+        "blocks": [type(block).__name__ for block in blocks],
+        "max_loops": [block.max_loops for block in blocks],
+        "loops": [block.loops for block in blocks],
+        "gate": None if first is None else first.loop.gate,
+        "canvas": processor.declaration() if hasattr(processor, "declaration") else None,
+        "action_head": None if action_head is None else type(action_head).__name__,
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"torch": str(torch.__version__)}
+    for package in ("canvas-engineering", "diffusers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None, dict[str, Any]]:
+    with open(path, "rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not isinstance(content.get("loop_blocks"), dict):
+            raise ValueError(f"{path} is not a loop checkpoint: it has no loop_blocks")
+        return content["loop_blocks"], content.get("action_head"), content.get("metadata") or {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is neither a safetensors file nor one of torch.save: {error}") from None
+    if text is None:
+        raise ValueError(f"{path} is not a loop checkpoint: its metadata has no {_KEY!r}")
+    blocks: dict[str, dict[str, torch.Tensor]] = {}
+    head = {}
+    for name, tensor in tensors.items():
+        if name.startswith("loop_blocks."):
+            _, block, parameter = name.split(".", 2)
+            blocks.setdefault(block, {})[parameter] = tensor
+        else:
+            head[name.removeprefix("action_head.")] = tensor
+    return blocks, head or None, json.loads(text)
+
+
+def _match(where, saved, own, moves, differences) -> None:
+    """Pairs tensors of one group for the copy, or says what differs."""
+    for name in sorted(saved.keys() | own.keys()):
+        if name not in own or name not in saved:
+            differences.append(f"{where}.{name} {'only in the file' if name in saved else 'only in the model'}")
+        elif saved[name].shape != own[name].shape:
+            differences.append(f"{where}.{name} {tuple(saved[name].shape)}, the model {tuple(own[name].shape)}")
+        else:
+            moves.append((own[name], saved[name]))
+
+
+def _compare(where: str, saved: Any, own: Any, differences: list[str]) -> None:
+    """What differs between two JSON values, by its place in them."""
+    if isinstance(saved, dict) and isinstance(own, dict):
+        for name in sorted(saved.keys() | own.keys()):
+            _compare(f"{where}.{name}", saved.get(name), own.get(name), differences)
+    elif isinstance(saved, list) and isinstance(own, list) and len(saved) == len(own):
+        for number, pair in enumerate(zip(saved, own)):
+            _compare(f"{where}[{number}]", *pair, differences)
+    elif saved != own:
+        differences.append(f"{where} {_short(saved)}, the model {_short(own)}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"

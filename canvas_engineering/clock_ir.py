@@ -1,0 +1,275 @@
+"""Clock expressions: when a region updates, as a small tree that JSON keeps exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from canvas_engineering.canvas.layout import checked_int
+
+__all__ = [
+    "And",
+    "BoundaryExpr",
+    "ClockContext",
+    "ClockExpr",
+    "Cooldown",
+    "MaxSilence",
+    "Not",
+    "OnEvent",
+    "Or",
+    "Periodic",
+    "boundary",
+    "on",
+    "periodic",
+]
+
+Summaries = dict[str, dict[str, float]]
+
+
+@dataclass
+class ClockContext:
+    """What a clock sees at one step.
+
+    Args:
+        external_t: the step.
+        summaries: region to kind to value, as they stand when the step begins.
+        boundary: name of the lifecycle event of this step, if any.
+        last_fired: the step at which the region fired last; −1 before it ever did.
+        cooldown_until: Cooldown nodes are silent before this step.
+    """
+
+    external_t: int = 0
+    summaries: Summaries | None = None
+    boundary: str | None = None
+    last_fired: int = -1
+    cooldown_until: int = 0
+
+    def cools(self, steps: int) -> bool:
+        """Whether a Cooldown of so many steps is silent now."""
+        return self.external_t < self.cooldown_until
+
+    def summary(self, source: str) -> float:
+        """The summary ``region.kind``, split at the last dot; 0 where there is none."""
+        region, _, kind = source.rpartition(".")
+        return float((self.summaries or {}).get(region, {}).get(kind, 0.0))
+
+
+class ClockExpr:
+    """A node of a clock expression. Nodes are frozen and compare by value.
+
+    >>> clock = Or(periodic(8), Cooldown(on("error.prediction", gt=0.5), steps=2))
+    >>> clock.evaluate(ClockContext(external_t=3, summaries={"error": {"prediction": 0.7}}))
+    True
+    >>> ClockExpr.from_dict(clock.to_dict()) == clock
+    True
+    """
+
+    def evaluate(self, ctx: ClockContext) -> bool:
+        """Whether the clock fires in this context."""
+        raise NotImplementedError(f"{type(self).__name__} is no node of its own: use one of {', '.join(_NODES)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The node in JSON types, with its ``type`` and the fields that are not None."""
+        form: dict[str, Any] = {"type": _TYPE_OF[type(self)]}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None:
+                form[f.name] = value.to_dict() if isinstance(value, ClockExpr) else value
+        return form
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> ClockExpr:
+        """The node of a dict as `to_dict` gives it.
+
+        Raises:
+            ValueError: an unknown type, listing those there are; a field that is missing, unknown or wrong.
+        """
+        if not isinstance(d, dict) or d.get("type") not in _NODES:
+            found = d.get("type") if isinstance(d, dict) else d
+            raise ValueError(f"unknown clock expression type {found!r}: choose one of {', '.join(_NODES)}")
+        kind = _NODES[d["type"]]
+        given = {name: value for name, value in d.items() if name != "type"}
+        known = [f.name for f in fields(kind)]
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ValueError(f"clock expression {d['type']!r} has unknown fields {unknown}; known are {known}")
+        for name in ("left", "right", "child"):
+            if name in given:
+                given[name] = ClockExpr.from_dict(given[name])
+        try:
+            return kind(**given)
+        except TypeError as error:
+            raise ValueError(f"clock expression {d!r} is incomplete: {error}") from None
+
+    def nodes(self) -> Iterator[ClockExpr]:
+        """The node and everything below it."""
+        yield self
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), ClockExpr):
+                yield from getattr(self, f.name).nodes()
+
+
+def _check_children(node: ClockExpr, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(node, name), ClockExpr):
+            raise ValueError(f"{type(node).__name__} {name} must be a ClockExpr, got {getattr(node, name)!r}")
+
+
+@dataclass(frozen=True)
+class Periodic(ClockExpr):
+    """Fires at every step that ``period`` divides. ``domain`` names the time that is counted."""
+
+    period: int = 1
+    domain: str = "external"
+
+    def __post_init__(self) -> None:
+        checked_int(self.period, "Periodic period", 1)
+
+    def evaluate(self, ctx: ClockContext) -> bool:
+        return ctx.external_t % self.period == 0
+
+
+@dataclass(frozen=True)
+class OnEvent(ClockExpr):
+    """Fires while a residual summary lies above ``gt`` and below ``lt``; both together are a band.
+
+    ``source`` is ``"region.kind"``, split at its last dot; a summary that is missing reads as 0.
+
+    Raises:
+        ValueError: neither bound, a bound that is not a finite number, or a source without a dot.
+    """
+
+    source: str
+    gt: float | None = None
+    lt: float | None = None
+    domain: str = "external"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not all(self.source.rpartition(".")[::2]):
+            raise ValueError(f"OnEvent source must be 'region.kind', got {self.source!r}")
+        if self.gt is None and self.lt is None:
+            raise ValueError(f"OnEvent of {self.source!r} needs gt or lt: without a bound it would always fire")
+        for name in ("gt", "lt"):
+            bound = getattr(self, name)
+            number = isinstance(bound, (int, float)) and not isinstance(bound, bool) and math.isfinite(bound)
+            if bound is not None and not number:
+                raise ValueError(f"OnEvent {name} must be a finite number, got {bound!r}")
+
+    def evaluate(self, ctx: ClockContext) -> bool:
+        value = ctx.summary(self.source)
+        return (self.gt is None or value > self.gt) and (self.lt is None or value < self.lt)
+
+
+@dataclass(frozen=True)
+class BoundaryExpr(ClockExpr):
+    """Fires at the lifecycle event of this name."""
+
+    name: str
+
+    def evaluate(self, ctx: ClockContext) -> bool:
+        return ctx.boundary is not None and ctx.boundary == self.name
+
+
+@dataclass(frozen=True)
+class And(ClockExpr):
+    """Fires when both do."""
+
+    left: ClockExpr
+    right: ClockExpr
+
+    def __post_init__(self) -> None:
+        _check_children(self, "left", "right")
+
+    def evaluate(self, ctx: ClockContext) -> bool:
+        return self.left.evaluate(ctx) and self.right.evaluate(ctx)
+
+
+@dataclass(frozen=True)
+class Or(ClockExpr):
+    """Fires when either does."""
+
+    left: ClockExpr
+    right: ClockExpr
+
+    def __post_init__(self) -> None:
+        _check_children(self, "left", "right")
+
+    def evaluate(self, ctx: ClockContext) -> bool:
+        return self.left.evaluate(ctx) or self.right.evaluate(ctx)
+
+
+@dataclass(frozen=True)
+class Not(ClockExpr):
+    """Fires when its child does not."""
+
+    child: ClockExpr
+
+    def __post_init__(self) -> None:
+        _check_children(self, "child")
+
+    def evaluate(self, ctx: ClockContext) -> bool:
+        return not self.child.evaluate(ctx)
+
+
+@dataclass(frozen=True)
+class Cooldown(ClockExpr):
+    """Its child, silenced for ``steps`` steps after the region has fired.
+
+    A bare context silences it while ``external_t < cooldown_until``; a scheduler keeps one such time for each node.
+    """
+
+    child: ClockExpr
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        _check_children(self, "child")
+        checked_int(self.steps, "Cooldown steps", 0)
+
+    def evaluate(self, ctx: ClockContext) -> bool:
+        return not ctx.cools(self.steps) and self.child.evaluate(ctx)
+
+
+@dataclass(frozen=True)
+class MaxSilence(ClockExpr):
+    """Its child, or the region's first step, or ``steps`` steps since the region fired last."""
+
+    child: ClockExpr
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        _check_children(self, "child")
+        checked_int(self.steps, "MaxSilence steps", 1)
+
+    def evaluate(self, ctx: ClockContext) -> bool:
+        silent = ctx.last_fired < 0 or ctx.external_t - ctx.last_fired >= self.steps
+        return silent or self.child.evaluate(ctx)
+
+
+_NODES: dict[str, type[ClockExpr]] = {
+    "periodic": Periodic,
+    "on_event": OnEvent,
+    "boundary_expr": BoundaryExpr,
+    "and": And,
+    "or": Or,
+    "not": Not,
+    "cooldown": Cooldown,
+    "max_silence": MaxSilence,
+}
+_TYPE_OF = {node: name for name, node in _NODES.items()}
+
+
+def periodic(n: int = 1, domain: str = "external") -> ClockExpr:
+    """Every n-th step."""
+    return Periodic(n, domain)
+
+
+def on(source: str, gt: float | None = None, lt: float | None = None, domain: str = "external") -> ClockExpr:
+    """While the summary ``"region.kind"`` is above ``gt`` and below ``lt``."""
+    return OnEvent(source, gt, lt, domain)
+
+
+def boundary(name: str) -> ClockExpr:
+    """At the lifecycle event of this name."""
+    return BoundaryExpr(name)

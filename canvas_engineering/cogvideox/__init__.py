@@ -1,0 +1,72 @@
+"""CogVideoX: looped blocks, canvas attention on its tokens, and layouts of its token grid.
+
+``LoopedCogVideoXTransformer3DModel`` lives here too; it is made when it is first asked for, and needs diffusers.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .block import LoopedCogVideoXBlock
+from .layout import PixelBox, cogvideox_layout, dense_topology, tile_topology, window_topology
+from .measure import TopologyMeasure, measure_topology
+from .processor import CanvasAttnProcessor
+
+__all__ = [
+    "CanvasAttnProcessor",
+    "LoopedCogVideoXBlock",
+    "PixelBox",
+    "TopologyMeasure",
+    "cogvideox_layout",
+    "dense_topology",
+    "detect_inner_dim",
+    "measure_topology",
+    "tile_topology",
+    "window_topology",
+]
+
+
+def __getattr__(name: str):
+    if name == "LoopedCogVideoXTransformer3DModel":
+        from .model import looped_model_class
+
+        return looped_model_class()
+    if name == "ModelMixin":
+        # A saved pipeline names this module as the library of its transformer, and diffusers takes a class of a library
+        # for one that loads if it finds the library's own ModelMixin among its bases.
+        from diffusers import ModelMixin
+
+        return ModelMixin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def detect_inner_dim(transformer: nn.Module) -> int:
+    """Width of a model's token streams.
+
+    It is ``num_attention_heads · attention_head_dim``, ``hidden_size`` or ``d_model`` of its config, or, where there is
+    no such config, what its first normalisation layer normalises.
+
+    Raises:
+        ValueError: none of these is there.
+
+    >>> detect_inner_dim(nn.TransformerEncoderLayer(32, 4))
+    32
+    """
+    config = getattr(transformer, "config", {})
+
+    def option(name: str):
+        return config.get(name) if hasattr(config, "get") else getattr(config, name, None)
+
+    heads, head_dim = option("num_attention_heads"), option("attention_head_dim")
+    if isinstance(heads, int) and isinstance(head_dim, int):
+        return heads * head_dim
+    for name in ("hidden_size", "d_model"):
+        if isinstance(option(name), int):
+            return option(name)
+    for module in transformer.modules():
+        shape = getattr(module, "normalized_shape", None)
+        if shape is not None:
+            return int(shape[-1])
+    raise ValueError(
+        f"the width of {type(transformer).__name__} cannot be told from its config or its layers: give inner_dim="
+    )

@@ -1,0 +1,165 @@
+"""A CogVideoX block that loops, in place of the block whose modules it keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..looped_block import LoopParameters, checked_loops, parameter_home
+
+__all__ = ["LoopedCogVideoXBlock"]
+
+_CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+class LoopedCogVideoXBlock(nn.Module):
+    """diffusers' CogVideoX block, run ``loops`` times on its own two streams (semantics, section 6).
+
+    The given block's modules become this one's, under their own names: state-dict keys, attention processors, LoRA and
+    whatever else goes by module names stay. The looping adds one module, ``loop``. Video and text stream are mixed by
+    the same gate; each has embeddings of its own.
+
+    Args:
+        original_block: a ``CogVideoXBlock``; it is not changed, and shares its modules from then on.
+        block_idx: its number in the model.
+        max_loops: the most loops that :meth:`set_loops` allows. It starts at 1 loop.
+        inner_dim: width of both streams.
+        gate: "tanh", or "sigmoid" for checkpoints made with that mixing; see :class:`LoopParameters`.
+
+    Attributes:
+        loop_emb, loop_emb_enc: (max_loops, inner_dim). loop_gate: (max_loops, 1).
+        sharpening: None, or a factor on the attention scale for each loop; needs a :class:`CanvasAttnProcessor`.
+
+    Raises:
+        ValueError: the block is offloaded or hooked already, or it loops already.
+    """
+
+    def __init__(
+        self, original_block: nn.Module, block_idx: int, max_loops: int, inner_dim: int, gate: str = "tanh"
+    ):
+        super().__init__()
+        state = dict(original_block.__dict__)
+        state.update({name: state[name].copy() for name in _CONTAINERS})
+        adopted = object.__new__(type(original_block))
+        adopted.__dict__.update(state)
+        LoopedCogVideoXBlock.graft(adopted, block_idx, max_loops, inner_dim, gate)
+        self.__dict__.update(adopted.__dict__)
+
+    @staticmethod
+    def graft(
+        block: nn.Module, block_idx: int, max_loops: int, inner_dim: int, gate: str = "tanh"
+    ) -> LoopedCogVideoXBlock:
+        """The same change made to ``block`` itself, hooks and all; :meth:`ungraft` undoes it."""
+        if isinstance(block, LoopedCogVideoXBlock):
+            raise ValueError(f"block {block_idx} loops already: ungraft it first")
+        if "forward" in block.__dict__ or _is_offloaded(block):
+            raise ValueError(
+                f"hooks run block {block_idx} ({type(block).__name__}), or move its parameters, and would not know of "
+                "the loops: graft first, then enable offloading"
+            )
+        loop = LoopParameters(max_loops, inner_dim, 2, gate, 0.0, *parameter_home(block))
+        loop.train(block.training)
+        # The function besides the class, for torch.compile cannot see into the class, which diffusers marks as opaque.
+        block.block_class, block.block_forward = type(block), type(block).forward
+        block.__class__ = LoopedCogVideoXBlock
+        block.loop, block.loops, block.block_idx, block.sharpening = loop, 1, block_idx, None
+        block.__dict__.pop("_compiled_call_impl", None)  # compiled from the forward that it had
+        return block
+
+    def ungraft(self) -> nn.Module:
+        """This block as it was before :meth:`graft`, in place."""
+        if "forward" in self.__dict__:
+            raise ValueError(f"the forward of block {self.block_idx} was replaced by a hook: remove the hook first")
+        plain = self.block_class
+        for name in ("loop", "loops", "block_idx", "sharpening", "block_class", "block_forward"):
+            delattr(self, name)
+        self.__dict__.pop("_compiled_call_impl", None)
+        self.__class__ = plain
+        return self
+
+    @property
+    def max_loops(self) -> int:
+        """The most loops that the parameters provide for."""
+        return self.loop.max_loops
+
+    @property
+    def loop_emb(self) -> nn.Parameter:
+        """(max_loops, inner_dim), added to the video stream."""
+        return self.loop.loop_emb
+
+    @property
+    def loop_emb_enc(self) -> nn.Parameter:
+        """(max_loops, inner_dim), added to the text stream."""
+        return self.loop.loop_emb_enc
+
+    @property
+    def loop_gate(self) -> nn.Parameter:
+        """(max_loops, 1)."""
+        return self.loop.loop_gate
+
+    def set_loops(self, n: int) -> None:
+        """Run ``n`` loops from now on, at most max_loops. ValueError below 1."""
+        self.loops = checked_loops(n, self.max_loops)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the block computes, looped.
+
+        Args:
+            hidden_states: (B, video tokens, inner_dim). encoder_hidden_states: (B, text tokens, inner_dim).
+            temb: (B, time_embed_dim). image_rotary_emb: cos and sin, (video tokens, head_dim) each.
+            attention_kwargs: handed to the attention processor.
+
+        Returns:
+            both streams, in their shapes and dtype.
+        """
+        if self.sharpening is not None and not getattr(self.attn1.processor, "sharpens", False):
+            raise ValueError(
+                f"block {self.block_idx} sharpens its attention, which {type(self.attn1.processor).__name__} cannot: "
+                "set a CanvasAttnProcessor, or the block's sharpening to None"
+            )
+        if getattr(self.attn1.processor, "sharpens", False) and attention_kwargs:
+            unknown = sorted(set(attention_kwargs) - {"attention_mask", "sharpness"})
+            if unknown:  # diffusers would drop them with a log line
+                raise ValueError(f"attention_kwargs {unknown} mean nothing to canvas attention")
+        video, text = hidden_states, encoder_hidden_states
+        for loop in range(self.loops):
+            video_embedding, text_embedding, gate = self.loop(loop, video.dtype)
+            kwargs = attention_kwargs
+            if self.sharpening is not None:
+                kwargs = {**(attention_kwargs or {}), "sharpness": self.sharpening[loop]}
+            new_video, new_text = self.block_forward(
+                self,
+                hidden_states=video + video_embedding,
+                encoder_hidden_states=text + text_embedding,
+                temb=temb,
+                image_rotary_emb=image_rotary_emb,
+                **({} if kwargs is None else {"attention_kwargs": kwargs}),
+            )
+            video = self.loop.mix(video, new_video, gate, loop)
+            text = self.loop.mix(text, new_text, gate, loop)
+        return video, text
+
+    def trainable_params(self) -> int:
+        """Number of loop parameters."""
+        return self.loop.numel()
+
+    def extra_repr(self) -> str:
+        return f"block_idx={self.block_idx}, loops={self.loops} of {self.max_loops}, gate={self.loop.gate}"
+
+
+def _is_offloaded(block: nn.Module) -> bool:
+    """Whether accelerate's or diffusers' hooks move parameters of the block."""
+    for module in block.modules():
+        names = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if hasattr(module, "_hf_hook") or any("offload" in name for name in names):
+            return True
+    return False

@@ -1,0 +1,86 @@
+"""What a topology takes away from a model that was trained with dense attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..canvas import CanvasLayout
+from ..connectivity import CanvasTopology
+from .processor import CanvasAttnProcessor
+
+__all__ = ["TopologyMeasure", "measure_topology"]
+
+
+@dataclass(frozen=True)
+class TopologyMeasure:
+    """``density``: share of all token pairs that are computed. ``difference``: mean |sparse − dense| of the attention
+    outputs over mean |dense|, over all calls; ``per_layer``: the same for each attention layer, by its processor name.
+    """
+
+    density: float
+    difference: float
+    per_layer: dict[str, float]
+
+
+@dataclass
+class _Both:
+    """A processor that computes both and goes on with the dense result, so that every layer sees its true input."""
+
+    dense: CanvasAttnProcessor
+    sparse: CanvasAttnProcessor
+    changed: list[float] = field(default_factory=list)
+    size: list[float] = field(default_factory=list)
+    sharpens = True
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None, sharpness=1.0
+    ):
+        given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, sharpness)
+        expected, actual = self.dense(*given), self.sparse(*given)
+        for a, b in zip(expected, actual):
+            self.changed.append(float((a - b).abs().sum(dtype=torch.float64)))
+            self.size.append(float(a.abs().sum(dtype=torch.float64)))
+        return expected
+
+
+@torch.no_grad()
+def measure_topology(
+    transformer: nn.Module,
+    layout: CanvasLayout,
+    topology: CanvasTopology,
+    batch: Mapping[str, Any],
+    *,
+    backend: str = "auto",
+) -> TopologyMeasure:
+    """How far a topology moves a model's attention outputs from those of dense attention, on one batch.
+
+    Args:
+        transformer: a CogVideoX transformer, grafted or not; it is left as it was.
+        layout, topology: the declaration.
+        batch: arguments of the transformer's forward.
+        backend: see :func:`canvas_attention`.
+
+    Raises:
+        ValueError: a batch of another size than the layout's, or a model that stays in packed order: measure before
+            the graft.
+    """
+    before = transformer.attn_processors
+    if any(getattr(processor, "packed", False) for processor in before.values()):
+        raise ValueError("this model keeps its tokens in packed order: measure a topology before the graft")
+    sparse = CanvasAttnProcessor(layout, topology, backend=backend)
+    fused = {name: getattr(p, "fused", "Fused" in type(p).__name__) for name, p in before.items()}
+    both = {name: _Both(CanvasAttnProcessor().with_fused(f), sparse.with_fused(f)) for name, f in fused.items()}
+    transformer.set_attn_processor(dict(both))
+    try:
+        transformer(**batch)
+    finally:
+        transformer.set_attn_processor(before)
+    per_layer = {name: sum(p.changed) / max(sum(p.size), 1e-300) for name, p in both.items()}
+    total = sum(sum(p.size) for p in both.values())
+    difference = sum(sum(p.changed) for p in both.values()) / max(total, 1e-300)
+    return TopologyMeasure(sparse.plan.density, difference, per_layer)

@@ -1,0 +1,241 @@
+"""The CogVideoX transformer with loops in its config, and what grafts and ungrafts it."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache, wraps
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+
+from ..canvas import CanvasLayout
+from ..connectivity import CanvasTopology
+from ..schema import CanvasSchema
+from . import packing
+from .block import LoopedCogVideoXBlock
+from .processor import CanvasAttnProcessor
+
+OWN_CONFIG = ("max_loops", "loops", "gate", "sharpening", "canvas", "backend", "packed")
+
+
+@cache
+def looped_model_class() -> type[nn.Module]:
+    """``LoopedCogVideoXTransformer3DModel``, made at the first call, for its base class needs diffusers."""
+    from diffusers import CogVideoXTransformer3DModel
+    from diffusers.configuration_utils import register_to_config
+
+    def __init__(
+        self,
+        *args,
+        max_loops: int = 3,
+        loops: int | list[int] = 1,
+        gate: str = "tanh",
+        sharpening: list[float] | None = None,
+        canvas: dict[str, Any] | None = None,
+        backend: str = "auto",
+        packed: bool = False,
+        **stock,
+    ):
+        CogVideoXTransformer3DModel.__init__(self, *args, **stock)
+        inner_dim = self.config.num_attention_heads * self.config.attention_head_dim
+        for number, block in enumerate(self.transformer_blocks):
+            LoopedCogVideoXBlock.graft(block, number, max_loops, inner_dim, gate)
+        self._set_block_loops(loops)
+        schema = None if canvas is None else CanvasSchema.from_dict(canvas["schema"])
+        set_attention(self, sharpening, schema, backend, packed)
+
+    # diffusers reads names and defaults of the config off this signature: the stock ones of whatever version, and ours.
+    stock = inspect.signature(CogVideoXTransformer3DModel.__init__)
+    own = [p for p in inspect.signature(__init__).parameters.values() if p.name in OWN_CONFIG]
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    __init__.__signature__ = stock.replace(
+        parameters=[*stock.parameters.values(), *(p.replace(kind=keyword_only) for p in own)]
+    )
+
+    class LoopedCogVideoXTransformer3DModel(CogVideoXTransformer3DModel):
+        """``CogVideoXTransformer3DModel`` whose blocks loop, and whose config says how.
+
+        ``graft_looped_blocks`` turns a stock model into one, in place. Further config: ``max_loops``; ``loops`` (of all
+        blocks, or a list with a number for each); ``gate`` ("tanh" or "sigmoid"); ``sharpening`` (a factor for each
+        loop, or None); ``canvas`` (the declaration that the attention follows, or None), ``backend`` and ``packed``.
+        """
+
+        _no_split_modules = [*CogVideoXTransformer3DModel._no_split_modules, "LoopedCogVideoXBlock"]
+        _repeated_blocks = ["LoopedCogVideoXBlock"]
+
+        def set_loops(self, n: int) -> None:
+            """Run ``n`` loops in every block from now on, at most max_loops. ValueError below 1."""
+            self._set_block_loops(n)
+            self._register_loops()
+
+        def _set_block_loops(self, loops: int | list[int]) -> None:
+            blocks = self.transformer_blocks
+            numbers = [loops] * len(blocks) if isinstance(loops, int) else loops
+            if len(numbers) != len(blocks):
+                raise ValueError(f"loops lists {len(numbers)} numbers for {len(blocks)} blocks: {loops}")
+            for block, number in zip(blocks, numbers):
+                block.set_loops(number)
+
+        def _register_loops(self) -> None:
+            numbers = [block.loops for block in self.transformer_blocks]
+            self.register_to_config(loops=numbers[0] if len(set(numbers)) == 1 else numbers)
+
+        @wraps(CogVideoXTransformer3DModel.save_config)
+        def save_config(self, *args, **kwargs):
+            self._register_loops()  # blocks and processors may have been set since
+            register_attention(self)
+            return super().save_config(*args, **kwargs)
+
+        @classmethod
+        def from_config(cls, config, *args, **kwargs):
+            saved_by = config.get("_class_name", cls.__name__) if isinstance(config, dict) else cls.__name__
+            if saved_by != cls.__name__:
+                raise ValueError(
+                    f"this is the config of a {saved_by}, whose checkpoint holds no loops: load it as {saved_by}, then "
+                    "graft_looped_blocks"
+                )
+            return super().from_config(config, *args, **kwargs)
+
+        def fuse_qkv_projections(self) -> None:
+            """Fuses query, key and value projections, as the stock model does, and keeps canvas processors."""
+            before = self.attn_processors
+            super().fuse_qkv_projections()
+            fused = {
+                name: before[name].with_fused() if hasattr(before[name], "with_fused") else stock_one
+                for name, stock_one in self.attn_processors.items()
+            }
+            self.set_attn_processor(fused)
+
+    looped = LoopedCogVideoXTransformer3DModel
+    looped.__init__ = register_to_config(__init__)
+    # Where pickles and pipelines look for it.
+    looped.__module__, looped.__qualname__ = "canvas_engineering.cogvideox", looped.__name__
+    looped.__init__.__qualname__ = f"{looped.__name__}.__init__"
+    _register_for_caches()
+    return looped
+
+
+def _register_for_caches() -> None:
+    if find_spec("diffusers.hooks") is None or find_spec("diffusers.hooks._helpers") is None:
+        return  # a diffusers without caches that go by block class
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+    TransformerBlockRegistry.register(
+        LoopedCogVideoXBlock,
+        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
+    )
+
+
+def is_cogvideox(transformer: nn.Module) -> bool:
+    """Whether this is diffusers' CogVideoX transformer, looped or not; a subclass by someone else is not."""
+    return type(transformer).__name__ in ("CogVideoXTransformer3DModel", "LoopedCogVideoXTransformer3DModel") and (
+        type(transformer).__module__.split(".")[0] in ("diffusers", "canvas_engineering")
+    )
+
+
+def canvas_processor(transformer: nn.Module) -> CanvasAttnProcessor | None:
+    """The processor that all blocks share, if it is a canvas processor; None if none has one.
+
+    Raises:
+        ValueError: blocks with different processors, which the config has no form for.
+    """
+    found = [block.attn1.processor for block in transformer.transformer_blocks]
+    canvas = [processor for processor in found if isinstance(processor, CanvasAttnProcessor)]
+    if canvas and (len(canvas) < len(found) or any(p.declaration() != canvas[0].declaration() for p in canvas)):
+        raise ValueError("the blocks have different attention processors; a config can name one for all of them")
+    return canvas[0] if canvas else None
+
+
+def set_attention(
+    transformer: nn.Module,
+    sharpening: list[float] | None,
+    schema: CanvasSchema | None,
+    backend: str,
+    packed: bool,
+) -> None:
+    """Gives all blocks of a looped model the attention of a declaration (dense for None) and its sharpening."""
+    blocks = transformer.transformer_blocks
+    if sharpening is not None:
+        short = max(block.max_loops for block in blocks) > len(sharpening)
+        if short or not all(0.0 < beta < float("inf") for beta in sharpening):
+            raise ValueError(
+                f"sharpening must hold a positive factor for each of {blocks[0].max_loops} loops, got {sharpening}"
+            )
+    if schema is not None or sharpening is not None:
+        declared = (None, None) if schema is None else (schema.layout, schema.topology)
+        processor = CanvasAttnProcessor(*declared, backend=backend)
+        packing.remove(transformer)
+        if packed and packing.can_pack(processor):
+            processor.packed = True
+            packing.install(transformer, processor)
+        fused = any(getattr(p, "fused", "Fused" in type(p).__name__) for p in transformer.attn_processors.values())
+        transformer.set_attn_processor(processor.with_fused(fused))
+    for block in blocks:
+        block.sharpening = None if sharpening is None else list(sharpening)
+    register_attention(transformer)
+
+
+def register_attention(transformer: nn.Module) -> None:
+    """Writes the attention that the blocks have into the model's config."""
+    processor = canvas_processor(transformer)
+    transformer.register_to_config(
+        sharpening=transformer.transformer_blocks[0].sharpening,
+        canvas=None if processor is None else processor.declaration(),
+        backend="auto" if processor is None else processor.backend,
+        packed=processor is not None and processor.packed,
+    )
+
+
+def graft_cogvideox(
+    transformer: nn.Module,
+    max_loops: int,
+    inner_dim: int,
+    gate: str,
+    sharpening: list[float] | None,
+    layout: CanvasLayout | None,
+    topology: CanvasTopology | None,
+    backend: str,
+    packed: bool,
+) -> list[LoopedCogVideoXBlock]:
+    """Makes a stock model a looped one, in place; a looped one with equal loops gets the attention asked for."""
+    config = transformer.config
+    schema = None if layout is None else CanvasSchema(layout, topology)
+    if not isinstance(transformer, looped_model_class()):
+        processors = transformer.attn_processors
+        for number, block in enumerate(transformer.transformer_blocks):
+            LoopedCogVideoXBlock.graft(block, number, max_loops, inner_dim, gate)
+        transformer.__class__ = looped_model_class()
+        transformer._processors_before_graft = processors
+        transformer.register_to_config(max_loops=max_loops, gate=gate)
+    elif (config.max_loops, config.gate) != (max_loops, gate):
+        raise ValueError(
+            f"this model is grafted with max_loops={config.max_loops}, gate={config.gate!r}; asked for "
+            f"max_loops={max_loops}, gate={gate!r}. ungraft it first"
+        )
+    set_attention(transformer, sharpening, schema, backend, packed)
+    return list(transformer.transformer_blocks)
+
+
+def ungraft_cogvideox(transformer: nn.Module) -> nn.Module:
+    """The stock model, in place: classes, config and attention processors as before the graft."""
+    from diffusers import CogVideoXTransformer3DModel
+    from diffusers.configuration_utils import FrozenDict
+    from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+
+    packing.remove(transformer)
+    for block in transformer.transformer_blocks:
+        block.ungraft()
+    transformer.__class__ = CogVideoXTransformer3DModel
+    config = {name: value for name, value in transformer.config.items() if name not in OWN_CONFIG}
+    if config.get("_class_name") == "LoopedCogVideoXTransformer3DModel":
+        config["_class_name"] = "CogVideoXTransformer3DModel"
+    transformer._internal_dict = FrozenDict(config)
+    before = transformer.__dict__.pop("_processors_before_graft", {})
+    transformer.set_attn_processor(
+        {
+            name: (before.get(name) or CogVideoXAttnProcessor2_0()) if hasattr(current, "with_fused") else current
+            for name, current in transformer.attn_processors.items()
+        }
+    )
+    return transformer

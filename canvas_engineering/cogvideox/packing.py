@@ -1,0 +1,101 @@
+"""Tokens in a plan's packed order from the embedding to the last block: moved once per model, not once per layer.
+
+Everything between the patch embedding and the final norm treats tokens alike, attention aside, so blocks may be
+skipped, cached or given another processor meanwhile: whatever is not canvas attention does not know an order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from .layout import TEXT
+from .processor import CanvasAttnProcessor
+
+
+def can_pack(processor: CanvasAttnProcessor) -> bool:
+    """Whether the packed order keeps the text in front, where blocks look for it, and moves anything at all."""
+    if processor.plan is None or processor.plan.in_canvas_order:
+        return False
+    n_text = processor.layout.region_numel(TEXT)
+    return bool((processor.plan.order[:n_text] < n_text).all())
+
+
+def install(transformer: nn.Module, processor: CanvasAttnProcessor) -> None:
+    """Hooks that pack behind the patch embedding and unpack before the final norm."""
+    remove(transformer)
+    order = _Order(processor)
+    transformer.register_forward_pre_hook(_PackRotary(order), with_kwargs=True)
+    transformer.patch_embed.register_forward_hook(_PackTokens(order))
+    transformer.norm_final.register_forward_pre_hook(_UnpackVideo(order))
+
+
+def remove(transformer: nn.Module) -> None:
+    """Takes :func:`install`'s hooks away, and nothing else."""
+    for module in (transformer, transformer.patch_embed, transformer.norm_final):
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for number, hook in list(hooks.items()):
+                if isinstance(hook, _Hook):
+                    del hooks[number]
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+class _Order:
+    """The packed order of a processor's plan, as index tensors per device."""
+
+    def __init__(self, processor: CanvasAttnProcessor):
+        self.processor = processor
+        order, n_text = processor.plan.order, processor.layout.region_numel(TEXT)
+        video = order[n_text:] - n_text
+        self.tables = {"tokens": order, "video": video, "canvas": np.argsort(video)}
+        self.cache: dict[tuple[str, str], torch.Tensor] = {}
+
+    def rows(self, which: str, device: torch.device) -> torch.Tensor:
+        key = (which, str(device))
+        if key not in self.cache:
+            self.cache[key] = torch.from_numpy(self.tables[which].copy()).to(device)
+        return self.cache[key]
+
+    def __getstate__(self):
+        return {**self.__dict__, "cache": {}}
+
+    def __deepcopy__(self, memo):
+        return self  # of immutable parts
+
+
+class _Hook:
+    def __init__(self, order: _Order):
+        self.order = order
+
+
+class _PackTokens(_Hook):
+    def __call__(self, module, args, tokens: torch.Tensor) -> torch.Tensor:
+        n_tokens = len(self.order.tables["tokens"])
+        if tokens.shape[1] != n_tokens:
+            raise ValueError(
+                f"the layout is of {n_tokens} tokens, text and video; got {tokens.shape[1]}: build it with "
+                "cogvideox_layout for this video's size"
+            )
+        return tokens.index_select(1, self.order.rows("tokens", tokens.device))
+
+
+class _UnpackVideo(_Hook):
+    def __call__(self, module, args):
+        return (args[0].index_select(1, self.order.rows("canvas", args[0].device)), *args[1:])
+
+
+class _PackRotary(_Hook):
+    # The sixth argument of the transformer's forward.
+    POSITION, NAME = 5, "image_rotary_emb"
+
+    def __call__(self, module, args, kwargs):
+        if kwargs.get(self.NAME) is not None:
+            return args, {**kwargs, self.NAME: self._pack(kwargs[self.NAME])}
+        if len(args) > self.POSITION and args[self.POSITION] is not None:
+            packed = self._pack(args[self.POSITION])
+            return (*args[: self.POSITION], packed, *args[self.POSITION + 1 :]), kwargs
+        return args, kwargs
+
+    def _pack(self, rotary):
+        return tuple(table.index_select(0, self.order.rows("video", table.device)) for table in rotary)

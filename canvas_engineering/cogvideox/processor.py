@@ -1,0 +1,160 @@
+"""The attention processor: what CogVideoX's own one does, with canvas attention in its middle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..attention import BACKENDS, canvas_attention
+from ..canvas import CanvasLayout
+from ..connectivity import CanvasTopology
+from ..schema import CanvasSchema
+from .layout import TEXT, VIDEO
+from .tokens import token_plan
+
+__all__ = ["CanvasAttnProcessor"]
+
+
+class CanvasAttnProcessor:
+    """An attention processor for CogVideoX: set it with ``transformer.set_attn_processor``.
+
+    It projects, normalises, rotates and splits as diffusers' own processor does; each token attends, in one softmax,
+    over the tokens that the topology lets it read (joint form; semantics, section 3). Tokens that nothing covers read
+    themselves.
+
+    Args:
+        layout: of the model's tokens, from :func:`cogvideox_layout`; None for dense attention.
+        topology: who reads whom on it.
+        backend: see :func:`canvas_attention`.
+        packed: the tokens come in the plan's packed order, which the grafted model takes care of.
+
+    Attributes:
+        plan: the compiled :class:`AttentionPlan` over tokens, or None. ``plan.density`` is the share of pairs.
+        counts: text and video tokens of the layout, or None.
+        fused: whether projections are read from ``to_qkv``; ``fuse_qkv_projections`` of a grafted model sees to it.
+
+    Raises:
+        ValueError: a layout without a topology or the reverse, an unknown backend, or a declaration that the joint
+            form cannot compute.
+    """
+
+    # diffusers' registries of kernels and of sequence parallelism look for these two, and set them.
+    _attention_backend = None
+    _parallel_config = None
+    sharpens = True
+
+    def __init__(
+        self,
+        layout: CanvasLayout | None = None,
+        topology: CanvasTopology | None = None,
+        *,
+        backend: str = "auto",
+        packed: bool = False,
+    ):
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        if (layout is None) != (topology is None):
+            raise ValueError("give both layout= and topology=, or neither for dense attention")
+        self.layout, self.topology, self.backend, self.packed, self.fused = layout, topology, backend, packed, False
+        self.plan = None if layout is None else token_plan(layout, topology)
+        self.counts = None if layout is None else tuple(int(layout.region_numel(name)) for name in (TEXT, VIDEO))
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        sharpness: float = 1.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over [text; video].
+
+        Args:
+            attn: diffusers' ``Attention`` module.
+            hidden_states: (B, video tokens, inner_dim). encoder_hidden_states: (B, text tokens, inner_dim).
+            attention_mask: not possible.
+            image_rotary_emb: cos and sin, (video tokens, head_dim) each.
+            sharpness: factor on the attention scale.
+
+        Returns:
+            both streams, projected.
+
+        Raises:
+            ValueError: an attention mask, a token count other than the layout's, or a kernel or parallelism of
+                diffusers that was asked for.
+        """
+        self._check(hidden_states, encoder_hidden_states, attention_mask)
+        n_text = encoder_hidden_states.shape[1]
+        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        if self.fused:
+            projected = attn.to_qkv(tokens).chunk(3, -1)
+        else:
+            projected = [projection(tokens) for projection in (attn.to_q, attn.to_k, attn.to_v)]
+        # (B, heads, tokens, head_dim)
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        if image_rotary_emb is not None:
+            q, k = (_rotate(x, n_text, image_rotary_emb) for x in (q, k))
+        scale = q.shape[-1] ** -0.5 * sharpness
+        if self.plan is None:
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        else:
+            out = canvas_attention(q, k, v, self.plan, scale=scale, backend=self.backend, packed=self.packed)
+        out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+        return out[:, n_text:], out[:, :n_text]
+
+    def with_fused(self, fused: bool = True) -> CanvasAttnProcessor:
+        """This processor reading fused projections (or separate ones); the plan is shared."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, fused=fused)
+        return other
+
+    def declaration(self) -> dict[str, Any] | None:
+        """What it computes, as JSON types: the schema, the form and the backend; None for dense attention."""
+        if self.plan is None:
+            return None
+        return {"schema": CanvasSchema(self.layout, self.topology).to_dict(), "form": self.plan.normalize}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plan": None}  # tables of this process; the declaration makes them again
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.layout is not None:
+            self.plan = token_plan(self.layout, self.topology)
+
+    def __deepcopy__(self, memo) -> CanvasAttnProcessor:
+        return self.with_fused(self.fused)  # of immutable parts
+
+    def __repr__(self) -> str:
+        what = "dense" if self.plan is None else f"{self.plan.n_positions} tokens, density {self.plan.density:.4f}"
+        return f"CanvasAttnProcessor({what}, backend={self.backend!r}, packed={self.packed}, fused={self.fused})"
+
+    def _check(self, hidden_states, encoder_hidden_states, attention_mask) -> None:
+        if attention_mask is not None:
+            raise ValueError(
+                f"an attention mask {tuple(attention_mask.shape)} was given: declare who reads whom as a topology"
+            )
+        if self._attention_backend is not None or self._parallel_config is not None:
+            raise ValueError(
+                f"diffusers was asked for attention backend {self._attention_backend!r} and parallelism "
+                f"{self._parallel_config!r}; canvas attention has backends of its own (backend=) and runs on one "
+                "device: reset_attention_backend(), or ungraft"
+            )
+        given = (encoder_hidden_states.shape[1], hidden_states.shape[1])
+        if self.counts is not None and given != self.counts:
+            raise ValueError(
+                f"the layout is of {self.counts[0]} text and {self.counts[1]} video tokens; got {given[0]} and "
+                f"{given[1]}: build it with cogvideox_layout for this video's size"
+            )
+
+
+def _rotate(x: torch.Tensor, n_text: int, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """x (B, heads, tokens, head_dim) with its video tokens rotated."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return torch.cat([x[:, :, :n_text], apply_rotary_emb(x[:, :, n_text:], rotary)], dim=2)

@@ -1,0 +1,79 @@
+"""A declaration compiled for a model's token sequence: text first, then the video frame by frame."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from ..canvas import CanvasLayout, RegionSpec
+from ..connectivity import CanvasTopology, Connection
+from ..masks import MaskSpec, rect_cover
+from ..plan import AttentionPlan, compile_attention
+from .layout import TEXT, VIDEO
+
+_SOFTMAX = ("cross_attention", "self_attention", "cogvideox", "none")
+
+
+def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
+    """The joint-form plan (semantics, section 3) whose positions are tokens: all of region "text", then all of "video".
+
+    A token that no connection gives a key reads itself.
+
+    Raises:
+        ValueError: no such regions, regions of connections that hold other positions, or what joint form cannot do:
+            attention functions other than softmax, write modes other than "add".
+    """
+    for name in (TEXT, VIDEO):
+        if name not in layout.regions:
+            raise ValueError(f"a layout of tokens has the regions 'text' and 'video'; this one has {[*layout.regions]}")
+    place = np.concatenate([layout.region_index(name).numpy() for name in (TEXT, VIDEO)])
+    token = np.full(layout.num_positions, -1, np.int64)
+    token[place] = np.arange(len(place))
+    if (token >= 0).sum() != len(place):
+        raise ValueError("the regions 'text' and 'video' overlap: a token lies in one of them")
+    for name in topology.regions:
+        if name in layout.regions and (token[layout.region_index(name).numpy()] < 0).any():
+            bounds = layout.region_spec(name).bounds
+            raise ValueError(f"region {name!r} at {bounds} holds positions that are neither text nor video")
+    for number, (c, fn) in enumerate(zip(topology.connections, topology.resolve_fns(layout))):
+        if fn not in _SOFTMAX or c.write_mode != "add":
+            raise ValueError(
+                f"connection {number}, {c.src!r} reads {c.dst!r}, has fn {fn!r} and write mode {c.write_mode!r}: a "
+                "token has one softmax over all that it reads, so only softmax attention that adds is possible"
+            )
+    # Text first and video next, then by name: the packed order keeps the text in front, and a declaration that went
+    # through JSON, which sorts names, gives the same one.
+    names = [TEXT, VIDEO, *sorted(layout.regions.keys() - {TEXT, VIDEO})]
+    layout = _with_regions(layout, {name: layout.regions[name] for name in names})
+    plan = compile_attention(layout, topology, normalize="joint")
+    alone = np.zeros(layout.num_positions, bool)
+    alone[place] = ~plan.rows_with_keys()[place]
+    if alone.any():
+        plan = compile_attention(*_with_self_reads(layout, topology, alone), normalize="joint")
+    packed = dataclasses.replace(plan.packed, order=token[plan.order])
+    assert len(packed.order) == len(place)
+    packed.order.setflags(write=False)
+    args = (plan.normalize, plan.connections, plan.fns, len(place), plan.table, plan.reads, packed)
+    return AttentionPlan(*args)
+
+
+def _with_self_reads(
+    layout: CanvasLayout, topology: CanvasTopology, alone: np.ndarray
+) -> tuple[CanvasLayout, CanvasTopology]:
+    """The declaration with a connection of every marked position to itself."""
+    boxes = rect_cover(torch.from_numpy(alone.reshape(layout.T, *layout.spatial_shape)), min_area=1)
+    point = MaskSpec("tile", tile_shape=(1,) * layout.n_spatial_dims)
+    regions, connections = dict(layout.regions), list(topology.connections)
+    for number, box in enumerate(boxes):
+        name = f"alone {number}"
+        while name in regions:
+            name += "'"
+        regions[name] = RegionSpec(tuple(bound for pair in box.ranges for bound in pair))
+        connections.append(Connection(name, name, t_src=0, t_dst=0, mask=point))
+    return _with_regions(layout, regions), CanvasTopology(connections)
+
+
+def _with_regions(layout: CanvasLayout, regions: dict[str, tuple[int, ...] | RegionSpec]) -> CanvasLayout:
+    return CanvasLayout(layout.T, layout.d_model, layout.spatial_shape, regions, layout.t_current)

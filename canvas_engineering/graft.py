@@ -1,0 +1,209 @@
+"""Looping grafted onto a model, what stays frozen, and the way back."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .action_heads import ActionHead
+from .canvas import CanvasLayout
+from .cogvideox import TopologyMeasure, detect_inner_dim, measure_topology
+from .cogvideox.model import graft_cogvideox, is_cogvideox, ungraft_cogvideox
+from .connectivity import CanvasTopology
+from .looped_block import LOOP_PARAMETER_NAMES, LoopedBlockWrapper
+
+__all__ = ["freeze_full", "freeze_half", "graft_looped_blocks", "ungraft"]
+
+_log = logging.getLogger(__name__)
+_FREEZE = ("full", "half", "none")
+
+
+def graft_looped_blocks(
+    transformer: nn.Module,
+    max_loops: int = 3,
+    block_attr: str = "transformer_blocks",
+    wrapper_class: type[nn.Module] | None = None,
+    inner_dim: int | None = None,
+    action_dim: int = 7,
+    latent_channels: int = 16,
+    freeze: str = "full",
+    *,
+    loops: int | None = None,
+    gate: str = "tanh",
+    sharpening: Callable[[int], float] | Sequence[float] | None = None,
+    layout: CanvasLayout | None = None,
+    topology: CanvasTopology | None = None,
+    backend: str = "auto",
+    packed: bool = True,
+    measure_on: Mapping[str, Any] | None = None,
+) -> tuple[list[nn.Module], ActionHead]:
+    """Make the blocks of a model loop, in place; :func:`ungraft` undoes it.
+
+    The grafted model gives the backbone's outputs bit for bit until its loop parameters are trained. diffusers'
+    CogVideoX model becomes a ``LoopedCogVideoXTransformer3DModel`` that keeps its state-dict keys, config and
+    processors; blocks of other models are wrapped in :class:`LoopedBlockWrapper`.
+
+    Args:
+        transformer: a model with a ``nn.ModuleList`` of blocks.
+        max_loops: the most loops that a block can run.
+        block_attr: dotted name of the list of blocks.
+        wrapper_class: called as ``wrapper_class(block, number, max_loops, inner_dim)`` instead.
+        inner_dim: width of the blocks' streams; see :func:`detect_inner_dim` for the default.
+        action_dim, latent_channels: of the ActionHead that is made.
+        freeze: "full" leaves only loop parameters trainable, "half" freezes the patch embedding only, "none" nothing.
+        loops: loops to run; by default 1, until ``set_loops`` or a CurriculumScheduler raises it.
+        gate: "tanh", or "sigmoid" for loop checkpoints of the published package.
+        sharpening: a factor on the attention scale for each loop: a :class:`SharpeningSchedule`, or a list. CogVideoX
+            only, as everything below.
+        layout, topology: canvas attention, declared: each token reads, in one softmax, what the topology lets it read.
+            From :func:`cogvideox_layout` and the likes of :func:`window_topology`. A UserWarning says how much of dense
+            attention it computes.
+        backend: see :func:`canvas_attention`.
+        packed: keep tokens in the plan's packed order from the first block to the last, where that order moves any.
+        measure_on: arguments of the model's forward: the warning then says how far the attention outputs move.
+
+    Returns:
+        the looped blocks, and an ActionHead on the model's device.
+
+    Raises:
+        ValueError: no such list of blocks, an unknown ``freeze`` or ``gate``, a model that is grafted otherwise
+            already, blocks that are offloaded, a declaration that attention over tokens cannot compute, or attention
+            options for a model that is not CogVideoX.
+
+    >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2)
+    >>> blocks, _ = graft_looped_blocks(encoder, block_attr="layers", loops=2)
+    >>> sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    102
+    """
+    if freeze not in _FREEZE:
+        raise ValueError(f"freeze must be one of {', '.join(_FREEZE)}; got {freeze!r}")
+    originals = _blocks(transformer, block_attr)
+    inner_dim = detect_inner_dim(transformer) if inner_dim is None else inner_dim
+    if "_frozen_before_graft" not in transformer.__dict__:
+        frozen = frozenset(name for name, parameter in transformer.named_parameters() if not parameter.requires_grad)
+        transformer._frozen_before_graft = frozen
+    if wrapper_class is None and is_cogvideox(transformer) and block_attr == "transformer_blocks":
+        if (layout is None) != (topology is None):
+            raise ValueError("give both layout= and topology=, or neither for dense attention")
+        if topology is not None:
+            measured = None if measure_on is None else measure_topology(transformer, layout, topology, measure_on)
+        betas = [sharpening(loop) for loop in range(max_loops)] if callable(sharpening) else sharpening
+        betas = None if betas is None else [float(beta) for beta in betas]
+        blocks = graft_cogvideox(transformer, max_loops, inner_dim, gate, betas, layout, topology, backend, packed)
+        transformer.set_loops(1 if loops is None else loops)
+        if topology is not None:
+            _warn_of_topology(blocks[0].attn1.processor.plan.density, measured)
+    elif sharpening is not None or layout is not None or topology is not None:
+        raise ValueError(
+            "sharpening, layout and topology are for diffusers' CogVideoXTransformer3DModel, got "
+            f"{type(transformer).__name__}"
+        )
+    else:
+        blocks = _wrap(originals, wrapper_class, max_loops, inner_dim, gate)
+        for block in blocks:
+            block.set_loops(1 if loops is None else loops)
+    if freeze == "full":
+        freeze_full(transformer)
+    elif freeze == "half":
+        freeze_half(transformer)
+    if loops is None and max_loops > 1:
+        _log.warning(
+            "grafted %d blocks for up to %d loops; they run 1 loop until set_loops, loops= or a curriculum says more",
+            len(blocks),
+            max_loops,
+        )
+    device = next((p.device for p in transformer.parameters()), torch.device("cpu"))
+    return blocks, ActionHead(latent_channels, action_dim).to(device)
+
+
+def _warn_of_topology(density: float, measured: TopologyMeasure | None) -> None:
+    lost = (
+        "measure_topology says how far its outputs move on a batch"
+        if measured is None
+        else f"on the given batch its outputs move by {100 * measured.difference:.1f} % of their mean size"
+    )
+    warnings.warn(
+        f"attention computes {100 * density:.2f} % of all token pairs; a backbone that was trained with dense "
+        f"attention and stays frozen loses the others: {lost}",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def ungraft(transformer: nn.Module, block_attr: str = "transformer_blocks") -> nn.Module:
+    """Undo :func:`graft_looped_blocks`, in place: the plain model again. A model that is not grafted stays as it is.
+
+    Returns:
+        ``transformer``.
+    """
+    blocks = _blocks(transformer, block_attr)
+    if not any(hasattr(block, "set_loops") for block in blocks):
+        return transformer
+    if type(transformer).__name__ == "LoopedCogVideoXTransformer3DModel":
+        ungraft_cogvideox(transformer)
+    else:
+        for number, block in enumerate(blocks):
+            if not isinstance(getattr(block, "original", None), nn.Module):
+                raise ValueError(f"block {number}, a {type(block).__name__}, does not say its `original`")
+            blocks[number] = block.original
+    # a looped model that was loaded from a checkpoint has no record, and what loads is trainable
+    frozen = transformer.__dict__.pop("_frozen_before_graft", frozenset())
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return transformer
+
+
+def freeze_full(transformer: nn.Module) -> int:
+    """Freeze everything but loop parameters; the number of frozen parameters."""
+    return _freeze(transformer, lambda name: name.split(".")[-1] not in LOOP_PARAMETER_NAMES)
+
+
+def freeze_half(transformer: nn.Module) -> int:
+    """Freeze the patch embedding and positional embeddings only; the number of frozen parameters."""
+    return _freeze(transformer, lambda name: "patch_embed" in name or "pos_embedding" in name)
+
+
+def _freeze(transformer: nn.Module, frozen) -> int:
+    count = 0
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(not frozen(name))
+        count += parameter.numel() if frozen(name) else 0
+    return count
+
+
+def _blocks(transformer: nn.Module, block_attr: str) -> nn.ModuleList:
+    lists = [name for name, module in transformer.named_modules() if isinstance(module, nn.ModuleList)]
+    if block_attr not in lists:
+        raise ValueError(
+            f"{type(transformer).__name__} has no list of blocks at {block_attr!r}; it has {lists or 'none'}: "
+            "give block_attr="
+        )
+    return transformer.get_submodule(block_attr)
+
+
+def _wrap(blocks: nn.ModuleList, wrapper_class, max_loops: int, inner_dim: int, gate: str) -> list[nn.Module]:
+    looped = [hasattr(block, "set_loops") for block in blocks]
+    if all(looped) and blocks:
+        for block in blocks:
+            if (block.max_loops, block.loop.gate) != (max_loops, gate):
+                raise ValueError(
+                    f"this model is grafted with max_loops={block.max_loops}, gate={block.loop.gate!r}; asked for "
+                    f"max_loops={max_loops}, gate={gate!r}. ungraft it first"
+                )
+        return list(blocks)
+    if any(looped):
+        raise ValueError(f"blocks {[i for i, yes in enumerate(looped) if yes]} loop already, the others do not")
+    for number, block in enumerate(blocks):
+        if wrapper_class is None:
+            blocks[number] = LoopedBlockWrapper(block, number, max_loops, inner_dim, gate=gate)
+        else:
+            if gate != "tanh":
+                raise ValueError(f"gate={gate!r} is for the wrappers of this package, not for {wrapper_class.__name__}")
+            blocks[number] = wrapper_class(block, number, max_loops, inner_dim)
+        blocks[number].train(block.training)
+    return list(blocks)

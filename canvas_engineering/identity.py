@@ -1,0 +1,112 @@
+"""Identity: a region that is read through a bank of slots, bound afresh from its positions at every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from canvas_engineering.canvas.layout import checked_int
+
+__all__ = ["IdentitySpec", "SlotBindingModule"]
+
+IDENTITY_MODES = ("persistent",)
+BINDING_FNS = ("cross_attention",)
+
+
+@dataclass(frozen=True)
+class IdentitySpec:
+    """How a region keeps the identity of what it holds.
+
+    Args:
+        mode: "persistent": the slots are learned, and bind to the region's positions at every step.
+        slot_capacity: number of slots.
+        binding_fn: how slots read positions: "cross_attention".
+        birth_death: whether a learned gate decides which slots are alive.
+
+    Raises:
+        ValueError: fewer than one slot.
+    """
+
+    mode: str = "persistent"
+    slot_capacity: int = 64
+    binding_fn: str = "cross_attention"
+    birth_death: bool = False
+
+    def __post_init__(self) -> None:
+        checked_int(self.slot_capacity, "IdentitySpec slot_capacity", 1)
+        if not isinstance(self.birth_death, bool):
+            raise ValueError(f"IdentitySpec birth_death must be a bool, got {self.birth_death!r}")
+
+    def check(self) -> None:
+        """ValueError: a mode or binding function that does not exist, with those that do."""
+        for name, choices in (("mode", IDENTITY_MODES), ("binding_fn", BINDING_FNS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown identity {name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+
+
+class _Binding(nn.Module):
+    """softmax(q kᵀ / √head_dim) v of slots over positions, projected."""
+
+    def __init__(self, d_model: int, n_heads: int):
+        super().__init__()
+        self.n_heads = n_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            for proj, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, keys))
+        )
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SlotBindingModule(nn.Module):
+    """A bank of learned slots that binds to observations: LayerNorm(binding_attn(slots → observations) + slots).
+
+    With ``birth_death`` each bound slot is multiplied by its life gate, σ(Linear(GELU(Linear(slot)))).
+
+    Args:
+        d_model: width.
+        n_slots: size of the bank.
+        n_heads: heads of the binding; must divide d_model.
+        birth_death: whether slots have a life gate.
+
+    Raises:
+        ValueError: heads that do not divide d_model, or a size below 1.
+
+    >>> SlotBindingModule(8, n_slots=3, n_heads=2)(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 3, 8])
+    """
+
+    def __init__(self, d_model: int, n_slots: int, n_heads: int = 4, birth_death: bool = False):
+        super().__init__()
+        checked_int(n_slots, "n_slots", 1)
+        if n_heads < 1 or d_model % n_heads:
+            raise ValueError(f"n_heads {n_heads} must divide d_model {d_model}")
+        self.slots = nn.Parameter(torch.randn(n_slots, d_model) * 0.02)
+        self.binding_attn = _Binding(d_model, n_heads)
+        self.layer_norm = nn.LayerNorm(d_model)
+        self.life_gate = None
+        if birth_death:
+            # one neuron at least: d_model 1 has no half
+            hidden = max(1, d_model // 2)
+            self.life_gate = nn.Sequential(nn.Linear(d_model, hidden), nn.GELU(), nn.Linear(hidden, 1), nn.Sigmoid())
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        """The bound slots (B, n_slots, d_model) of observations (B, m, d_model)."""
+        bound = self._bound(observations)
+        return bound if self.life_gate is None else bound * self.life_gate(bound)
+
+    def alive_mask(self, observations: torch.Tensor) -> torch.Tensor:
+        """bool (B, n_slots): slots whose life gate is above one half; all of them without a gate."""
+        if self.life_gate is None:
+            size = (observations.shape[0], self.slots.shape[0])
+            return torch.ones(size, dtype=torch.bool, device=observations.device)
+        return self.life_gate(self._bound(observations)).squeeze(-1) > 0.5
+
+    def _bound(self, observations: torch.Tensor) -> torch.Tensor:
+        slots = self.slots.expand(observations.shape[0], -1, -1)
+        return self.layer_norm(self.binding_attn(slots, observations) + slots)

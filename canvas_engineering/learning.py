@@ -1,0 +1,49 @@
+"""How regions learn, and what becomes of them at deploy: recipes, and each family's default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FAMILY_DEFAULTS", "LearningSpec", "default_learning"]
+
+
+@dataclass(frozen=True)
+class LearningSpec:
+    """How a region learns.
+
+    Args:
+        mode: the paradigm: "supervised", "ssl_prediction", "posterior_match", "retrieval", "calibration", "none", or
+            another name that the training loop knows.
+        losses: names of loss functions, for the training loop.
+        compile_mode: what happens at deploy: "runtime" keeps it live, "freeze" stops its learning, "constant" turns
+            its parameters into buffers, "export" writes them out and drops the region, "distill" trains a student.
+
+    Raises:
+        ValueError: losses that are not a tuple of names.
+
+    >>> default_learning("memory").compile_mode
+    'export'
+    """
+
+    mode: str = "supervised"
+    losses: tuple[str, ...] = ()
+    compile_mode: str = "runtime"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.losses, str) or not all(isinstance(name, str) for name in self.losses):
+            raise ValueError(f"LearningSpec losses must be a tuple of names, got {self.losses!r}")
+        object.__setattr__(self, "losses", tuple(self.losses))
+
+
+FAMILY_DEFAULTS: dict[str, LearningSpec] = {
+    "observation": LearningSpec("ssl_prediction", ("next_step", "masked_prediction"), "freeze"),
+    "state": LearningSpec("posterior_match", ("predictive_consistency", "calibration"), "runtime"),
+    "memory": LearningSpec("retrieval", ("retrieval_accuracy", "write_utility"), "export"),
+    "residual": LearningSpec("calibration", ("calibration", "sparsity"), "freeze"),
+    "action": LearningSpec("supervised", ("task",), "freeze"),
+}
+
+
+def default_learning(family: str) -> LearningSpec:
+    """The recipe of a family; a plain LearningSpec for a family that is not among the five."""
+    return FAMILY_DEFAULTS.get(family, LearningSpec())

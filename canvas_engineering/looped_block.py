@@ -1,0 +1,190 @@
+"""Looping: a block applied several times to its own output, with a learned embedding and gate per loop."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["LoopParameters", "LoopedBlockWrapper", "checked_loops"]
+
+GATES = ("tanh", "sigmoid")
+LOOP_PARAMETER_NAMES = ("loop_emb", "loop_emb_enc", "loop_gate")
+
+
+def checked_loops(n: int, max_loops: int) -> int:
+    """``n`` loops, at most ``max_loops``.
+
+    Raises:
+        ValueError: n below 1, or no int.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"a block runs at least 1 loop, got {n!r}")
+    return min(n, max_loops)
+
+
+class LoopParameters(nn.Module):
+    """What looping adds to a block: an embedding per loop and stream, and a gate per loop.
+
+    A module of its own, for what moves parameters between devices (offloading, sharding) does so around a forward.
+
+    Args:
+        max_loops: rows of every parameter.
+        dim: width of the block's streams.
+        streams: 1, or 2 for blocks that carry an encoder stream besides.
+        gate: "tanh": h ← lerp(h, block(h + e_l), c_l), c_0 = 1 + tanh(g_0) and c_l = tanh(g_l) for l ≥ 1, which at
+            g = 0 is the block alone. "sigmoid": c_l = σ(g_l) for all l, the mixing of older checkpoints.
+        gate_init: what the gates start at; the embeddings start at 0.
+        device, dtype: of the parameters.
+
+    Attributes:
+        loop_emb, loop_emb_enc: (max_loops, dim); the latter is None for one stream. loop_gate: (max_loops, 1).
+    """
+
+    def __init__(self, max_loops, dim, streams=1, gate="tanh", gate_init=0.0, device=None, dtype=None):
+        super().__init__()
+        if gate not in GATES:
+            raise ValueError(f"gate must be one of {', '.join(GATES)}; got {gate!r}")
+        if isinstance(max_loops, bool) or not isinstance(max_loops, int) or max_loops < 1:
+            raise ValueError(f"max_loops must be an int of at least 1, got {max_loops!r}")
+        self.max_loops, self.gate = max_loops, gate
+        zeros = {"device": device, "dtype": dtype}
+        self.loop_emb = nn.Parameter(torch.zeros(max_loops, dim, **zeros))
+        self.loop_emb_enc = nn.Parameter(torch.zeros(max_loops, dim, **zeros)) if streams == 2 else None
+        self.loop_gate = nn.Parameter(torch.full((max_loops, 1), float(gate_init), **zeros))
+
+    def forward(self, loop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """(e_l, e_l of the encoder stream or None, gate value (1,)) of loop ``loop``, cast to ``dtype``.
+
+        The gate value is tanh(g_l) or σ(g_l): :func:`mix` adds the 1 of loop 0 where no rounding can lose tanh(g_0).
+        """
+        gate = self.loop_gate[loop]
+        value = torch.tanh(gate) if self.gate == "tanh" else torch.sigmoid(gate)
+        encoder = None if self.loop_emb_enc is None else self.loop_emb_enc[loop].to(dtype)
+        return self.loop_emb[loop].to(dtype), encoder, value.to(dtype)
+
+    def mix(self, before: torch.Tensor, after: torch.Tensor, gate: torch.Tensor, loop: int) -> torch.Tensor:
+        """lerp(before, after, c_l), which for a zero gate gives the very bits of ``after`` (loop 0) or ``before``."""
+        if self.gate == "sigmoid":
+            return gate * after + (1 - gate) * before
+        base = after if loop == 0 else before
+        return base + gate * (after - before)
+
+    def numel(self) -> int:
+        """Number of loop parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
+        # The checkpoint of a plain model has no loop parameters, and none of them is missing from it.
+        absent: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, absent, *rest)
+        if len(absent) < len(list(self.parameters())):
+            missing_keys.extend(absent)
+
+
+class LoopedBlockWrapper(nn.Module):
+    """Any transformer block, run ``loops`` times on its own output (semantics, section 6).
+
+    The wrapped block is called as ``block(hidden_states, *args, **kwargs)`` and gives a tensor like ``hidden_states``,
+    or a tuple whose first item is one; later loops see the same further arguments. With zero embeddings and gates, as
+    they start, the result is the block's own, bit for bit, whatever the number of loops. Attributes that the wrapper
+    does not have are the block's.
+
+    Args:
+        original: the block.
+        block_idx: its number in the model.
+        max_loops: the most loops that :meth:`set_loops` allows. It starts at 1 loop.
+        embed_dim: width of ``hidden_states``.
+        gate_init_bias: what the gates start at.
+        use_gradient_checkpointing: in training with several loops, keep only each loop's input for backward.
+        gate: "tanh", or "sigmoid" for checkpoints made with that mixing; see :class:`LoopParameters`.
+
+    Attributes:
+        loop_emb: (max_loops, embed_dim). loop_gate: (max_loops, 1).
+
+    >>> block = LoopedBlockWrapper(nn.Linear(8, 8), max_loops=3, embed_dim=8)
+    >>> x = torch.randn(2, 5, 8)
+    >>> block.set_loops(3)
+    >>> torch.equal(block(x), block.original(x)), block.trainable_params()
+    (True, 27)
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        block_idx: int = 0,
+        max_loops: int = 4,
+        embed_dim: int = 256,
+        gate_init_bias: float = 0.0,
+        use_gradient_checkpointing: bool = True,
+        gate: str = "tanh",
+    ):
+        super().__init__()
+        self.original, self.block_idx, self.embed_dim = original, block_idx, embed_dim
+        self.use_gradient_checkpointing = use_gradient_checkpointing
+        self.loop = LoopParameters(max_loops, embed_dim, 1, gate, gate_init_bias, *parameter_home(original))
+        self.loops = 1
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original":
+                raise
+        return getattr(super().__getattr__("original"), name)
+
+    @property
+    def max_loops(self) -> int:
+        """The most loops that the parameters provide for."""
+        return self.loop.max_loops
+
+    @property
+    def loop_emb(self) -> nn.Parameter:
+        """(max_loops, embed_dim)."""
+        return self.loop.loop_emb
+
+    @property
+    def loop_gate(self) -> nn.Parameter:
+        """(max_loops, 1)."""
+        return self.loop.loop_gate
+
+    def set_loops(self, n: int) -> None:
+        """Run ``n`` loops from now on, at most max_loops. ValueError below 1."""
+        self.loops = checked_loops(n, self.max_loops)
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """(…, embed_dim) → the same shape and dtype.
+
+        Raises:
+            ValueError: another width.
+        """
+        if hidden_states.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"block {self.block_idx} loops over states of width {self.embed_dim}, got {tuple(hidden_states.shape)}"
+            )
+        saves = self.use_gradient_checkpointing and self.training and torch.is_grad_enabled() and self.loops > 1
+        for loop in range(self.loops):
+            embedding, _, gate = self.loop(loop, hidden_states.dtype)
+            shifted = hidden_states + embedding
+            if saves:
+                out = checkpoint(self.original, shifted, *args, use_reentrant=False, **kwargs)
+            else:
+                out = self.original(shifted, *args, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            hidden_states = self.loop.mix(hidden_states, out, gate, loop)
+        return hidden_states
+
+    def trainable_params(self) -> int:
+        """Number of loop parameters."""
+        return self.loop.numel()
+
+    def extra_repr(self) -> str:
+        return f"block_idx={self.block_idx}, loops={self.loops} of {self.max_loops}, gate={self.loop.gate}"
+
+
+def parameter_home(block: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and dtype for new parameters of a block: those of its first one that arithmetic is done in, else None."""
+    for parameter in block.parameters():
+        if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            return parameter.device, parameter.dtype
+    return None, None

@@ -1,0 +1,164 @@
+"""What cannot be meant: values that do not exist are refused, constraints that do not hold are reported."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+from canvas_engineering.connectivity import Connection, resolve_connections
+from canvas_engineering.program.document import CanvasProgram
+from canvas_engineering.program.edges import parse_trigger, resolve_edges
+from canvas_engineering.program.specs import (
+    COMPILE_MODES,
+    CONSTRAINT_VALUES,
+    WRITE_MODES,
+    ConstraintSpec,
+    RegionProgram,
+    choices,
+)
+
+__all__ = ["validate_constraints"]
+
+DEPLOY_MODES = (*sorted(COMPILE_MODES), "distill")
+_ORDERED = ("mamba", "rwkv", "copy", "random_fixed")  # what a key means depends on where it stands in the list
+# equivariance: attention functions that break it
+_BREAKING = {
+    "permutation": ("local_attention", "hyena", *_ORDERED),
+    "rotation": ("local_attention", "hyena", *_ORDERED),
+    "translation": _ORDERED,
+}
+
+
+def check_program(program: CanvasProgram) -> None:
+    """Refuses a program that cannot be run as it stands.
+
+    Raises:
+        ValueError: an unknown clock mode or domain, compile mode, write mode or identity mode, with the choices; a
+            trigger or an event source of another form. The message names the region or the connection.
+    """
+    if not isinstance(program, CanvasProgram):
+        raise ValueError(f"program must be a CanvasProgram, got {program!r}")
+    for name, region in program.regions.items():
+        try:
+            choices("compile_mode", region.compile_mode, DEPLOY_MODES)
+            if region.learning is not None:
+                choices("compile_mode", region.learning.compile_mode, DEPLOY_MODES)
+            if region.clock is not None:
+                region.clock.check()
+            if region.identity is not None:
+                region.identity.check()
+        except ValueError as error:
+            raise ValueError(f"program of region {name!r}: {error}") from None
+    for (src, dst), connection in program.connections.items():
+        try:
+            choices("write_mode", connection.write_mode, WRITE_MODES)
+            parse_trigger(connection.trigger)
+        except ValueError as error:
+            raise ValueError(f"program of connection {src!r} -> {dst!r}: {error}") from None
+
+
+def validate_constraints(program: CanvasProgram) -> list[str]:
+    """What the program's constraints are not met by, in words; empty if nothing.
+
+    Checked are, for each region with constraints: that their values exist; ``equivariance`` against the attention
+    functions of the region's reads; ``conservation`` against replacing writes of its connections; ``causal_direction``
+    "acyclic" against cycles that its reads lead to (reading oneself is one) and "forward_only" against reads of regions
+    that start earlier; ``monotonicity`` against the carriers "diffusive" and "filter". Connections of weight 0 or of
+    the function "none" do not run, and do not count.
+
+    Returns:
+        strings that start with the region's name. Unknown values are reported, never raised.
+
+    >>> from canvas_engineering import CanvasLayout, CanvasSchema, CanvasTopology
+    >>> layout = CanvasLayout(T=1, spatial_shape=(2,), d_model=8, regions={"a": (0, 1, 0, 1), "b": (0, 1, 1, 2)})
+    >>> schema = CanvasSchema(layout, CanvasTopology([Connection("a", "b"), Connection("b", "a")]))
+    >>> acyclic = RegionProgram(constraints=ConstraintSpec(causal_direction="acyclic"))
+    >>> validate_constraints(CanvasProgram(schema, {"a": acyclic}))
+    ["a: causal_direction 'acyclic' does not hold: a -> b -> a is a cycle"]
+    """
+    constrained = {name: region for name, region in program.regions.items() if region.constraints is not None}
+    if not constrained:
+        return []
+    edges = _running(program)
+    reads: dict[str, list[str]] = {}
+    for connection, _ in edges:
+        reads.setdefault(connection.src, []).append(connection.dst)
+    found = []
+    for name, region in constrained.items():
+        found += [f"{name}: {problem}" for problem in _problems(name, region, program, edges, reads)]
+    return found
+
+
+def _running(program: CanvasProgram) -> list[tuple[Connection, str]]:
+    """Connections that run under the program, with the attention function of each."""
+    schema = program.schema
+    if schema.topology is None:
+        return []
+    with warnings.catch_warnings():
+        # a report on constraints: whoever compiles the program hears of what is skipped
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            topology, _ = resolve_edges(schema.topology, schema.layout, program)
+        except ValueError:
+            # unknown write modes and triggers are the compilers' to refuse; what the constraints ask stays answerable
+            topology = schema.topology
+        return [(connection, fn) for _, connection, fn in resolve_connections(topology, schema.layout)]
+
+
+def _problems(
+    name: str,
+    region: RegionProgram,
+    program: CanvasProgram,
+    edges: list[tuple[Connection, str]],
+    reads: dict[str, list[str]],
+) -> Iterator[str]:
+    constraints: ConstraintSpec = region.constraints
+    for field, known in CONSTRAINT_VALUES.items():
+        value = getattr(constraints, field)
+        if value is not None and value not in known:
+            yield f"unknown {field} {value!r}: choose one of {', '.join(known)}"
+    breaking = _BREAKING.get(constraints.equivariance, ())
+    for connection, fn in edges:
+        if connection.src == name and fn in breaking:
+            yield (
+                f"equivariance {constraints.equivariance!r} does not hold: the connection to {connection.dst!r} runs "
+                f"{fn!r}, which depends on the order of positions"
+            )
+    if constraints.conservation in CONSTRAINT_VALUES["conservation"]:
+        for connection, _ in edges:
+            if name in (connection.src, connection.dst) and connection.write_mode == "replace":
+                yield (
+                    f"conservation {constraints.conservation!r} does not hold: the connection "
+                    f"{connection.src} -> {connection.dst} replaces what it writes to"
+                )
+    if constraints.causal_direction == "acyclic":
+        cycle = _cycle(name, reads)
+        if cycle:
+            yield f"causal_direction 'acyclic' does not hold: {' -> '.join(cycle)} is a cycle"
+    if constraints.causal_direction == "forward_only":
+        layout = program.schema.layout
+        for dst in dict.fromkeys(reads.get(name, ())):
+            start, other = (layout.region_spec(region).bounds[0] for region in (name, dst))
+            if other < start:
+                yield f"causal_direction 'forward_only' does not hold: {dst!r} starts at frame {other}, before {start}"
+    if constraints.monotonicity in CONSTRAINT_VALUES["monotonicity"] and region.carrier in ("diffusive", "filter"):
+        yield f"monotonicity {constraints.monotonicity!r} does not hold for the carrier {region.carrier!r}"
+
+
+def _cycle(root: str, reads: dict[str, list[str]]) -> list[str]:
+    """A cycle that can be reached from ``root``, its first region repeated at the end; empty if there is none."""
+    done: set[str] = set()
+    path: dict[str, None] = {root: None}
+    pending = [iter(reads.get(root, ()))]
+    while pending:
+        following = next(pending[-1], None)
+        if following is None:
+            pending.pop()
+            done.add(path.popitem()[0])
+        elif following in path:
+            names = list(path)
+            return [*names[names.index(following) :], following]
+        elif following not in done:
+            path[following] = None
+            pending.append(iter(reads.get(following, ())))
+    return []

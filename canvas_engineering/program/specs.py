@@ -1,0 +1,217 @@
+"""What a program says of one region and of one connection."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from canvas_engineering.canvas.layout import checked_int
+from canvas_engineering.clock_ir import ClockExpr
+from canvas_engineering.identity import IdentitySpec
+from canvas_engineering.learning import LearningSpec, default_learning
+from canvas_engineering.masks import MaskSpec
+
+__all__ = [
+    "CARRIERS",
+    "COMPILE_MODES",
+    "OPERATORS",
+    "REGION_FAMILIES",
+    "WRITE_MODES",
+    "ClockSpec",
+    "ConnectionProgram",
+    "ConstraintSpec",
+    "RegionProgram",
+]
+
+REGION_FAMILIES = {"observation", "state", "memory", "residual", "action"}
+CARRIERS = {"deterministic", "diffusive", "filter", "memory", "residual"}
+OPERATORS = {
+    *("attend", "observe", "predict", "correct", "bind", "retrieve", "write", "act", "compress", "integrate"),
+    *("intervene", "emit_residual"),
+}
+WRITE_MODES = {"add", "replace", "gate"}
+COMPILE_MODES = {"runtime", "freeze", "constant", "export"}
+
+CLOCK_MODES = ("periodic", "on_event", "boundary")
+CLOCK_DOMAINS = ("external", "internal", "boundary")
+CONSTRAINT_VALUES = {
+    "equivariance": ("translation", "rotation", "permutation"),
+    "conservation": ("capacity", "energy"),
+    "causal_direction": ("acyclic", "forward_only"),
+    "monotonicity": ("non_decreasing", "non_increasing"),
+}
+
+
+def choices(name: str, value: Any, known) -> None:
+    """ValueError: ``value`` is not among the known ones, which the message lists."""
+    if value not in known:
+        listed = ", ".join(known if isinstance(known, tuple) else sorted(known))
+        raise ValueError(f"unknown {name} {value!r}: choose one of {listed}")
+
+
+def _check_strings(spec: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(spec, name), str):
+            raise ValueError(f"{type(spec).__name__} {name} must be a string, got {getattr(spec, name)!r}")
+
+
+def _check_kinds(spec: Any, **kinds: type) -> None:
+    for name, kind in kinds.items():
+        value = getattr(spec, name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{type(spec).__name__} {name} must be a {kind.__name__}, or None, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ClockSpec:
+    """When a region updates.
+
+    Args:
+        domain: "external" for environment time, "internal" for a region that also runs inner steps, "boundary" for
+            lifecycle events.
+        mode: "periodic" fires at every ``period``-th step, "on_event" while a residual summary exceeds a threshold,
+            "boundary" at a named event.
+        period: in steps.
+        event_source: for "on_event" the summary, ``"region.kind"``; for "boundary" the event's name.
+        event_threshold: for "on_event".
+        cooldown: after firing, silent for this many steps.
+        max_silence: fires anyway after this many steps without; None for never.
+        max_inner_steps: in the domain "internal", inner steps that follow each external one; None for none.
+        expr: a clock expression in place of mode, period, event_source and event_threshold.
+
+    Raises:
+        ValueError: a number that is not an int, or too small, or a field of the wrong kind. Unknown modes and domains
+            are refused where the program is put to use.
+    """
+
+    domain: str = "external"
+    mode: str = "periodic"
+    period: int = 1
+    event_source: str | None = None
+    event_threshold: float = 0.0
+    cooldown: int = 0
+    max_silence: int | None = None
+    max_inner_steps: int | None = None
+    expr: ClockExpr | None = None
+
+    def __post_init__(self) -> None:
+        _check_strings(self, "domain", "mode")
+        _check_kinds(self, event_source=str, expr=ClockExpr)
+        checked_int(self.period, "ClockSpec period", 1)
+        checked_int(self.cooldown, "ClockSpec cooldown", 0)
+        for name in ("max_silence", "max_inner_steps"):
+            if getattr(self, name) is not None:
+                checked_int(getattr(self, name), f"ClockSpec {name}", 1)
+        threshold = self.event_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
+            raise ValueError(f"ClockSpec event_threshold must be a finite number, got {threshold!r}")
+
+    def check(self) -> None:
+        """ValueError: an unknown mode or domain, with the choices, or a source that is missing or of no such form."""
+        choices("clock domain", self.domain, CLOCK_DOMAINS)
+        choices("clock mode", self.mode, CLOCK_MODES)
+        for node in () if self.expr is None else self.expr.nodes():
+            if hasattr(node, "domain"):
+                choices("clock domain", node.domain, CLOCK_DOMAINS)
+        if self.expr is not None or self.mode == "periodic":
+            return
+        form = "'region.kind'" if self.mode == "on_event" else "the name of an event"
+        source = self.event_source
+        if not source or (self.mode == "on_event" and not all(source.rpartition(".")[::2])):
+            raise ValueError(f"a clock of mode {self.mode!r} needs event_source, {form}, got {source!r}")
+
+
+@dataclass(frozen=True)
+class ConstraintSpec:
+    """What a region's dynamics must respect; `validate_constraints` reports what does not.
+
+    Args:
+        equivariance: "translation", "rotation", "permutation", or None.
+        conservation: "capacity", "energy", or None.
+        causal_direction: "acyclic" (no cycle can be reached over the region's reads), "forward_only" (it reads only
+            regions that start at its own time or later), or None.
+        monotonicity: "non_decreasing", "non_increasing", or None.
+    """
+
+    equivariance: str | None = None
+    conservation: str | None = None
+    causal_direction: str | None = None
+    monotonicity: str | None = None
+
+
+@dataclass(frozen=True)
+class RegionProgram:
+    """What a region is, and how it behaves.
+
+    Args:
+        family: the kind of state: "observation", "state", "memory", "residual", "action", or another name.
+        tags: sub-tags within the family.
+        carrier: the dynamics: "deterministic", "diffusive", "filter", "memory", "residual", or another name.
+        clock: when it updates; None for always.
+        learning: how it learns; None for the family's default.
+        compile_mode: what deploy makes of it: "runtime", "freeze", "constant", "export" or "distill".
+        constraints: on its dynamics.
+        identity: it is read through a bank of slots.
+
+    Raises:
+        ValueError: a field of the wrong kind.
+    """
+
+    family: str = "state"
+    tags: tuple[str, ...] = ()
+    carrier: str = "deterministic"
+    clock: ClockSpec | None = None
+    learning: LearningSpec | None = None
+    compile_mode: str = "runtime"
+    constraints: ConstraintSpec | None = None
+    identity: IdentitySpec | None = None
+
+    def __post_init__(self) -> None:
+        _check_strings(self, "family", "carrier", "compile_mode")
+        _check_kinds(self, clock=ClockSpec, learning=LearningSpec, constraints=ConstraintSpec, identity=IdentitySpec)
+        if isinstance(self.tags, str) or not all(isinstance(tag, str) for tag in self.tags):
+            raise ValueError(f"RegionProgram tags must be a tuple of strings, got {self.tags!r}")
+        object.__setattr__(self, "tags", tuple(self.tags))
+
+    def effective_learning(self) -> LearningSpec:
+        """``learning``, else the family's default, else a plain LearningSpec.
+
+        >>> RegionProgram(family="memory").effective_learning().mode
+        'retrieval'
+        """
+        return default_learning(self.family) if self.learning is None else self.learning
+
+    def effective_compile_mode(self, family_defaults: bool = False) -> str:
+        """The region's own mode unless "runtime", else its learning's, else (if asked for) its family's."""
+        if self.compile_mode != "runtime":
+            return self.compile_mode
+        if self.learning is not None:
+            return self.learning.compile_mode
+        return self.effective_learning().compile_mode if family_defaults else "runtime"
+
+
+@dataclass(frozen=True)
+class ConnectionProgram:
+    """What the connections of one (src, dst) pair are for, when they run, and how they write.
+
+    Args:
+        operator: the intent; brings defaults of its own (`OPERATOR_DEFAULTS`). Any string.
+        trigger: the edge runs only while this holds: ``"region.kind < number"`` clauses, joined by ``&&``.
+        write_mode: "add" is averaged by weight, "replace" takes the place of what others add, "gate" is added behind a
+            learned gate.
+        mask_spec: which positions meet, in place of the connection's own mask.
+
+    Raises:
+        ValueError: a field of the wrong kind. Unknown write modes and triggers of another form are refused where the
+            program is put to use.
+    """
+
+    operator: str = "attend"
+    trigger: str | None = None
+    write_mode: str = "add"
+    mask_spec: MaskSpec | None = None
+
+    def __post_init__(self) -> None:
+        _check_strings(self, "operator", "write_mode")
+        _check_kinds(self, trigger=str, mask_spec=MaskSpec)

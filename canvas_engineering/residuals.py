@@ -1,0 +1,196 @@
+"""Residual summaries: how far a region's content is from what was expected, as running averages on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from canvas_engineering.program.edges import parse_trigger
+from canvas_engineering.program.specs import choices
+
+__all__ = ["ResidualAccumulator", "ResidualSpec"]
+
+_REDUCTIONS = ("max_mean", "mean", "max", "l2")
+
+
+@dataclass(frozen=True)
+class ResidualSpec:
+    """What is kept of an error.
+
+    Args:
+        kinds: names of the values that are kept for each region.
+        reduce: of the magnitudes of an error's entries: "mean", "max" or "l2" (√Σe²) for every kind, or "max_mean",
+            which gives their mean to one kind, their maximum and mean to two, and so on in turn.
+        decay: of the running average, decay·old + (1 − decay)·new, which starts at zero.
+
+    Raises:
+        ValueError: no kinds, or one twice or with a dot, an unknown reduction, or a decay outside [0, 1].
+    """
+
+    kinds: tuple[str, ...] = ("prediction",)
+    reduce: str = "max_mean"
+    decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
+        if not kinds or len(set(kinds)) < len(kinds) or not all(isinstance(kind, str) and kind for kind in kinds):
+            raise ValueError(f"ResidualSpec kinds must be distinct names, at least one, got {self.kinds!r}")
+        if any("." in kind for kind in kinds):
+            raise ValueError(f"ResidualSpec kinds may have no dot (triggers name 'region.kind'), got {self.kinds!r}")
+        object.__setattr__(self, "kinds", kinds)
+        choices("reduce", self.reduce, _REDUCTIONS)
+        if not 0.0 <= self.decay <= 1.0:
+            raise ValueError(f"ResidualSpec decay must lie in [0, 1], got {self.decay!r}")
+
+
+class ResidualAccumulator(nn.Module):
+    """Running averages of errors by region and kind, in one buffer; it has no parameters and takes no gradient.
+
+    Args:
+        region_names: the regions whose errors are kept.
+        spec: what is kept; by default the mean magnitude, as "prediction".
+
+    Raises:
+        ValueError: a region twice.
+
+    >>> accumulator = ResidualAccumulator(["eye"], ResidualSpec(decay=0.5))
+    >>> accumulator.update("eye", torch.tensor([1.0, -3.0]))
+    >>> accumulator.summaries()
+    {'eye': {'prediction': 1.0}}
+    """
+
+    def __init__(self, region_names: list[str], spec: ResidualSpec | None = None):
+        super().__init__()
+        self.spec = ResidualSpec() if spec is None else spec
+        self._names = sorted(region_names)
+        if len(set(self._names)) < len(self._names):
+            raise ValueError(f"region_names has a name twice: {self._names}")
+        self._row = {name: row for row, name in enumerate(self._names)}
+        self.register_buffer("values", torch.zeros(len(self._names), len(self.spec.kinds)))
+
+    @property
+    def region_names(self) -> list[str]:
+        """Names of the regions, sorted: the rows of `summary_tensor`."""
+        return list(self._names)
+
+    def row(self, region: str) -> int:
+        """The region's row. KeyError: its errors are not kept."""
+        if region not in self._row:
+            raise KeyError(f"no residuals are kept for region {region!r}, only for {self._names}")
+        return self._row[region]
+
+    @torch.no_grad()
+    def update(self, region: str, error: torch.Tensor, active: torch.Tensor | None = None) -> None:
+        """Takes an error into the region's averages.
+
+        Args:
+            region: whose error.
+            error: of any shape, not empty.
+            active: a scalar, 0 or 1, on the error's device: at 0 the averages stay as they are, without a wait for it.
+
+        Raises:
+            KeyError: the region's errors are not kept. ValueError: an empty error.
+        """
+        row = self.row(region)
+        if not error.numel():
+            raise ValueError(f"the error of region {region!r} is empty: {tuple(error.shape)}")
+        size = error.detach().abs().to(torch.promote_types(error.dtype, torch.float32))
+        if self.spec.reduce == "l2":
+            found = [size.square().sum().sqrt()]
+        elif self.spec.reduce == "max_mean":
+            found = [size.amax(), size.mean()] if len(self.spec.kinds) > 1 else [size.mean()]
+        else:
+            found = [size.amax() if self.spec.reduce == "max" else size.mean()]
+        new = torch.stack([found[i % len(found)] for i in range(len(self.spec.kinds))]).to(self.values)
+        old = self.values[row]
+        mixed = self.spec.decay * old + (1.0 - self.spec.decay) * new
+        self.values[row] = mixed if active is None else torch.where(active.to(old.device) > 0, mixed, old)
+
+    def summaries(self) -> dict[str, dict[str, float]]:
+        """Region to kind to value, as plain floats: waits for the device."""
+        kinds = self.spec.kinds
+        return {name: dict(zip(kinds, row)) for name, row in zip(self._names, self.values.tolist())}
+
+    def summary_tensor(self) -> torch.Tensor:
+        """A copy of the averages, (regions, kinds), by sorted name; on the device, without waiting."""
+        return self.values.clone()
+
+    def reset(self) -> None:
+        """Back to zero."""
+        self.values.zero_()
+
+    def _apply(self, fn, recurse=True):
+        # running averages stay in float32 when a model goes to 16 bits: 1 − decay would round away
+        values = self.values
+        super()._apply(fn, recurse)
+        if self.values.dtype != values.dtype:
+            self.values = values.to(self.values.device)
+        return self
+
+
+class TriggerFlags(nn.Module):
+    """Triggers as tensors: which connections may run, decided on the device.
+
+    Args:
+        triggers: connection number to trigger; connections without one always may.
+        n_connections: how many there are.
+        accumulator: whose summaries triggers name; a summary that it does not keep makes a trigger false, and so do all
+            without it.
+
+    Raises:
+        ValueError: a trigger of another form.
+    """
+
+    _OPS = ("<", ">", "==", "!=")
+    _WANTS = {"<=": ("<", "=="), ">=": (">", "==")}
+
+    def __init__(self, triggers: dict[int, str], n_connections: int, accumulator: ResidualAccumulator | None):
+        super().__init__()
+        kinds = () if accumulator is None else accumulator.spec.kinds
+        rows = {} if accumulator is None else {name: row for row, name in enumerate(accumulator.region_names)}
+        parsed = [parse_trigger(trigger) for trigger in triggers.values()]
+        clauses = [clause for trigger in parsed for clause in trigger]
+        known = [clause.region in rows and clause.kind in kinds for clause in clauses]
+        column = [
+            rows[clause.region] * len(kinds) + kinds.index(clause.kind) if kept else 0
+            for clause, kept in zip(clauses, known)
+        ]
+        wants = [[op in self._WANTS.get(clause.op, (clause.op,)) for op in self._OPS] for clause in clauses]
+        # place len(clauses) holds True, with which short triggers are filled up
+        longest = max(map(len, parsed))
+        numbers = iter(range(len(clauses)))
+        of_trigger = [
+            [next(numbers) for _ in trigger] + [len(clauses)] * (longest - len(trigger)) for trigger in parsed
+        ]
+        trigger_of = torch.full((n_connections,), len(parsed))
+        trigger_of[list(triggers)] = torch.arange(len(parsed))
+        # as bits, so that a model in 16 bits keeps its thresholds
+        threshold = torch.tensor([clause.number for clause in clauses], dtype=torch.float64).view(torch.int64)
+        index = {
+            "column": torch.tensor(column),
+            "known": torch.tensor(known),
+            "wants": torch.tensor(wants),
+            "threshold": threshold,
+            "of_trigger": torch.tensor(of_trigger),
+            "trigger_of": trigger_of,
+        }
+        for name, tensor in index.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, summaries: torch.Tensor | None) -> torch.Tensor:
+        """(connections,) float32, 1 where the connection has no trigger or one that holds.
+
+        ``summaries``: (regions, kinds) of the accumulator, or None.
+        """
+        if summaries is None or not summaries.numel():
+            held = torch.zeros_like(self.known)
+        else:
+            value = summaries.reshape(-1).double().index_select(0, self.column)[:, None]
+            threshold = self.threshold.view(torch.float64)[:, None]
+            compared = (value < threshold, value > threshold, value == threshold, value != threshold)
+            held = (torch.cat(compared, 1) & self.wants).any(1) & self.known
+        always = torch.ones_like(held[:1])
+        fires = torch.cat([held, always])[self.of_trigger].all(1)
+        return torch.cat([fires, always])[self.trigger_of].float()

@@ -1,0 +1,218 @@
+"""Which regions update at a step: by their declared clocks, by a learned scorer, or by both."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from canvas_engineering.canvas.layout import checked_int
+from canvas_engineering.clock_ir import ClockContext, Summaries
+from canvas_engineering.program import CanvasProgram, ClockSpec
+from canvas_engineering.program.checks import check_program
+
+__all__ = ["HybridScheduler", "LearnedScheduler", "RegionScheduler"]
+
+
+@dataclass
+class _NodeCooldowns(ClockContext):
+    """A context in which every Cooldown node counts its own steps from the region's last firing."""
+
+    def cools(self, steps: int) -> bool:
+        return self.last_fired >= 0 and self.external_t <= self.last_fired + steps
+
+
+class RegionScheduler:
+    """Fires regions by the clocks of a program.
+
+    A region without a clock fires at every step. Otherwise, in order: within ``cooldown`` steps after it fired it does
+    not; with ``max_silence``, it does if it never fired, or not for that long; then its expression decides, or its
+    mode.
+
+    Args:
+        program: every region of its layout is scheduled.
+
+    Raises:
+        ValueError: an unknown clock mode or domain, or what else cannot be run.
+
+    >>> from canvas_engineering import CanvasLayout, CanvasSchema, RegionProgram
+    >>> layout = CanvasLayout(T=1, spatial_shape=(2,), d_model=8, regions={"eye": (0, 1, 0, 1), "map": (0, 1, 1, 2)})
+    >>> program = CanvasProgram(CanvasSchema(layout), {"map": RegionProgram(clock=ClockSpec(period=2))})
+    >>> scheduler = RegionScheduler(program)
+    >>> [sorted(scheduler.step(t)) for t in range(3)]
+    [['eye', 'map'], ['eye'], ['eye', 'map']]
+    """
+
+    def __init__(self, program: CanvasProgram):
+        check_program(program)
+        self.program = program
+        names = dict.fromkeys([*program.schema.layout.regions, *program.regions])
+        programs = {name: program.regions.get(name) for name in names}
+        self._clocks: dict[str, ClockSpec | None] = {
+            name: None if region is None else region.clock for name, region in programs.items()
+        }
+        self._last_fired: dict[str, int] = {}
+
+    def step(self, external_t: int, summaries: Summaries | None = None, boundary: str | None = None) -> set[str]:
+        """Names of the regions that update at this step.
+
+        Args:
+            external_t: the step.
+            summaries: region to kind to value, as they stand when the step begins.
+            boundary: the lifecycle event of this step, if any.
+        """
+        fired = set()
+        for name, clock in self._clocks.items():
+            if clock is None or self._fires(clock, self._last_fired.get(name, -1), external_t, summaries, boundary):
+                self._last_fired[name] = external_t
+                fired.add(name)
+        return fired
+
+    def step_plan(
+        self, external_t: int, summaries: Summaries | None = None, boundary: str | None = None
+    ) -> list[set[str]]:
+        """`step`'s set, then one set per inner step: those fired regions of domain "internal" that still have some."""
+        fired = self.step(external_t, summaries, boundary)
+        inner = {}
+        for name in fired:
+            clock = self._clocks[name]
+            if clock is not None and clock.domain == "internal" and clock.max_inner_steps:
+                inner[name] = clock.max_inner_steps
+        steps = range(max(inner.values(), default=0))
+        return [fired, *({name for name, count in inner.items() if count > step} for step in steps)]
+
+    def reset(self) -> None:
+        """Forgets what has fired."""
+        self._last_fired.clear()
+
+    @staticmethod
+    def _fires(clock: ClockSpec, last_fired: int, t: int, summaries: Summaries | None, boundary: str | None) -> bool:
+        if last_fired >= 0 and t <= last_fired + clock.cooldown and clock.cooldown:
+            return False
+        if clock.max_silence is not None and (last_fired < 0 or t - last_fired >= clock.max_silence):
+            return True
+        context = _NodeCooldowns(t, summaries, boundary, last_fired)
+        if clock.expr is not None:
+            return clock.expr.evaluate(context)
+        if clock.mode == "periodic":
+            return t % clock.period == 0
+        if clock.mode == "on_event":
+            return context.summary(clock.event_source) > clock.event_threshold
+        assert clock.mode == "boundary", clock.mode
+        return boundary is not None and boundary == clock.event_source
+
+
+class LearnedScheduler(nn.Module):
+    """Scores regions from summaries and takes the best: Linear → GELU → Linear, with Gumbel noise in training.
+
+    Args:
+        n_regions: number of regions.
+        summary_dim: number of summaries; None takes it from the first call.
+        max_active: how many regions are taken.
+        temperature: of the scores, and so of the noise against them.
+
+    Raises:
+        ValueError: a size below 1, or a temperature that is not above 0.
+    """
+
+    def __init__(self, n_regions: int, summary_dim: int | None, max_active: int, temperature: float = 1.0):
+        super().__init__()
+        checked_int(n_regions, "n_regions", 1)
+        checked_int(max_active, "max_active", 1)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature!r}")
+        self.n_regions, self.max_active, self.temperature = n_regions, min(max_active, n_regions), temperature
+        if summary_dim is None:
+            with warnings.catch_warnings():
+                # torch warns of every lazy module that its interface may change
+                warnings.simplefilter("ignore", UserWarning)
+                first = nn.LazyLinear(2 * n_regions)
+        else:
+            first = nn.Linear(checked_int(summary_dim, "summary_dim", 1), 2 * n_regions)
+        self.scorer = nn.Sequential(first, nn.GELU(), nn.Linear(2 * n_regions, n_regions))
+
+    def forward(self, summaries: torch.Tensor) -> tuple[set[int], torch.Tensor]:
+        """Chooses regions.
+
+        Args:
+            summaries: (summary_dim,), or (batch, summary_dim), whose first row is used. An empty one, before there is
+                any evidence, counts as a hidden layer of zeros.
+
+        Returns:
+            the numbers of the regions taken, and log-softmax scores (n_regions,), with gradients. Making the set waits
+            for the device.
+        """
+        row = summaries if summaries.dim() == 1 else summaries[0]
+        first, gelu, last = self.scorer
+        expected = None if isinstance(first, nn.LazyLinear) else first.in_features
+        if row.shape[-1] not in (0, row.shape[-1] if expected is None else expected):
+            raise ValueError(f"the scheduler scores {expected} summaries, got {tuple(summaries.shape)}")
+        hidden = last.weight.new_zeros(2 * self.n_regions) if not row.shape[-1] else gelu(first(row))
+        scores = last(hidden) / self.temperature
+        noisy = scores
+        if self.training:
+            noise = torch.rand_like(scores).clamp_min(torch.finfo(scores.dtype).tiny)
+            noisy = scores - torch.log(-torch.log(noise))
+        taken = noisy.detach().topk(self.max_active).indices.tolist()
+        return set(taken), torch.log_softmax(scores, dim=-1)
+
+
+class HybridScheduler(nn.Module):
+    """Declared clocks for most regions, a learned scorer for some.
+
+    Args:
+        program: as for `RegionScheduler`.
+        learned_regions: regions that the scorer decides on, whatever their clocks say.
+        summary_dim: number of summaries; None takes it from the first step that has any.
+        max_active: how many learned regions run at a step; by default half of them, at least one.
+        temperature: as for `LearnedScheduler`.
+
+    Attributes:
+        declared: the RegionScheduler. learned: the LearnedScheduler over the learned regions in sorted order, fed all
+            summaries in sorted order of region and kind.
+
+    Raises:
+        KeyError: a learned region that the program does not have. ValueError: none, or what the program is refused for.
+    """
+
+    def __init__(
+        self,
+        program: CanvasProgram,
+        learned_regions: Iterable[str],
+        summary_dim: int | None = None,
+        max_active: int | None = None,
+        temperature: float = 1.0,
+    ):
+        super().__init__()
+        self.declared = RegionScheduler(program)
+        self.learned_regions = sorted(set(learned_regions))
+        if not self.learned_regions:
+            raise ValueError("learned_regions names no region: use RegionScheduler for a program that is all declared")
+        unknown = [name for name in self.learned_regions if name not in self.declared._clocks]
+        if unknown:
+            raise KeyError(f"learned_regions names {unknown}; the program has {sorted(self.declared._clocks)}")
+        n = len(self.learned_regions)
+        self.learned = LearnedScheduler(
+            n, summary_dim, max(1, n // 2) if max_active is None else max_active, temperature
+        )
+
+    def step(self, external_t: int, summaries: Summaries | None = None, boundary: str | None = None) -> set[str]:
+        """Names of the regions that update at this step; arguments as for `RegionScheduler.step`.
+
+        Raises:
+            ValueError: another number of summaries than before.
+        """
+        fired = self.declared.step(external_t, summaries, boundary)
+        found = summaries or {}
+        flat = [found[region][kind] for region in sorted(found) for kind in sorted(found[region])]
+        weight = self.learned.scorer[2].weight
+        with torch.no_grad():
+            taken, _ = self.learned(torch.tensor(flat, dtype=weight.dtype, device=weight.device))
+        return fired.difference(self.learned_regions) | {self.learned_regions[number] for number in taken}
+
+    def reset(self) -> None:
+        """Forgets what has fired."""
+        self.declared.reset()
