@@ -190,8 +190,10 @@ def gate(module: nn.Module, expected: nn.Module, inputs: tuple[torch.Tensor, ...
     largest = max(float(w.abs().max()) for name, w in wanted.items() if name != "output")
     errors = {}
     for name, value in wanted.items():
-        # a gradient that cancels to almost nothing is held to the scale of the others
-        scale = max(float(value.abs().max()), 1e-3 * largest if name != "output" else 0.0)
+        # A gradient that cancels to almost nothing is held to the scale of the others; a key bias, which shifts all
+        # scores alike, to that of its weight.
+        size = float(wanted[name.replace("k_proj.bias", "k_proj.weight")].abs().max())
+        scale = size if name == "output" else max(size, 1e-3 * largest)
         errors[name] = float((found[name].double() - value).abs().max()) / scale
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
     if wrong:

@@ -146,6 +146,7 @@ PUBLIC_NAMES = {
         "canvas_attention",
     ),
     "canvas_engineering.attention.scan": (
+        "decayed_sums",
         "selective_scan",
     ),
     "canvas_engineering.canvas": (
