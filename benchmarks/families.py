@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import sys
 import time
@@ -401,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--render", action="store_true", help="write docs/families.md from rows that are there")
     options = parser.parse_args(argv)
     if options.render:
-        write_document([json.loads(line) for line in options.out.read_text().splitlines()])
+        write_document(measure.read_rows(options.out))
         return 0
     torch.set_num_threads(1)
     keep_pages()

@@ -38,19 +38,20 @@ def selective_scan(
     >>> selective_scan(ones, ones, ones, ones, torch.zeros(1, 1)).flatten().tolist()  # never forgets
     [1.0, 2.0, 3.0]
     """
-    given = ", ".join(
-        f"{n} {tuple(t.shape)} {t.dtype}" for n, t in (("dt", dt), ("x", x), ("b", b), ("c", c), ("rate", rate))
-    )
     batch, length, width = dt.shape
     states = rate.shape[-1]
     if x.shape != dt.shape or b.shape != (batch, length, states) or c.shape != b.shape or rate.shape != (width, states):
         wanted = "dt and x (batch, length, width), b and c (batch, length, states), rate (width, states)"
-        raise ValueError(f"wanted {wanted}; got {given}")
+        raise ValueError(f"wanted {wanted}; got {_described(dt, x, b, c, rate)}")
     if {t.dtype for t in (x, b, c, rate)} != {dt.dtype} or dt.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"one dtype, float32 or float64, for all: {given}")
+        raise ValueError(f"one dtype, float32 or float64, for all: {_described(dt, x, b, c, rate)}")
     if rate.requires_grad:
         raise ValueError("rate is a constant of the scan: it has no gradient")
     return _scan(dt, x, b, c, rate)[0]
+
+
+def _described(*tensors: torch.Tensor) -> str:
+    return ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in zip(("dt", "x", "b", "c", "rate"), tensors))
 
 
 def _chunk(length: int) -> int:

@@ -143,8 +143,7 @@ class AttentionPlan:
         """(n,) float32: Σ_r factor·w_r·row_scale over the plan's reads at each packed row; differentiable."""
         return (row_sums(self.table, factor) * row_scale).sum(0)
 
-    # -- families
-    # --------------------------------------------------------------------------------------------------------
+    # -- families ------------------------------------------------------------------------------------------------------
 
     def for_fn(self, fn: str) -> AttentionPlan:
         """The same plan with the reads of one attention function only; packed order and connection numbers stay."""
@@ -202,8 +201,7 @@ class AttentionPlan:
         """bool [connections]: which ones write by replacing."""
         return np.array([c.write_mode == "replace" for c in self.connections], dtype=bool)
 
-    # -- what a plan says without touching a device
-    # ------------------------------------------------------------------------
+    # -- what a plan says without touching a device --------------------------------------------------------------------
 
     @property
     def density(self) -> float:
