@@ -138,7 +138,7 @@ def document(rows: list[dict]) -> str:
         f"{where['commit']}); `python -m benchmarks.families` writes this page. Milliseconds of processor time, the "
         f"least of the rounds. Exponents of n are fitted over n ≥ {FIT_FROM}; MB is what one step holds at most beyond "
         f"what was held before, at n = {sizes[-1]}. The last column is the time of 200 connections between regions of "
-        "16 positions over that of one connection with as many queries, and as many pairs or keys, rounds taking turns.",
+        "16 positions over that of one connection with as many queries, and as many pairs or keys, in wall time.",
         "",
         "| function | claimed | time ~ n^ | memory ~ n^ | "
         + " | ".join(f"n = {n}" for n in sizes)
