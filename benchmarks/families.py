@@ -4,7 +4,7 @@ One region of n positions reads another of n, on one thread: processor seconds (
 for little) and peak memory of forward + backward for n = 2⁶ … 2¹³, and the exponents of n that the longest sizes show,
 beside the claimed complexity. And 200 connections of small regions over one connection of as much work. One read by the
 dispatcher is held against the function's own module in float64 before anything is timed. Writes rows, and the table in
-``docs/attention-costs.md``.
+``docs/attention-costs.md``; what is there of functions that do not run stays.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
 import os
 import sys
 import time
@@ -169,17 +170,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    console, rows = measure.console(), []
+    console = measure.console()
+    known = options.out.read_text().splitlines() if options.out.exists() else []
+    rows = {row["fn"]: row for row in map(json.loads, known)}
     for fn in options.functions.split(","):
-        row = run_function(fn, tuple(n for n in SIZES if n <= options.longest), options.rounds)
-        rows.append(row)
+        row = rows[fn] = run_function(fn, tuple(n for n in SIZES if n <= options.longest), options.rounds)
         fits = f"time ~ n^{row['time_exponent']:.2f}, memory ~ n^{row['memory_exponent']:.2f}"
         last = f"{1e3 * row['sizes'][-1]['least']:.0f} ms at n = {row['sizes'][-1]['n']}"
+        # as each function is done: a run that is cut short loses one
+        ordered = [rows[name] for name in FUNCTIONS if name in rows]
+        measure.write_rows(ordered, options.out)
+        unfinished = options.document.with_name(f"{options.document.name}.partial")
+        unfinished.write_text(document(ordered))
+        os.replace(unfinished, options.document)
         console.print(f"{fn:18} {row['claim']:12} {fits}; {last}; 200 edges / 1 {row['fleet_ratio']:.2f}")
-    measure.write_rows(rows, options.out)
-    unfinished = options.document.with_name(f"{options.document.name}.partial")
-    unfinished.write_text(document(rows))
-    os.replace(unfinished, options.document)
     console.print(f"rows: {options.out}; table: {options.document}")
     return 0
 
