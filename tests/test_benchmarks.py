@@ -188,5 +188,5 @@ def test_costs_are_written_as_rows_and_as_a_page(tmp_path):
     options = ["--functions", "copy,pooling", "--longest", "128", "--rounds", "1"]
     assert families.main([*options, "--out", str(rows), "--document", str(page)]) == 0
     found = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert [row["fn"] for row in found] == ["copy", "pooling"] and found[0]["sizes"][1]["n"] == 128
+    assert [row["fn"] for row in found] == ["pooling", "copy"] and found[0]["sizes"][1]["n"] == 128
     assert "| copy | O(N) |" in page.read_text() and "| n = 64 | n = 128 | MB |" in page.read_text()
