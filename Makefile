@@ -30,10 +30,9 @@ demo: $(READY) ## CartPole end to end: record, declare, train, compare, draw; OU
 test: $(READY) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q $(ARGS)
 
-bench: $(READY) ## the dispatcher against a per-edge loop and a dense mask; what plans and attention functions cost
+bench: $(READY) ## the dispatcher against a per-edge loop and a dense mask, and what compiling a plan costs
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.families
 
 lint: $(READY) ## ruff
 	@$(RUN) -m ruff check .

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("rich", reason="benchmarks print their tables with rich")
 
-from benchmarks import cases, dispatcher, families, measure, plan_cost
+from benchmarks import cases, dispatcher, measure, plan_cost
 from benchmarks.naive import DenseMask, PerEdgeLoop
 from canvas_engineering import (
     AttentionDispatcher,
@@ -18,7 +18,6 @@ from canvas_engineering import (
     CanvasTopology,
     Connection,
     MaskSpec,
-    PoolingAttention,
     RegionSpec,
     TemporalFill,
 )
@@ -163,30 +162,3 @@ def test_plan_cost_holds_nothing_quadratic():
     assert row["rectangles"] == 31  # 16 frames that read themselves, 15 that read the one before
     assert row["peak_bytes"] < 300 * row["positions"]
     assert row["cached_seconds"] < row["seconds"]["p50"]
-
-
-def test_every_function_passes_the_gate_of_its_costs():
-    for fn in families.FUNCTIONS:
-        assert families.gate(fn, 9) < 1e-6
-    assert families.exponent([64, 128, 256], [1.0, 4.0, 16.0]) == pytest.approx(2.0)
-    assert {families.complexity("cross_attention"), families.complexity("copy")} == {"O(NM)", "O(N)"}
-
-
-def test_a_read_that_its_module_does_not_give_is_seen(monkeypatch):
-    monkeypatch.setattr(PoolingAttention, "forward", lambda self, q, k, v: 1.001 * self.proj(k.mean(1, keepdim=True)))
-    with pytest.raises(AssertionError, match=r"pooling: the dispatcher is 1.0e-03 off its module"):
-        families.gate("pooling")
-
-
-def test_memory_is_what_a_step_holds():
-    held = families.peak(lambda: torch.ones(25_000_000).sum())
-    assert 0.9e8 < held < 1.3e8
-
-
-def test_costs_are_written_as_rows_and_as_a_page(tmp_path):
-    rows, page = tmp_path / "rows.json", tmp_path / "page.md"
-    options = ["--functions", "copy,pooling", "--longest", "128", "--rounds", "1"]
-    assert families.main([*options, "--out", str(rows), "--document", str(page)]) == 0
-    found = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert [row["fn"] for row in found] == ["pooling", "copy"] and found[0]["sizes"][1]["n"] == 128
-    assert "| copy | O(N) |" in page.read_text() and "| n = 64 | n = 128 | MB |" in page.read_text()
