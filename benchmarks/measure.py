@@ -78,3 +78,8 @@ def write_rows(rows: list[dict], path: Path) -> None:
     unfinished = path.with_name(f"{path.name}.partial")
     unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(unfinished, path)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """What :func:`write_rows` wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

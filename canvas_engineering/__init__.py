@@ -62,6 +62,7 @@ from canvas_engineering.cogvideox import (
     tile_topology,
     window_topology,
 )
+from canvas_engineering.compiler import CompiledProgram, ProgramCompiler, load_exported
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
 from canvas_engineering.cortex import CortexRegistry, CortexSpec
 from canvas_engineering.curriculum import CurriculumScheduler
@@ -178,6 +179,9 @@ __all__ = [
     # plan
     "AttentionPlan",
     "compile_attention",
+    "CompiledProgram",
+    "ProgramCompiler",
+    "load_exported",
     # run
     "ATTENTION_REGISTRY",
     "CogVideoXAttention",

@@ -86,7 +86,7 @@ def load_loop_checkpoint(
     differences = [] if len(blocks) == len(looped_blocks) else [f"{len(blocks)} blocks, the model {len(looped_blocks)}"]
     if description:
         own = _describe(looped_blocks, action_head)
-        for name in ("gate", "canvas"):
+        for name in ("gate", "sharpening", "canvas"):
             _compare(name, description.get(name), own[name], differences)
     elif any(block.loop.gate != "sigmoid" for block in looped_blocks):
         differences.append('gate "sigmoid" (it does not say, as the published package), the model "tanh"')
@@ -127,6 +127,7 @@ def _describe(blocks: list[nn.Module], action_head: nn.Module | None) -> dict[st
         "max_loops": [block.max_loops for block in blocks],
         "loops": [block.loops for block in blocks],
         "gate": None if first is None else first.loop.gate,
+        "sharpening": getattr(first, "sharpening", None),
         "canvas": processor.declaration() if hasattr(processor, "declaration") else None,
         "action_head": None if action_head is None else type(action_head).__name__,
     }

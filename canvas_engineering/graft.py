@@ -12,7 +12,7 @@ from torch import nn
 
 from .action_heads import ActionHead
 from .canvas import CanvasLayout
-from .cogvideox import TopologyMeasure, detect_inner_dim, measure_topology
+from .cogvideox import LoopedCogVideoXBlock, TopologyMeasure, detect_inner_dim, measure_topology
 from .cogvideox.model import graft_cogvideox, is_cogvideox, ungraft_cogvideox
 from .connectivity import CanvasTopology
 from .looped_block import LOOP_PARAMETER_NAMES, LoopedBlockWrapper
@@ -62,7 +62,8 @@ def graft_looped_blocks(
             only, as everything below.
         layout, topology: canvas attention, declared: each token reads, in one softmax, what the topology lets it read.
             From :func:`cogvideox_layout` and the likes of :func:`window_topology`. A UserWarning says how much of dense
-            attention it computes.
+            attention it computes. A model that is grafted already keeps its attention if neither this nor sharpening
+            is given.
         backend: see :func:`canvas_attention`.
         packed: keep tokens in the plan's packed order from the first block to the last, where that order moves any.
         measure_on: arguments of the model's forward: the warning then says how far the attention outputs move.
@@ -87,7 +88,8 @@ def graft_looped_blocks(
     if "_frozen_before_graft" not in transformer.__dict__:
         frozen = frozenset(name for name, parameter in transformer.named_parameters() if not parameter.requires_grad)
         transformer._frozen_before_graft = frozen
-    if wrapper_class is None and is_cogvideox(transformer) and block_attr == "transformer_blocks":
+    in_place = wrapper_class in (None, LoopedCogVideoXBlock)
+    if in_place and is_cogvideox(transformer) and block_attr == "transformer_blocks":
         if (layout is None) != (topology is None):
             raise ValueError("give both layout= and topology=, or neither for dense attention")
         if topology is not None:
@@ -148,6 +150,9 @@ def ungraft(transformer: nn.Module, block_attr: str = "transformer_blocks") -> n
         ungraft_cogvideox(transformer)
     else:
         for number, block in enumerate(blocks):
+            if isinstance(block, LoopedCogVideoXBlock):
+                block.ungraft()
+                continue
             if not isinstance(getattr(block, "original", None), nn.Module):
                 raise ValueError(f"block {number}, a {type(block).__name__}, does not say its `original`")
             blocks[number] = block.original
@@ -198,6 +203,14 @@ def _wrap(blocks: nn.ModuleList, wrapper_class, max_loops: int, inner_dim: int, 
         return list(blocks)
     if any(looped):
         raise ValueError(f"blocks {[i for i, yes in enumerate(looped) if yes]} loop already, the others do not")
+    if wrapper_class in (None, LoopedCogVideoXBlock) and all(type(b).__name__ == "CogVideoXBlock" for b in blocks):
+        warnings.warn(
+            "these CogVideoX blocks belong to a model that is not diffusers' CogVideoXTransformer3DModel itself: they "
+            "loop, and its save_pretrained does not know it; keep them with save_loop_checkpoint",
+            UserWarning,
+            stacklevel=3,
+        )
+        return [LoopedCogVideoXBlock.graft(b, number, max_loops, inner_dim, gate) for number, b in enumerate(blocks)]
     for number, block in enumerate(blocks):
         if wrapper_class is None:
             blocks[number] = LoopedBlockWrapper(block, number, max_loops, inner_dim, gate=gate)

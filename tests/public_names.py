@@ -24,6 +24,7 @@ PUBLIC_NAMES = {
         "ClockMaxSilence",
         "ClockSpec",
         "CogVideoXAttention",
+        "CompiledProgram",
         "Connection",
         "ConnectionProgram",
         "ConnectivityPolicy",
@@ -63,6 +64,7 @@ PUBLIC_NAMES = {
         "Periodic",
         "PixelBox",
         "PoolingAttention",
+        "ProgramCompiler",
         "REGION_FAMILIES",
         "RWKVAttention",
         "RandomFixedAttention",
@@ -100,6 +102,7 @@ PUBLIC_NAMES = {
         "freeze_full",
         "freeze_half",
         "graft_looped_blocks",
+        "load_exported",
         "load_loop_checkpoint",
         "mask_to_index_pairs",
         "measure_topology",
@@ -146,6 +149,7 @@ PUBLIC_NAMES = {
         "canvas_attention",
     ),
     "canvas_engineering.attention.scan": (
+        "decayed_sums",
         "selective_scan",
     ),
     "canvas_engineering.canvas": (
@@ -219,6 +223,11 @@ PUBLIC_NAMES = {
     ),
     "canvas_engineering.cogvideox.processor": (
         "CanvasAttnProcessor",
+    ),
+    "canvas_engineering.compiler": (
+        "CompiledProgram",
+        "ProgramCompiler",
+        "load_exported",
     ),
     "canvas_engineering.connectivity": (
         "CanvasTopology",

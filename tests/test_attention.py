@@ -185,8 +185,7 @@ def test_gains_and_activity_are_refused_in_joint_form():
             canvas_attention(q, q, q, plan, **{name: torch.ones(4)})
 
 
-# -- modules
-# ----------------------------------------------------------------------------------------------------------------
+# -- modules -----------------------------------------------------------------------------------------------------------
 
 
 def test_cross_attention_is_multi_head_attention():

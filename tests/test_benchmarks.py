@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("rich", reason="benchmarks print their tables with rich")
 
-from benchmarks import cases, dispatcher, measure, plan_cost
+from benchmarks import cases, dispatcher, measure, plan_cost, readme
 from benchmarks.naive import DenseMask, PerEdgeLoop
 from canvas_engineering import (
     AttentionDispatcher,
@@ -162,3 +162,16 @@ def test_plan_cost_holds_nothing_quadratic():
     assert row["rectangles"] == 31  # 16 frames that read themselves, 15 that read the one before
     assert row["peak_bytes"] < 300 * row["positions"]
     assert row["cached_seconds"] < row["seconds"]["p50"]
+
+
+def test_readme_states_what_the_committed_rows_say():
+    names = ("dispatcher", "plan_cost", "cogvideox")
+    rows = {name: measure.read_rows(measure.RESULTS / f"{name}.json") for name in names}
+    found = readme.section(readme.README.read_text())[1]
+    assert found == readme.measured(**rows)
+    for row in rows["dispatcher"]:
+        if row["case"] == "causal_video" and row["contestant"] == "dense_mask":
+            row["ratio"]["p50"] += 1
+    assert found != readme.measured(**rows)
+    with pytest.raises(ValueError, match="has no section"):
+        readme.section("no marks")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from canvas_engineering import CanvasLayout, CanvasTopology, Connection, MaskSpec, SharpeningSchedule
+from canvas_engineering.checkpoint import load_loop_checkpoint, save_loop_checkpoint
 from canvas_engineering.cogvideox import (
     CanvasAttnProcessor,
     cogvideox_layout,
@@ -42,8 +43,8 @@ def layout_of(model):
     return cogvideox_layout(model.config, pixels, pixels, 4 * (FRAMES - 1) + 1, {"hand": (1, 2, 0, 2, 1, 3)})
 
 
-def grafted(kind="2b", topology="window", loops=1, **options):
-    model = tiny_model(kind)
+def grafted(kind="2b", topology="window", loops=1, num_layers=2, **options):
+    model = tiny_model(kind, num_layers=num_layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the density, which has its own test
         blocks, _ = graft_looped_blocks(
@@ -156,6 +157,7 @@ def test_outputs_and_gradients_are_those_of_the_joint_form(kind, backend):
     topology = "sparse" if kind == "2b" else "window"
     options = {"backend": backend, "freeze": "none", "packed": backend != "reference"}
     loops = 1 if backend == "triton" else 3
+    options["num_layers"] = 1 if backend == "triton" else 2
     model = grafted(kind, topology, loops=loops, sharpening=[1.0, 1.5, 2.0], **options)
     if backend == "triton" and torch.cuda.is_available():
         pytest.skip("benchmarks.gpu checks the kernels on a GPU")
@@ -423,6 +425,21 @@ def test_saving_keeps_the_declaration(tmp_path):
     assert torch.equal(run(loaded, "5b"), run(model, "5b"))
 
 
+def test_loop_checkpoints_know_the_declaration(tmp_path):
+    pytest.importorskip("safetensors", reason="loop checkpoints are safetensors files")
+    model = grafted("5b", "tiles", loops=3, sharpening=[1.0, 1.5, 2.0])
+    path = tmp_path / "loops.safetensors"
+    save_loop_checkpoint(model.transformer_blocks, None, path)
+    same = grafted("5b", "tiles", loops=1, sharpening=[1.0, 1.5, 2.0])
+    description = load_loop_checkpoint(same.transformer_blocks, None, path)
+    assert description["canvas"]["form"] == "joint" and description["versions"]["diffusers"]
+    assert torch.equal(run(same, "5b"), run(model, "5b"))
+    with pytest.raises(ValueError, match=r"sharpening \[1.0, 1.5, 2.0\], the model null; canvas.schema.topology"):
+        load_loop_checkpoint(grafted("5b", "window").transformer_blocks, None, path)
+    with pytest.raises(ValueError, match=r"canvas \{.*the model null"):
+        load_loop_checkpoint(graft_looped_blocks(tiny_model("5b"), 3, loops=1)[0], None, path)
+
+
 def test_mixed_processors_are_not_saved_as_one(tmp_path):
     model = grafted("5b", "window")
     model.transformer_blocks[0].attn1.set_processor(tiny_model().transformer_blocks[0].attn1.processor)
@@ -477,8 +494,7 @@ def test_checkpointing_with_canvas_attention(topology):
 def test_full_graph_compilation_with_canvas_attention(packed):
     torch._dynamo.reset()
     options = {"packed": packed, "freeze": "none", "sharpening": [1.0, 1.5, 2.0]}
-    model = grafted("5b", "tiles", loops=2, **options)
-    del model.transformer_blocks[1]
+    model = grafted("5b", "tiles", loops=2, num_layers=1, **options)
     fresh = copy.deepcopy(model)  # whose index tensors are made inside the graph
     out, expected = run_with_gradients(model, "5b", torch.float32)
     compiled = torch.compile(fresh, fullgraph=True, backend="aot_eager")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -370,12 +371,18 @@ def test_the_library_documents_itself_with_examples():
     assert examples >= 20
 
 
+@pytest.mark.filterwarnings("ignore:attention computes .* of all token pairs")  # a graft says so, rightly
 def test_readme_examples_run(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     monkeypatch.chdir(tmp_path)
+    run = 0
     for block in blocks:
+        if "diffusers" in block and importlib.util.find_spec("diffusers") is None:
+            continue  # an extra, which its example needs
         exec(compile(textwrap.dedent(block), "README.md", "exec"), {"__name__": "readme"})
+        run += 1
+    assert run
 
 
 CHECKS = re.compile(r"(^|[._])(raises|warns|assert\w*|check\w*|expect\w*|deprecated_call|opcheck)$")

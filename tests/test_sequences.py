@@ -14,8 +14,7 @@ from torch import nn
 from canvas_engineering import AttentionDispatcher, CanvasLayout, CanvasTopology, Connection, MaskSpec, create_attention
 from canvas_engineering.attention import topk
 from canvas_engineering.attention.hyena import average_to
-from canvas_engineering.attention.rwkv import decayed_sums
-from canvas_engineering.attention.scan import selective_scan
+from canvas_engineering.attention.scan import decayed_sums, selective_scan
 from tests import family_oracle, oracle
 from tests.strategies import canvases
 
@@ -273,7 +272,7 @@ def finite(module, x):
 
 @settings(max_examples=20)
 @given(length=st.integers(1, 2200), keep=st.floats(0.0, 1.0))
-def test_decayed_sums_by_products_are_the_recurrence(length, keep):
+def test_decayed_sums_are_the_recurrence(length, keep):
     x = torch.randn(1, length, 2, dtype=torch.float64)
     expected, total = torch.empty_like(x), torch.zeros(2, dtype=torch.float64)
     for t in range(length):

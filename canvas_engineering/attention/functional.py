@@ -26,24 +26,21 @@ def canvas_attention(
     packed: bool = False,
     activation: str = "softmax",
 ) -> torch.Tensor:
-    """Attention of every read of a plan in one call (semantics, sections 3 and 4).
+    """Attention of every read of a plan in one call (docs/semantics.md, sections 3 and 4).
 
     Args:
         q, k, v: (B, heads, N, head_dim), positions in canvas order; with ``packed``, (B, heads, n, head_dim) in the
-        plan's
-            packed order (``plan.pack``), which saves the moves of a caller that stays packed.
+            plan's packed order (``plan.pack``), which saves the moves of a caller that stays packed.
         plan: from :func:`canvas_engineering.plan.compile_attention`; its form ("edge" or "joint") is the form computed.
         scale: factor of q·k, by default head_dim^−½.
-        gain: (connections,), a factor on each connection's output, with a gradient. Edge form only, as the next two
-        are. active: (connections,), 0 or 1; a connection at 0 is as if it were not declared. Data: another activity
-        rebuilds
-            nothing.
+        gain: (connections,), a factor on each connection's output, with a gradient. Edge form only, as the next two.
+        active: (connections,), 0 or 1; a connection at 0 is as if it were not declared. Data: another activity
+            rebuilds nothing.
         row_scale: (2, n) float32, factors of adding and of replacing reads at each packed row; by default
             1 / (sum of the weights in force).
         dropout_p: probability of dropping an attention weight (torch and reference backends).
         backend: "triton", "torch" (grouped rectangles), "reference" (slow, any dtype), or "auto": Triton for tensors
-        on a
-            GPU, torch elsewhere. A named backend never falls back.
+            on a GPU, torch elsewhere. A named backend never falls back.
         activation: "softmax", or in edge form "sigmoid": σ(scale · q·k) for each pair by itself, without a normaliser.
 
     Returns:

@@ -54,30 +54,33 @@ class HyenaAttention(nn.Module):
         length = 1 << (n - 1).bit_length()
         wide = torch.promote_types(v.dtype, torch.float32)  # there is no 16-bit FFT on CPUs
         for gate, x, spectrum in zip(self.gates, gates, self.filter_params):
-            bins = torch.view_as_complex(_resampled(spectrum.to(wide), length // 2 + 1).contiguous())  # [d, bins]
-            wave = torch.fft.rfft((v * torch.sigmoid(gate(x))).to(wide), n=length, dim=1)  # [B, bins, d]
-            v = torch.fft.irfft(wave * bins.t(), n=length, dim=1)[:, :n].to(x.dtype)
+            bins = _resampled(spectrum.to(wide), length // 2 + 1)
+            wave = (v * torch.sigmoid(gate(x))).to(wide).transpose(1, 2).contiguous()  # [B, d, n]
+            wave = torch.fft.irfft(torch.fft.rfft(wave, n=length) * bins, n=length)
+            v = wave[..., :n].to(x.dtype).transpose(1, 2)
         return self.out_proj(v)
 
 
 def _resampled(spectrum: torch.Tensor, bins: int) -> torch.Tensor:
-    """(d, K, 2) → (d, bins, 2): the first bins, or K bins interpolated linearly where more are wanted."""
-    last = spectrum.shape[1] - 1
-    if bins <= last + 1:
-        return spectrum[:, :bins]
-    place = torch.arange(bins, device=spectrum.device) * last  # in units of 1 / (bins − 1) of a bin
-    low = (place // (bins - 1)).clamp(max=last - 1)
-    first = -(-torch.arange(last, device=spectrum.device) * (bins - 1) // last)
-    # Every interval between two bins makes as many new ones as the fullest, and each new bin is taken from where it
-    # stands: so nothing is gathered twice, and the gradient is a copy.
-    room = -(-(bins - 1) // last) + 1
-    inside = torch.arange(bins, device=spectrum.device) - first[low]
-    ticks = (first[:, None] + torch.arange(room, device=spectrum.device)) * last - (bins - 1) * torch.arange(
-        last, device=spectrum.device
-    )[:, None]
-    share = (ticks / (bins - 1)).to(spectrum.dtype)[:, :, None]  # [K − 1, room, 1]
-    between = torch.lerp(spectrum[:, :-1, None], spectrum[:, 1:, None], share)
-    return between.flatten(1, 2).index_select(1, low * room + inside)
+    """(d, K, 2) → complex (d, bins): the first bins, or K bins interpolated linearly where more are wanted."""
+    last, wanted = spectrum.shape[1] - 1, bins - 1
+    if wanted <= last:
+        return torch.view_as_complex(spectrum[:, :bins].contiguous())
+    # Every interval between two bins makes as many new ones as the fullest, and those that there are taken from where
+    # they stand: so nothing is gathered twice, and the gradient is a copy.
+    interval = torch.arange(last, device=spectrum.device)
+    first = -(-interval * wanted // last)  # the first new bin of each interval
+    room = -(-wanted // last)
+    place = first + torch.arange(room, device=spectrum.device)[:, None]  # [room, intervals]
+    share = ((place * last - interval * wanted) / wanted).to(spectrum.dtype)
+    parts = spectrum.permute(2, 0, 1).contiguous()  # [2, d, K]
+    between = torch.lerp(parts[..., None, :-1], parts[..., None, 1:], share)  # [2, d, room, intervals]
+    between = between.transpose(2, 3).flatten(2)
+    if wanted % last:
+        new = torch.arange(wanted, device=spectrum.device)
+        low = new * last // wanted
+        between = between.index_select(2, low * room + new - first[low])
+    return torch.complex(*torch.cat([between, parts[..., -1:]], 2))
 
 
 def average_to(x: torch.Tensor, n: int) -> torch.Tensor:

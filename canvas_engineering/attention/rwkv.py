@@ -1,44 +1,17 @@
-"""rwkv: averages of the keys' values with learned per-channel decay, as products with triangular matrices."""
+"""rwkv: averages of the keys' values with learned per-channel decay."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .memories import MemoryAttention, check_heads
+from .scan import decayed_sums
 
-_CHUNK = 32
 # exp(−exp(8)) is 0 in float64 too, and powers of it stay finite.
-_FASTEST = 8.0
-
-
-def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor) -> torch.Tensor:
-    """S_t = Σ_{j<t} exp(log_keep)^(t−1−j) x_j along dim 1 of x (B, length, d); log_keep (d,), ≤ 0.
-
-    Each chunk is one product with a triangular matrix of powers per channel, whose last row is what the chunk hands on;
-    what chunks hand on is the same sum again, of a length 32 times smaller.
-
-    >>> decayed_sums(torch.ones(1, 4, 1), torch.tensor([0.5]).log()).flatten().tolist()
-    [0.0, 1.0, 1.5, 1.75]
-    """
-    batch, length, _ = x.shape
-    chunk = min(length, _CHUNK)
-    count = -(-length // chunk)
-    steps = torch.arange(chunk + 1, device=x.device)
-    age = steps[:, None] - 1 - steps[:chunk]  # [chunk + 1, chunk]
-    powers = torch.exp(log_keep[:, None, None] * age.clamp_min(0)) * (age >= 0)  # [d, chunk + 1, chunk]
-    chunks = F.pad(x, (0, 0, 0, count * chunk - length)).unflatten(1, (count, chunk))
-    sums = powers @ chunks.permute(3, 2, 0, 1).flatten(2)  # [d, chunk + 1, batch · count]
-    sums = sums.unflatten(2, (batch, count)).permute(2, 3, 1, 0)  # [batch, count, chunk + 1, d]
-    inside = sums[:, :, :chunk]
-    if count > 1:
-        before = decayed_sums(sums[:, :, chunk], log_keep * chunk)
-        fading = torch.exp(log_keep * steps[:chunk, None])  # [chunk, d]
-        inside = torch.addcmul(inside, fading, before[:, :, None])
-    return inside.flatten(1, 2)[:, :length]
+FASTEST = 8.0
 
 
 class RWKVAttention(MemoryAttention):
@@ -49,7 +22,7 @@ class RWKVAttention(MemoryAttention):
         y_t = (S_{t−1} + e^bonus a_t v_t) / (Z_{t−1} + e^bonus a_t + 1e-6)
         out_i = out_proj(σ(r_proj x_q) · y_min(i, m − 1))
 
-    Time and memory are O((n + m) · d_model): chunks of 32 by triangular products.
+    Time and memory are O((n + m) · d_model).
 
     Args:
         d_model: width of the canvas; n_heads must divide it.
@@ -84,7 +57,7 @@ class RWKVAttention(MemoryAttention):
         wide = torch.promote_types(v.dtype, torch.float32)  # sums of e^10 overflow float16
         a, bonus = k.to(wide).clamp(-10, 10).exp(), self.bonus.flatten().to(wide)
         own = torch.stack([a * v.to(wide), a])  # [2, B, m, d]: what S and what Z gain
-        log_keep = -self.decay.flatten().to(wide).clamp(max=_FASTEST).exp()
+        log_keep = -self.decay.flatten().to(wide).clamp(max=FASTEST).exp()
         past = decayed_sums(own.flatten(0, 1), log_keep).unflatten(0, (2, -1))
         # both sides divided by e^bonus where that is large, so that no bonus overflows
         fade = torch.exp(-bonus.clamp_min(0))

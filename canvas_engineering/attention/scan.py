@@ -1,11 +1,15 @@
-"""The recurrence of selective state spaces as one operator: chunks side by side, states kept at chunk starts only."""
+"""Linear recurrences along a sequence, as operators: chunks of it advance side by side.
+
+A scan takes about 2·√length steps, each over all chunks of the whole batch: first every chunk from zero, to learn what
+it adds; then, what the chunks before it add up to being known, from its true start.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ["selective_scan"]
+__all__ = ["decayed_sums", "selective_scan"]
 
 
 def selective_scan(
@@ -13,9 +17,8 @@ def selective_scan(
 ) -> torch.Tensor:
     """y_t = Σ_s c_ts h_ts with h_t = exp(rate · dt_t) h_{t−1} + x_t b_tᵀ and h_0 = 0, each batch entry by itself.
 
-    The recurrence of Mamba (Gu and Dao, 2023), discretised. The sequence is cut into about √length / 2 chunks that
-    advance side by side, first from zero to learn what each chunk adds, then from their true starts. Backward
-    recomputes: what is kept is O(batch · length · width · states / chunk).
+    The recurrence of Mamba (Gu and Dao, 2023), discretised. Backward computes the states
+    again from those at the chunks' starts: what is kept is O(batch · length · width · states / chunk).
 
     Args:
         dt: (batch, length, width), ≥ 0.
@@ -35,19 +38,20 @@ def selective_scan(
     >>> selective_scan(ones, ones, ones, ones, torch.zeros(1, 1)).flatten().tolist()  # never forgets
     [1.0, 2.0, 3.0]
     """
-    given = ", ".join(
-        f"{n} {tuple(t.shape)} {t.dtype}" for n, t in (("dt", dt), ("x", x), ("b", b), ("c", c), ("rate", rate))
-    )
     batch, length, width = dt.shape
     states = rate.shape[-1]
     if x.shape != dt.shape or b.shape != (batch, length, states) or c.shape != b.shape or rate.shape != (width, states):
         wanted = "dt and x (batch, length, width), b and c (batch, length, states), rate (width, states)"
-        raise ValueError(f"wanted {wanted}; got {given}")
+        raise ValueError(f"wanted {wanted}; got {_described(dt, x, b, c, rate)}")
     if {t.dtype for t in (x, b, c, rate)} != {dt.dtype} or dt.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"one dtype, float32 or float64, for all: {given}")
+        raise ValueError(f"one dtype, float32 or float64, for all: {_described(dt, x, b, c, rate)}")
     if rate.requires_grad:
         raise ValueError("rate is a constant of the scan: it has no gradient")
     return _scan(dt, x, b, c, rate)[0]
+
+
+def _described(*tensors: torch.Tensor) -> str:
+    return ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in zip(("dt", "x", "b", "c", "rate"), tensors))
 
 
 def _chunk(length: int) -> int:
@@ -191,3 +195,64 @@ def _backward(ctx, grad, _):
 
 
 _scan.register_autograd(_backward, setup_context=_setup)
+
+
+# -- constant decay ----------------------------------------------------------------------------------------------------
+
+
+def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor) -> torch.Tensor:
+    """S_t = Σ_{j<t} exp(log_keep)^(t−1−j) x_j along dim 1 of x (batch, length, width); log_keep (width,), ≤ 0.
+
+    float32 or float64; what is kept for backward is the result.
+
+    >>> decayed_sums(torch.ones(1, 4, 1), torch.tensor([0.5]).log()).flatten().tolist()
+    [0.0, 1.0, 1.5, 1.75]
+    """
+    if x.dim() != 3 or log_keep.shape != x.shape[2:] or log_keep.dtype != x.dtype:
+        given = f"x {tuple(x.shape)} {x.dtype} and log_keep {tuple(log_keep.shape)} {log_keep.dtype}"
+        raise ValueError(f"wanted x (batch, length, width) and log_keep (width,) of one dtype; got {given}")
+    return _sums(x, log_keep, False)
+
+
+@torch.library.custom_op("canvas_engineering::decayed_sums", mutates_args=())
+def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool) -> torch.Tensor:
+    """``backwards``: S_t = Σ_{j>t} exp(log_keep)^(j−1−t) x_j."""
+    batch, length, _ = x.shape
+    chunk = _chunk(length)
+    keep = torch.exp(log_keep)
+    # padding stands where a sum has passed all positions
+    steps = _by_step(x.flip(1) if backwards else x, chunk)
+    out = torch.empty_like(steps)
+    inputs, outputs = _rows(steps), _rows(out)
+    start = torch.zeros_like(steps[:, :1])
+    if chunk < length:
+        for x_j in inputs:
+            torch.addcmul(x_j, start, keep, out=start)
+        kept = torch.exp(log_keep * chunk).expand_as(start)
+        start = _carry(*(t.unflatten(0, (batch, -1)) for t in (start, kept))).flatten(0, 1)
+    outputs[0].copy_(start)
+    for x_j, before, after in zip(inputs, outputs, outputs[1:]):
+        torch.addcmul(x_j, before, keep, out=after)
+    out = _by_position(out, batch, length)
+    return out.flip(1) if backwards else out
+
+
+@_sums.register_fake
+def _(x, log_keep, backwards):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_sums(ctx, inputs, output):
+    _, log_keep, ctx.backwards = inputs
+    ctx.save_for_backward(log_keep, output)
+
+
+def _sums_backward(ctx, grad):
+    log_keep, sums = ctx.saved_tensors
+    # what a position adds to the sums beyond it; and S' = w S + x gives dL/dw = Σ S · that
+    d_x = _sums(grad.contiguous(), log_keep, not ctx.backwards)
+    d_keep = (d_x * sums).sum((0, 1)) * torch.exp(log_keep)
+    return d_x, d_keep, None
+
+
+_sums.register_autograd(_sums_backward, setup_context=_setup_sums)

@@ -70,8 +70,7 @@ class CrossAttention(nn.Module):
             plan: the reads of this module's connections.
             gain, active, row_scale, backend: as for :func:`canvas_attention`.
             bias_share: (n,), how much of out_proj's bias each row gets: Σ a_r / Σ w_r over this module's reads there;
-            all
-                of it when None.
+                all of it when None.
 
         Returns:
             (B, n, d_model): the weighted sum of the reads, projected; what rows without reads hold is not specified.

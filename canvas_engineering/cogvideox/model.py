@@ -213,6 +213,8 @@ def graft_cogvideox(
             f"this model is grafted with max_loops={config.max_loops}, gate={config.gate!r}; asked for "
             f"max_loops={max_loops}, gate={gate!r}. ungraft it first"
         )
+    elif sharpening is None and schema is None:
+        return list(transformer.transformer_blocks)
     set_attention(transformer, sharpening, schema, backend, packed)
     return list(transformer.transformer_blocks)
 

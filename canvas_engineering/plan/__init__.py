@@ -143,8 +143,7 @@ class AttentionPlan:
         """(n,) float32: Σ_r factor·w_r·row_scale over the plan's reads at each packed row; differentiable."""
         return (row_sums(self.table, factor) * row_scale).sum(0)
 
-    # -- families
-    # --------------------------------------------------------------------------------------------------------
+    # -- families ------------------------------------------------------------------------------------------------------
 
     def for_fn(self, fn: str) -> AttentionPlan:
         """The same plan with the reads of one attention function only; packed order and connection numbers stay."""
@@ -202,8 +201,7 @@ class AttentionPlan:
         """bool [connections]: which ones write by replacing."""
         return np.array([c.write_mode == "replace" for c in self.connections], dtype=bool)
 
-    # -- what a plan says without touching a device
-    # ------------------------------------------------------------------------
+    # -- what a plan says without touching a device --------------------------------------------------------------------
 
     @property
     def density(self) -> float:
@@ -306,6 +304,9 @@ def compile_attention(
     >>> plan is compile_attention(layout, CanvasTopology.hub_spoke("a", ["b"])), plan.density
     (True, 1.0)
     """
+    if not isinstance(layout, CanvasLayout) or not isinstance(topology, CanvasTopology):
+        given = f"{type(layout).__name__}, {type(topology).__name__}"
+        raise ValueError(f"compile_attention takes a CanvasLayout and then a CanvasTopology, got {given}")
     if normalize not in NORMALIZE:
         raise ValueError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")
     if program is not None:

@@ -265,8 +265,7 @@ class BlockTable:
         shades = np.array(list(" ░▒▓█"))[np.minimum(np.ceil(share * 4), 4).astype(int)]
         return "\n".join("".join(row) for row in shades)
 
-    # -- derived structures
-    # ----------------------------------------------------------------------------------------------
+    # -- derived structures --------------------------------------------------------------------------------------------
 
     def cells(self) -> Cells:
         """Maximal query ranges with equal keys, per segment (cached)."""

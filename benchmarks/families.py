@@ -1,0 +1,420 @@
+"""What each attention function costs: ``python -m benchmarks.families``; the table is docs/families.md.
+
+Three questions, forward and backward in float32 on one thread, batch 1, each behind a gate:
+
+- scaling: a dispatcher of one region of 2⁶ … 2¹³ positions that reads itself, and one of 64 queries that read 2⁶ … 2¹³
+  keys; d_model 64, 4 heads. Time, the most memory held at once, and the exponents of both, fitted to the larger sizes.
+- loops: mamba and rwkv over 4,096 positions of d_model 256 against a loop over positions, in turns.
+- edges: 200 edges of one function against one edge that does the same work, in turns.
+
+Gates: outputs and gradients agree with a loop in float64 to 1e-5 of the largest; outputs and gradients of edges with
+the module itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import measure
+from benchmarks.step_loops import MambaCutLoop, MambaLoop, RWKVCutLoop, RWKVLoop
+from canvas_engineering import ATTENTION_REGISTRY, AttentionDispatcher, CanvasLayout, CanvasTopology, Connection
+
+DOCS = Path(__file__).parent.parent / "docs" / "families.md"
+SIZES = tuple(2**i for i in range(6, 14))
+QUERIES = 64
+SCALING_WIDTH, WIDTH, HEADS = 64, 256, 4
+EDGES, EDGE_SIZE = 200, 16
+LENGTH, LEAST_RATIO, MOST_RATIO, TOLERANCE = 4096, 20.0, 1.5, 1e-5
+SECONDS_PER_CASE = 0.3
+SAME_AS = {"self_attention": "cross_attention", "cogvideox": "cross_attention", "pooling_attention": "pooling"}
+CLAIMS = {
+    "cross_attention": "O(NM)",
+    "linear_attention": "O(N+M)",
+    "cosine_attention": "O(NM)",
+    "sigmoid_attention": "O(NM)",
+    "gated": "O(NM)",
+    "perceiver": "O(NK)",
+    "pooling": "O(N+M)",
+    "copy": "O(N)",
+    "mamba": "O(N)",
+    "rwkv": "O(N)",
+    "hyena": "O(N log N)",
+    "sparse_attention": "O(NK)",
+    "local_attention": "O(NW)",
+    "random_fixed": "O(NK)",
+    "mixture": "O(NK)",
+}
+NOTES = {
+    "mamba": "the scan is O(M); the equation reads its result by a softmax over all rows, which is O(NM)",
+    "sparse_attention": "the k largest logits are found among all N·M of them",
+    "mixture": "the chunks of the keys grow with M: 2 experts of 4 see half of all pairs",
+    "rwkv": "query i reads row i: 64 queries need 64 keys",
+    "hyena": "64 queries convolve 64 averages",
+}
+
+
+class Disagreement(Exception):
+    """Ours and a contestant do not compute the same numbers: there is nothing to time."""
+
+
+def functions() -> list[str]:
+    """Names of the functions that are measured: registered ones, each once."""
+    return [fn for fn in CLAIMS if fn in ATTENTION_REGISTRY]
+
+
+def step(module: nn.Module, *inputs: torch.Tensor) -> Callable[[], None]:
+    """One forward and backward, gradients thrown away before."""
+    with torch.no_grad():
+        upstream = torch.randn_like(module(*inputs))
+
+    def run() -> None:
+        for x in inputs:
+            x.grad = None
+        module.zero_grad(set_to_none=True)
+        module(*inputs).backward(upstream)
+
+    return run
+
+
+def seconds_of(run: Callable[[], None], budget: float = SECONDS_PER_CASE) -> np.ndarray:
+    """As many calls as the budget holds, at least 2 and at most 30, after one to warm up."""
+    run()
+    times: list[float] = []
+    while len(times) < 2 or (sum(times) < budget and len(times) < 30):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return np.array(times)
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """The most bytes that one call holds at once, beyond what is there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return int(np.cumsum([0, *changes]).max())
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """The slope of log value over log size, by least squares."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+# -- scaling ----------------------------------------------------------------------------------------------------------
+
+
+def one_read(fn: str, queries: int | None, keys: int) -> nn.Module:
+    """A dispatcher of one edge: ``keys`` positions that read themselves, or ``queries`` others that read them."""
+    extra = 0 if queries is None else queries
+    regions = {"keys": (0, 1, 0, keys)}
+    if extra:
+        regions["queries"] = (0, 1, keys, keys + extra)
+    layout = CanvasLayout(T=1, spatial_shape=(keys + extra,), d_model=SCALING_WIDTH, regions=regions)
+    topology = CanvasTopology([Connection("queries" if extra else "keys", "keys", fn=fn)])
+    return AttentionDispatcher(topology, layout, SCALING_WIDTH, HEADS)
+
+
+def scaling_rows(fn: str, sizes: tuple[int, ...] = SIZES) -> list[dict]:
+    """One row per kind of read and size, and the exponents fitted to the larger half."""
+    rows = []
+    for kind, queries in (("reads itself", None), ("64 queries", QUERIES)):
+        found = []
+        for size in sizes:
+            torch.manual_seed(0)
+            dispatcher = one_read(fn, queries, size)
+            x = torch.randn(1, dispatcher.plan.n_positions, SCALING_WIDTH, requires_grad=True)
+            run = step(dispatcher, x)
+            found.append((measure.quantiles(seconds_of(run)), peak_bytes(run)))
+        half = len(sizes) // 2
+        times, bytes_ = [f[0]["p10"] for f in found], [f[1] for f in found]
+        slopes = (exponent(list(sizes[half:]), values[half:]) for values in (times, bytes_))
+        rows.append(
+            {
+                "question": "scaling",
+                "fn": fn,
+                "kind": kind,
+                "claim": CLAIMS[fn],
+                "d_model": SCALING_WIDTH,
+                "sizes": list(sizes),
+                "seconds": [f[0] for f in found],
+                "peak_bytes": bytes_,
+                **dict(zip(("time_exponent", "memory_exponent"), slopes)),
+                **measure.environment(),
+            }
+        )
+    return rows
+
+
+# -- loops ------------------------------------------------------------------------------------------------------------
+
+
+def gate(module: nn.Module, expected: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
+    """The largest error of outputs and gradients against ``expected`` in float64, relative to the largest value of
+    each. Raises :class:`Disagreement` over 1e-5."""
+    results = []
+    upstream = torch.randn(inputs[0].shape)
+    for one, dtype in ((module, torch.float32), (expected.double(), torch.float64)):
+        given = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = one(*given)
+        leaves = {**{f"input {i}": x for i, x in enumerate(given)}, **dict(one.named_parameters())}
+        grads = torch.autograd.grad(out, list(leaves.values()), upstream.to(dtype), allow_unused=True)
+        results.append({"output": out, **{n: g for n, g in zip(leaves, grads) if g is not None}})
+    expected.float()
+    found, wanted = results
+    largest = max(float(w.abs().max()) for name, w in wanted.items() if name != "output")
+    errors = {}
+    for name, value in wanted.items():
+        # a gradient that cancels to almost nothing is held to the scale of the others
+        scale = max(float(value.abs().max()), 1e-3 * largest if name != "output" else 0.0)
+        errors[name] = float((found[name].double() - value).abs().max()) / scale
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
+    if wrong:
+        raise Disagreement(f"{type(module).__name__} differs from {type(expected).__name__} in float64: {wrong}")
+    return max(errors.values())
+
+
+def loop_rows(length: int = LENGTH, width: int = WIDTH, rounds: int = 1) -> list[dict]:
+    """Ours and both loops, by function and number of queries."""
+    rows = []
+    cases = (
+        ("mamba", (MambaLoop, MambaCutLoop), min(QUERIES, length)),
+        ("mamba", (MambaLoop, MambaCutLoop), length),
+        ("rwkv", (RWKVLoop, RWKVCutLoop), length),
+    )
+    for fn, loops, queries in cases:
+        torch.manual_seed(0)
+        ours = ATTENTION_REGISTRY[fn](width, n_heads=HEADS)
+        contestants = {"ours": ours, "indexed loop": loops[0](width, HEADS), "cut loop": loops[1](width, HEADS)}
+        for loop in list(contestants.values())[1:]:
+            loop.load_state_dict(ours.state_dict())
+        x_q, x_k = (torch.randn(1, n, width, requires_grad=True) for n in (queries, length))
+
+        class Read(nn.Module):
+            def __init__(self, module):
+                super().__init__()
+                self.module = module
+
+            def forward(self, x_q, x_k):
+                return self.module(x_q, x_k, x_k)
+
+        reads = {name: Read(module) for name, module in contestants.items()}
+        error = gate(reads["ours"], reads["cut loop"], (x_q, x_k))
+        runs = {name: step(read, x_q, x_k) for name, read in reads.items()}
+        for _ in range(3):  # the loops need no warm-up
+            runs["ours"]()
+        best = {"ours": seconds_of(runs["ours"], 1.0)}
+        times = measure.interleave(runs, rounds, warm_up=0)
+        for name, seconds in times.items():
+            rows.append(
+                {
+                    "question": "loops",
+                    "fn": fn,
+                    "contestant": name,
+                    "queries": queries,
+                    "keys": length,
+                    "d_model": width,
+                    "seconds": measure.quantiles(np.concatenate([seconds, best.get(name, [])])),
+                    "ratio": float(np.median(seconds) / np.median(times["ours"])),
+                    "at_least": LEAST_RATIO if name == "indexed loop" else None,
+                    "worst_error": error,
+                    **measure.environment(),
+                }
+            )
+    return rows
+
+
+# -- edges ------------------------------------------------------------------------------------------------------------
+
+
+def edge_rows(fn: str, edges: int = EDGES, size: int = EDGE_SIZE, width: int = WIDTH, rounds: int = 7) -> dict:
+    """``edges`` regions of ``size`` positions on one canvas, each reading itself, against one such region on as many
+    canvases: the same positions, reads and projections."""
+    torch.manual_seed(0)
+    regions = {f"r{i}": (0, 1, i * size, (i + 1) * size) for i in range(edges)}
+    layout = CanvasLayout(T=1, spatial_shape=(edges * size,), d_model=width, regions=regions)
+    many = AttentionDispatcher(CanvasTopology([Connection(r, r, fn=fn) for r in regions]), layout, width, HEADS)
+    layout = CanvasLayout(T=1, spatial_shape=(size,), d_model=width, regions={"r0": (0, 1, 0, size)})
+    one = AttentionDispatcher(CanvasTopology([Connection("r0", "r0", fn=fn)]), layout, width, HEADS)
+    one.load_state_dict(many.state_dict())
+    x = torch.randn(1, edges * size, width, requires_grad=True)
+    apart = x.detach().view(edges, size, width).requires_grad_()
+    upstream = torch.randn(x.shape)
+    for module, given, grad in ((many, x, upstream), (one, apart, upstream.view_as(apart))):
+        module(given).backward(grad)
+    error = float((x.grad - apart.grad.view_as(x)).abs().max() / x.grad.abs().max())
+    if not error <= TOLERANCE:
+        raise Disagreement(f"{fn}: gradients of {edges} edges differ from those of one by {error:.1e}")
+    times = measure.interleave({"many": step(many, x), "one": step(one, apart)}, rounds)
+    return {
+        "question": "edges",
+        "fn": fn,
+        "edges": edges,
+        "positions": edges * size,
+        "d_model": width,
+        "seconds": {name: measure.quantiles(seconds) for name, seconds in times.items()},
+        "ratio": measure.quantiles(times["many"] / times["one"]),
+        "at_most": MOST_RATIO,
+        "worst_error": error,
+        **measure.environment(),
+    }
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}" if seconds < 0.0995 else f"{seconds * 1e3:.0f}"
+
+
+def document(rows: list[dict]) -> str:
+    """docs/families.md from the rows."""
+    scaling = {(r["fn"], r["kind"]): r for r in rows if r["question"] == "scaling"}
+    loops = [r for r in rows if r["question"] == "loops"]
+    edges = [r for r in rows if r["question"] == "edges"]
+    names = list(dict.fromkeys(fn for fn, _ in scaling))
+    first = rows[0]
+    lines = [
+        "# What each attention function costs",
+        "",
+        "Written by `python -m benchmarks.families` from `benchmarks/results/families.json`; not edited by hand.",
+        "",
+        f"Forward and backward through a dispatcher, float32, one thread, batch 1, on {first['device']} with torch "
+        f"{first['torch']}. Exponents are slopes of log cost over log size, fitted to sizes 2¹⁰ … 2¹³: 1 is linear, 2 "
+        "quadratic. Times are the fastest tenth of repeated calls, memory the most that one call holds at once.",
+        "",
+        f"## A region that reads itself (N = M, d_model {SCALING_WIDTH}, {HEADS} heads)",
+        "",
+        "| function | claimed | time exponent | memory exponent | ms at 2⁸ | ms at 2¹⁰ | ms at 2¹³ | MiB at 2¹³ |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for fn in names:
+        row = scaling[fn, "reads itself"]
+        cells = (_time(row["seconds"][row["sizes"].index(size)]["p10"]) for size in (256, 1024, 8192))
+        lines.append(
+            f"| {fn} | {row['claim']} | {row['time_exponent']:.2f} | {row['memory_exponent']:.2f} | "
+            + " | ".join(cells)
+            + f" | {row['peak_bytes'][-1] / 2**20:.0f} |"
+        )
+    lines += [
+        "",
+        f"## {QUERIES} queries that read M keys",
+        "",
+        "| function | time exponent in M | memory exponent in M | ms at 2¹³ | MiB at 2¹³ |",
+        "|---|---|---|---|---|",
+    ]
+    for fn in names:
+        row = scaling[fn, "64 queries"]
+        lines.append(
+            f"| {fn} | {row['time_exponent']:.2f} | {row['memory_exponent']:.2f} | "
+            f"{_time(row['seconds'][-1]['p10'])} | {row['peak_bytes'][-1] / 2**20:.0f} |"
+        )
+    lines += ["", "Where the measure is not the claim:", ""]
+    lines += [f"- {fn}: {note}." for fn, note in NOTES.items() if fn in names]
+    lines += [
+        "",
+        f"## Scans against loops over positions (d_model {WIDTH})",
+        "",
+        "The indexed loop takes `x[:, t]` at every step, which autograd answers with a tensor of zeros per step; the "
+        "cut loop takes its inputs apart once. Outputs and gradients agree to 1e-5 with the loop in float64.",
+        "",
+        "| function | queries | keys | contestant | ms | time / ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['fn']} | {r['queries']:,} | {r['keys']:,} | {r['contestant']} | {_time(r['seconds']['p50'])} | "
+        f"{r['ratio']:.1f} |"
+        for r in loops
+    ]
+    lines += [
+        "",
+        f"## {EDGES} edges against one of the same work",
+        "",
+        f"{EDGES} regions of {EDGE_SIZE} positions that read themselves on one canvas, over one such region on {EDGES} "
+        f"canvases, d_model {WIDTH}: paired ratios of interleaved rounds.",
+        "",
+        "| function | ms, many edges | ms, one edge | ratio | p10 to p90 |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['fn']} | {_time(r['seconds']['many']['p50'])} | {_time(r['seconds']['one']['p50'])} | "
+        f"{r['ratio']['p50']:.2f} | {r['ratio']['p10']:.2f} to {r['ratio']['p90']:.2f} |"
+        for r in edges
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_document(rows: list[dict], path: Path = DOCS) -> None:
+    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished.write_text(document(rows))
+    os.replace(unfinished, path)
+
+
+def table(rows: list[dict]) -> Table:
+    """Exponents by function."""
+    result = Table(title="forward + backward, float32, one thread, d_model 64: exponents over 2¹⁰ … 2¹³")
+    for column in ("function", "kind", "claimed", "time", "memory", "ms at the largest"):
+        result.add_column(column)
+    for row in rows:
+        cells = row["fn"], row["kind"], row["claim"], f"{row['time_exponent']:.2f}", f"{row['memory_exponent']:.2f}"
+        result.add_row(*cells, _time(row["seconds"][-1]["p10"]))
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=__doc__.splitlines()[0])
+    parser.add_argument("--fn", action="append", choices=functions(), help="default: all")
+    parser.add_argument("--question", action="append", choices=("scaling", "loops", "edges"), help="default: all")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS / "families.json")
+    parser.add_argument("--render", action="store_true", help="write docs/families.md from rows that are there")
+    options = parser.parse_args(argv)
+    if options.render:
+        write_document(measure.read_rows(options.out))
+        return 0
+    torch.set_num_threads(1)
+    console, questions = measure.console(), options.question or ("scaling", "loops", "edges")
+    fns, rows, failed = options.fn or functions(), [], False
+    if "scaling" in questions:
+        for fn in fns:
+            rows += scaling_rows(fn)
+        console.print(table(rows))
+    try:
+        if "loops" in questions and {"mamba", "rwkv"} & set(fns):
+            found = loop_rows()
+            for row in found:
+                console.print(
+                    f"{row['fn']}, {row['queries']} queries, {row['contestant']}: {row['seconds']['p50']:.3f} s, "
+                    f"{row['ratio']:.1f} × ours"
+                )
+            rows += found
+            failed |= any(row["at_least"] is not None and row["ratio"] < row["at_least"] for row in found)
+        if "edges" in questions:
+            for fn in fns:
+                row = edge_rows(fn)
+                console.print(f"{fn}: {EDGES} edges take {row['ratio']['p50']:.2f} times as long as one")
+                rows.append(row)
+                failed |= row["ratio"]["p50"] > row["at_most"]
+    except Disagreement as cause:
+        console.print(f"[red]{cause}")
+        return 1
+    measure.write_rows(rows, options.out)
+    console.print(f"rows: {options.out}")
+    if len(questions) == 3 and not options.fn:
+        write_document(rows)
+        console.print(f"table: {DOCS}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

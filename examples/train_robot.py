@@ -1,0 +1,330 @@
+"""Train a looped CogVideoX on simulated robot clips with actions: ``python -m examples.train_robot --out out/robot``.
+
+Without ``--model`` the transformer is tiny and random and everything runs on a CPU in minutes; with ``--model
+THUDM/CogVideoX-2b`` (or a folder of one) the same command grafts onto its weights and encodes the clips with its VAE.
+The data is simulated: clips of a gymnasium environment with the actions that were taken, or ``--latents`` from a file.
+
+The loss is v-prediction on noised latents plus the squared error of an ActionHead that reads the mean action of a clip
+off the prediction. Loops follow a curriculum. What a run writes: ``metrics.jsonl``, ``loss.png``, ``samples.png``,
+``loops.safetensors``, and ``checkpoint/``, from which ``--resume`` goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from canvas_engineering import (
+    ActionHead,
+    CurriculumScheduler,
+    SharpeningSchedule,
+    cogvideox_layout,
+    graft_looped_blocks,
+    save_loop_checkpoint,
+    tile_topology,
+    window_topology,
+)
+from canvas_engineering.checkpoint import load_loop_checkpoint
+from examples import robot_data
+from examples.cartpole import progress
+
+HEIGHT, WIDTH, FRAMES = 64, 96, 17
+TINY = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 64,
+    "text_embed_dim": 32,
+    "num_layers": 4,
+    "sample_height": HEIGHT // 8,
+    "sample_width": WIDTH // 8,
+    "sample_frames": FRAMES,
+    "max_text_seq_length": 16,
+}
+TOPOLOGIES = {"dense": None, "window": window_topology(), "tiles": tile_topology(2, 2)}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.train_robot", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/robot"))
+    parser.add_argument("--model", help="CogVideoX weights: a name or a folder with transformer/ and vae/")
+    parser.add_argument("--env", default="CartPole-v1", help="gymnasium environment, such as Pusher-v5 (MuJoCo)")
+    parser.add_argument("--latents", type=Path, help="npz with latents (n, T, C, h, w) and actions (n, A), instead")
+    parser.add_argument("--prompt-embeds", type=Path, help="torch file, (text tokens, text width); default: zeros")
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
+    parser.add_argument("--loops", type=int, default=3, help="loops at the end of the curriculum")
+    parser.add_argument("--freeze", choices=["full", "half", "none"], default="none", help="of the backbone")
+    parser.add_argument("--topology", choices=TOPOLOGIES, default="window", help="who attends to whom")
+    parser.add_argument("--sharpen", type=float, default=1.0, help="factor on the attention scale in the last loop")
+    parser.add_argument("--action-weight", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--save-every", type=int, default=20, help="optimizer steps between checkpoints")
+    parser.add_argument("--stop-after", type=int, help="end early, as a machine that is taken away does")
+    parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def load_data(options: argparse.Namespace, console: Console) -> tuple[Tensor, Tensor]:
+    """Latents (n, T, C, h, w) and the mean action of each clip, standardised (n, A)."""
+    if options.latents is not None:
+        with np.load(options.latents) as arrays:
+            latents, actions = (torch.from_numpy(arrays[name]).float() for name in ("latents", "actions"))
+    else:
+        path = options.out / f"{options.env}-{options.clips}-{options.seed}.npz"
+        if not path.exists():
+            with progress(console, "recording", options.clips) as advance:
+                size = (options.clips, FRAMES, HEIGHT, WIDTH)
+                clips = robot_data.record(options.env, *size, options.seed, advance)
+            robot_data.save(path, frames=clips.frames, actions=clips.actions)
+        with np.load(path) as arrays:
+            frames, actions = arrays["frames"], torch.from_numpy(arrays["actions"]).mean(1)
+        console.print(f"{path}: {len(frames)} clips of {FRAMES} frames, simulated by {options.env}")
+        if options.model is None:
+            latents = robot_data.pooled_latents(frames)
+        else:
+            from diffusers import AutoencoderKLCogVideoX
+
+            vae = AutoencoderKLCogVideoX.from_pretrained(options.model, subfolder="vae").eval()
+            latents = robot_data.vae_latents(vae, frames)
+    return latents, (actions - actions.mean(0)) / actions.std(0).clamp_min(1e-6)
+
+
+def build(
+    options: argparse.Namespace, latents: Tensor, n_actions: int
+) -> tuple[nn.Module, list[nn.Module], ActionHead]:
+    """The grafted transformer, its looped blocks and the action head."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    if options.model is None:
+        model = CogVideoXTransformer3DModel(**TINY)
+    else:
+        model = CogVideoXTransformer3DModel.from_pretrained(options.model, subfolder="transformer")
+    topology, (T, channels, h, w) = TOPOLOGIES[options.topology], latents.shape[1:]
+    video_frames = (T - 1) * model.config.temporal_compression_ratio + 1
+    layout = None if topology is None else cogvideox_layout(model.config, 8 * h, 8 * w, video_frames)
+    sharpening = SharpeningSchedule(options.loops, 1.0, options.sharpen) if options.sharpen != 1.0 else None
+    blocks, head = graft_looped_blocks(
+        model,
+        options.loops,
+        loops=1,
+        freeze=options.freeze,
+        action_dim=n_actions,
+        latent_channels=channels,
+        sharpening=sharpening,
+        layout=layout,
+        topology=topology,
+    )
+    if options.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model, blocks, head
+
+
+class Conditions:
+    """What the transformer's forward takes besides latents: text, rotary tables, and 1.5's offset."""
+
+    def __init__(self, options: argparse.Namespace, config, latents: Tensor):
+        self.text = torch.zeros(config.max_text_seq_length, config.text_embed_dim)
+        if options.prompt_embeds is not None:
+            self.text = torch.load(options.prompt_embeds, weights_only=True).float()
+        self.rotary = rotary_tables(config, *latents.shape[1:2], *latents.shape[3:])
+        self.ofs = torch.full((1,), 2.0) if config.ofs_embed_dim else None
+
+    def __call__(self, noisy: Tensor, steps: Tensor) -> dict:
+        text = self.text.to(noisy.device, noisy.dtype).expand(len(noisy), -1, -1)
+        rotary = None if self.rotary is None else tuple(table.to(noisy.device) for table in self.rotary)
+        given = {"hidden_states": noisy, "encoder_hidden_states": text, "timestep": steps, "image_rotary_emb": rotary}
+        return {**given, "ofs": self.ofs, "return_dict": False}
+
+
+def rotary_tables(config, T: int, h: int, w: int) -> tuple[Tensor, Tensor] | None:
+    """The rotary tables that CogVideoX's pipelines make for latents of T × h × w; None for a model that adds sines."""
+    if not config.use_rotary_positional_embeddings:
+        return None
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    p, joined = config.patch_size, config.patch_size_t
+    grid, base = (h // p, w // p), (config.sample_height // p, config.sample_width // p)
+    if joined is None:
+        crops = get_resize_crop_region_for_grid(grid, base[1], base[0])
+        return get_3d_rotary_pos_embed(config.attention_head_dim, crops, grid, T)
+    frames = -(-T // joined)
+    return get_3d_rotary_pos_embed(config.attention_head_dim, None, grid, frames, grid_type="slice", max_size=base)
+
+
+def loss_of(model, head, conditions, scheduler, clean: Tensor, actions: Tensor, generator, action_weight: float):
+    """(v-prediction error, action error) of a batch at random noise levels."""
+    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    steps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=generator).to(clean.device)
+    noisy = scheduler.add_noise(clean, noise, steps)
+    predicted = model(**conditions(noisy, steps))[0]
+    diffusion = (predicted.float() - scheduler.get_velocity(clean, noise, steps)).square().mean()
+    return diffusion, (head(predicted.float()) - actions).square().mean()
+
+
+@torch.no_grad()
+def sample(model, conditions, scheduler, shape: tuple[int, ...], seed: int, steps: int = 10) -> Tensor:
+    """Latents of ``shape``, denoised from noise."""
+    scheduler.set_timesteps(steps)
+    device = next(model.parameters()).device
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    for t in scheduler.timesteps:
+        predicted = model(**conditions(latents, t.expand(len(latents)).to(device)))[0]
+        latents = scheduler.step(predicted.float(), t, latents, return_dict=False)[0]
+    return latents.cpu()
+
+
+class Checkpoint:
+    """A folder that is replaced as a whole: loops (and what else of the model trains), optimizer, losses."""
+
+    def __init__(self, folder: Path, model: nn.Module, blocks: list[nn.Module], head: ActionHead, optimizer, log: list):
+        self.folder, self.model, self.blocks, self.head = folder, model, blocks, head
+        self.optimizer, self.log = optimizer, log
+        loop_names = {id(p) for block in blocks for p in block.loop.parameters()}
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.backbone = {name: p for name, p in trainable if id(p) not in loop_names}
+
+    def save(self) -> None:
+        unfinished = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save_loop_checkpoint(self.blocks, self.head, unfinished / "loops.safetensors", {"step": len(self.log)})
+        state = {"optimizer": self.optimizer.state_dict(), "log": self.log}
+        state["backbone"] = {name: p.detach().cpu() for name, p in self.backbone.items()}
+        torch.save(state, unfinished / "trainer.pt")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.replace(unfinished, self.folder)
+
+    def load(self) -> int:
+        """The optimizer step to go on with. ValueError: a checkpoint of another model, with what differs."""
+        load_loop_checkpoint(self.blocks, self.head, self.folder / "loops.safetensors")
+        state = torch.load(self.folder / "trainer.pt", map_location="cpu", weights_only=True)
+        if set(state["backbone"]) != set(self.backbone):
+            raise ValueError(f"{self.folder} was trained with another --freeze: other parameters of the backbone")
+        with torch.no_grad():
+            for name, parameter in self.backbone.items():
+                parameter.copy_(state["backbone"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.log[:] = state["log"]
+        return len(self.log)
+
+
+def train(options, accelerator, model, blocks, head, conditions, scheduler, data, console) -> list[dict]:
+    """The loop itself; the log has an entry for each optimizer step."""
+    parameters = [p for module in (model, head) for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
+    curriculum, log = CurriculumScheduler(options.loops, options.steps), []
+    checkpoint = Checkpoint(options.out / "checkpoint", model, blocks, head, optimizer, log)
+    first = checkpoint.load() if options.resume else 0
+    model, head, optimizer = accelerator.prepare(model, head, optimizer)
+    latents, actions = data
+    last = options.steps if options.stop_after is None else min(options.steps, options.stop_after)
+    with progress(console, "training", last - first, "loss {task.fields[loss]:.3f}", loss=float("nan")) as advance:
+        for step in range(first, last):
+            loops, sums = curriculum.step(blocks, step), [0.0, 0.0]
+            for part in range(options.accumulate):
+                # Batches follow from the step alone, so that a resumed run sees what an uninterrupted one does.
+                seed = ((options.seed * 1_000_003 + step) * 4_099 + part) * 65_537 + accelerator.process_index
+                generator = torch.Generator().manual_seed(seed % 2**63)
+                index = torch.randint(len(latents), (options.batch,), generator=generator)
+                clean, target = latents[index].to(accelerator.device), actions[index].to(accelerator.device)
+                with accelerator.accumulate(model, head):
+                    with accelerator.autocast():
+                        losses = loss_of(
+                            model, head, conditions, scheduler, clean, target, generator, options.action_weight
+                        )
+                    accelerator.backward(losses[0] + options.action_weight * losses[1])
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(parameters, 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                sums = [total + loss.item() / options.accumulate for total, loss in zip(sums, losses)]
+            log.append({"step": step, "loops": loops, "diffusion": sums[0], "action": sums[1]})
+            advance(loss=statistics.fmean(entry["diffusion"] for entry in log[-20:]))
+            if accelerator.is_main_process and ((step + 1) % options.save_every == 0 or step + 1 == last):
+                checkpoint.save()
+    return log
+
+
+def draw(out: Path, log: list[dict], real: Tensor, made: Tensor) -> None:
+    """loss.png, and samples.png: a real clip above, a sampled one below."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in ("diffusion", "action"):
+        axes.plot([entry[name] for entry in log], label=name)
+    for before, entry in pairwise(log):
+        if entry["loops"] != before["loops"]:
+            axes.axvline(entry["step"], color="0.8", linestyle=":")
+            axes.annotate(f"{entry['loops']} loops", (entry["step"], axes.get_ylim()[1]), va="top", fontsize=8)
+    axes.set(xlabel="optimizer step", ylabel="mean squared error", yscale="log", title="training on simulated data")
+    axes.legend()
+    figure.savefig(out / "loss.png", dpi=120)
+    rows = torch.cat([robot_data.pictures(real), robot_data.pictures(made)])
+    figure = Figure(figsize=(1.6 * rows.shape[1], 2.6), layout="constrained")
+    for axes, picture in zip(figure.subplots(2, rows.shape[1]).flat, rows.flatten(0, 1)):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+        axes.set_axis_off()
+    figure.suptitle("latents as pictures: simulated above, sampled below", fontsize=8)
+    figure.savefig(out / "samples.png", dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; 0 unless a loss is not finite."""
+    options = arguments(argv)
+    from accelerate import Accelerator
+    from diffusers import CogVideoXDDIMScheduler
+
+    console = Console(width=None if Console().is_terminal else 110)
+    options.out.mkdir(parents=True, exist_ok=True)
+    precision = options.mixed_precision
+    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=options.accumulate)
+    torch.manual_seed(options.seed)
+    latents, actions = load_data(options, console)
+    model, blocks, head = build(options, latents, actions.shape[1])
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    console.print(f"{trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters train, {latents.shape}")
+    conditions = Conditions(options, model.config, latents)
+    scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction")
+    parts = (model, blocks, head, conditions, scheduler, (latents, actions))
+    log = train(options, accelerator, *parts, console)
+    if accelerator.is_main_process:
+        lines = "".join(json.dumps(entry) + "\n" for entry in log)
+        unfinished = options.out / f"metrics.jsonl.{os.getpid()}.partial"
+        unfinished.write_text(lines)
+        os.replace(unfinished, options.out / "metrics.jsonl")
+        save_loop_checkpoint(blocks, head, options.out / "loops.safetensors", {"command": vars_as_text(options)})
+        model.eval()
+        draw(options.out, log, latents[:1], sample(model, conditions, scheduler, latents[:1].shape, options.seed))
+    window = max(1, len(log) // 6)
+    means = [statistics.fmean(e["diffusion"] for e in part) for part in (log[:window], log[-window:])]
+    console.print(f"diffusion loss, first and last {window} steps: {means[0]:.3f}, {means[1]:.3f}; wrote {options.out}")
+    return 0 if all(np.isfinite([entry["diffusion"], entry["action"]]).all() for entry in log) else 1
+
+
+def vars_as_text(options: argparse.Namespace) -> dict[str, str]:
+    """The options as JSON holds them."""
+    return {name: str(value) for name, value in vars(options).items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""Deploy: modes by region and by family, what they do to a module, exports, and the smaller plan that is left."""
+
+from __future__ import annotations
+
+import builtins
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from canvas_engineering import (
+    AttentionDispatcher,
+    CanvasLayout,
+    CanvasProgram,
+    CanvasSchema,
+    CanvasTopology,
+    Connection,
+    ConnectionProgram,
+    LearningSpec,
+    RegionProgram,
+    SpatiotemporalCanvas,
+)
+from canvas_engineering.compiler import CompiledProgram, ProgramCompiler, load_exported
+from tests import program_oracle
+
+NAMES = ("eye.left", "belief", "memory[0]", "goal", "act")
+LAYOUT = CanvasLayout(
+    T=2, spatial_shape=(10,), d_model=8, regions={n: (0, 2, 2 * i, 2 * i + 2) for i, n in enumerate(NAMES)}
+)
+
+
+def program(connections=(), programs=None, **modes):
+    """A program whose regions, by the first letters of their names, have these compile modes."""
+    regions = {
+        name: RegionProgram(compile_mode=mode)
+        for name in NAMES
+        for start, mode in modes.items()
+        if name.startswith(start)
+    }
+    topology = CanvasTopology([Connection(*c) if isinstance(c, tuple) else c for c in connections])
+    return CanvasProgram(CanvasSchema(LAYOUT, topology), regions, programs or {})
+
+
+class Model(nn.Module):
+    """A module for each region, under its key, and one that belongs to none."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        keys = [name.replace(".", "__").replace("[", "_").replace("]", "_") for name in NAMES]
+        self.heads = nn.ModuleDict({key: nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)) for key in keys})
+        self.shared = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.stack([head(self.shared(x)) for head in self.heads.values()])
+
+
+def trainable(module):
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def names_of(key):
+    return {f"heads.{key}.{part}" for part in ("0.weight", "0.bias", "1.weight", "1.bias")}
+
+
+def test_modes_go_by_region_learning_and_family():
+    chain = CanvasTopology([Connection(a, b) for a in NAMES for b in NAMES])
+    regions = {
+        "eye.left": RegionProgram("observation"),
+        "belief": RegionProgram("state", learning=LearningSpec(compile_mode="distill")),
+        "memory[0]": RegionProgram("memory"),
+        "act": RegionProgram("action", learning=LearningSpec(compile_mode="freeze"), compile_mode="constant"),
+    }
+    compiler = ProgramCompiler(CanvasProgram(CanvasSchema(LAYOUT, chain), regions))
+    found = compiler.compile()
+    assert (found.frozen_regions, found.constant_regions, found.exported_memories) == (set(), {"act"}, set())
+    assert found.distill_regions == {"belief"} and found.active_regions == set(NAMES) - {"act"}
+    assert found.all_regions == set(NAMES) and found.n_eliminated == 1
+    assert found.active_connections == [c for c in chain.connections if "act" not in (c.src, c.dst)]
+    families = compiler.compile(family_defaults=True)
+    assert families.frozen_regions == {"eye.left"} and families.exported_memories == {"memory[0]"}
+    assert families.active_regions == {"eye.left", "belief", "goal"} and families.n_eliminated == 2
+    assert families.schema is compiler.program.schema and not families.exported_paths
+    assert families.summary().splitlines() == [
+        "CompiledProgram: 3 of 5 regions and 9 of 25 connections active",
+        "  frozen: eye.left", "  constant: act", "  exported: memory[0]", "  to be distilled: belief",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [("observation", "freeze"), ("state", "runtime"), ("memory", "export"), ("residual", "freeze"),
+     ("action", "freeze"), ("mood", "runtime")],
+)  # fmt: skip
+def test_every_family_has_its_default(family, mode):
+    made = CanvasProgram(CanvasSchema(LAYOUT), {"goal": RegionProgram(family)})
+    found = ProgramCompiler(made).compile(family_defaults=True)
+    fates = {"freeze": found.frozen_regions, "export": found.exported_memories, "constant": found.constant_regions}
+    assert {fate: names for fate, names in fates.items() if names} == ({} if mode == "runtime" else {mode: {"goal"}})
+    assert ("goal" in found.active_regions) is (mode != "export")
+
+
+def test_freeze_stops_gradients_and_runtime_does_not():
+    model = Model()
+    everything = trainable(model)
+    compiled = ProgramCompiler(program(e="freeze", b="runtime", g="distill")).compile(model)
+    assert everything - trainable(model) == names_of("eye__left")
+    assert compiled.active_regions == set(NAMES) and not compiled.constant_buffers
+
+
+def test_constants_are_buffers_of_the_same_name_and_value():
+    model, x = Model().eval(), torch.randn(3, 8)
+    before, expected = dict(model.state_dict()), model(x)
+    before = {name: value.clone() for name, value in before.items()}
+    compiled = ProgramCompiler(program(m="constant")).compile(model)
+    assert set(compiled.constant_buffers) == names_of("memory_0_")
+    buffers = dict(model.named_buffers())
+    for name, constant in compiled.constant_buffers.items():
+        assert constant is buffers[name] and torch.equal(constant, before[name]) and not constant.requires_grad
+        assert not isinstance(constant, nn.Parameter)
+    assert torch.equal(model(x), expected) and list(model.state_dict()) != [] and set(model.state_dict()) == set(before)
+    model(x).sum().backward()
+    assert not names_of("memory_0_") & {name for name, _ in model.named_parameters()}
+    Model().load_state_dict(model.state_dict())
+
+
+def test_shared_constants_stay_shared_and_dictionaries_of_parameters_work():
+    model = Model()
+    model.twin = nn.Linear(8, 4)
+    model.twin.weight = model.heads["goal"][0].weight
+    compiled = ProgramCompiler(program(g="constant")).compile(model)
+    assert model.twin.weight is model.heads["goal"][0].weight is compiled.constant_buffers["twin.weight"]
+    canvas = SpatiotemporalCanvas(LAYOUT)
+    value = canvas.modality_embeddings["goal"].detach().clone()
+    found = ProgramCompiler(program(g="constant")).compile(canvas).constant_buffers
+    assert list(found) == ["modality_embeddings.goal"] and torch.equal(canvas.modality_embeddings["goal"], value)
+    placed = canvas.place(canvas.create_empty(1), torch.zeros(1, 4, 8), "goal")
+    torch.testing.assert_close(canvas.extract(placed, "goal")[0, 0], value + canvas.period_embedding(1))
+
+
+def test_modules_may_list_their_parameters():
+    class Listing(Model):
+        def region_parameters(self, region):
+            return {"goal": [self.shared.weight], "act": ["shared.bias"]}.get(region)
+
+    model = Listing()
+    everything = trainable(model)
+    ProgramCompiler(program(g="freeze", a="freeze")).compile(model)
+    assert everything - trainable(model) == names_of("goal") | names_of("act") | {"shared.weight", "shared.bias"}
+
+    class Wrong(Model):
+        def region_parameters(self, region):
+            return ["nothing.weight"]
+
+    with pytest.raises(ValueError, match=r"region_parameters\('eye.left'\) lists \['nothing.weight'\]"):
+        ProgramCompiler(program(g="freeze")).compile(Wrong())
+
+
+def test_a_parameter_of_two_fates_is_refused_and_nothing_happens():
+    class Torn(Model):
+        def region_parameters(self, region):
+            return [self.shared.weight] if region in ("goal", "act") else []
+
+    model = Torn()
+    everything = trainable(model)
+    with pytest.raises(ValueError, match=r"'shared.weight' belongs to region 'goal', which is to freeze, and .* 'act'"):
+        ProgramCompiler(program(g="freeze", a="constant", e="freeze")).compile(model)
+    assert trainable(model) == everything
+
+
+def test_exports_are_written_whole_checked_and_frozen(tmp_path):
+    pytest.importorskip("safetensors")
+    model = Model()
+    everything, state = trainable(model), {name: value.clone() for name, value in model.state_dict().items()}
+    compiled = ProgramCompiler(program(m="export", e="export")).compile(model, tmp_path / "out")
+    assert set(compiled.exported_paths) == {"memory[0]", "eye.left"} == compiled.exported_memories
+    assert everything - trainable(model) == names_of("memory_0_") | names_of("eye__left")
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["eye.left.json", "eye.left.safetensors", "memory[0].json", "memory[0].safetensors"]
+    for region, key in (("memory[0]", "memory_0_"), ("eye.left", "eye__left")):
+        loaded = load_exported(compiled.exported_paths[region])
+        wanted = {name: value for name, value in state.items() if f".{key}." in name}
+        # buffers too: a batch norm is nothing without its statistics
+        assert set(loaded) == set(wanted) and len(wanted) == 7
+        assert all(
+            torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in wanted.items()
+        )
+    manifest = json.loads((tmp_path / "out/eye.left.json").read_text())
+    assert manifest["region"] == "eye.left" and manifest["program_version"] == "2.0.0"
+    assert manifest["file"] == "eye.left.safetensors" and len(manifest["sha256"]) == 64
+    assert manifest["tensors"]["heads.eye__left.0.weight"] == {"dtype": "float32", "shape": [4, 8]}
+
+
+def test_a_damaged_export_is_not_loaded(tmp_path):
+    pytest.importorskip("safetensors")
+    compiled = ProgramCompiler(program(m="export")).compile(Model(), tmp_path)
+    path = tmp_path / "memory[0].safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"memory\[0\].safetensors has the checksum \w{64}, its manifest says \w{64}"):
+        load_exported(compiled.exported_paths["memory[0]"])
+    path.with_suffix(".json").unlink()
+    with pytest.raises(FileNotFoundError):
+        load_exported(path)
+
+
+def test_names_of_any_kind_become_files(tmp_path):
+    pytest.importorskip("safetensors")
+    layout = CanvasLayout(T=1, spatial_shape=(1,), d_model=8, regions={"a/../b c": (0, 1, 0, 1)})
+    made = CanvasProgram(CanvasSchema(layout), {"a/../b c": RegionProgram(compile_mode="export")})
+    paths = ProgramCompiler(made).compile(nn.Linear(2, 2), tmp_path).exported_paths
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a%2F..%2Fb%20c.json", "a%2F..%2Fb%20c.safetensors"]
+    assert load_exported(paths["a/../b c"]) == {}
+
+
+def test_an_export_wants_a_place_and_safetensors(tmp_path, monkeypatch):
+    model = Model()
+    everything = trainable(model)
+    with pytest.raises(ValueError, match=r"regions \['memory\[0\]'\] are to be exported: export_dir"):
+        ProgramCompiler(program(m="export", e="freeze")).compile(model)
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("safetensors"):
+            raise ImportError("No module named 'safetensors'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="safetensors"):
+        ProgramCompiler(program(m="export", e="freeze")).compile(model, tmp_path)
+    assert trainable(model) == everything
+
+
+def test_unknown_modes_are_refused():
+    with pytest.raises(
+        ValueError, match="program of region 'goal': unknown compile_mode 'melt': choose one of constant"
+    ):
+        ProgramCompiler(program(g="melt"))
+
+
+def test_what_is_left_is_a_smaller_plan_with_the_same_outputs():
+    connections = [
+        ("eye.left", "eye.left"), ("belief", "eye.left"), ("belief", "belief"), ("act", "belief"),
+        ("memory[0]", "belief"), ("memory[0]", "memory[0]"), ("goal", "memory[0]"), ("goal", "goal"),
+    ]  # fmt: skip
+    programs = {("act", "belief"): ConnectionProgram(write_mode="gate"), ("goal", "goal"): ConnectionProgram("write")}
+    whole = program(connections, programs, m="export", g="constant", e="freeze")
+    compiled = ProgramCompiler(whole).compile()
+    left = compiled.program
+    assert isinstance(compiled, CompiledProgram) and list(left.schema.layout.regions) == ["eye.left", "belief", "act"]
+    assert left.schema.topology.connections == compiled.active_connections and len(compiled.active_connections) == 4
+    assert list(left.connections) == [("act", "belief")] and list(left.regions) == ["eye.left"]
+    assert CanvasProgram.from_dict(left.to_dict()) == left
+    torch.manual_seed(0)
+    full = AttentionDispatcher(whole.schema.topology, LAYOUT, 8, program=whole)
+    small = AttentionDispatcher(left.schema.topology, left.schema.layout, 8, program=left)
+    small.load_state_dict(full.state_dict())
+    assert len(small.plan.table.weight) < len(full.plan.table.weight) and small.plan.table.pairs < full.plan.table.pairs
+    assert small.plan.n_packed < full.plan.n_packed
+    x = torch.randn(2, LAYOUT.num_positions, 8)
+    surviving = torch.cat([LAYOUT.region_index(name) for name in compiled.active_regions])
+    torch.testing.assert_close(small(x)[:, surviving], full(x)[:, surviving], rtol=1e-5, atol=1e-6)
+    expected, _ = program_oracle.step(
+        small.double(),
+        x.double(),
+        left.schema.layout,
+        left.schema.topology,
+        left,
+        active_regions=compiled.active_regions,
+    )
+    torch.testing.assert_close(small(x.double()), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_to_eliminate_leaves_the_program_as_it_is():
+    whole = program([("act", "belief")])
+    compiled = ProgramCompiler(whole).compile()
+    assert compiled.program == whole and compiled.n_eliminated == 0
