@@ -10,6 +10,8 @@ export PYTHONUNBUFFERED := 1
 export OMP_WAIT_POLICY := passive
 
 READY := .venv/ready
+# diffusers and what it wants: minutes to install, and only the suite and the grafting examples need it
+READY_COGVIDEOX := .venv/ready-cogvideox
 RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
@@ -22,17 +24,21 @@ help: ## this list
 $(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
 	@scripts/setup.sh
 
-setup: $(READY) ## make .venv ready (every other target does it when needed)
+$(READY_COGVIDEOX): $(READY)
+	@scripts/setup.sh cogvideox
+
+setup: $(READY) $(READY_COGVIDEOX) ## make .venv ready (every other target does it when needed)
 
 demo: $(READY) ## CartPole end to end: record, declare, train, compare, draw; OUT=folder (default out/demo)
 	@$(RUN) -m examples.cartpole --out $(or $(OUT),out/demo)
 
-test: $(READY) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
+test: $(READY_COGVIDEOX) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q $(ARGS)
 
-bench: $(READY) ## the dispatcher against a per-edge loop and a dense mask, plans, CogVideoX's attention; README's figures
+bench: $(READY_COGVIDEOX) ## the dispatcher against a loop and a mask, what plans and functions cost, CogVideoX; README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.families
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cogvideox
 	@$(RUN) -m benchmarks.readme
 

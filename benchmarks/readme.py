@@ -27,7 +27,7 @@ def measured(dispatcher: list[dict], plan_cost: list[dict], cogvideox: list[dict
         f"{first['device']}, {first['cores']} cores, torch {first['torch']}, commit {first['commit']}; medians of",
         f"{first['rounds']} paired rounds, the 10 % and 90 % quantiles in brackets.",
         "",
-        "| canvas | positions | per-edge loop / ours | dense mask / ours |",
+        "| canvas | positions | times faster than the loop | than the dense mask |",
         "|---|---|---|---|",
     ]
     for row in dispatcher:

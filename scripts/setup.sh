@@ -5,16 +5,29 @@
 #   a machine that has torch already       keeps that torch, whatever its build, and adds what is missing
 #   a machine without a network            installs only this project and uses the packages that it finds
 #   nothing can be installed               the Makefile exports PYTHONPATH=.:kernels, which is enough to run everything
+#
+# With an argument, the name of an extra: adds that extra to a .venv that is ready.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python="${PYTHON:-python3}"
-stamp=.venv/ready
+extra="${1:-}"
+stamp=".venv/ready${extra:+-$extra}"
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
     echo "setup: Python 3.10 or newer is needed; $python is $("$python" --version). Set PYTHON=/path/to/python3." >&2
     exit 1
 }
+
+if [ -n "$extra" ]; then
+    if [ -x .venv/bin/python ] && .venv/bin/python -m pip install --quiet -c .venv/constraints.txt -e ".[$extra]"; then
+        echo "setup: added the $extra extra"
+    else
+        echo "setup: the $extra extra could not be installed; what needs it says so and is skipped" >&2
+    fi
+    touch "$stamp"
+    exit 0
+fi
 
 if [ ! -x .venv/bin/python ]; then
     # With the system's packages: a GPU machine keeps the torch that was built for its driver.
@@ -41,8 +54,8 @@ else
     "$venv" -m pip install --quiet -c "$constraints" torch || echo "setup: torch could not be installed" >&2
 fi
 
-if "$venv" -m pip install --quiet -c "$constraints" -e ".[dev,data,cogvideox]"; then
-    echo "setup: installed canvas-engineering with its dev, data and cogvideox extras"
+if "$venv" -m pip install --quiet -c "$constraints" -e ".[dev,data]"; then
+    echo "setup: installed canvas-engineering with its dev and data extras"
 elif "$venv" -m pip install --quiet --no-index --no-deps --no-build-isolation -e .; then
     echo "setup: no package index answered; installed canvas-engineering alone, on the packages that are here"
 else
