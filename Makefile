@@ -38,6 +38,7 @@ test: $(READY_COGVIDEOX) ## the whole suite; JOBS=processes, ARGS="what pytest t
 bench: $(READY_COGVIDEOX) ## the dispatcher against a loop and a dense mask, plan cost, CogVideoX; README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.program
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cogvideox
 	@$(RUN) -m benchmarks.readme
 
