@@ -144,14 +144,18 @@ def _mask(rng, layout, src, dst, pairs):
     return MaskSpec("sparse", pattern=_nested_bools(rng, shape))
 
 
-def programmed(rng, layout, topology, pairs=True):
+SOFTMAX = ("cogvideox",)
+FAMILIES = ("cogvideox", "local_attention", "pooling", "linear_attention", "gated", "sigmoid_attention", "perceiver")
+
+
+def programmed(rng, layout, topology, pairs=True, fns=SOFTMAX):
     """(topology, program, cortex, summaries, active region names or None), all of it likely to matter.
 
     Drawn from a seeded generator: hypothesis would spend its examples on programs that say next to nothing.
     """
     names = list(layout.regions)
     connections = [
-        dataclasses.replace(c, fn=rng.choice([None, None, None, "cogvideox"]) if c.fn != "none" else "none")
+        dataclasses.replace(c, fn=rng.choice([None, None, None, rng.choice(fns)]) if c.fn != "none" else "none")
         for c in topology.connections
     ]
     # a full read of a random pair, so that something is read in most canvases
@@ -168,13 +172,13 @@ def programmed(rng, layout, topology, pairs=True):
     for src, dst in sorted({(c.src, c.dst) for c in connections}):
         if rng.random() < 0.7:
             programs[src, dst] = ConnectionProgram(
-                rng.choice(["attend", "attend", "write", "act", "retrieve", "unheard of"]),
+                rng.choice(["attend", "write", "act", "retrieve", "unheard of", "bind" if fns is SOFTMAX else "compress"]),
                 _trigger(rng, names) if rng.random() < 0.6 else None,
                 rng.choice(["add", "add", "add", "replace", "gate"]),
                 _mask(rng, layout, src, dst, pairs) if rng.random() < 0.4 else None,
             )
     cortex = CortexRegistry()
-    cortex.register(CortexSpec("home", local_backend="self_attention"))
+    cortex.register(CortexSpec("home", local_backend=rng.choice(["self_attention", *fns])))
     for name in names:
         if rng.random() < 0.3:
             cortex.assign(name, "home")
@@ -184,8 +188,8 @@ def programmed(rng, layout, topology, pairs=True):
 
 
 @st.composite
-def programmed_canvases(draw, max_positions=40, pairs=True):
+def programmed_canvases(draw, max_positions=40, pairs=True, fns=SOFTMAX):
     """(layout, topology, program, cortex, summaries, active region names or None)."""
     layout = draw(layouts(max_positions, none=False))
     topology = draw(topologies(layout, pairs, ("add", "add", "replace", "gate")))
-    return layout, *programmed(random.Random(draw(st.integers(0, 2**32))), layout, topology, pairs)
+    return layout, *programmed(random.Random(draw(st.integers(0, 2**32))), layout, topology, pairs, fns)
