@@ -161,6 +161,7 @@ def programmed(rng, layout, topology, pairs=True, fns=SOFTMAX):
     # a full read of a random pair, so that something is read in most canvases
     connections.append(Connection(rng.choice(names), rng.choice(names), t_src=rng.choice([None, 0]), t_dst=None))
     topology = CanvasTopology(connections)
+    operators = ["attend", "write", "act", "retrieve", "unheard of", *([] if fns is SOFTMAX else ["compress"])]
     regions, programs = {}, {}
     for name in names:
         identity = None
@@ -172,7 +173,7 @@ def programmed(rng, layout, topology, pairs=True, fns=SOFTMAX):
     for src, dst in sorted({(c.src, c.dst) for c in connections}):
         if rng.random() < 0.7:
             programs[src, dst] = ConnectionProgram(
-                rng.choice(["attend", "write", "act", "retrieve", "unheard of", "bind" if fns is SOFTMAX else "compress"]),
+                rng.choice(operators),
                 _trigger(rng, names) if rng.random() < 0.6 else None,
                 rng.choice(["add", "add", "add", "replace", "gate"]),
                 _mask(rng, layout, src, dst, pairs) if rng.random() < 0.4 else None,

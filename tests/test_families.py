@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from canvas_engineering import AttentionDispatcher, CanvasLayout, CanvasTopology, Connection, MaskSpec, create_attention
+from canvas_engineering import (
+    ATTENTION_REGISTRY,
+    ATTENTION_TYPES,
+    AttentionDispatcher,
+    CanvasLayout,
+    CanvasTopology,
+    Connection,
+    MaskSpec,
+    create_attention,
+)
 from tests import family_oracle, oracle
 from tests.strategies import canvases
 
@@ -144,6 +153,21 @@ def test_functions_mix_freely(backend, canvas, choose):
     check_step(canvas, choose, 1, backend=backend)
 
 
+EVERY = (*ATTENTION_TYPES, "self_attention", "pooling_attention")
+
+
+@settings(max_examples=40)
+@given(canvas=canvases(48, pairs=False, write_modes=MODES, fns=EVERY), choose=st.booleans())
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_all_functions_mix_freely(backend, canvas, choose):
+    check_step(canvas, choose, 1, backend=backend)
+
+
+def test_every_type_is_registered():
+    assert set(EVERY) <= set(ATTENTION_REGISTRY) and set(EVERY) - {"none"} == set(family_oracle.FUNCTIONS)
+    assert len(ATTENTION_TYPES) == 17
+
+
 @settings(max_examples=15)
 @given(canvas=canvases(40, pairs=True, write_modes=MODES, fns=TABLES))
 def test_masks_of_pairs_suit_functions_that_weigh_pairs(canvas):
@@ -216,6 +240,46 @@ def test_bfloat16_is_as_near_as_the_module_on_one_read(fn):
     scale = expected[:, queries].abs().max()
     errors = [((y.double() - expected[:, queries]).abs().max() / scale).item() for y in (out[:, queries], plain)]
     assert errors[0] <= 2 * errors[1] + 1e-9 and errors[1] < 0.05
+
+
+@pytest.mark.parametrize("fn", (*TABLES, *CHOSEN))
+def test_dropout_acts_on_probabilities_in_training_only(fn):
+    layout, topology = two_regions(Connection("a", "b", fn=fn), width=16)
+    x = torch.randn(1, 64, D_MODEL, dtype=torch.float64)
+    for backend in ("torch", "reference"):
+        dispatcher = randomised(layout, topology, dropout=0.5, backend=backend)
+        (module,) = dispatcher.fn_modules.values()
+        queries = x[:, :16]
+        assert not torch.isclose(dispatcher(x), dispatcher(x)).all()
+        assert not torch.isclose(module(queries, queries, queries), module(queries, queries, queries)).all()
+        torch.testing.assert_close(dispatcher.eval()(x), oracle_step(dispatcher, x), rtol=1e-6, atol=1e-6)
+        assert torch.equal(module(queries, queries, queries), module(queries, queries, queries))
+    with pytest.raises(ValueError, match="backend 'triton' has no dropout: use 'torch' or 'auto'"):
+        randomised(layout, topology, dropout=0.5, backend="triton").float()(x.float())
+
+
+def test_functions_with_kernels_mix_on_triton():
+    pytest.importorskip("triton")
+    edges = [
+        Connection("a", "ab"[i % 2], fn=fn, t_src=0, t_dst=-(i % 2), write_mode=("gate", "add")[i % 2])
+        for i, fn in enumerate((*TABLES[2:], "local_attention"))
+    ]
+    edges += [Connection("b", "a", fn=fn, weight=0.5) for fn in ("local_attention", "gated")]
+    edges.append(Connection("b", "a", fn="sigmoid_attention", t_src=1, t_dst=0, write_mode="replace"))
+    dispatcher = randomised(*two_regions(*edges, width=3), backend="triton")
+    x = torch.randn(1, 12, D_MODEL, dtype=torch.float64, requires_grad=True)
+    flags = torch.tensor([1.0, 1.0])
+    expected = oracle_step(dispatcher, x)
+    names = [name for name, _ in dispatcher.named_parameters()]
+    grad = torch.randn_like(x)
+    wanted = torch.autograd.grad(expected, [x, *dispatcher.parameters()], grad)
+    dispatcher, low = dispatcher.float(), x.detach().float().requires_grad_()
+    out = dispatcher(low, flags)
+    found = torch.autograd.grad(out, [low, *dispatcher.parameters()], grad.float())
+    assert ((out - expected).abs().max() / expected.abs().max()).item() < 2e-5
+    for name, a, b in zip(["x", *names], found, wanted):
+        if not name.endswith("k_proj.bias") or "sigmoid" in name:  # a softmax does not see it: its gradient is rounding
+            assert ((a - b).abs().max() / b.abs().max()).item() < 1e-4, name
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------

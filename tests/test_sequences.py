@@ -177,9 +177,35 @@ def test_ties_at_the_threshold_stay():
     torch.testing.assert_close(out[0, 0], (weights[:, None] * keys[0, :3]).sum(0))
 
 
-def test_many_queries_go_in_parts_and_give_the_same(monkeypatch):
+@pytest.mark.parametrize("m", [20, 100, 300])
+def test_many_queries_go_in_parts_and_give_the_same(m, monkeypatch):
     monkeypatch.setattr(topk, "MOST_LOGITS", 100)
-    agrees("sparse_attention", 30, 20)
+    agrees("sparse_attention", 30, m)
+
+
+@pytest.mark.parametrize("copies", [2, 4, 30])
+def test_a_few_ties_and_many_among_long_keys(copies, monkeypatch):
+    module = randomised("sparse_attention")
+    x_q = torch.randn(1, 6, D_MODEL, dtype=torch.float64, requires_grad=True)
+    x_k = torch.randn(1, 10, D_MODEL, dtype=torch.float64).repeat(1, copies, 1).requires_grad_()
+    gathered = []
+    whole = topk._gathered
+    monkeypatch.setattr(topk, "_gathered", lambda *a: gathered.append(a[3].shape[-1]) or whole(*a))
+    out = module(x_q, x_k, x_k)
+    assert gathered == ([4] if copies == 4 else [])  # 20 keys are masked, 40 gathered with a tie, 300 tie too often
+    expected = family_oracle.oracle("sparse_attention", tensors(module), x_q, x_k, HEADS, top_k=3)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (x_q, x_k)) for y in (out, expected))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40)
+@given(m=st.integers(1, 700), count=st.integers(1, 4), whole=st.booleans())
+def test_the_largest_values_are_topks(m, count, whole):
+    x = torch.randint(0, 50, (3, m)).double() if whole else torch.randn(3, m)
+    values, place = topk.largest(x, min(count, m))
+    assert torch.equal(values, x.topk(min(count, m)).values) and torch.equal(x.gather(-1, place), values)
+    assert all(len(set(row)) == len(row) for row in place.tolist())
 
 
 # -- mixture ----------------------------------------------------------------------------------------------------------

@@ -127,7 +127,8 @@ class LinearAttention(nn.Module):
             for proj, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
         )
         with torch.autocast(q.device.type, enabled=False):
-            out = _normalised(_feature(q), _key_sums(_feature(k), _wide(v)))
+            sums = _feature(k).transpose(-1, -2) @ F.pad(_wide(v), (0, 1), value=1.0)
+            out = _normalised(_feature(q), sums)
         return self.out_proj(out.to(q.dtype).transpose(1, 2).flatten(2))
 
     def attend(
@@ -150,11 +151,14 @@ class LinearAttention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             # the sums of 16-bit inputs are taken in float32
             q, k, v = _wide(projected).chunk(3, dim=-1)
-            q, k, v = rows_of(_feature(q)), rows_of(_feature(k)), rows_of(v)
+            q, k, v = rows_of(_feature(q)), rows_of(_feature(k)), rows_of(self._with_ones(v))
             k, v = gather_rows(k, found.keys), gather_rows(v, found.keys)
             # [sets, B, heads, head_dim, head_dim + 1]
-            sums = [_key_sums(self._split(s.of(k), batch), self._split(s.of(v), batch)) for s in found.key_sets]
-            sums = torch.cat(sums)
+            sums = [
+                self._split(stretch.of(k), batch).transpose(-1, -2) @ self._split(stretch.of(v), batch)
+                for stretch in found.key_sets
+            ]
+            sums = torch.cat(sums) if len(sums) > 1 else sums[0]
             sums = gather_rows(sums.flatten(1), found.read_set).unflatten(1, sums.shape[1:])
             q, pieces, first = gather_rows(q, found.queries), [], 0
             for stretch in found.reads:
@@ -168,8 +172,12 @@ class LinearAttention(nn.Module):
             out = sum_rows(results, found.queries).unflatten(1, (batch, -1)).transpose(0, 1)
         return project_out(self.out_proj, out.to(dtype), bias_share)
 
+    def _with_ones(self, v: torch.Tensor) -> torch.Tensor:
+        """v (B, n, d) with a 1 behind each head's elements: its sum over keys is the normaliser."""
+        return F.pad(v.unflatten(2, (self.n_heads, -1)), (0, 1), value=1.0).flatten(2)
+
     def _split(self, rows: torch.Tensor, batch: int) -> torch.Tensor:
-        """[sets, m, B · d] as [sets, B, heads, m, head_dim]."""
+        """[sets, m, B · heads · D] as [sets, B, heads, m, D]."""
         return rows.unflatten(2, (batch, self.n_heads, -1)).permute(0, 2, 3, 1, 4)
 
 
@@ -181,13 +189,8 @@ def _feature(x: torch.Tensor) -> torch.Tensor:
     return F.elu(_wide(x)) + 1
 
 
-def _key_sums(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """[…, m, D] φ(k) and v → […, D, D + 1]: Σ φ(k_j) v_jᵀ, and Σ φ(k_j) as the last column."""
-    return torch.cat([k.transpose(-1, -2) @ v, k.sum(-2)[..., None]], -1)
-
-
 def _normalised(q: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """[…, n, D] φ(q) and […, D, D + 1] → […, n, D]."""
+    """[…, n, D] φ(q) and […, D, D + 1], Σ φ(k_j) v_jᵀ with Σ φ(k_j) as the last column → […, n, D]."""
     out = q @ sums
     return out[..., :-1] / (out[..., -1:] + LINEAR_EPSILON)
 
