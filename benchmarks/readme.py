@@ -17,16 +17,17 @@ WORDS = {
 }
 
 
-def measured(dispatcher: list[dict], plan_cost: list[dict]) -> str:
-    """The Markdown between README's marks, from the rows of ``benchmarks.dispatcher`` and ``benchmarks.plan_cost``."""
+def measured(dispatcher: list[dict], plan_cost: list[dict], cogvideox: list[dict]) -> str:
+    """The Markdown between README's marks, from the rows of the benchmarks of those names."""
     ratio = {(row["case"], row["contestant"]): row["ratio"] for row in dispatcher}
     seconds = {row["case"]: row["seconds"]["p50"] for row in plan_cost}
+    forward, backward = (row for row in cogvideox if row["case"].startswith("attention"))
     first = dispatcher[0]
     lines = [
         f"{first['device']}, {first['cores']} cores, torch {first['torch']}, commit {first['commit']}; medians of",
         f"{first['rounds']} paired rounds, the 10 % and 90 % quantiles in brackets.",
         "",
-        "| canvas | positions | per-edge loop / ours | dense mask / ours |",
+        "| canvas | positions | times faster than the loop | than the dense mask |",
         "|---|---|---|---|",
     ]
     for row in dispatcher:
@@ -37,12 +38,18 @@ def measured(dispatcher: list[dict], plan_cost: list[dict]) -> str:
         "",
         f"Compiling the plan, cold: {1e3 * seconds['computer_use']:.0f} ms for a computer-use canvas of 16,384",
         f"positions, {seconds['video of 256 frames']:.2f} s for a causal video of 1,048,576.",
+        "",
+        f"Attention of a CogVideoX block ({forward['tokens']:,} tokens; same frame + previous frame + text, "
+        f"{100 * forward['density']:.0f} % of all",
+        f"pairs) takes {_ratio(forward['ratio'], 2)} times its share of dense attention's time forward,",
+        f"{_ratio(backward['ratio'], 2)} times backward.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _ratio(quantiles: dict[str, float]) -> str:
-    return f"{quantiles['p50']:.1f} ({quantiles['p10']:.1f} to {quantiles['p90']:.1f})"
+def _ratio(quantiles: dict[str, float], digits: int = 1) -> str:
+    middle, low, high = (f"{quantiles[q]:.{digits}f}" for q in ("p50", "p10", "p90"))
+    return f"{middle} ({low} to {high})"
 
 
 def section(text: str) -> tuple[str, str, str]:
@@ -55,7 +62,7 @@ def section(text: str) -> tuple[str, str, str]:
 
 
 def main() -> int:
-    rows = (measure.read_rows(measure.RESULTS / f"{name}.json") for name in ("dispatcher", "plan_cost"))
+    rows = (measure.read_rows(measure.RESULTS / f"{name}.json") for name in ("dispatcher", "plan_cost", "cogvideox"))
     before, _, after = section(README.read_text())
     unfinished = README.with_name("README.md.partial")
     unfinished.write_text(f"{before}{BEGIN}{measured(*rows)}{END}{after}")

@@ -95,8 +95,7 @@ def build_app():
             return
         console.print(connection_table(found.layout, found.topology))
         plan = compile_attention(found.layout, found.topology)
-        console.print(plan.summary(), highlight=False, markup=False)
-        console.print(str(plan), highlight=False, markup=False)
+        console.print(str(plan), highlight=False, markup=False, soft_wrap=True)
 
     @app.command()
     def draw(schema: Path, out: Path = out_option) -> None:

@@ -37,7 +37,7 @@ class _Errors:
 
 
 class AttentionDispatcher(nn.Module):
-    """Runs every connection of a topology on a canvas tensor, in edge form (semantics, sections 4 and 5).
+    """Runs every connection of a topology on a canvas tensor, in edge form (docs/semantics.md, sections 4 and 5).
 
     At each position the outputs of its reads are averaged by weight, out_i = Σ_r a_r f_r(i) / Σ_r w_r, with a_r = w_r,
     or w_r·σ(g) on a connection of write mode "gate" with its learned g; where a "replace" read is in force, only
@@ -93,6 +93,9 @@ class AttentionDispatcher(nn.Module):
         super().__init__()
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        if not isinstance(topology, CanvasTopology) or not isinstance(layout, CanvasLayout):
+            given = f"{type(topology).__name__}, {type(layout).__name__}"
+            raise ValueError(f"AttentionDispatcher takes a CanvasTopology and then a CanvasLayout, got {given}")
         _check_kinds(residual_accumulator, program, cortex)
         self.topology, self.layout, self.d_model, self.backend = topology, layout, d_model, backend
         self.plan = plan = compile_attention(layout, topology, program, cortex=cortex, dense_in_time=skip_temporal)

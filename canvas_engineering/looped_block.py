@@ -83,7 +83,7 @@ class LoopParameters(nn.Module):
 
 
 class LoopedBlockWrapper(nn.Module):
-    """Any transformer block, run ``loops`` times on its own output (semantics, section 6).
+    """Any transformer block, run ``loops`` times on its own output (docs/semantics.md, section 6).
 
     The wrapped block is called as ``block(hidden_states, *args, **kwargs)`` and gives a tensor like ``hidden_states``,
     or a tuple whose first item is one; later loops see the same further arguments. With zero embeddings and gates, as

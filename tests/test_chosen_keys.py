@@ -208,6 +208,16 @@ def test_a_reload_draws_the_same_keys():
     torch.testing.assert_close(out, oracle_step(second, x), rtol=1e-6, atol=1e-6)
 
 
+def test_a_checkpoint_without_a_seed_leaves_the_modules_own():
+    module = RandomFixedAttention(8, n_heads=2, seed=5)
+    published = {name: tensor for name, tensor in RandomFixedAttention(8, n_heads=2).state_dict().items()}
+    del published["seed"]
+    module.load_state_dict(published)
+    assert module.seed.item() == 5 and torch.equal(module.q_proj.weight, published["q_proj.weight"])
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "q_proj.bias"'):
+        module.load_state_dict({name: t for name, t in published.items() if name != "q_proj.bias"})
+
+
 def test_the_seed_comes_from_torchs_generator_and_may_be_given():
     torch.manual_seed(3)
     first, second = RandomFixedAttention(8), RandomFixedAttention(8)

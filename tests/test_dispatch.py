@@ -267,6 +267,8 @@ def test_bad_input_is_named(monkeypatch):
     dispatcher = AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS)
     with pytest.raises(ValueError, match=r"x must be \(batch, 36, 12\), got \(1, 35, 12\)"):
         dispatcher(torch.zeros(1, 35, D_MODEL))
+    with pytest.raises(ValueError, match="a CanvasTopology and then a CanvasLayout, got CanvasLayout, CanvasTopology"):
+        AttentionDispatcher(layout, topology, D_MODEL)
     with pytest.raises(ValueError, match="n_heads 5 must divide d_model 12"):
         AttentionDispatcher(topology, layout, D_MODEL, n_heads=5)
     with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):

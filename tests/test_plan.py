@@ -164,6 +164,8 @@ def test_a_pattern_that_does_not_fit_names_its_connection():
 
 def test_bad_arguments_are_named():
     layout, topology = multi_rate()
+    with pytest.raises(ValueError, match="a CanvasLayout and then a CanvasTopology, got CanvasTopology, CanvasLayout"):
+        compile_attention(CanvasTopology.dense(["a"]), CanvasLayout(T=1, H=1, W=1, d_model=8, regions={}))
     with pytest.raises(ValueError, match=r"normalize must be one of .* got 'rows'"):
         compile_attention(layout, topology, normalize="rows")
     plan = compile_attention(layout, topology)

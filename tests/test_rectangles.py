@@ -352,3 +352,27 @@ def test_what_is_kept_does_not_grow_with_the_square_of_the_canvas():
         "joint", 4096, 0, q_start=[0], q_stop=[4096], k_start=[0], k_stop=[4096], weight=[1.0]
     )
     assert rectangles.saved_size(dense, 1, 64, False) == 4096 * 65
+
+
+def test_inactive_rows_of_a_joined_slab_are_not_computed(monkeypatch):
+    # two connections read the same keys, so that their rows stand in one slab
+    table = BlockTable.from_rectangles(
+        "edge", 96, 2,
+        q_start=[0, 40], q_stop=[40, 64], k_start=[64, 64], k_stop=[96, 96], segment=[0, 1],
+        weight=[1.0, 2.0], edge=[0, 1],
+    )  # fmt: skip
+    assert len(grouping.group(table).slabs) == 1
+    seen, softmax = [], slabs._softmax_out
+    monkeypatch.setattr(slabs, "_softmax_out", lambda x, *a, **k: seen.append(x.numel()) or softmax(x, *a, **k))
+    q, k, v = (torch.randn(1, 2, 96, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    for active, rows in (([1.0, 1.0], 64), ([1.0, 0.0], 40), ([0.0, 1.0], 24), ([0.0, 0.0], 0)):
+        seen.clear()
+        gain, flags = torch.tensor([0.5, 3.0], dtype=torch.float64, requires_grad=True), torch.tensor(active)
+        options = {"gain": gain, "active": flags}
+        out, expected = (block_attention(q, k, v, table, backend=b, **options) for b in ("torch", "reference"))
+        assert sum(seen) == 2 * rows * 32
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        if rows:
+            grad = torch.randn_like(out)
+            found, wanted = (torch.autograd.grad(o, [q, k, v, gain], grad) for o in (out, expected))
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)

@@ -13,6 +13,8 @@ from ..plan import AttentionPlan
 from ..plan.pairs import choose_pairs, pair_rectangles
 from .softmax import CrossAttention
 
+# Tables of single reads that a module keeps.
+KEPT_TABLES = 16
 _MASK64 = (1 << 64) - 1
 
 
@@ -21,8 +23,10 @@ class ChosenKeys(CrossAttention):
     ``pairs``, and ``choice_key`` to name their choice."""
 
     takes_pairs = False
-    # defined beside this class's own forward: see grouped.is_fused
-    attend = CrossAttention.attend
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
+        super().__init__(d_model, n_heads, dropout)
+        self._tables: dict[tuple, BlockTable] = {}
 
     def pairs(self, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
         """(query, key), int64: the pairs that count among n queries and m keys, sorted, without repeats."""
@@ -44,23 +48,25 @@ class ChosenKeys(CrossAttention):
         """Makes the table of ``plan``, and its row scales on ``device``."""
         self.chosen(plan).to(device)
 
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model); 0 for queries that
-        see no key."""
-        n, m = queries.shape[1], keys.shape[1]
-        rows = (self.q_proj(queries), self.k_proj(keys), self.v_proj(values))
+    def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        n, m = q.shape[2], k.shape[2]
         # one canvas, the queries before the keys
-        q, k, v = (self._heads(F.pad(x, pad)) for x, pad in zip(rows, ((0, 0, 0, m), (0, 0, n, 0), (0, 0, n, 0))))
-        query, key = self.pairs(n, m)
-        read, q0, q1, k0, k1 = pair_rectangles(np.zeros(len(query), np.int64), query, n + key)
-        spans = {"q_start": q0, "q_stop": q1, "k_start": k0, "k_stop": k1}
-        ones = np.ones(len(read))
-        table = BlockTable.from_rectangles("edge", n + m, 1, **spans, segment=read, weight=ones, edge=read)
-        dropout_p = self.dropout if self.training else 0.0
-        out = block_attention(q, k, v, table, dropout_p=dropout_p)[:, :, :n].transpose(1, 2).flatten(2)
-        out = self.out_proj(out)
-        sees = torch.from_numpy(np.bincount(query, minlength=n) > 0).to(out.device)
-        return torch.where(sees[:, None], out, torch.zeros_like(out))
+        q, k, v = (F.pad(x, pad) for x, pad in ((q, (0, 0, 0, m)), (k, (0, 0, n, 0)), (v, (0, 0, n, 0))))
+        return block_attention(q, k, v, self._table(n, m), dropout_p=dropout_p)[:, :, :n]
+
+    def _table(self, n: int, m: int) -> BlockTable:
+        """Of one read, m keys after n queries; the last few are kept."""
+        key = (n, m, *self.choice_key())
+        if key not in self._tables:
+            query, k_row = self.pairs(n, m)
+            read, q0, q1, k0, k1 = pair_rectangles(np.zeros(len(query), np.int64), query, n + k_row)
+            spans = {"q_start": q0, "q_stop": q1, "k_start": k0, "k_stop": k1}
+            if len(self._tables) >= KEPT_TABLES:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[key] = BlockTable.from_rectangles(
+                "edge", n + m, 1, **spans, segment=read, weight=np.ones(len(read)), edge=read
+            )
+        return self._tables[key]
 
     def weighted_values(
         self,
@@ -82,7 +88,8 @@ class RandomFixedAttention(ChosenKeys):
     """Softmax over min(n_random, m) keys of a read, drawn for each query once and for ever from ``seed``.
 
     ``seed`` is a saved int64 buffer, drawn from torch's generator unless given. The draw is a function of integers
-    (seed, the query's place in the read, m): equal after a reload and on every device.
+    (seed, the query's place in the read, m): equal after a reload and on every device. A checkpoint without a seed
+    leaves the module its own.
 
     >>> module = RandomFixedAttention(8, n_heads=2, n_random=2, seed=1)
     >>> [keys.tolist() for keys in module.pairs(3, 9)]
@@ -113,8 +120,11 @@ class RandomFixedAttention(ChosenKeys):
             self._prepared.append((plan, device))
         super().prepare(plan, device)
 
-    def _load_from_state_dict(self, *args) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        # published checkpoints hold no seed, and any draw is as good as theirs, which no two calls shared
+        if f"{prefix}seed" not in state_dict:
+            state_dict = {**state_dict, f"{prefix}seed": self.seed}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         self._read_seed()
         for plan, device in self._prepared:
             super().prepare(plan, device)

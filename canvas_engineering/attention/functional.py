@@ -26,7 +26,7 @@ def canvas_attention(
     packed: bool = False,
     activation: str = "softmax",
 ) -> torch.Tensor:
-    """Attention of every read of a plan in one call (semantics, sections 3 and 4).
+    """Attention of every read of a plan in one call (docs/semantics.md, sections 3 and 4).
 
     Args:
         q, k, v: (B, heads, N, head_dim), positions in canvas order; with ``packed``, (B, heads, n, head_dim) in the

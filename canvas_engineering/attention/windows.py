@@ -18,7 +18,9 @@ from canvas_kernels.tiling import expand_ranges
 
 from ..plan import AttentionPlan
 from .chosen import ChosenKeys
-from .grouped import coefficients, query_places
+from .grouped import coefficients
+from .grouped import query_places as places_of
+from .softmax import CrossAttention
 
 # Queries of one block of a window of at most as many keys, and at most.
 LEAST_BLOCK, LARGEST_BLOCK = 16, 128
@@ -52,6 +54,13 @@ class BlockGroup:
     k_start: int
     bias: torch.Tensor
 
+    @classmethod
+    def of(cls, reads: int, blocks: Blocks, q_start: int, k_start: int, device: torch.device | str) -> BlockGroup:
+        """``reads`` reads cut into ``blocks``."""
+        bias = torch.zeros(blocks.seen.shape).masked_fill_(torch.from_numpy(~blocks.seen), -math.inf)
+        shape = (len(blocks.query), blocks.query.shape[1], blocks.key.shape[1])
+        return cls(reads, *shape, q_start, k_start, bias[:, None, None].to(device))
+
 
 @dataclass(frozen=True, eq=False)
 class BlockedReads:
@@ -81,26 +90,35 @@ def block_reads(plan: AttentionPlan, cut, device: torch.device | str) -> Blocked
         )
         owner = np.repeat(reads, blocks.query.size)
         parts.append((q_rows, k_rows, owner, np.tile(blocks.counts.reshape(-1), len(reads))))
-        bias = torch.zeros(blocks.seen.shape).masked_fill_(torch.from_numpy(~blocks.seen), -math.inf)
-        shape_of = (len(blocks.query), blocks.query.shape[1], blocks.key.shape[1])
-        groups.append(BlockGroup(len(reads), *shape_of, q_start, k_start, bias[:, None, None].to(device)))
+        groups.append(BlockGroup.of(len(reads), blocks, q_start, k_start, device))
         q_start += len(q_rows)
         k_start += len(k_rows)
     q_rows, k_rows, owner, counts = (np.concatenate(column) for column in zip(*parts))
-    weight, scale_row, connections = query_places(plan, sets, owner, q_rows, device)
+    weight, scale_row, connections = places_of(plan, sets, owner, q_rows, device)
     weight = weight * torch.from_numpy(counts).to(weight)
     maps = (RowMap.of(rows, plan.n_packed, device) for rows in (q_rows, k_rows))
     return BlockedReads(tuple(groups), *maps, weight, scale_row, connections)
 
 
-def attend_blocks(q, k, v, found: BlockedReads, factor: torch.Tensor, scale: float, dropout_p: float) -> torch.Tensor:
-    """Σ over reads of ``factor`` · softmax over the pairs that count: q, k, v (B, heads, n, D) → (n, B, heads, D)."""
+def attend_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: tuple[BlockGroup, ...],
+    query_places: RowMap,
+    key_places: RowMap,
+    factor: torch.Tensor,
+    scale: float,
+    dropout_p: float,
+) -> torch.Tensor:
+    """Σ over reads of ``factor`` (query places, 1) · softmax over the pairs that count: q (B, heads, n, D), k and v (B,
+    heads, m, D) → (n, B, heads, D)."""
     batch, heads, _, dim = q.shape
     # places, B, heads, D
-    q = gather_rows(_by_row(q), found.queries).unflatten(1, (batch, heads, dim))
-    k, v = (gather_rows(_by_row(x), found.keys).unflatten(1, (batch, heads, dim)) for x in (k, v))
+    q = gather_rows(_by_row(q), query_places).unflatten(1, (batch, heads, dim))
+    k, v = (gather_rows(_by_row(x), key_places).unflatten(1, (batch, heads, dim)) for x in (k, v))
     pieces = []
-    for g in found.groups:
+    for g in groups:
         units = g.reads * g.blocks
         queries = _blocks(q, g.q_start, units, g.rows)
         keys, values = (_blocks(x, g.k_start, units, g.keys) for x in (k, v))
@@ -111,7 +129,7 @@ def attend_blocks(q, k, v, found: BlockedReads, factor: torch.Tensor, scale: flo
         p = F.dropout(torch.softmax(logits, -1, dtype=wide).to(values.dtype), dropout_p, training=dropout_p > 0)
         pieces.append((p @ values).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1))
     results = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    return sum_rows(results * factor, found.queries).unflatten(1, (batch, heads, dim))
+    return sum_rows(results * factor, query_places).unflatten(1, (batch, heads, dim))
 
 
 def _by_row(x: torch.Tensor) -> torch.Tensor:
@@ -141,12 +159,32 @@ class LocalAttention(ChosenKeys):
             raise ValueError(f"window_size must not be negative, got {window_size}")
         self.window_size = window_size
 
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model); 0 for queries that
+        see no key."""
+        low, high = self._bounds(queries.shape[1], keys.shape[1])
+        sees = torch.from_numpy(high > low).to(queries.device)[:, None]
+        out = super().forward(queries, keys, values)
+        return torch.where(sees, out, torch.zeros_like(out))
+
+    def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        n, m = q.shape[2], k.shape[2]
+        blocks = self.cut(n, m)
+        group = BlockGroup.of(1, blocks, 0, 0, q.device)
+        places = (RowMap.of(place.reshape(-1), rows, q.device) for place, rows in ((blocks.query, n), (blocks.key, m)))
+        factor = torch.from_numpy(blocks.counts.reshape(-1, 1)).to(q)
+        out = attend_blocks(q, k, v, (group,), *places, factor, q.shape[-1] ** -0.5, dropout_p)
+        return out.permute(1, 2, 0, 3)
+
     def choice_key(self) -> tuple:
         return ("window", self.window_size // 2)
 
     def refine(self, plan: AttentionPlan) -> AttentionPlan:
         """The plan whose weights count: without the reads of queries that see no key."""
         return self.chosen(plan)
+
+    # beside this class's own forward: see grouped.is_fused
+    attend = CrossAttention.attend
 
     def blocked(self, plan: AttentionPlan, device: torch.device | str) -> BlockedReads:
         """``plan`` cut into blocks, cached on it."""
@@ -178,7 +216,8 @@ class LocalAttention(ChosenKeys):
         q, k, v = self._project(x)
         factor = coefficients(found, chosen, gain, active, row_scale)
         dropout_p = self.dropout if self.training else 0.0
-        out = attend_blocks(q, k, v, found, factor, q.shape[-1] ** -0.5, dropout_p)
+        places = (found.groups, found.queries, found.keys)
+        out = attend_blocks(q, k, v, *places, factor, q.shape[-1] ** -0.5, dropout_p)
         # (n, B, heads, D) → (B, n, d)
         return out.flatten(2).transpose(0, 1).to(v.dtype)
 

@@ -15,7 +15,7 @@ _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_s
 
 
 class LoopedCogVideoXBlock(nn.Module):
-    """diffusers' CogVideoX block, run ``loops`` times on its own two streams (semantics, section 6).
+    """diffusers' CogVideoX block, run ``loops`` times on its own two streams (docs/semantics.md, section 6).
 
     The given block's modules become this one's, under their own names: state-dict keys, attention processors, LoRA and
     whatever else goes by module names stay. The looping adds one module, ``loop``. Video and text stream are mixed by

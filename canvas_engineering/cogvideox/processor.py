@@ -21,8 +21,8 @@ class CanvasAttnProcessor:
     """An attention processor for CogVideoX: set it with ``transformer.set_attn_processor``.
 
     It projects, normalises, rotates and splits as diffusers' own processor does; each token attends, in one softmax,
-    over the tokens that the topology lets it read (joint form; semantics, section 3). Tokens that nothing covers read
-    themselves.
+    over the tokens that the topology lets it read (joint form; docs/semantics.md, section 3). Tokens that nothing
+    covers read themselves.
 
     Args:
         layout: of the model's tokens, from :func:`cogvideox_layout`; None for dense attention.

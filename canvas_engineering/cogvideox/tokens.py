@@ -17,7 +17,8 @@ _SOFTMAX = ("cross_attention", "self_attention", "cogvideox", "none")
 
 
 def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
-    """The joint-form plan (semantics, section 3) whose positions are tokens: all of region "text", then all of "video".
+    """The joint-form plan (docs/semantics.md, section 3) whose positions are tokens: all of region "text", then all of
+    "video".
 
     A token that no connection gives a key reads itself.
 

@@ -304,6 +304,9 @@ def compile_attention(
     >>> plan is compile_attention(layout, CanvasTopology.hub_spoke("a", ["b"])), plan.density
     (True, 1.0)
     """
+    if not isinstance(layout, CanvasLayout) or not isinstance(topology, CanvasTopology):
+        given = f"{type(layout).__name__}, {type(topology).__name__}"
+        raise ValueError(f"compile_attention takes a CanvasLayout and then a CanvasTopology, got {given}")
     if normalize not in NORMALIZE:
         raise ValueError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")
     if program is not None:

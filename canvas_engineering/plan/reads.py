@@ -65,7 +65,7 @@ class Reads:
 def topology_reads(
     layout: CanvasLayout, topology: CanvasTopology, dense_in_time: bool = False, banks: Sequence[Bank] = ()
 ) -> Reads:
-    """Resolves every connection (semantics, section 2).
+    """Resolves every connection (docs/semantics.md, section 2).
 
     Args:
         layout, topology: the declaration. A connection that names a region missing from the layout makes no read, and

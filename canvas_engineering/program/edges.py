@@ -127,7 +127,7 @@ def resolve_edge(
     cp: ConnectionProgram | None,
     local_backend: str | None,
 ) -> tuple[Connection, str | None]:
-    """The connection as it runs, and its trigger (semantics, section 5).
+    """The connection as it runs, and its trigger (docs/semantics.md, section 5).
 
     Args:
         connection: as declared. default_attn: of its src region.

@@ -10,7 +10,7 @@ than a batch of their own.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -160,6 +160,19 @@ class Grouping:
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
         return tuple(batch for stage in self.stages for batch in stage)
+
+
+def narrowed(slab: Slab, rows: np.ndarray) -> Slab:
+    """The slab with some of its rows: ``rows`` bool [R], the same of every cell."""
+    ranges, begin = [], 0
+    for first, length, move in slab.row_ranges:
+        own = np.zeros(length + 2, bool)
+        own[1:-1] = rows[begin : begin + length]
+        marks = (own[1:] != own[:-1]).nonzero()[0]
+        ranges += [(first + start, stop - start, move) for start, stop in marks.reshape(-1, 2).tolist()]
+        begin += length
+    kept = {"row_ranges": tuple(ranges), "segment": slab.segment[:, rows], "slot": slab.slot[:, rows]}
+    return replace(slab, **kept, fresh_rows=False, fresh_keys=False)
 
 
 def group(table: BlockTable) -> Grouping:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
-from .grouping import Batch, Slab, group
+from .grouping import Batch, Slab, group, narrowed
 from .table import BlockTable
 
 QUERIES, KEYS = 0, 1
@@ -262,6 +262,7 @@ class Step:
         self.own_weights = gain is None and active is None
         self.own_row_scale = row_scale is None and active is None
         self.live = None
+        self._slabs: dict[int, tuple[Slab, torch.Tensor | None]] = {}
         if self.joint:
             return
         self.row_scale = indices.row_scale(active) if row_scale is None else row_scale
@@ -289,13 +290,35 @@ class Step:
             return self.indices.own_rows(stage)
         return row_coefficient(self.indices, stage, self.row_scale)
 
+    def slab(self, number: int) -> Slab:
+        """Slab ``number`` without the rows that are known to be inactive, where those are the same of all cells."""
+        return self._live_slab(number)[0]
+
     def slab_rows(self, number: int) -> torch.Tensor | float:
         """Coefficient · row scale of a slab's rows: [G, R, 1], or a number that holds for all."""
         if self.joint:
             return 1.0
         if self.own_weights and self.own_row_scale:
             return self.indices.own_slab_rows(number)
-        return slab_coefficient(self.indices, number, self.coefficient, self.row_scale)
+        coefficient = slab_coefficient(self.indices, number, self.coefficient, self.row_scale)
+        rows = self._live_slab(number)[1]
+        return coefficient if rows is None else coefficient.index_select(1, rows)
+
+    def of_slab_rows(self, values: torch.Tensor, number: int) -> torch.Tensor:
+        """Of ``values`` [G · R], one for each row of a slab, those of the rows that run."""
+        slab, rows = self._live_slab(number)
+        return values if rows is None else values.view(slab.cells, -1).index_select(1, rows).reshape(-1)
+
+    def _live_slab(self, number: int) -> tuple[Slab, torch.Tensor | None]:
+        slab = self.indices.grouping.slabs[number]
+        if self.live is None:
+            return slab, None
+        if number not in self._slabs:
+            live, found = self.live[slab.segment], (slab, None)
+            if not live.all() and (live == live[:1]).all():
+                found = narrowed(slab, live[0]), self.indices.tensor(live[0].nonzero()[0])
+            self._slabs[number] = found
+        return self._slabs[number]
 
     def runs(self, part: Batch | Slab) -> bool:
         """Whether any of its segments is active, as far as that can be known without waiting for a device."""

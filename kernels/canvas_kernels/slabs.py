@@ -50,6 +50,8 @@ def forward_slab(
     :func:`saved_parts` says, unless it is None; base-2 log-sum-exp goes to ``lse`` (X, n_slots) unless that has no
     slots."""
     forward = _forward_flash if flash else _forward_products
+    if saved is not None:
+        saved = _used(saved, step.slab(number), flash, inputs[0], clear=True)
     forward(number, step, inputs, scale, saved, lse if lse.shape[1] else None, total, fresh)
 
 
@@ -67,11 +69,25 @@ def backward_slab(
     """Adds slab ``number`` to ``totals`` dq, dk, dv (n, X, D), or writes it: ``fresh`` for rows, for keys. Adds
     Σ_rows s · δ to ``per_segment``, unless that is None."""
     backward = _backward_flash if flash else _backward_products
+    saved = _used(saved, step.slab(number), flash, inputs[0])
     # [G, R]: Σ over heads and elements of dO ∘ f
     delta = backward(number, step, inputs, scale, saved, totals, per_segment is not None, fresh)
     if per_segment is not None:
-        delta = delta.reshape(-1) * slab_row_scale(step.indices, number, step.row_scale)
-        per_segment.put_(step.indices.slab_segments(number), delta, accumulate=True)
+        factor = step.of_slab_rows(slab_row_scale(step.indices, number, step.row_scale), number)
+        segments = step.of_slab_rows(step.indices.slab_segments(number), number)
+        per_segment.put_(segments, delta.reshape(-1) * factor, accumulate=True)
+
+
+def _used(
+    saved: tuple[torch.Tensor, ...], slab: Slab, flash: bool, q: torch.Tensor, clear: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """The beginnings of ``saved`` that the rows that run need; the rest is zeroed if ``clear``: results are the same
+    bits every time, also those that only backward sees."""
+    sizes = saved_parts(slab, flash, q.shape[1], q.shape[2])
+    if clear:
+        for piece, size in zip(saved, sizes):
+            piece[size:].zero_()
+    return tuple(piece[:size] for piece, size in zip(saved, sizes))
 
 
 def _coefficient(step: Step, number: int) -> torch.Tensor | float:
@@ -150,7 +166,7 @@ def _add_ranges(total, slab: Slab, ranges, x, coefficient: torch.Tensor | float,
 
 
 def _forward_flash(number, step: Step, inputs, scale, saved, lse, total, fresh) -> None:
-    indices, slab = step.indices, step.indices.grouping.slabs[number]
+    indices, slab = step.indices, step.slab(number)
     q, k, v = inputs
     bias = indices.slab_bias(number)
     out, natural_lse = _dense(_rows(q, slab), _keys(k, slab), _keys(v, slab), bias, scale)
@@ -164,7 +180,7 @@ def _forward_flash(number, step: Step, inputs, scale, saved, lse, total, fresh) 
 
 
 def _backward_flash(number, step: Step, inputs, scale, saved, totals, need_delta, fresh):
-    indices, slab = step.indices, step.indices.grouping.slabs[number]
+    indices, slab = step.indices, step.slab(number)
     q, k, v, grad_out = inputs
     heads, dim = q.shape[1:]
     out = saved[0].view(slab.cells, slab.rows, heads, dim).transpose(1, 2)
@@ -265,7 +281,7 @@ def _coefficient_lanes(step: Step, number: int, slab: Slab, heads: int):
 
 
 def _forward_products(number, step: Step, inputs, scale, saved, lse, total, fresh) -> None:
-    indices, slab = step.indices, step.indices.grouping.slabs[number]
+    indices, slab = step.indices, step.slab(number)
     q, k, v = inputs
     heads = q.shape[1]
     pair_lanes = _pair_lanes(q.new_empty(heads * slab.pairs) if saved is None else saved[0], slab, heads)
@@ -288,7 +304,7 @@ def _forward_products(number, step: Step, inputs, scale, saved, lse, total, fres
 
 
 def _backward_products(number, step: Step, inputs, scale, saved, totals, need_delta, fresh):
-    slab = step.indices.grouping.slabs[number]
+    slab = step.slab(number)
     q, k, v, grad_out = inputs
     heads = q.shape[1]
     pair_lanes = _pair_lanes(saved[0], slab, heads)
