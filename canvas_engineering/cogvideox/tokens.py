@@ -57,7 +57,9 @@ def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
     assert len(packed.order) == len(place)
     packed.order.setflags(write=False)
     args = (plan.normalize, plan.connections, plan.fns, len(place), plan.table, plan.reads, packed)
-    return AttentionPlan(*args)
+    plan = AttentionPlan(*args)
+    _ = plan.in_canvas_order  # found now, in numpy, which a compiler that traces the first step cannot follow
+    return plan
 
 
 def _with_self_reads(

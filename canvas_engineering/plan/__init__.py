@@ -101,8 +101,11 @@ class AttentionPlan:
         """
         key = ("rows", which, str(device))
         if key not in self.cache:
-            reading = self.table.has_keys().nonzero()[0]
-            rows = {"order": self.order, "reading": reading, "written": self.order[reading]}[which]
+            if which == "order":  # by itself, for a compiler that traces this follows no more numpy than it has to
+                rows = self.order
+            else:
+                reading = self.table.has_keys().nonzero()[0]
+                rows = {"reading": reading, "written": self.order[reading]}[which]
             self.cache[key] = torch.from_numpy(rows.copy()).to(device)
         return self.cache[key]
 
