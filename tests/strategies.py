@@ -29,14 +29,14 @@ FNS = (None, None, None, None, "cross_attention", "none")
 
 
 @st.composite
-def _ranges(draw, size):
+def ranges(draw, size):
     low = draw(st.integers(0, size - 1))
     return low, draw(st.integers(low + 1, size))
 
 
 @st.composite
 def region_specs(draw, grid, none=True):
-    bounds = [bound for size in grid for bound in draw(_ranges(size))]
+    bounds = [bound for size in grid for bound in draw(ranges(size))]
     attn = draw(st.sampled_from(["cross_attention"] * 9 + ["none"])) if none else "cross_attention"
     return RegionSpec(tuple(bounds), period=draw(st.integers(1, 4)), default_attn=attn)
 

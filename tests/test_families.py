@@ -214,7 +214,8 @@ def test_a_named_backend_without_kernels_is_refused(fn):
 
 def test_a_step_compiles_whole_and_backward_repeats_its_bits():
     torch._dynamo.reset()
-    edges = [Connection(a, b, fn=fn, t_src=0, t_dst=0, write_mode="gate") for fn in FNS for a in "ab" for b in "ab"]
+    distinct = [fn for fn in FNS if fn not in ("self_attention", "cogvideox", "pooling_attention")]
+    edges = [Connection("a", "ab"[i % 2], fn=fn, t_src=0, t_dst=0, write_mode="gate") for i, fn in enumerate(distinct)]
     dispatcher = randomised(*two_regions(*edges))
     x = torch.randn(2, 16, D_MODEL, dtype=torch.float64, requires_grad=True)
     compiled = torch.compile(dispatcher, fullgraph=True, backend="aot_eager")

@@ -226,6 +226,12 @@ def test_equal_router_logits_take_the_earlier_experts():
     torch.testing.assert_close(module(x, x, x), (first + second) / 2)
 
 
+def test_queries_that_all_want_one_expert_are_the_oracles():
+    module = randomised("mixture", n_experts=4, top_k_experts=1)
+    module.router.bias.data.copy_(torch.tensor([0.0, 0.0, 100.0, 0.0]))
+    agrees("mixture", 6, 10, module=module, top_k_experts=1)
+
+
 def test_only_routed_experts_get_gradients():
     module = randomised("mixture", n_experts=4)
     nn.init.zeros_(module.router.weight)
@@ -262,6 +268,20 @@ def test_the_scan_is_a_proper_operator():
         selective_scan(dt, x, b.float(), c, rate)
     with pytest.raises(ValueError, match="rate is a constant"):
         selective_scan(dt, x, b, c, rate.requires_grad_())
+
+
+def test_autocast_leaves_the_scans_alone():
+    dt, x = (torch.rand(1, 40, 3, requires_grad=True) for _ in range(2))
+    b, c = (torch.randn(1, 40, 2, requires_grad=True) for _ in range(2))
+    rate, log_keep = -torch.rand(3, 2), -torch.rand(3, requires_grad=True)
+
+    def run():
+        y, sums = selective_scan(dt, x, b, c, rate), decayed_sums(x, log_keep)
+        return [y, sums, *torch.autograd.grad(y.square().sum() + sums.square().sum(), (dt, x, b, c, log_keep))]
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected))
 
 
 def test_extreme_decays_stay_finite_and_right():
@@ -330,6 +350,8 @@ def test_averages_are_means_of_their_windows(m, n):
     x = torch.randn(2, m, 3, dtype=torch.float64)
     expected = torch.stack([x[:, i * m // n : -(-(i + 1) * m // n)].mean(1) for i in range(n)], 1)
     torch.testing.assert_close(average_to(x, n), expected, rtol=1e-12, atol=1e-12)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: average_to(x, n), x, fast_mode=True)
 
 
 def test_queries_beyond_the_keys_take_the_last_row():
@@ -428,6 +450,14 @@ def test_masks_of_pairs_are_refused_where_a_read_is_one_thing(fn):
         dispatcher_of(layout, CanvasTopology([Connection("a", "b", fn=fn, mask=mask)]))
 
 
+@pytest.mark.parametrize("fn", FNS)
+def test_kernels_that_there_are_not_are_asked_for_in_vain(fn):
+    layout = CanvasLayout(T=1, H=1, W=4, d_model=D_MODEL, regions={"a": (0, 1, 0, 1, 0, 4)})
+    topology = CanvasTopology([Connection("a", "a", fn=fn)])
+    with pytest.raises(ValueError, match=f"backend 'triton' does not run '{fn}': auto, torch, reference do"):
+        AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS, backend="triton")
+
+
 @pytest.mark.parametrize("fn", ["perceiver", "sparse_attention", "mamba", "rwkv"])
 def test_memories_are_made_once_for_each_set_of_keys(fn, monkeypatch):
     spokes = {f"s{i}": (0, 1, 0, 1, i, i + 1) for i in range(6)}
@@ -473,7 +503,7 @@ def test_backward_gives_the_same_bits_and_autocast_stays_close():
     assert all(torch.equal(a, b) for a, b in zip(once, again))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = dispatcher(x)
-    found = gradients(low, leaves, upstream)
+        found = gradients(low, leaves, upstream)
     assert low.dtype == torch.float32 and all(torch.isfinite(g).all() for g in found)
     error = (low - dispatcher(x)).abs().max() / dispatcher(x).abs().max()
     assert 0 < error < 0.1
