@@ -63,7 +63,8 @@ class AttentionDispatcher(nn.Module):
         edge_gates: (gate connections,) parameter, zeros at first; None where no connection gates.
         slot_modules: ModuleDict of the banks, by region name with ``.`` as ``__`` and brackets as ``_``.
 
-    A step that is computed again, as activation checkpointing does, updates the summaries again.
+    A step that is computed again, as activation checkpointing does, updates the summaries again, and its triggers see
+    them as they then stand: keep steps with an accumulator out of recomputed stretches.
 
     Raises:
         ValueError: an attention function that is not registered, n_heads that do not divide d_model, an unknown

@@ -20,7 +20,7 @@ from canvas_engineering.cogvideox import (
 )
 from canvas_engineering.graft import graft_looped_blocks, ungraft
 from tests import oracle
-from tests.cogvideox_models import FRAMES, KINDS, SIDE, TEXT, inputs, randomise_loops, tiny_model
+from tests.cogvideox_models import FRAMES, KINDS, SIDE, TEXT, diffusers, inputs, randomise_loops, tiny_model
 
 BACKENDS = ("torch", "reference", "triton")
 TOPOLOGIES = {
@@ -502,6 +502,43 @@ def test_full_graph_compilation_with_canvas_attention(packed):
     torch.testing.assert_close(again, out)
     for name, value in expected.items():
         torch.testing.assert_close(gradients[f"_orig_mod.{name}"], value, rtol=1e-4, atol=1e-5)
+
+
+def test_group_offload_and_lora_with_canvas_attention(tmp_path):
+    peft = pytest.importorskip("peft", reason="LoRA files need peft")
+    model = grafted("5b", "tiles", loops=2)
+    before = run(model, "5b")
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    with torch.no_grad():
+        expected = run(model, "5b")
+        assert not torch.equal(expected, before)
+        if hasattr(torch, "accelerator") and diffusers.__version__ >= "0.36":
+            model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+        assert torch.equal(run(model, "5b"), expected)
+        model.delete_adapters("default")
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
+def test_sharding_with_canvas_attention():
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    model = grafted("5b", "tiles", loops=2, freeze="none")
+    out, expected = run_with_gradients(model, "5b", torch.float32)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for block in model.transformer_blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        again, gradients = run_with_gradients(model, "5b", torch.float32)
+        gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(again, out)
+    assert set(gradients) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_layerwise_casting_and_offload_with_canvas_attention():

@@ -32,7 +32,7 @@ from canvas_engineering import (
     compile_attention,
 )
 from tests import program_oracle
-from tests.strategies import KINDS, programmed_canvases
+from tests.strategies import FAMILIES, KINDS, programmed_canvases
 
 D_MODEL, HEADS = 12, 3
 
@@ -70,7 +70,7 @@ def compare(canvas, seed, backend, dtype, tolerance):
     grad = torch.randn_like(x)
     exact = copy.deepcopy(dispatcher).double()
     x64 = x.double().requires_grad_()
-    expected, errors = program_oracle.step(exact, x64, layout, topology, program, cortex, active, summaries)
+    expected, errors = program_oracle.step(exact, x64, HEADS, layout, topology, program, cortex, active, summaries)
     wanted = gradients(expected, [x64, *exact.parameters()], grad.double())
     dispatcher, x = dispatcher.to(dtype), x.to(dtype).requires_grad_()
     out = dispatcher(x, active)
@@ -96,7 +96,13 @@ def test_a_step_is_the_oracle(backend, canvas, seed):
     compare(canvas, seed, backend, torch.float64, 2e-6)
 
 
-@settings(max_examples=6)
+@settings(max_examples=80)
+@given(programmed_canvases(max_positions=30, pairs=False, fns=FAMILIES), st.integers(0, 2**16))
+def test_a_step_of_many_functions_is_the_oracle(canvas, seed):
+    compare(canvas, seed, "torch", torch.float64, 2e-6)
+
+
+@settings(max_examples=4)
 @given(programmed_canvases(max_positions=16), st.integers(0, 2**16))
 def test_a_step_on_triton_is_the_oracle(canvas, seed):
     pytest.importorskip("triton")

@@ -177,9 +177,35 @@ def test_ties_at_the_threshold_stay():
     torch.testing.assert_close(out[0, 0], (weights[:, None] * keys[0, :3]).sum(0))
 
 
-def test_many_queries_go_in_parts_and_give_the_same(monkeypatch):
+@pytest.mark.parametrize("m", [20, 100, 300])
+def test_many_queries_go_in_parts_and_give_the_same(m, monkeypatch):
     monkeypatch.setattr(topk, "MOST_LOGITS", 100)
-    agrees("sparse_attention", 30, 20)
+    agrees("sparse_attention", 30, m)
+
+
+@pytest.mark.parametrize("copies", [2, 4, 30])
+def test_a_few_ties_and_many_among_long_keys(copies, monkeypatch):
+    module = randomised("sparse_attention")
+    x_q = torch.randn(1, 6, D_MODEL, dtype=torch.float64, requires_grad=True)
+    x_k = torch.randn(1, 10, D_MODEL, dtype=torch.float64).repeat(1, copies, 1).requires_grad_()
+    gathered = []
+    whole = topk._gathered
+    monkeypatch.setattr(topk, "_gathered", lambda *a: gathered.append(a[3].shape[-1]) or whole(*a))
+    out = module(x_q, x_k, x_k)
+    assert gathered == ([4] if copies == 4 else [])  # 20 keys are masked, 40 gathered with a tie, 300 tie too often
+    expected = family_oracle.oracle("sparse_attention", tensors(module), x_q, x_k, HEADS, top_k=3)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (x_q, x_k)) for y in (out, expected))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40)
+@given(m=st.integers(1, 700), count=st.integers(1, 4), whole=st.booleans())
+def test_the_largest_values_are_topks(m, count, whole):
+    x = torch.randint(0, 50, (3, m)).double() if whole else torch.randn(3, m)
+    values, place = topk.largest(x, min(count, m))
+    assert torch.equal(values, x.topk(min(count, m)).values) and torch.equal(x.gather(-1, place), values)
+    assert all(len(set(row)) == len(row) for row in place.tolist())
 
 
 # -- mixture ----------------------------------------------------------------------------------------------------------
@@ -198,6 +224,12 @@ def test_equal_router_logits_take_the_earlier_experts():
     x = torch.randn(1, 8, D_MODEL, dtype=torch.float64)
     first, second = (module.experts[e](x, x[:, 2 * e : 2 * e + 2], x[:, 2 * e : 2 * e + 2]) for e in (0, 1))
     torch.testing.assert_close(module(x, x, x), (first + second) / 2)
+
+
+def test_queries_that_all_want_one_expert_are_the_oracles():
+    module = randomised("mixture", n_experts=4, top_k_experts=1)
+    module.router.bias.data.copy_(torch.tensor([0.0, 0.0, 100.0, 0.0]))
+    agrees("mixture", 6, 10, module=module, top_k_experts=1)
 
 
 def test_only_routed_experts_get_gradients():
@@ -236,6 +268,20 @@ def test_the_scan_is_a_proper_operator():
         selective_scan(dt, x, b.float(), c, rate)
     with pytest.raises(ValueError, match="rate is a constant"):
         selective_scan(dt, x, b, c, rate.requires_grad_())
+
+
+def test_autocast_leaves_the_scans_alone():
+    dt, x = (torch.rand(1, 40, 3, requires_grad=True) for _ in range(2))
+    b, c = (torch.randn(1, 40, 2, requires_grad=True) for _ in range(2))
+    rate, log_keep = -torch.rand(3, 2), -torch.rand(3, requires_grad=True)
+
+    def run():
+        y, sums = selective_scan(dt, x, b, c, rate), decayed_sums(x, log_keep)
+        return [y, sums, *torch.autograd.grad(y.square().sum() + sums.square().sum(), (dt, x, b, c, log_keep))]
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected))
 
 
 def test_extreme_decays_stay_finite_and_right():
@@ -304,6 +350,8 @@ def test_averages_are_means_of_their_windows(m, n):
     x = torch.randn(2, m, 3, dtype=torch.float64)
     expected = torch.stack([x[:, i * m // n : -(-(i + 1) * m // n)].mean(1) for i in range(n)], 1)
     torch.testing.assert_close(average_to(x, n), expected, rtol=1e-12, atol=1e-12)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: average_to(x, n), x, fast_mode=True)
 
 
 def test_queries_beyond_the_keys_take_the_last_row():
@@ -402,6 +450,14 @@ def test_masks_of_pairs_are_refused_where_a_read_is_one_thing(fn):
         dispatcher_of(layout, CanvasTopology([Connection("a", "b", fn=fn, mask=mask)]))
 
 
+@pytest.mark.parametrize("fn", FNS)
+def test_kernels_that_there_are_not_are_asked_for_in_vain(fn):
+    layout = CanvasLayout(T=1, H=1, W=4, d_model=D_MODEL, regions={"a": (0, 1, 0, 1, 0, 4)})
+    topology = CanvasTopology([Connection("a", "a", fn=fn)])
+    with pytest.raises(ValueError, match=f"backend 'triton' does not run '{fn}': auto, torch, reference do"):
+        AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS, backend="triton")
+
+
 @pytest.mark.parametrize("fn", ["perceiver", "sparse_attention", "mamba", "rwkv"])
 def test_memories_are_made_once_for_each_set_of_keys(fn, monkeypatch):
     spokes = {f"s{i}": (0, 1, 0, 1, i, i + 1) for i in range(6)}
@@ -447,7 +503,7 @@ def test_backward_gives_the_same_bits_and_autocast_stays_close():
     assert all(torch.equal(a, b) for a, b in zip(once, again))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = dispatcher(x)
-    found = gradients(low, leaves, upstream)
+        found = gradients(low, leaves, upstream)
     assert low.dtype == torch.float32 and all(torch.isfinite(g).all() for g in found)
     error = (low - dispatcher(x)).abs().max() / dispatcher(x).abs().max()
     assert 0 < error < 0.1

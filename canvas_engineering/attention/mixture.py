@@ -53,6 +53,10 @@ class MixtureAttention(nn.Module):
         room = n
         if queries.device.type == "cpu" and not torch.compiler.is_compiling() and n:
             room = int(taken.sum(1).max())
+        if room == n:
+            out = self._experts(queries[:, None].expand(-1, filled, -1, -1), keys, values, filled)  # [B, E, n, d]
+            weight = torch.zeros_like(logits).scatter(-1, chosen, shares)
+            return (weight[..., None, :] @ out.transpose(1, 2))[..., 0, :]
         # [B, E, room]: the queries of each expert; the place past the last takes those that go elsewhere
         rows = torch.arange(n, device=queries.device)[:, None].expand_as(place)
         sent = torch.where(taken.bool(), place, room).transpose(1, 2)

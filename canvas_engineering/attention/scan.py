@@ -94,7 +94,8 @@ def _carry(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 # Below, every operation of a step is one pass over (batch · chunks, states, width) in a buffer that is used again:
-# that, and there being few chunks, keeps the working set in the cache of one core.
+# that, and there being few chunks, keeps the working set in the cache of one core. Autocast leaves operations with
+# `out` alone.
 
 
 @torch.library.custom_op("canvas_engineering::selective_scan", mutates_args=())
@@ -149,14 +150,15 @@ def _scan_backward(
     rate = rate.t().contiguous()
     dts, xs, bs, cs, grads = (_by_step(t, chunk) for t in (dt, x, b, c, grad))
     d_dt, d_x, d_b, d_c = (torch.empty_like(t) for t in (dts, xs, bs, cs))
-    decay, scaled, row = torch.empty_like(start), torch.empty_like(start), torch.empty_like(xs[:, :1])
+    decay, scaled = torch.empty_like(start), torch.empty_like(start)
+    row, column = torch.empty_like(xs[:, :1]), torch.empty_like(bs[:, :1])
     moves = list(zip(_rows(dts), _rows(xs), _rows(bs), _columns(bs)))
     pulls = list(zip(_rows(grads), _rows(cs), _columns(cs)))
     halves = _rows(d_dt)
     state = start.clone()
     for (dt_j, x_j, _, b_j), (grad_j, c_row, _), half, d_c_j in zip(moves, pulls, halves, _rows(d_c)):
         state.mul_(torch.mul(rate, dt_j, out=decay).exp_()).addcmul_(b_j, x_j)
-        d_c_j.copy_(torch.bmm(grad_j, state.transpose(1, 2)))
+        d_c_j.copy_(torch.bmm(grad_j, state.transpose(1, 2), out=column))
         torch.mul(grad_j, torch.bmm(c_row, torch.mul(state, rate, out=scaled), out=row), out=half)
     adjoint = torch.zeros_like(start)
     if chunk < length:
@@ -170,7 +172,7 @@ def _scan_backward(
     for (dt_j, x_j, b_row, _), (grad_j, _, c_j), half, d_x_j, d_b_j in zip(*backwards):
         adjoint.addcmul_(c_j, grad_j)
         d_x_j.copy_(torch.bmm(b_row, adjoint, out=row))
-        d_b_j.copy_(torch.bmm(x_j, adjoint.transpose(1, 2)))
+        d_b_j.copy_(torch.bmm(x_j, adjoint.transpose(1, 2), out=column))
         change.addcmul_(x_j, torch.bmm(b_row, torch.mul(adjoint, rate, out=scaled), out=row), value=-1).add_(half)
         half.copy_(change)
         adjoint.mul_(torch.mul(rate, dt_j, out=decay).exp_())

@@ -15,6 +15,8 @@ from .memories import MemoryAttention, check_heads
 MOST_LOGITS = 1 << 22
 # Keys per kept key from which on it pays to gather the kept ones, on a CPU.
 SPARSE_FROM = 8
+# Ties that are gathered with them. By chance one row in 10^5 has one.
+MOST_TIES = 8
 
 
 class SparseAttention(MemoryAttention):
@@ -71,14 +73,15 @@ def top_k_attention(
 ) -> torch.Tensor:
     """softmax of the ``top_k`` largest logits of each query, with all that equal the smallest of them, times v.
 
-    q (B, heads, n, head_dim); k and v (B, heads, m, head_dim), m > top_k. On a CPU, and where nothing ties, the kept
-    keys are gathered and backward touches nothing else; elsewhere backward masks all logits again, in parts.
+    q (B, heads, n, head_dim); k and v (B, heads, m, head_dim), m > top_k. On a CPU the kept keys
+    are gathered and backward touches nothing else; elsewhere, and where many tie, backward masks all logits again, in
+    parts.
     """
     rows = max(1, MOST_LOGITS // (k.shape[0] * k.shape[1] * k.shape[2]))
-    if q.device.type == "cpu" and not torch.compiler.is_compiling() and k.shape[2] >= SPARSE_FROM * top_k:
-        chosen = _untied(q, k, top_k, rows)
-        if chosen is not None:
-            return _gathered(q, k, v, chosen, dropout)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling() and k.shape[2] >= SPARSE_FROM * top_k + MOST_TIES:
+        kept = _kept(q, k, top_k, rows)
+        if kept is not None:
+            return _gathered(q, k, v, *kept, dropout)
     parts = q.split(rows, 2)
     if len(parts) == 1:
         return _masked(q, k, v, top_k, dropout)
@@ -98,23 +101,26 @@ def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_k: int, dropo
 
 
 @torch.no_grad()
-def _untied(q: torch.Tensor, k: torch.Tensor, top_k: int, rows: int) -> torch.Tensor | None:
-    """The keys of the ``top_k`` largest logits, (B, heads, n, top_k), or None where some key ties with the last one."""
+def _kept(q: torch.Tensor, k: torch.Tensor, top_k: int, rows: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The keys of the ``top_k`` largest logits and those that tie with the last of them: which, (B, heads, n, width),
+    and whether that counts. None where more than :data:`MOST_TIES` tie."""
     found = []
     for part in q.split(rows, 2):
-        values, index = largest(_logits(part, k), top_k + 1)
-        if bool((values[..., -1] == values[..., -2]).any()):
-            return None
-        found.append(index[..., :-1])
-    return torch.cat(found, 2)
+        values, index = largest(_logits(part, k), top_k + MOST_TIES)
+        found.append((values >= values[..., top_k - 1 : top_k], index))
+    counts, index = (torch.cat(parts, 2) for parts in zip(*found))
+    width = int(counts.sum(-1).max()) if counts.numel() else top_k
+    return None if width == top_k + MOST_TIES else (index[..., :width], counts[..., :width])
 
 
-def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, dropout: float) -> torch.Tensor:
+def _gathered(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, counts: torch.Tensor, dropout: float
+) -> torch.Tensor:
     batch, heads, m, _ = k.shape
     first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * m
     rows = (chosen + first).flatten()
-    k, v = (x.flatten(0, 2).index_select(0, rows).unflatten(0, chosen.shape) for x in (k, v))  # [B, h, n, top_k, D]
-    logits = (k @ (q / math.sqrt(q.shape[-1]))[..., None])[..., 0]
+    k, v = (x.flatten(0, 2).index_select(0, rows).unflatten(0, chosen.shape) for x in (k, v))  # [B, h, n, width, D]
+    logits = (k @ (q / math.sqrt(q.shape[-1]))[..., None])[..., 0].masked_fill(~counts, -math.inf)
     return (F.dropout(logits.softmax(-1), dropout)[..., None, :] @ v)[..., 0, :]
 
 
