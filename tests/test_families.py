@@ -227,6 +227,20 @@ def test_a_step_compiles_whole_and_backward_repeats_its_bits():
 
 
 @pytest.mark.parametrize("fn", FNS)
+def test_float32_is_within_1e_5(fn):
+    edges = [Connection("a", "b", fn=fn), Connection("a", "a", fn=fn, write_mode="gate", weight=0.5)]
+    dispatcher = randomised(*two_regions(*edges, width=32))
+    x = torch.randn(2, 128, D_MODEL, dtype=torch.float64, requires_grad=True)
+    expected, grad = oracle_step(dispatcher, x), torch.randn_like(x)
+    wanted = torch.autograd.grad(expected, [x, dispatcher.edge_gates], grad)
+    low = x.detach().float().requires_grad_()
+    out = dispatcher.float()(low)
+    found = torch.autograd.grad(out, [low, dispatcher.edge_gates], grad.float())
+    for a, b in zip((out, *found), (expected, *wanted)):
+        assert ((a - b).abs().max() / b.abs().max()).item() < 1e-5
+
+
+@pytest.mark.parametrize("fn", FNS)
 def test_bfloat16_is_as_near_as_the_module_on_one_read(fn):
     dispatcher = randomised(*two_regions(Connection("a", "b", fn=fn), width=32))
     x = torch.randn(1, 128, D_MODEL, dtype=torch.float64)
