@@ -35,10 +35,11 @@ demo: $(READY) ## CartPole end to end: record, declare, train, compare, draw; OU
 test: $(READY_COGVIDEOX) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q $(ARGS)
 
-bench: $(READY_COGVIDEOX) ## the dispatcher against a loop and a mask, what plans and functions cost, CogVideoX; README's figures
+bench: $(READY_COGVIDEOX) ## the dispatcher against a loop and a mask, what plans, functions and programs cost, CogVideoX; README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.families
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.program
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cogvideox
 	@$(RUN) -m benchmarks.readme
 

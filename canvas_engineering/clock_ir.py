@@ -125,7 +125,7 @@ class Periodic(ClockExpr):
     domain: str = "external"
 
     def __post_init__(self) -> None:
-        checked_int(self.period, "Periodic period", 1)
+        object.__setattr__(self, "period", checked_int(self.period, "Periodic period", 1))
 
     def evaluate(self, ctx: ClockContext) -> bool:
         return ctx.external_t % self.period == 0
@@ -225,7 +225,7 @@ class Cooldown(ClockExpr):
 
     def __post_init__(self) -> None:
         _check_children(self, "child")
-        checked_int(self.steps, "Cooldown steps", 0)
+        object.__setattr__(self, "steps", checked_int(self.steps, "Cooldown steps", 0))
 
     def evaluate(self, ctx: ClockContext) -> bool:
         return not ctx.cools(self.steps) and self.child.evaluate(ctx)
@@ -240,7 +240,7 @@ class MaxSilence(ClockExpr):
 
     def __post_init__(self) -> None:
         _check_children(self, "child")
-        checked_int(self.steps, "MaxSilence steps", 1)
+        object.__setattr__(self, "steps", checked_int(self.steps, "MaxSilence steps", 1))
 
     def evaluate(self, ctx: ClockContext) -> bool:
         silent = ctx.last_fired < 0 or ctx.external_t - ctx.last_fired >= self.steps

@@ -15,7 +15,7 @@ from .canvas import CanvasLayout
 from .cogvideox import LoopedCogVideoXBlock, TopologyMeasure, detect_inner_dim, measure_topology
 from .cogvideox.model import graft_cogvideox, is_cogvideox, ungraft_cogvideox
 from .connectivity import CanvasTopology
-from .looped_block import LOOP_PARAMETER_NAMES, LoopedBlockWrapper
+from .looped_block import LOOP_PARAMETER_NAMES, LoopedBlockWrapper, checked_loops
 
 __all__ = ["freeze_full", "freeze_half", "graft_looped_blocks", "ungraft"]
 
@@ -84,10 +84,9 @@ def graft_looped_blocks(
     if freeze not in _FREEZE:
         raise ValueError(f"freeze must be one of {', '.join(_FREEZE)}; got {freeze!r}")
     originals = _blocks(transformer, block_attr)
+    running = checked_loops(1 if loops is None else loops, max_loops)
     inner_dim = detect_inner_dim(transformer) if inner_dim is None else inner_dim
-    if "_frozen_before_graft" not in transformer.__dict__:
-        frozen = frozenset(name for name, parameter in transformer.named_parameters() if not parameter.requires_grad)
-        transformer._frozen_before_graft = frozen
+    frozen = frozenset(name for name, parameter in transformer.named_parameters() if not parameter.requires_grad)
     in_place = wrapper_class in (None, LoopedCogVideoXBlock)
     if in_place and is_cogvideox(transformer) and block_attr == "transformer_blocks":
         if (layout is None) != (topology is None):
@@ -97,7 +96,7 @@ def graft_looped_blocks(
         betas = [sharpening(loop) for loop in range(max_loops)] if callable(sharpening) else sharpening
         betas = None if betas is None else [float(beta) for beta in betas]
         blocks = graft_cogvideox(transformer, max_loops, inner_dim, gate, betas, layout, topology, backend, packed)
-        transformer.set_loops(1 if loops is None else loops)
+        transformer.set_loops(running)
         if topology is not None:
             _warn_of_topology(blocks[0].attn1.processor.plan.density, measured)
     elif sharpening is not None or layout is not None or topology is not None:
@@ -108,7 +107,8 @@ def graft_looped_blocks(
     else:
         blocks = _wrap(originals, wrapper_class, max_loops, inner_dim, gate)
         for block in blocks:
-            block.set_loops(1 if loops is None else loops)
+            block.set_loops(running)
+    transformer.__dict__.setdefault("_frozen_before_graft", frozen)
     if freeze == "full":
         freeze_full(transformer)
     elif freeze == "half":

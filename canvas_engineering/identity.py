@@ -36,7 +36,7 @@ class IdentitySpec:
     birth_death: bool = False
 
     def __post_init__(self) -> None:
-        checked_int(self.slot_capacity, "IdentitySpec slot_capacity", 1)
+        object.__setattr__(self, "slot_capacity", checked_int(self.slot_capacity, "IdentitySpec slot_capacity", 1))
         if not isinstance(self.birth_death, bool):
             raise ValueError(f"IdentitySpec birth_death must be a bool, got {self.birth_death!r}")
 

@@ -119,6 +119,13 @@ def pictures(latents: Tensor) -> Tensor:
     return (small - low) / (high - low).clamp_min(1e-6)
 
 
+def vae_pictures(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    """(n, T, C, h, w) latents → (n, F, H, W, 3) in [0, 1], decoded by CogVideoX's own VAE."""
+    with torch.no_grad():
+        scaled = latents.transpose(1, 2).to(vae.device, vae.dtype) / vae.config.scaling_factor
+        return (vae.decode(scaled).sample.float().cpu() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
+
+
 def save(path: Path, **arrays: np.ndarray) -> None:
     """Write an npz in one step: a reader finds the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -97,14 +97,18 @@ def load_data(options: argparse.Namespace, console: Console) -> tuple[Tensor, Te
         with np.load(path) as arrays:
             frames, actions = arrays["frames"], torch.from_numpy(arrays["actions"]).mean(1)
         console.print(f"{path}: {len(frames)} clips of {FRAMES} frames, simulated by {options.env}")
-        if options.model is None:
-            latents = robot_data.pooled_latents(frames)
-        else:
-            from diffusers import AutoencoderKLCogVideoX
-
-            vae = AutoencoderKLCogVideoX.from_pretrained(options.model, subfolder="vae").eval()
-            latents = robot_data.vae_latents(vae, frames)
+        vae = load_vae(options)
+        latents = robot_data.pooled_latents(frames) if vae is None else robot_data.vae_latents(vae, frames)
     return latents, (actions - actions.mean(0)) / actions.std(0).clamp_min(1e-6)
+
+
+def load_vae(options: argparse.Namespace) -> nn.Module | None:
+    """The VAE of ``--model``; None without one."""
+    if options.model is None:
+        return None
+    from diffusers import AutoencoderKLCogVideoX
+
+    return AutoencoderKLCogVideoX.from_pretrained(options.model, subfolder="vae").eval()
 
 
 def build(
@@ -264,8 +268,8 @@ def train(options, accelerator, model, blocks, head, conditions, scheduler, data
     return log
 
 
-def draw(out: Path, log: list[dict], real: Tensor, made: Tensor) -> None:
-    """loss.png, and samples.png: a real clip above, a sampled one below."""
+def draw(out: Path, log: list[dict], latents: Tensor, vae: nn.Module | None) -> None:
+    """loss.png, and samples.png of latents (2, T, C, h, w): a clip of the data above, a sampled one below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -279,12 +283,15 @@ def draw(out: Path, log: list[dict], real: Tensor, made: Tensor) -> None:
     axes.set(xlabel="optimizer step", ylabel="mean squared error", yscale="log", title="training on simulated data")
     axes.legend()
     figure.savefig(out / "loss.png", dpi=120)
-    rows = torch.cat([robot_data.pictures(real), robot_data.pictures(made)])
+    if vae is None:
+        rows = torch.cat([robot_data.pictures(clip) for clip in latents.split(1)])
+    else:
+        rows = robot_data.vae_pictures(vae, latents)[:, ::4]
     figure = Figure(figsize=(1.6 * rows.shape[1], 2.6), layout="constrained")
     for axes, picture in zip(figure.subplots(2, rows.shape[1]).flat, rows.flatten(0, 1)):
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
         axes.set_axis_off()
-    figure.suptitle("latents as pictures: simulated above, sampled below", fontsize=8)
+    figure.suptitle(f"{'pooled latents' if vae is None else 'decoded'}: simulated above, sampled below", fontsize=8)
     figure.savefig(out / "samples.png", dpi=120)
 
 
@@ -314,7 +321,8 @@ def main(argv: list[str] | None = None) -> int:
         os.replace(unfinished, options.out / "metrics.jsonl")
         save_loop_checkpoint(blocks, head, options.out / "loops.safetensors", {"command": vars_as_text(options)})
         model.eval()
-        draw(options.out, log, latents[:1], sample(model, conditions, scheduler, latents[:1].shape, options.seed))
+        sampled = sample(model, conditions, scheduler, latents[:1].shape, options.seed)
+        draw(options.out, log, torch.cat([latents[:1], sampled]), load_vae(options))
     window = max(1, len(log) // 6)
     means = [statistics.fmean(e["diffusion"] for e in part) for part in (log[:window], log[-window:])]
     console.print(f"diffusion loss, first and last {window} steps: {means[0]:.3f}, {means[1]:.3f}; wrote {options.out}")

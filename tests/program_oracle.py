@@ -1,6 +1,7 @@
 """A step of a canvas under a program, in plain float64 and plain loops, from the semantics' sections 4 and 5.
 
-Of the library it reads declarations' fields and modules' parameters, and the reads of `tests.oracle`.
+Of the library it reads declarations' fields and modules' parameters; reads are those of `tests.oracle`, attention
+functions those of `tests.family_oracle`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tests import oracle
+from tests import family_oracle, oracle
 
 REPLACING = ("write", "act")
 COMPARE = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge, "==": operator.eq,
@@ -70,26 +71,11 @@ def holds(trigger: str | None, summaries: Mapping[str, Mapping[str, float]]) -> 
     return True
 
 
-def multihead(parameters, prefix, heads, queries, keys):
-    """softmax(q kᵀ / √(d/h)) v of queries (B, n, d) over keys (B, m, d), projected by ``{prefix}q_proj.weight`` …"""
-
-    def project(part, rows):
-        return rows @ parameters[f"{prefix}{part}_proj.weight"].T + parameters[f"{prefix}{part}_proj.bias"]
-
-    q, k, v = project("q", queries), project("k", keys), project("v", keys)
-    width = q.shape[-1] // heads
-    parts = []
-    for head in range(heads):
-        own = slice(head * width, (head + 1) * width)
-        logits = q[..., own] @ k[..., own].transpose(-1, -2) / math.sqrt(width)
-        parts.append(logits.softmax(-1) @ v[..., own])
-    return project("out", torch.cat(parts, -1))
-
-
 def bound_slots(parameters, heads, observations):
     """LayerNorm(binding(slots → observations) + slots) (B, slots, d), times the life gate; and that gate, or ones."""
     slots = parameters["slots"].expand(observations.shape[0], -1, -1)
-    bound = multihead(parameters, "binding_attn.", heads, slots, observations) + slots
+    binding = {name.removeprefix("binding_attn."): value for name, value in parameters.items()}
+    bound = family_oracle.oracle("cross_attention", binding, slots, observations, heads) + slots
     centred = bound - bound.mean(-1, keepdim=True)
     bound = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
     bound = bound * parameters["layer_norm.weight"] + parameters["layer_norm.bias"]
@@ -101,12 +87,11 @@ def bound_slots(parameters, heads, observations):
     return bound * gate, gate[..., 0]
 
 
-def step(dispatcher, x, layout, topology, program=None, cortex=None, active_regions=None, summaries=None):
+def step(dispatcher, x, heads, layout, topology, program=None, cortex=None, active_regions=None, summaries=None):
     """(out, errors): the step's output, and (region, attended − queries) of every residual connection that ran.
 
     ``dispatcher`` gives parameters only; x (B, N, d) and they are float64.
     """
-    heads = next(iter(dispatcher.fn_modules.values())).n_heads if len(dispatcher.fn_modules) else 1
     run = edges(layout, topology, program, cortex)
     programs = {} if program is None else program.regions
     # the slots of a region's bank stand after the canvas
@@ -118,32 +103,39 @@ def step(dispatcher, x, layout, topology, program=None, cortex=None, active_regi
             slots, _ = bound_slots(dict(module.named_parameters()), heads, observations)
             bank[name] = tuple(range(rows.shape[1], rows.shape[1] + slots.shape[1]))
             rows = torch.cat([rows, slots], 1)
-    resolved = type(topology)([edge.connection for edge in run])
-    live = []
-    for read in oracle.reads(layout, resolved):
+    # (connection, weight, query, f_r(query)) of every read that runs
+    results = []
+    for read in oracle.reads(layout, type(topology)([edge.connection for edge in run])):
         edge = run[read.connection]
-        if active_regions is not None and edge.connection.src not in active_regions:
+        c = edge.connection
+        if active_regions is not None and c.src not in active_regions:
             continue
         if not holds(edge.trigger, summaries or {}):
             continue
-        if edge.connection.dst in bank:
-            read = dataclasses.replace(read, keys=dict.fromkeys(read.keys, bank[edge.connection.dst]))
-        live.append(read)
-    gated = [number for number, edge in enumerate(run) if edge.connection.write_mode == "gate"]
+        by_keys: dict[tuple[int, ...], list[int]] = {}
+        for query, keys in read.keys.items():
+            by_keys.setdefault(bank.get(c.dst, keys), []).append(query)
+        module = dispatcher.fn_modules[c.fn]
+        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for keys, queries in by_keys.items():
+            out = family_oracle.oracle(c.fn, state, rows[:, queries], rows[:, list(keys)], heads)
+            some = family_oracle.sees(c.fn, len(queries), len(keys))
+            results += [
+                (read.connection, read.weight, query, out[:, place])
+                for place, query in enumerate(queries)
+                if some[place]
+            ]
+    modes = [edge.connection.write_mode for edge in run]
+    gated = [number for number, mode in enumerate(modes) if mode == "gate"]
     gates = {number: torch.sigmoid(dispatcher.edge_gates[place]) for place, number in enumerate(gated)}
-    replaced = {q for read in live if run[read.connection].connection.write_mode == "replace" for q in read.keys}
+    replaced = {query for number, _, query, _ in results if modes[number] == "replace"}
     total, weight = [0.0] * x.shape[1], [0.0] * x.shape[1]
     own: dict[int, dict[int, list]] = {}
-    for read in live:
-        c = run[read.connection].connection
-        parameters = dict(dispatcher.fn_modules[c.fn].named_parameters())
-        for query, keys in read.keys.items():
-            result = multihead(parameters, "", heads, rows[:, [query]], rows[:, list(keys)])[:, 0]
-            own.setdefault(read.connection, {}).setdefault(query, []).append((read.weight, result))
-            if query in replaced and c.write_mode != "replace":
-                continue
-            total[query] = total[query] + read.weight * gates.get(read.connection, 1.0) * result
-            weight[query] += read.weight
+    for number, share, query, result in results:
+        own.setdefault(number, {}).setdefault(query, []).append((share, result))
+        if modes[number] == "replace" or query not in replaced:
+            total[query] = total[query] + share * gates.get(number, 1.0) * result
+            weight[query] += share
     out = torch.stack([total[i] / weight[i] if weight[i] else x[:, i] for i in range(x.shape[1])], 1)
     errors = []
     for number in sorted(own):

@@ -29,14 +29,14 @@ FNS = (None, None, None, None, "cross_attention", "none")
 
 
 @st.composite
-def _ranges(draw, size):
+def ranges(draw, size):
     low = draw(st.integers(0, size - 1))
     return low, draw(st.integers(low + 1, size))
 
 
 @st.composite
 def region_specs(draw, grid, none=True):
-    bounds = [bound for size in grid for bound in draw(_ranges(size))]
+    bounds = [bound for size in grid for bound in draw(ranges(size))]
     attn = draw(st.sampled_from(["cross_attention"] * 9 + ["none"])) if none else "cross_attention"
     return RegionSpec(tuple(bounds), period=draw(st.integers(1, 4)), default_attn=attn)
 
@@ -144,19 +144,24 @@ def _mask(rng, layout, src, dst, pairs):
     return MaskSpec("sparse", pattern=_nested_bools(rng, shape))
 
 
-def programmed(rng, layout, topology, pairs=True):
+SOFTMAX = ("cogvideox",)
+FAMILIES = ("cogvideox", "local_attention", "pooling", "linear_attention", "gated", "sigmoid_attention", "perceiver")
+
+
+def programmed(rng, layout, topology, pairs=True, fns=SOFTMAX):
     """(topology, program, cortex, summaries, active region names or None), all of it likely to matter.
 
     Drawn from a seeded generator: hypothesis would spend its examples on programs that say next to nothing.
     """
     names = list(layout.regions)
     connections = [
-        dataclasses.replace(c, fn=rng.choice([None, None, None, "cogvideox"]) if c.fn != "none" else "none")
+        dataclasses.replace(c, fn=rng.choice([None, None, None, rng.choice(fns)]) if c.fn != "none" else "none")
         for c in topology.connections
     ]
     # a full read of a random pair, so that something is read in most canvases
     connections.append(Connection(rng.choice(names), rng.choice(names), t_src=rng.choice([None, 0]), t_dst=None))
     topology = CanvasTopology(connections)
+    operators = ["attend", "write", "act", "retrieve", "unheard of", *([] if fns is SOFTMAX else ["compress"])]
     regions, programs = {}, {}
     for name in names:
         identity = None
@@ -168,13 +173,13 @@ def programmed(rng, layout, topology, pairs=True):
     for src, dst in sorted({(c.src, c.dst) for c in connections}):
         if rng.random() < 0.7:
             programs[src, dst] = ConnectionProgram(
-                rng.choice(["attend", "attend", "write", "act", "retrieve", "unheard of"]),
+                rng.choice(operators),
                 _trigger(rng, names) if rng.random() < 0.6 else None,
                 rng.choice(["add", "add", "add", "replace", "gate"]),
                 _mask(rng, layout, src, dst, pairs) if rng.random() < 0.4 else None,
             )
     cortex = CortexRegistry()
-    cortex.register(CortexSpec("home", local_backend="self_attention"))
+    cortex.register(CortexSpec("home", local_backend=rng.choice(["self_attention", *fns])))
     for name in names:
         if rng.random() < 0.3:
             cortex.assign(name, "home")
@@ -184,8 +189,8 @@ def programmed(rng, layout, topology, pairs=True):
 
 
 @st.composite
-def programmed_canvases(draw, max_positions=40, pairs=True):
+def programmed_canvases(draw, max_positions=40, pairs=True, fns=SOFTMAX):
     """(layout, topology, program, cortex, summaries, active region names or None)."""
     layout = draw(layouts(max_positions, none=False))
     topology = draw(topologies(layout, pairs, ("add", "add", "replace", "gate")))
-    return layout, *programmed(random.Random(draw(st.integers(0, 2**32))), layout, topology, pairs)
+    return layout, *programmed(random.Random(draw(st.integers(0, 2**32))), layout, topology, pairs, fns)

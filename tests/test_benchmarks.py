@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("rich", reason="benchmarks print their tables with rich")
 
-from benchmarks import cases, dispatcher, measure, plan_cost, readme
+from benchmarks import cases, dispatcher, measure, plan_cost, program, readme
 from benchmarks.naive import DenseMask, PerEdgeLoop
 from canvas_engineering import (
     AttentionDispatcher,
@@ -175,3 +175,22 @@ def test_readme_states_what_the_committed_rows_say():
     assert found != readme.measured(**rows)
     with pytest.raises(ValueError, match="has no section"):
         readme.section("no marks")
+
+
+def test_a_program_that_says_nothing_costs_a_row_of_equal_bits(tmp_path, monkeypatch):
+    case = cases.Case("small", small_multi_rate)
+    monkeypatch.setattr(program, "DISPATCH", (case,))
+    monkeypatch.setattr(program, "D_MODEL", D)
+    monkeypatch.setattr(program, "HEADS", HEADS)
+    monkeypatch.setattr(program, "AT_MOST", 1e9)
+    assert program.main(["--rounds", "2", "--out", str(tmp_path / "rows.jsonl")]) == 0
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert row["case"] == "small" and row["ratio_p10"] <= row["ratio_p50"] and row["plain_ms"] > 0
+    contestants, x = program.build(case)
+    assert contestants["plain"].plan is contestants["program"].plan
+    monkeypatch.setattr(program, "AT_MOST", 0.0)
+    assert program.main(["--rounds", "2", "--out", str(tmp_path / "rows.jsonl")]) == 1
+    with pytest.raises(dispatcher.Disagreement, match="a program that says nothing changes"):
+        torch.nn.init.ones_(contestants["program"].fn_modules["cross_attention"].q_proj.weight)
+        monkeypatch.setattr(program, "build", lambda case: (contestants, x))
+        program.run_case(case, 1)

@@ -41,6 +41,15 @@ def run(model, kind="2b", **options):
     return model(**inputs(kind, **options))[0]
 
 
+@pytest.fixture
+def process_group():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 # -- the numbers ------------------------------------------------------------------------------------------------------
 
 
@@ -387,8 +396,39 @@ def test_offloaded_blocks_are_not_grafted():
     accelerate = pytest.importorskip("accelerate", reason="CPU offload needs accelerate")
     model = tiny_model()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="graft first, then enable offloading"):
+    with pytest.raises(ValueError, match="graft first, then offload or shard"):
         graft_looped_blocks(model, 3, loops=1)
+
+
+def test_a_sharded_model_is_neither_grafted_nor_ungrafted(process_group):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for model, act in ((tiny_model(), lambda m: graft_looped_blocks(m, 3, loops=1)), (trained(), ungraft)):
+        for block in model.transformer_blocks:
+            fully_shard(block, mesh=mesh)
+        with pytest.raises(ValueError, match=r"hooks or wrappers run block 0 \(FSDP"):
+            act(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate": "relu"}, "gate must be one of"),
+        ({"sharpening": [1.0]}, "positive factor for each of 3 loops"),
+        ({"max_loops": 0}, "max_loops must be an int of at least 1"),
+        ({"loops": 0}, "at least 1 loop"),
+    ],
+)
+def test_a_graft_that_is_refused_changes_nothing(options, message):
+    model = tiny_model()
+    model.proj_out.weight.requires_grad_(False)
+    attributes, config = set(vars(model)), dict(model.config)
+    with pytest.raises(ValueError, match=message):
+        graft_looped_blocks(model, **{"max_loops": 3, "loops": 1, **options})
+    assert type(model) is Plain and set(vars(model)) == attributes and dict(model.config) == config
+    assert all(type(block).__name__ == "CogVideoXBlock" for block in model.transformer_blocks)
+    assert sum(not p.requires_grad for p in model.parameters()) == 1
 
 
 def test_first_block_cache():
@@ -407,15 +447,6 @@ def test_first_block_cache():
 
 def test_blocks_are_not_split_across_devices():
     assert "LoopedCogVideoXBlock" in looped_class()._no_split_modules
-
-
-@pytest.fixture
-def process_group():
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")

@@ -20,7 +20,7 @@ from canvas_engineering.cogvideox import (
 )
 from canvas_engineering.graft import graft_looped_blocks, ungraft
 from tests import oracle
-from tests.cogvideox_models import FRAMES, KINDS, SIDE, TEXT, inputs, randomise_loops, tiny_model
+from tests.cogvideox_models import FRAMES, KINDS, SIDE, TEXT, diffusers, inputs, randomise_loops, tiny_model
 
 BACKENDS = ("torch", "reference", "triton")
 TOPOLOGIES = {
@@ -164,23 +164,36 @@ def test_outputs_and_gradients_are_those_of_the_joint_form(kind, backend):
     twin = in_float64(model, token_mask(layout_of(model), TOPOLOGIES[topology]))
     out, gradients = run_with_gradients(model, kind, torch.float32)
     expected, expected_gradients = run_with_gradients(twin, kind, torch.float64)
-    assert error(out, expected) <= 2e-5
+    tolerance = 2e-5 if backend == "triton" else 1e-5
+    assert error(out, expected) <= tolerance
     assert set(gradients) == set(expected_gradients)
     largest = max(float(g.abs().max()) for g in expected_gradients.values())
     for name, gradient in gradients.items():
-        assert float((gradient.double() - expected_gradients[name]).abs().max()) <= 2e-5 * largest, name
+        assert float((gradient.double() - expected_gradients[name]).abs().max()) <= tolerance * largest, name
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("kind", ["2b", "1.5"])
 def test_bfloat16_is_as_good_as_dense_bfloat16(topology, kind):
-    model = grafted(kind, topology)
+    model = grafted(kind, topology, loops=2, freeze="none")
     M = token_mask(layout_of(model), TOPOLOGIES[topology])
-    expected = run(in_float64(model, M), kind, torch.float64)
-    naive = in_float64(model, M)
+    # the parameters that bfloat16 has, so that all three compute with the same ones
+    model = model.to(torch.bfloat16)
+    naive = in_float64(model, M).to(torch.bfloat16)
     naive.set_attn_processor(MaskedStock(M))
-    reference = error(run(naive.to(torch.bfloat16), kind, torch.bfloat16), expected)
-    assert error(run(model.to(torch.bfloat16), kind, torch.bfloat16), expected) <= 2 * reference
+    expected, expected_gradients = run_with_gradients(in_float64(model, M), kind, torch.float64)
+    out, gradients = run_with_gradients(model, kind, torch.bfloat16)
+    dense, dense_gradients = run_with_gradients(naive, kind, torch.bfloat16)
+    assert error(out, expected) <= 2 * error(dense, expected)
+
+    def distance(found):
+        return sum(float((found[name].double() - g).square().sum()) for name, g in expected_gradients.items()) ** 0.5
+
+    # All gradients together, and those next to the attention one by one; a gate's alone is a single rounding error.
+    assert distance(gradients) <= 2 * distance(dense_gradients)
+    for name, gradient in expected_gradients.items():
+        if "attn1.to_" in name and "weight" in name:
+            assert error(gradients[name], gradient) <= 2 * error(dense_gradients[name], gradient), name
 
 
 class MaskedStock:
@@ -502,6 +515,43 @@ def test_full_graph_compilation_with_canvas_attention(packed):
     torch.testing.assert_close(again, out)
     for name, value in expected.items():
         torch.testing.assert_close(gradients[f"_orig_mod.{name}"], value, rtol=1e-4, atol=1e-5)
+
+
+def test_group_offload_and_lora_with_canvas_attention(tmp_path):
+    peft = pytest.importorskip("peft", reason="LoRA files need peft")
+    model = grafted("5b", "tiles", loops=2)
+    before = run(model, "5b")
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    with torch.no_grad():
+        expected = run(model, "5b")
+        assert not torch.equal(expected, before)
+        if hasattr(torch, "accelerator") and diffusers.__version__ >= "0.36":
+            model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+        assert torch.equal(run(model, "5b"), expected)
+        model.delete_adapters("default")
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
+def test_sharding_with_canvas_attention():
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    model = grafted("5b", "tiles", loops=2, freeze="none")
+    out, expected = run_with_gradients(model, "5b", torch.float32)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for block in model.transformer_blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        again, gradients = run_with_gradients(model, "5b", torch.float32)
+        gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(again, out)
+    assert set(gradients) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_layerwise_casting_and_offload_with_canvas_attention():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from canvas_engineering import RegionSpec, compile_attention
+from canvas_engineering import CanvasLayout, RegionSpec, compile_attention
 from canvas_engineering.cogvideox import PixelBox, cogvideox_layout, dense_topology, tile_topology, window_topology
 from canvas_engineering.cogvideox.tokens import token_plan
+from tests import oracle, strategies
 
 CONFIG = {
     "num_attention_heads": 2,
@@ -124,6 +127,30 @@ def test_spatial_tiles_with_text_and_first_frame_global():
     tile = h // 2 * 10 + w // 3
     expected = (tile[None] == tile[:, None]) | (t[None] == 0) | (t[:, None] == 0)
     assert torch.equal(reads, expected)
+
+
+@st.composite
+def declarations(draw):
+    """A token layout with up to two more regions, at several rates, and a random topology on it."""
+    layout = cogvideox_layout(CONFIG, 32, 48, 9, text_tokens=draw(st.sampled_from([1, 2, 5])))
+    regions = dict(layout.regions)
+    for number in range(draw(st.integers(0, 2))):
+        bounds = [bound for size in (3, 2, 3) for bound in draw(strategies.ranges(size))]
+        regions[f"r{number}"] = RegionSpec(tuple(bounds), period=draw(st.integers(1, 3)))
+    layout = CanvasLayout(layout.T, layout.d_model, layout.spatial_shape, regions)
+    return layout, draw(strategies.topologies(layout))
+
+
+@given(declarations())
+def test_any_declaration_is_the_joint_matrix_over_text_and_video(declaration):
+    layout, topology = declaration
+    place = torch.cat([layout.region_index("text"), layout.region_index("video")])
+    expected = oracle.joint_matrix(layout, topology)[place][:, place]
+    alone = expected.sum(1) == 0
+    expected[alone, alone] = 1.0
+    plan = token_plan(layout, topology)
+    assert plan.n_packed == plan.n_positions == len(place)
+    torch.testing.assert_close(torch.from_numpy(plan.to_dense()), expected, rtol=1e-6, atol=0)
 
 
 def test_wrong_windows_are_refused():

@@ -265,6 +265,7 @@ def test_what_is_left_is_a_smaller_plan_with_the_same_outputs():
     expected, _ = program_oracle.step(
         small.double(),
         x.double(),
+        4,
         left.schema.layout,
         left.schema.topology,
         left,

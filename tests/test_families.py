@@ -214,7 +214,8 @@ def test_a_named_backend_without_kernels_is_refused(fn):
 
 def test_a_step_compiles_whole_and_backward_repeats_its_bits():
     torch._dynamo.reset()
-    edges = [Connection(a, b, fn=fn, t_src=0, t_dst=0, write_mode="gate") for fn in FNS for a in "ab" for b in "ab"]
+    distinct = [fn for fn in FNS if fn not in ("self_attention", "cogvideox", "pooling_attention")]
+    edges = [Connection("a", "ab"[i % 2], fn=fn, t_src=0, t_dst=0, write_mode="gate") for i, fn in enumerate(distinct)]
     dispatcher = randomised(*two_regions(*edges))
     x = torch.randn(2, 16, D_MODEL, dtype=torch.float64, requires_grad=True)
     compiled = torch.compile(dispatcher, fullgraph=True, backend="aot_eager")
@@ -223,6 +224,20 @@ def test_a_step_compiles_whole_and_backward_repeats_its_bits():
     for a, b, c in zip(*runs):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
         assert torch.equal(b, c)
+
+
+@pytest.mark.parametrize("fn", FNS)
+def test_float32_is_within_1e_5(fn):
+    edges = [Connection("a", "b", fn=fn), Connection("a", "a", fn=fn, write_mode="gate", weight=0.5)]
+    dispatcher = randomised(*two_regions(*edges, width=32))
+    x = torch.randn(2, 128, D_MODEL, dtype=torch.float64, requires_grad=True)
+    expected, grad = oracle_step(dispatcher, x), torch.randn_like(x)
+    wanted = torch.autograd.grad(expected, [x, dispatcher.edge_gates], grad)
+    low = x.detach().float().requires_grad_()
+    out = dispatcher.float()(low)
+    found = torch.autograd.grad(out, [low, dispatcher.edge_gates], grad.float())
+    for a, b in zip((out, *found), (expected, *wanted)):
+        assert ((a - b).abs().max() / b.abs().max()).item() < 1e-5
 
 
 @pytest.mark.parametrize("fn", FNS)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ from canvas_engineering import (
     compile_schema,
     default_learning,
 )
+from canvas_engineering.clock_ir import Cooldown, Periodic
 from canvas_engineering.cortex import CortexRegistry, CortexSpec
 from canvas_engineering.program import (
     CARRIERS,
@@ -132,6 +134,13 @@ def test_the_json_form_is_the_published_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["program.json"]
     assert CanvasSchema.from_json(tmp_path / "program.json") == program.schema
     assert CanvasProgram.from_dict(program.schema.to_dict()) == CanvasProgram(program.schema)
+
+
+def test_numbers_of_other_kinds_become_plain_ones():
+    clock = ClockSpec(period=np.int64(3), max_silence=np.int32(4), expr=Cooldown(Periodic(np.int64(2)), np.int64(1)))
+    region = RegionProgram(clock=clock, identity=IdentitySpec(slot_capacity=np.int64(5)))
+    program = CanvasProgram(schema(), {"a": region})
+    assert CanvasProgram.from_dict(json.loads(json.dumps(program.to_dict()))) == program
 
 
 def test_bad_json_is_named(tmp_path):

@@ -32,7 +32,7 @@ from canvas_engineering import (
     compile_attention,
 )
 from tests import program_oracle
-from tests.strategies import KINDS, programmed_canvases
+from tests.strategies import FAMILIES, KINDS, programmed_canvases
 
 D_MODEL, HEADS = 12, 3
 
@@ -70,7 +70,7 @@ def compare(canvas, seed, backend, dtype, tolerance):
     grad = torch.randn_like(x)
     exact = copy.deepcopy(dispatcher).double()
     x64 = x.double().requires_grad_()
-    expected, errors = program_oracle.step(exact, x64, layout, topology, program, cortex, active, summaries)
+    expected, errors = program_oracle.step(exact, x64, HEADS, layout, topology, program, cortex, active, summaries)
     wanted = gradients(expected, [x64, *exact.parameters()], grad.double())
     dispatcher, x = dispatcher.to(dtype), x.to(dtype).requires_grad_()
     out = dispatcher(x, active)
@@ -96,7 +96,13 @@ def test_a_step_is_the_oracle(backend, canvas, seed):
     compare(canvas, seed, backend, torch.float64, 2e-6)
 
 
-@settings(max_examples=6)
+@settings(max_examples=80)
+@given(programmed_canvases(max_positions=30, pairs=False, fns=FAMILIES), st.integers(0, 2**16))
+def test_a_step_of_many_functions_is_the_oracle(canvas, seed):
+    compare(canvas, seed, "torch", torch.float64, 2e-6)
+
+
+@settings(max_examples=4)
 @given(programmed_canvases(max_positions=16), st.integers(0, 2**16))
 def test_a_step_on_triton_is_the_oracle(canvas, seed):
     pytest.importorskip("triton")
@@ -353,6 +359,16 @@ def test_inactive_connections_leave_no_residual():
     before = dispatcher.summaries
     for active in ({"c"}, torch.tensor([0, 1, 1])):
         assert torch.equal(dispatcher(x, active), x) and dispatcher.summaries == before
+
+
+def test_a_step_of_which_nothing_runs_costs_nothing(monkeypatch):
+    layout, topology = three(("a", "b"), Connection("c", "b", weight=0))
+    x, out, dispatcher = ran(layout, topology)
+    assert torch.equal(dispatcher(x, iter(["c", "a"])), out)
+    monkeypatch.setattr(dispatcher, "_attend", None)
+    assert dispatcher(x, {"b", "c"}) is x and dispatcher(x, []) is x and dispatcher(x, "b") is x
+    with pytest.raises(KeyError, match=r"active_regions names \['z'\]"):
+        dispatcher(x, {"z"})
 
 
 def test_clocks_drive_the_active_set_and_inner_steps():

@@ -62,6 +62,18 @@ def register_attention(name: str, cls: type[nn.Module]) -> None:
     gates and fills. A class with an ``attend`` as :class:`CrossAttention` has it is called with the whole plan instead,
     once for all of its connections.
 
+    >>> import torch
+    >>> class Doubled(nn.Module):
+    ...     def __init__(self, d_model, n_heads=4, dropout=0.0):
+    ...         super().__init__()
+    ...
+    ...     def forward(self, queries, keys, values):
+    ...         return 2 * queries
+    >>> register_attention("doubled", Doubled)
+    >>> create_attention("doubled", 4)(torch.ones(1, 2, 4), torch.ones(1, 3, 4), torch.ones(1, 3, 4)).unique().item()
+    2.0
+    >>> _ = ATTENTION_REGISTRY.pop("doubled")
+
     Raises:
         ValueError: ``cls`` is not such a class, or ``name`` is "none", which stands for no read.
     """

@@ -52,13 +52,7 @@ class LoopedCogVideoXBlock(nn.Module):
         block: nn.Module, block_idx: int, max_loops: int, inner_dim: int, gate: str = "tanh"
     ) -> LoopedCogVideoXBlock:
         """The same change made to ``block`` itself, hooks and all; :meth:`ungraft` undoes it."""
-        if isinstance(block, LoopedCogVideoXBlock):
-            raise ValueError(f"block {block_idx} loops already: ungraft it first")
-        if "forward" in block.__dict__ or _is_offloaded(block):
-            raise ValueError(
-                f"hooks run block {block_idx} ({type(block).__name__}), or move its parameters, and would not know of "
-                "the loops: graft first, then enable offloading"
-            )
+        LoopedCogVideoXBlock.check(block, block_idx)
         loop = LoopParameters(max_loops, inner_dim, 2, gate, 0.0, *parameter_home(block))
         loop.train(block.training)
         # The function besides the class, for torch.compile cannot see into the class, which diffusers marks as opaque.
@@ -68,10 +62,21 @@ class LoopedCogVideoXBlock(nn.Module):
         block.__dict__.pop("_compiled_call_impl", None)  # compiled from the forward that it had
         return block
 
+    @staticmethod
+    def check(block: nn.Module, block_idx: int) -> None:
+        """ValueError if :meth:`graft` cannot be done to ``block``; nothing is changed."""
+        if isinstance(block, LoopedCogVideoXBlock):
+            raise ValueError(f"block {block_idx} loops already: ungraft it first")
+        if "forward" in block.__dict__ or _is_offloaded(block) or type(block).__name__ != "CogVideoXBlock":
+            raise ValueError(
+                f"hooks or wrappers run block {block_idx} ({type(block).__name__}), or move its parameters, and would "
+                "not know of the loops: graft first, then offload or shard"
+            )
+
     def ungraft(self) -> nn.Module:
         """This block as it was before :meth:`graft`, in place."""
-        if "forward" in self.__dict__:
-            raise ValueError(f"the forward of block {self.block_idx} was replaced by a hook: remove the hook first")
+        if "forward" in self.__dict__ or type(self) is not LoopedCogVideoXBlock:
+            raise ValueError(f"hooks or wrappers run block {self.block_idx} ({type(self).__name__}): undo them first")
         plain = self.block_class
         for name in ("loop", "loops", "block_idx", "sharpening", "block_class", "block_forward"):
             delattr(self, name)

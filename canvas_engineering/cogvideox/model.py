@@ -43,7 +43,7 @@ def looped_model_class() -> type[nn.Module]:
             LoopedCogVideoXBlock.graft(block, number, max_loops, inner_dim, gate)
         self._set_block_loops(loops)
         schema = None if canvas is None else CanvasSchema.from_dict(canvas["schema"])
-        set_attention(self, sharpening, schema, backend, packed)
+        set_attention(self, sharpening, processor_for(sharpening, schema, max_loops, backend), packed)
 
     # diffusers reads names and defaults of the config off this signature: the stock ones of whatever version, and ours.
     stock = inspect.signature(CogVideoXTransformer3DModel.__init__)
@@ -147,31 +147,31 @@ def canvas_processor(transformer: nn.Module) -> CanvasAttnProcessor | None:
     return canvas[0] if canvas else None
 
 
+def processor_for(
+    sharpening: list[float] | None, schema: CanvasSchema | None, max_loops: int, backend: str
+) -> CanvasAttnProcessor | None:
+    """The processor that a declaration or sharpening needs; None if there is neither. ValueError: see its class, and
+    sharpening that does not hold a positive factor for each loop."""
+    factors = [] if sharpening is None else sharpening
+    if (sharpening is not None and len(factors) < max_loops) or not all(0.0 < beta < float("inf") for beta in factors):
+        raise ValueError(f"sharpening must hold a positive factor for each of {max_loops} loops, got {sharpening}")
+    if schema is not None:
+        return CanvasAttnProcessor(schema.layout, schema.topology, backend=backend)
+    return None if sharpening is None else CanvasAttnProcessor(backend=backend)
+
+
 def set_attention(
-    transformer: nn.Module,
-    sharpening: list[float] | None,
-    schema: CanvasSchema | None,
-    backend: str,
-    packed: bool,
+    transformer: nn.Module, sharpening: list[float] | None, processor: CanvasAttnProcessor | None, packed: bool
 ) -> None:
-    """Gives all blocks of a looped model the attention of a declaration (dense for None) and its sharpening."""
-    blocks = transformer.transformer_blocks
-    if sharpening is not None:
-        short = max(block.max_loops for block in blocks) > len(sharpening)
-        if short or not all(0.0 < beta < float("inf") for beta in sharpening):
-            raise ValueError(
-                f"sharpening must hold a positive factor for each of {blocks[0].max_loops} loops, got {sharpening}"
-            )
-    if schema is not None or sharpening is not None:
-        declared = (None, None) if schema is None else (schema.layout, schema.topology)
-        processor = CanvasAttnProcessor(*declared, backend=backend)
+    """Gives all blocks of a looped model a processor and its sharpening; without a processor they keep theirs."""
+    if processor is not None:
         packing.remove(transformer)
         if packed and packing.can_pack(processor):
             processor.packed = True
             packing.install(transformer, processor)
         fused = any(getattr(p, "fused", "Fused" in type(p).__name__) for p in transformer.attn_processors.values())
         transformer.set_attn_processor(processor.with_fused(fused))
-    for block in blocks:
+    for block in transformer.transformer_blocks:
         block.sharpening = None if sharpening is None else list(sharpening)
     register_attention(transformer)
 
@@ -199,24 +199,29 @@ def graft_cogvideox(
     packed: bool,
 ) -> list[LoopedCogVideoXBlock]:
     """Makes a stock model a looped one, in place; a looped one with equal loops gets the attention asked for."""
-    config = transformer.config
+    config, blocks = transformer.config, transformer.transformer_blocks
     schema = None if layout is None else CanvasSchema(layout, topology)
-    if not isinstance(transformer, looped_model_class()):
+    # Everything that can be refused is refused before anything is changed.
+    processor = processor_for(sharpening, schema, max_loops, backend)
+    if isinstance(transformer, looped_model_class()):
+        if (config.max_loops, config.gate) != (max_loops, gate):
+            raise ValueError(
+                f"this model is grafted with max_loops={config.max_loops}, gate={config.gate!r}; asked for "
+                f"max_loops={max_loops}, gate={gate!r}. ungraft it first"
+            )
+        if processor is None:
+            return list(blocks)
+    else:
+        for number, block in enumerate(blocks):
+            LoopedCogVideoXBlock.check(block, number)
         processors = transformer.attn_processors
-        for number, block in enumerate(transformer.transformer_blocks):
+        for number, block in enumerate(blocks):
             LoopedCogVideoXBlock.graft(block, number, max_loops, inner_dim, gate)
         transformer.__class__ = looped_model_class()
         transformer._processors_before_graft = processors
         transformer.register_to_config(max_loops=max_loops, gate=gate)
-    elif (config.max_loops, config.gate) != (max_loops, gate):
-        raise ValueError(
-            f"this model is grafted with max_loops={config.max_loops}, gate={config.gate!r}; asked for "
-            f"max_loops={max_loops}, gate={gate!r}. ungraft it first"
-        )
-    elif sharpening is None and schema is None:
-        return list(transformer.transformer_blocks)
-    set_attention(transformer, sharpening, schema, backend, packed)
-    return list(transformer.transformer_blocks)
+    set_attention(transformer, sharpening, processor, packed)
+    return list(blocks)
 
 
 def ungraft_cogvideox(transformer: nn.Module) -> nn.Module:

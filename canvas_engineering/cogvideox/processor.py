@@ -24,6 +24,9 @@ class CanvasAttnProcessor:
     over the tokens that the topology lets it read (joint form; docs/semantics.md, section 3). Tokens that nothing
     covers read themselves.
 
+    A grafted model keeps it when projections are fused. On a stock model ``fuse_qkv_projections`` replaces every
+    processor: set ``processor.with_fused()`` after it.
+
     Args:
         layout: of the model's tokens, from :func:`cogvideox_layout`; None for dense attention.
         topology: who reads whom on it.

@@ -98,11 +98,11 @@ class ClockSpec:
     def __post_init__(self) -> None:
         _check_strings(self, "domain", "mode")
         _check_kinds(self, event_source=str, expr=ClockExpr)
-        checked_int(self.period, "ClockSpec period", 1)
-        checked_int(self.cooldown, "ClockSpec cooldown", 0)
-        for name in ("max_silence", "max_inner_steps"):
-            if getattr(self, name) is not None:
-                checked_int(getattr(self, name), f"ClockSpec {name}", 1)
+        for name, least in (("period", 1), ("cooldown", 0), ("max_silence", 1), ("max_inner_steps", 1)):
+            value = getattr(self, name)
+            if value is not None or name in ("period", "cooldown"):
+                # plain ints, whatever kind was given: JSON has no others
+                object.__setattr__(self, name, checked_int(value, f"ClockSpec {name}", least))
         threshold = self.event_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
             raise ValueError(f"ClockSpec event_threshold must be a finite number, got {threshold!r}")

@@ -20,8 +20,10 @@ from .grouping import group
 from .indices import Indices, indices_of
 from .table import BlockTable
 
-# Probabilities that exist at once, over batch and heads: 16 MB of float32.
-MAX_PAIRS = 1 << 22
+# Probabilities that exist at once, over batch and heads: 8 MB of float32. From 4 to 32 MB times do not differ.
+MAX_PAIRS = 1 << 21
+
+_sigmoid_backward_out = torch.ops.aten.sigmoid_backward.grad_input
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +91,10 @@ class _Step:
         if gain is not None:
             self.factor = self.share * F.pad(gain.to(self.dtype), (0, 1))[self.places.edges.index]
 
-    def gather(self, x: torch.Tensor, side: RowMap, which: str) -> list[torch.Tensor]:
-        """x (B, H, n, D) by part: [X, G, R or S·W, D], contiguous."""
-        rows = gather_rows(x.to(self.dtype).permute(2, 0, 1, 3).flatten(1), side)
+    def gather(self, x: torch.Tensor, side: RowMap, which: str, scale: float = 1.0) -> list[torch.Tensor]:
+        """x (B, H, n, D) times ``scale`` by part: [X, G, R or S·W, D], contiguous."""
+        x = x.to(self.dtype)
+        rows = gather_rows((x if scale == 1.0 else scale * x).permute(2, 0, 1, 3).flatten(1), side)
         sizes = [getattr(part, which).numel() for part in self.places.parts]
         return [
             piece.unflatten(0, (len(part.rows), -1))
@@ -124,8 +127,9 @@ class _Step:
                     yield number, _Chunk(index, (slice(None), some), factor[some, row : row + r], own)
 
 
-def _probabilities(queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
-    logits = (queries @ keys.transpose(-1, -2)).mul_(scale)
+def _probabilities(queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Of queries that hold the scale already: on their elements it costs less than on the pairs."""
+    logits = queries @ keys.transpose(-1, -2)
     if bias is not None:
         logits += bias
     return logits.sigmoid_()
@@ -143,13 +147,13 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
     step = _Step(table, q, gain, active, row_scale)
     places = step.places
     queries, keys, values = (
-        step.gather(q, places.queries, "rows"),
+        step.gather(q, places.queries, "rows", scale),
         step.gather(k, places.keys, "keys"),
         step.gather(v, places.keys, "keys"),
     )
     results = [torch.empty_like(x) for x in queries]
     for part, chunk in step.chunks():
-        p = _probabilities(queries[part][chunk.rows], keys[part][chunk.keys], chunk.bias, scale)
+        p = _probabilities(queries[part][chunk.rows], keys[part][chunk.keys], chunk.bias)
         if chunk.factor.shape[2] == 1:
             results[part][chunk.rows] = (p @ values[part][chunk.keys]) * chunk.factor
         else:
@@ -166,7 +170,8 @@ def backward(
         return q.new_zeros((3, *q.shape)), q.new_zeros(table.n_edges) if need_gain else None
     step = _Step(table, q, gain, active, row_scale)
     places = step.places
-    queries, upstream = (step.gather(x, places.queries, "rows") for x in (q, grad_out))
+    queries = step.gather(q, places.queries, "rows", scale)
+    upstream = step.gather(grad_out, places.queries, "rows")
     keys, values = (step.gather(x, places.keys, "keys") for x in (k, v))
     dq = [torch.empty_like(x) for x in queries]
     dk, dv = ([torch.zeros_like(x) for x in keys] for _ in range(2))
@@ -174,17 +179,22 @@ def backward(
     for part, chunk in step.chunks():
         a, b = queries[part][chunk.rows], keys[part][chunk.keys]
         c, g = values[part][chunk.keys], upstream[part][chunk.rows]
-        p = _probabilities(a, b, chunk.bias, scale)
-        dp = g @ c.transpose(-1, -2)
+        p, weighted = _probabilities(a, b, chunk.bias), None
         if need_gain:
-            share = (p * dp).unflatten(-1, (chunk.factor.shape[2], -1)).sum((0, -1))
-            shares[part][chunk.rows[1:]] = share
-        weighted = _weigh(p, chunk.factor)
+            dp = g @ c.transpose(-1, -2)
+            shares[part][chunk.rows[1:]] = (p * dp).unflatten(-1, (chunk.factor.shape[2], -1)).sum((0, -1))
+            dp, weighted = _weigh(dp, chunk.factor), _weigh(p, chunk.factor)
+        elif chunk.factor.shape[2] == 1:
+            # c meets rows: nothing that costs a pass over the pairs
+            g, weighted = g * chunk.factor, p
+            dp = g @ c.transpose(-1, -2)
+        else:
+            dp, weighted = _weigh(g @ c.transpose(-1, -2), chunk.factor), _weigh(p, chunk.factor)
         dv[part][chunk.keys] += weighted.transpose(-1, -2) @ g
         # dS = c p (1 − p) dP
-        ds = weighted.addcmul_(weighted, p, value=-1).mul_(dp)
+        ds = _sigmoid_backward_out(dp, p, grad_input=dp)
         dq[part][chunk.rows] = (ds @ b).mul_(scale)
-        dk[part][chunk.keys] += (ds.transpose(-1, -2) @ a).mul_(scale)
+        dk[part][chunk.keys] += ds.transpose(-1, -2) @ a
     sides = (places.queries, places.keys, places.keys)
     gradients = torch.stack([step.spread(parts, side) for parts, side in zip((dq, dk, dv), sides)]).to(q.dtype)
     if not need_gain:
