@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from canvas_engineering import AttentionDispatcher, CanvasLayout, CanvasTopology, Connection, MaskSpec, create_attention
-from canvas_engineering.attention import topk
+from canvas_engineering.attention import scan, topk
 from canvas_engineering.attention.hyena import average_to
 from canvas_engineering.attention.scan import decayed_sums, selective_scan
 from tests import family_oracle, oracle
@@ -268,6 +268,14 @@ def test_the_scan_is_a_proper_operator():
         selective_scan(dt, x, b.float(), c, rate)
     with pytest.raises(ValueError, match="rate is a constant"):
         selective_scan(dt, x, b, c, rate.requires_grad_())
+
+
+@pytest.mark.parametrize("fn", ["mamba", "rwkv"])
+def test_short_wide_sequences_go_in_one_chunk(fn, monkeypatch):
+    monkeypatch.setattr(scan, "_WIDE", 1)
+    assert [scan._chunk(length, 1) for length in (1, 10, 64, 65)] == [1, 10, 64, 16]
+    for m in (1, 10, 64):
+        agrees(fn, 12, m)
 
 
 def test_autocast_leaves_the_scans_alone():
