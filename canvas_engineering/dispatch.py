@@ -132,6 +132,7 @@ class AttentionDispatcher(nn.Module):
         for name, tensor in index.items():
             self.register_buffer(name, tensor, persistent=False)
         self._region_number = regions
+        self._readers = frozenset(plan.connections[number].src for number in plan.reads.connection.tolist())
         self._activity: dict[tuple, torch.Tensor] = {}
         self._add_banks(program, n_heads, order[n_rows:] - layout.num_positions)
         self.residual_accumulator = residual_accumulator
@@ -157,8 +158,10 @@ class AttentionDispatcher(nn.Module):
         n = self.layout.num_positions
         if x.dim() != 3 or x.shape[1] != n or x.shape[2] != self.d_model:
             raise ValueError(f"x must be (batch, {n}, {self.d_model}), got {tuple(x.shape)}")
+        if active_regions is not None and not isinstance(active_regions, torch.Tensor):
+            active_regions = frozenset([active_regions] if isinstance(active_regions, str) else active_regions)
         active = self._active_connections(active_regions, x.device)
-        if not self.fn_modules:
+        if not self.fn_modules or (isinstance(active_regions, frozenset) and self._readers.isdisjoint(active_regions)):
             return x
         plan = self.plan
         canvas_rows, rest = (x, None) if self._in_canvas_order else split_rows(x, self._order, 1)
@@ -288,14 +291,13 @@ class AttentionDispatcher(nn.Module):
                 )
             # a copy in float32: a backward that is still pending keeps the activity of its own forward
             return active_regions.to(device=device, dtype=torch.float32)[self._source_region]
-        names = frozenset([active_regions] if isinstance(active_regions, str) else active_regions)
-        key = (names, str(device))
+        key = (active_regions, str(device))
         if key not in self._activity:
-            unknown = sorted(names - self._region_number.keys())
+            unknown = sorted(active_regions - self._region_number.keys())
             if unknown:
                 known = ", ".join(list(self._region_number)[:12])
                 raise KeyError(f"active_regions names {unknown}, which the layout does not have; it has {known}")
-            flags = [float(c.src in names) for c in self.plan.connections]
+            flags = [float(c.src in active_regions) for c in self.plan.connections]
             if len(self._activity) >= _ACTIVITY_CACHE_SIZE:
                 self._activity.pop(next(iter(self._activity)))
             self._activity[key] = torch.tensor(flags, device=device)

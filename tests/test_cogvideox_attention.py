@@ -164,23 +164,36 @@ def test_outputs_and_gradients_are_those_of_the_joint_form(kind, backend):
     twin = in_float64(model, token_mask(layout_of(model), TOPOLOGIES[topology]))
     out, gradients = run_with_gradients(model, kind, torch.float32)
     expected, expected_gradients = run_with_gradients(twin, kind, torch.float64)
-    assert error(out, expected) <= 2e-5
+    tolerance = 2e-5 if backend == "triton" else 1e-5
+    assert error(out, expected) <= tolerance
     assert set(gradients) == set(expected_gradients)
     largest = max(float(g.abs().max()) for g in expected_gradients.values())
     for name, gradient in gradients.items():
-        assert float((gradient.double() - expected_gradients[name]).abs().max()) <= 2e-5 * largest, name
+        assert float((gradient.double() - expected_gradients[name]).abs().max()) <= tolerance * largest, name
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("kind", ["2b", "1.5"])
 def test_bfloat16_is_as_good_as_dense_bfloat16(topology, kind):
-    model = grafted(kind, topology)
+    model = grafted(kind, topology, loops=2, freeze="none")
     M = token_mask(layout_of(model), TOPOLOGIES[topology])
-    expected = run(in_float64(model, M), kind, torch.float64)
-    naive = in_float64(model, M)
+    # the parameters that bfloat16 has, so that all three compute with the same ones
+    model = model.to(torch.bfloat16)
+    naive = in_float64(model, M).to(torch.bfloat16)
     naive.set_attn_processor(MaskedStock(M))
-    reference = error(run(naive.to(torch.bfloat16), kind, torch.bfloat16), expected)
-    assert error(run(model.to(torch.bfloat16), kind, torch.bfloat16), expected) <= 2 * reference
+    expected, expected_gradients = run_with_gradients(in_float64(model, M), kind, torch.float64)
+    out, gradients = run_with_gradients(model, kind, torch.bfloat16)
+    dense, dense_gradients = run_with_gradients(naive, kind, torch.bfloat16)
+    assert error(out, expected) <= 2 * error(dense, expected)
+
+    def distance(found):
+        return sum(float((found[name].double() - g).square().sum()) for name, g in expected_gradients.items()) ** 0.5
+
+    # All gradients together, and those next to the attention one by one; a gate's alone is a single rounding error.
+    assert distance(gradients) <= 2 * distance(dense_gradients)
+    for name, gradient in expected_gradients.items():
+        if "attn1.to_" in name and "weight" in name:
+            assert error(gradients[name], gradient) <= 2 * error(dense_gradients[name], gradient), name
 
 
 class MaskedStock:

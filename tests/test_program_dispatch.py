@@ -361,6 +361,16 @@ def test_inactive_connections_leave_no_residual():
         assert torch.equal(dispatcher(x, active), x) and dispatcher.summaries == before
 
 
+def test_a_step_of_which_nothing_runs_costs_nothing(monkeypatch):
+    layout, topology = three(("a", "b"), Connection("c", "b", weight=0))
+    x, out, dispatcher = ran(layout, topology)
+    assert torch.equal(dispatcher(x, iter(["c", "a"])), out)
+    monkeypatch.setattr(dispatcher, "_attend", None)
+    assert dispatcher(x, {"b", "c"}) is x and dispatcher(x, []) is x and dispatcher(x, "b") is x
+    with pytest.raises(KeyError, match=r"active_regions names \['z'\]"):
+        dispatcher(x, {"z"})
+
+
 def test_clocks_drive_the_active_set_and_inner_steps():
     layout, topology = three(("a", "b"), ("b", "c"), ("c", "a"))
     regions = {

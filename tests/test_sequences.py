@@ -328,6 +328,13 @@ def test_decayed_sums_are_the_recurrence(length, keep):
     torch.testing.assert_close(decayed_sums(x, log_keep), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_slow_decay_is_not_rounded_away():
+    x, log_keep = torch.randn(1, 8192, 4), torch.tensor([-1e-3, -1e-4, -1e-5, -1e-6])
+    expected = decayed_sums(x.double(), log_keep.double())
+    # 7e-5 where each step multiplies by exp(log_keep) in float32
+    assert (decayed_sums(x, log_keep) - expected).abs().max() <= 3e-6 * expected.abs().max()
+
+
 @pytest.mark.parametrize("max_len", [2, 3, 7, 8, 12, 16])
 @pytest.mark.parametrize("n", [1, 2, 9, 17, 40])
 def test_spectra_beyond_max_len_are_interpolated(max_len, n):

@@ -221,20 +221,21 @@ def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool) -> torch.Ten
     """``backwards``: S_t = Σ_{j>t} exp(log_keep)^(j−1−t) x_j."""
     batch, length, _ = x.shape
     chunk = _chunk(length)
-    keep = torch.exp(log_keep)
+    # S + (x + S · (keep − 1)): a keep close to 1 would be rounded, and its powers with it
+    loss = torch.expm1(log_keep)
     # padding stands where a sum has passed all positions
     steps = _by_step(x.flip(1) if backwards else x, chunk)
     out = torch.empty_like(steps)
     inputs, outputs = _rows(steps), _rows(out)
-    start = torch.zeros_like(steps[:, :1])
+    start, change = torch.zeros_like(steps[:, :1]), torch.empty_like(steps[:, :1])
     if chunk < length:
         for x_j in inputs:
-            torch.addcmul(x_j, start, keep, out=start)
+            start.add_(torch.addcmul(x_j, start, loss, out=change))
         kept = torch.exp(log_keep * chunk).expand_as(start)
         start = _carry(*(t.unflatten(0, (batch, -1)) for t in (start, kept))).flatten(0, 1)
     outputs[0].copy_(start)
     for x_j, before, after in zip(inputs, outputs, outputs[1:]):
-        torch.addcmul(x_j, before, keep, out=after)
+        torch.addcmul(x_j, before, loss, out=after).add_(before)
     out = _by_position(out, batch, length)
     return out.flip(1) if backwards else out
 
