@@ -6,6 +6,8 @@ are computed again in backward rather than kept, a bounded number at a time. Edg
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,8 +22,8 @@ from .grouping import group
 from .indices import Indices, indices_of
 from .table import BlockTable
 
-# Probabilities that exist at once, over batch and heads: 8 MB of float32. From 4 to 32 MB times do not differ.
-MAX_PAIRS = 1 << 21
+# Pairs computed at once: 2 MB of float32, which stay in the cache; 8 MB took a tenth longer for 4,096² pairs.
+MAX_PAIRS = 1 << 19
 
 _sigmoid_backward_out = torch.ops.aten.sigmoid_backward.grad_input
 
@@ -62,9 +64,11 @@ def places_of(table: BlockTable, indices: Indices) -> Places:
 
 
 class _Chunk(NamedTuple):
-    """Some units and rows of a part: ``rows`` and ``keys`` index its [X, G, R, D] and [X, G, S·W, D] tensors;
-    ``factor`` [g, r, S]; ``bias`` [g, 1, S·W], −inf at padding, or None."""
+    """Some lanes, units and rows of part ``part``: ``rows`` and ``keys`` index its [X, G, R, D] and [X, G, S·W, D]
+    tensors so that lanes and units make one dimension Y; ``factor`` [g, r, S]; ``bias`` [g, 1, S·W], −inf at padding,
+    or None."""
 
+    part: int
     rows: tuple[slice, ...]
     keys: tuple[slice, ...]
     factor: torch.Tensor
@@ -109,35 +113,52 @@ class _Step:
         rows = torch.cat([part.permute(1, 2, 0, 3).flatten(2).flatten(0, 1) for part in parts])
         return sum_rows(rows, side).view(self.n, self.batch, self.heads, self.dim).permute(1, 2, 0, 3)
 
-    def chunks(self) -> Iterator[tuple[int, _Chunk]]:
-        """(number of the part, chunk) of everything."""
+    def chunks(self) -> Iterator[_Chunk]:
+        """Everything, at most MAX_PAIRS pairs at a time: rows of one unit and lane, units of one lane, or lanes."""
         sizes = [part.segment.numel() for part in self.places.parts]
         for number, (part, factor) in enumerate(zip(self.places.parts, self.factor.split(sizes))):
             units, rows, segments = part.segment.shape
             factor, width = factor.view(units, rows, segments), part.keys.shape[1] * part.keys.shape[2]
-            pairs = self.lanes * width
-            r = rows if pairs * rows <= MAX_PAIRS else max(1, MAX_PAIRS // pairs)
-            g = max(1, MAX_PAIRS // (pairs * r))
             bias = None if part.bias is None else part.bias.view(units, 1, width)
-            for first in range(0, units, g):
-                some = slice(first, first + g)
-                for row in range(0, rows, r):
-                    index = (slice(None), some, slice(row, row + r))
-                    own = None if bias is None else bias[some]
-                    yield number, _Chunk(index, (slice(None), some), factor[some, row : row + r], own)
+            r = max(1, min(rows, MAX_PAIRS // width))
+            g = 1 if r < rows else max(1, min(units, MAX_PAIRS // (width * rows)))
+            x = 1 if g < units else max(1, min(self.lanes, MAX_PAIRS // (width * rows * units)))
+            for lane, unit, row in itertools.product(range(0, self.lanes, x), range(0, units, g), range(0, rows, r)):
+                keys = (slice(lane, lane + x), slice(unit, unit + g))
+                index = (*keys, slice(row, row + r))
+                yield _Chunk(number, index, keys, factor[index[1:]], None if bias is None else bias[keys[1]])
+
+    def buffer(self) -> torch.Tensor:
+        """Flat, for the pairs of any chunk: pages that are written once cost less than fresh ones for each chunk."""
+        sizes = [self.lanes * part.segment[..., 0].numel() * part.keys[0].numel() for part in self.places.parts]
+        widest = max(part.keys[0].numel() for part in self.places.parts)
+        return torch.empty(max(widest, min(MAX_PAIRS, max(sizes))), dtype=self.dtype, device=self.factor.device)
 
 
-def _probabilities(queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Of queries that hold the scale already: on their elements it costs less than on the pairs."""
-    logits = queries @ keys.transpose(-1, -2)
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """A chunk's [x, g, length, D] as [Y, length, D], a view."""
+    return x.view(-1, *x.shape[2:])
+
+
+def _product(buffer: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[Y, r, D] times [Y, S·W, D] transposed, in ``buffer``."""
+    shape = (left.shape[0], left.shape[1], right.shape[1])
+    return torch.bmm(left, right.transpose(1, 2), out=buffer[: math.prod(shape)].view(shape))
+
+
+def _probabilities(buffer, queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """[Y, r, S·W] of queries that hold the scale already: on their elements it costs less than on the pairs."""
+    logits = _product(buffer, queries, keys)
     if bias is not None:
-        logits += bias
+        logits.unflatten(0, (-1, len(bias))).add_(bias)
     return logits.sigmoid_()
 
 
 def _weigh(pairs: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """pairs [X, g, r, S·W] times the factor of each row and segment [g, r, S]."""
-    return (pairs.unflatten(-1, (factor.shape[2], -1)) * factor[..., None]).flatten(-2)
+    """``pairs`` [Y, r, S·W] times the factor of each row and segment [g, r, S], in place."""
+    units, rows, segments = factor.shape
+    pairs.view(-1, units, rows, segments, pairs.shape[2] // segments).mul_(factor[..., None])
+    return pairs
 
 
 def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None) -> torch.Tensor:
@@ -151,13 +172,17 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
         step.gather(k, places.keys, "keys"),
         step.gather(v, places.keys, "keys"),
     )
-    results = [torch.empty_like(x) for x in queries]
-    for part, chunk in step.chunks():
-        p = _probabilities(queries[part][chunk.rows], keys[part][chunk.keys], chunk.bias)
+    results, buffer = [torch.empty_like(x) for x in queries], step.buffer()
+    for chunk in step.chunks():
+        b, c = (_flat(x[chunk.part][chunk.keys]) for x in (keys, values))
+        p = _probabilities(buffer, _flat(queries[chunk.part][chunk.rows]), b, chunk.bias)
+        result = results[chunk.part][chunk.rows]
         if chunk.factor.shape[2] == 1:
-            results[part][chunk.rows] = (p @ values[part][chunk.keys]) * chunk.factor
+            # c meets rows: nothing that costs a pass over the pairs
+            torch.bmm(p, c, out=_flat(result))
+            result.mul_(chunk.factor)
         else:
-            results[part][chunk.rows] = _weigh(p, chunk.factor) @ values[part][chunk.keys]
+            torch.bmm(_weigh(p, chunk.factor), c, out=_flat(result))
     return step.spread(results, places.queries).to(q.dtype).contiguous()
 
 
@@ -176,25 +201,27 @@ def backward(
     dq = [torch.empty_like(x) for x in queries]
     dk, dv = ([torch.zeros_like(x) for x in keys] for _ in range(2))
     shares = [part.segment.new_zeros(part.segment.shape, dtype=step.dtype) for part in places.parts]
-    for part, chunk in step.chunks():
-        a, b = queries[part][chunk.rows], keys[part][chunk.keys]
-        c, g = values[part][chunk.keys], upstream[part][chunk.rows]
-        p, weighted = _probabilities(a, b, chunk.bias), None
+    buffer, other = step.buffer(), step.buffer()
+    for chunk in step.chunks():
+        part, factor = chunk.part, chunk.factor
+        a, da = (_flat(x[part][chunk.rows]) for x in (queries, dq))
+        b, c, db, dc = (_flat(x[part][chunk.keys]) for x in (keys, values, dk, dv))
+        upstream_rows = upstream[part][chunk.rows]
+        p = _probabilities(buffer, a, b, chunk.bias)
+        by_row = factor.shape[2] == 1 and not need_gain
+        # c meets rows where each has one segment: nothing that costs a pass over the pairs
+        g = _flat(upstream_rows * factor if by_row else upstream_rows)
+        dp = _product(other, g, c)
         if need_gain:
-            dp = g @ c.transpose(-1, -2)
-            shares[part][chunk.rows[1:]] = (p * dp).unflatten(-1, (chunk.factor.shape[2], -1)).sum((0, -1))
-            dp, weighted = _weigh(dp, chunk.factor), _weigh(p, chunk.factor)
-        elif chunk.factor.shape[2] == 1:
-            # c meets rows: nothing that costs a pass over the pairs
-            g, weighted = g * chunk.factor, p
-            dp = g @ c.transpose(-1, -2)
-        else:
-            dp, weighted = _weigh(g @ c.transpose(-1, -2), chunk.factor), _weigh(p, chunk.factor)
-        dv[part][chunk.keys] += weighted.transpose(-1, -2) @ g
-        # dS = c p (1 − p) dP
+            pairs = (p * dp).view(-1, *factor.shape, p.shape[2] // factor.shape[2])
+            shares[part][chunk.rows[1:]] += pairs.sum((0, -1))
+        if not by_row:
+            _weigh(dp, factor)
+        # dS = c p (1 − p) dP, where dP was
         ds = _sigmoid_backward_out(dp, p, grad_input=dp)
-        dq[part][chunk.rows] = (ds @ b).mul_(scale)
-        dk[part][chunk.keys] += ds.transpose(-1, -2) @ a
+        dc.baddbmm_((p if by_row else _weigh(p, factor)).transpose(1, 2), g)
+        torch.baddbmm(da, ds, b, beta=0, alpha=scale, out=da)
+        db.baddbmm_(ds.transpose(1, 2), a)
     sides = (places.queries, places.keys, places.keys)
     gradients = torch.stack([step.spread(parts, side) for parts, side in zip((dq, dk, dv), sides)]).to(q.dtype)
     if not need_gain:
