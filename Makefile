@@ -10,8 +10,8 @@ export PYTHONUNBUFFERED := 1
 export OMP_WAIT_POLICY := passive
 
 READY := .venv/ready
-# diffusers and what it wants: minutes to install, and only the suite and the grafting examples need it
-READY_COGVIDEOX := .venv/ready-cogvideox
+# diffusers, a sentence-embedding model and what they want: only the suite, benchmarks and some examples need them
+READY_EXTRAS := .venv/ready-cogvideox,embeddings
 RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
@@ -24,18 +24,18 @@ help: ## this list
 $(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
 	@scripts/setup.sh
 
-$(READY_COGVIDEOX): $(READY)
-	@scripts/setup.sh cogvideox
+$(READY_EXTRAS): $(READY)
+	@scripts/setup.sh cogvideox,embeddings
 
-setup: $(READY) $(READY_COGVIDEOX) ## make .venv ready (every other target does it when needed)
+setup: $(READY) $(READY_EXTRAS) ## make .venv ready (every other target does it when needed)
 
 demo: $(READY) ## CartPole end to end: record, declare, train, compare, draw; OUT=folder (default out/demo)
 	@$(RUN) -m examples.cartpole --out $(or $(OUT),out/demo)
 
-test: $(READY_COGVIDEOX) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
+test: $(READY_EXTRAS) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q $(ARGS)
 
-bench: $(READY_COGVIDEOX) ## the dispatcher against a loop and a mask, what plans, functions and programs cost, CogVideoX; README's figures
+bench: $(READY_EXTRAS) ## the dispatcher against a loop and a mask, what plans, functions and programs cost, CogVideoX; README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.families

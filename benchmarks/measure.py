@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -66,8 +65,10 @@ def _processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def console() -> Console:
+def console():
     """Where tables go: the terminal, or 110 columns of a log."""
+    from rich.console import Console  # not everywhere that is measured has it
+
     found = Console()
     return found if found.is_terminal else Console(width=110)
 

@@ -28,7 +28,8 @@ __all__ = [
 ]
 
 _WRITE_MODES = ("add", "replace", "gate")
-_LARGEST_WEIGHT = float(torch.finfo(torch.float32).max)
+# Weights and fractions lie so far inside of float32 that their products, sums and reciprocals do too.
+_SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-18, 1e18
 _LARGEST_OFFSET = 2**31 - 1
 
 
@@ -137,7 +138,7 @@ def resolve_frames(
         anchors, fractions = _linear_anchors(time, floor, exact, first, end, dst_period)
     else:
         anchors, fractions = _nearest_anchors(time, floor, exact, first, end, dst_period, order)
-    row, anchor = np.nonzero(fractions)
+    row, anchor = np.nonzero(fractions >= _SMALLEST_WEIGHT)
     k_start = anchors[row, anchor]
     return _frame_reads(q_start[row], q_stop[row], k_start, k_start + 1, fractions[row, anchor])
 
@@ -193,7 +194,7 @@ class Connection:
         mask: which positions of the two regions meet; None means all.
 
     Raises:
-        ValueError: a weight that is negative, not finite or beyond float32, an offset that is not an int, a negative
+        ValueError: a weight that is neither 0 nor from 1e-18 to 1e18, an offset that is not an int, a negative
             order, an unknown fill or write mode, or a field of the wrong kind.
 
     >>> Connection("action", "obs", t_src=0, t_dst=-1, temporal_fill="drop").temporal_fill
@@ -220,7 +221,7 @@ class Connection:
             and self.dst
             and self.operator
             and type(self.weight) is float
-            and 0.0 <= self.weight <= _LARGEST_WEIGHT
+            and (self.weight == 0.0 or _SMALLEST_WEIGHT <= self.weight <= _LARGEST_WEIGHT)
             and (self.t_src is None or (type(self.t_src) is int and -_LARGEST_OFFSET <= self.t_src <= _LARGEST_OFFSET))
             and (self.t_dst is None or (type(self.t_dst) is int and -_LARGEST_OFFSET <= self.t_dst <= _LARGEST_OFFSET))
             and self.fn is None
@@ -245,8 +246,9 @@ class Connection:
             except (TypeError, ValueError):
                 weight = math.nan
             object.__setattr__(self, "weight", self.weight if weight != weight else weight)
-        if not 0.0 <= weight <= _LARGEST_WEIGHT:
-            raise self._error(f"weight must be a finite number of at least 0 that float32 holds, got {self.weight!r}")
+        if not (weight == 0.0 or _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT):
+            allowed = f"0, or a number from {_SMALLEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}"
+            raise self._error(f"weight must be {allowed}, got {self.weight!r}")
         for name in ("t_src", "t_dst"):
             value = getattr(self, name)
             if value is not None:

@@ -120,14 +120,17 @@ class AttentionDispatcher(nn.Module):
         order = plan.rows("order")
         self._n_rows = n_rows = int((order < layout.num_positions).sum())
         self._in_canvas_order = n_rows == layout.num_positions and bool((order[:-1] < order[1:]).all())
-        reads = torch.zeros(plan.n_packed, 1, dtype=torch.bool)
+        # tables are made on the host, whatever the default device is
+        reads = torch.zeros(plan.n_packed, 1, dtype=torch.bool, device="cpu")
         reads[plan.rows("reading")] = True
         self._every_row_reads = bool(reads[:n_rows].all())
         index = {
             "_order": order[:n_rows],
             "_reads": reads[:n_rows],
-            "_gates": torch.tensor(gates, dtype=torch.int64),
-            "_source_region": torch.tensor([regions.get(c.src, 0) for c in plan.connections], dtype=torch.int64),
+            "_gates": torch.tensor(gates, dtype=torch.int64, device="cpu"),
+            "_source_region": torch.tensor(
+                [regions.get(c.src, 0) for c in plan.connections], dtype=torch.int64, device="cpu"
+            ),
         }
         for name, tensor in index.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -146,8 +149,9 @@ class AttentionDispatcher(nn.Module):
 
         Args:
             x: (B, N, d_model), floating.
-            active_regions: regions whose reads run: names, or a tensor (regions,) of 0 and 1 in the layout's order,
-                which stays on the device. The others' positions pass through and stay readable. None: all.
+            active_regions: regions whose reads run: names, or a tensor (regions,) in the layout's order, 0 for those
+                that do not, which stays on the device and has no gradient. The others' positions pass through and stay
+                readable. None: all. Under ``torch.compile`` give a tensor: each set of names is a graph of its own.
 
         Returns:
             (B, N, d_model) in x's dtype.
@@ -158,6 +162,8 @@ class AttentionDispatcher(nn.Module):
         n = self.layout.num_positions
         if x.dim() != 3 or x.shape[1] != n or x.shape[2] != self.d_model:
             raise ValueError(f"x must be (batch, {n}, {self.d_model}), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
         if active_regions is not None and not isinstance(active_regions, torch.Tensor):
             active_regions = frozenset([active_regions] if isinstance(active_regions, str) else active_regions)
         active = self._active_connections(active_regions, x.device)
@@ -169,7 +175,9 @@ class AttentionDispatcher(nn.Module):
         gain, single = self._gain(), len(self.fn_modules) == 1
         row_scale = None
         if active is not None or gain is not None or not single:
-            everyone = torch.ones(plan.n_connections, device=x.device) if active is None else active
+            everyone = active
+            if active is None:
+                everyone = torch.ones(plan.n_connections, dtype=torch.float32, device=x.device)
             row_scale = plan.row_scale(everyone)
             factor = everyone if gain is None else gain * everyone
         written = None
@@ -269,7 +277,7 @@ class AttentionDispatcher(nn.Module):
     def _gain(self) -> torch.Tensor | None:
         if self.edge_gates is None:
             return None
-        ones = torch.ones(self.plan.n_connections, device=self.edge_gates.device)
+        ones = torch.ones(self.plan.n_connections, dtype=torch.float32, device=self.edge_gates.device)
         return ones.index_copy(0, self._gates, torch.sigmoid(self.edge_gates.float()))
 
     def _active_connections(self, active_regions, device) -> torch.Tensor | None:
@@ -289,18 +297,19 @@ class AttentionDispatcher(nn.Module):
                     f"active_regions must be ({len(self._region_number)},), one entry per region of the layout; got "
                     f"{tuple(active_regions.shape)}"
                 )
-            # a copy in float32: a backward that is still pending keeps the activity of its own forward
-            return active_regions.to(device=device, dtype=torch.float32)[self._source_region]
+            # a copy: a backward that is still pending keeps the activity of its own forward
+            return (active_regions.detach().to(device) != 0).to(torch.float32)[self._source_region]
         key = (active_regions, str(device))
         if key not in self._activity:
-            unknown = sorted(active_regions - self._region_number.keys())
+            unknown = sorted(active_regions - self._region_number.keys(), key=str)
             if unknown:
                 known = ", ".join(list(self._region_number)[:12])
                 raise KeyError(f"active_regions names {unknown}, which the layout does not have; it has {known}")
             flags = [float(c.src in active_regions) for c in self.plan.connections]
             if len(self._activity) >= _ACTIVITY_CACHE_SIZE:
                 self._activity.pop(next(iter(self._activity)))
-            self._activity[key] = torch.tensor(flags, device=device)
+            with torch.inference_mode(False):  # what inference makes, training could not save for its backward
+                self._activity[key] = torch.tensor(flags, dtype=torch.float32, device=device)
         return self._activity[key]
 
 

@@ -182,12 +182,13 @@ class SemanticConditioner(nn.Module):
             )
         key, positions, rows = self._places
         if key is not layout.key() or positions.device != canvas.device:
-            named = [name for name in layout.regions if name in self._row]
-            index = [layout.region_index(name) for name in named]
-            counts = torch.tensor([len(part) for part in index], dtype=torch.int64)
-            row = torch.tensor([self._row[name] for name in named], dtype=torch.int64)
-            positions = torch.cat([torch.zeros(0, dtype=torch.int64), *index]).to(canvas.device)
-            rows = row.repeat_interleave(counts).to(canvas.device)
-            self._places = (layout.key(), positions, rows)
+            with torch.inference_mode(False):  # what inference makes, training could not save for its backward
+                named = [name for name in layout.regions if name in self._row]
+                index = [layout.region_index(name) for name in named]
+                counts = torch.tensor([len(part) for part in index], dtype=torch.int64)
+                row = torch.tensor([self._row[name] for name in named], dtype=torch.int64)
+                positions = torch.cat([torch.zeros(0, dtype=torch.int64), *index]).to(canvas.device)
+                rows = row.repeat_interleave(counts).to(canvas.device)
+                self._places = (layout.key(), positions, rows)
         added = self.get_all_conditioning().to(canvas.dtype)[rows]
         return canvas.index_add(1, positions, added.expand(canvas.shape[0], -1, -1))

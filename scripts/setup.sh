@@ -6,7 +6,7 @@
 #   a machine without a network            installs only this project and uses the packages that it finds
 #   nothing can be installed               the Makefile exports PYTHONPATH=.:kernels, which is enough to run everything
 #
-# With an argument, the name of an extra: adds that extra to a .venv that is ready.
+# With an argument, the names of extras: adds those extras to a .venv that is ready.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,11 +21,12 @@ stamp=".venv/ready${extra:+-$extra}"
 
 if [ -n "$extra" ]; then
     if [ -x .venv/bin/python ] && .venv/bin/python -m pip install --quiet -c .venv/constraints.txt -e ".[$extra]"; then
-        echo "setup: added the $extra extra"
+        echo "setup: added $extra"
+        touch "$stamp"
     else
-        echo "setup: the $extra extra could not be installed; what needs it says so and is skipped" >&2
+        # without the stamp: the next make tries again
+        echo "setup: $extra could not be installed; what needs it says so and is skipped" >&2
     fi
-    touch "$stamp"
     exit 0
 fi
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 from types import SimpleNamespace
@@ -183,7 +184,7 @@ def test_bad_bounds_name_the_region(bounds, message):
 
 
 BAD_LAYOUTS = {
-    "both grids": ({"spatial_shape": (4, 4), "H": 4, "W": 4}, r"spatial_shape=\(4, 4\) or H=4, W=4, not both"),
+    "both grids": ({"spatial_shape": (4, 4), "H": 4, "W": 5}, r"spatial_shape=\(4, 4\) or H=4, W=5, not both"),
     "both, one": ({"spatial_shape": (4,), "W": 4}, "not both"),
     "no grid": ({}, "needs spatial_shape, or H and W"),
     "W alone": ({"W": 4}, "needs spatial_shape, or H and W"),
@@ -525,3 +526,15 @@ def test_names_that_cannot_be_parameters(names, message):
     layout = CanvasLayout(T=1, H=4, d_model=4, regions={name: (0, 1, 0, 1) for name in names})
     with pytest.raises(ValueError, match=message):
         SpatiotemporalCanvas(layout)
+
+
+def test_a_layout_made_of_another_keeps_its_grid():
+    layout = CanvasLayout(T=2, H=3, W=4, d_model=8, regions={"a": (0, 2, 0, 3, 0, 4)})
+    other = dataclasses.replace(layout, t_current=1)
+    assert (other.t_current, other.spatial_shape, other.regions) == (1, (3, 4), layout.regions)
+
+
+def test_indices_are_made_on_the_host_whatever_the_default_device():
+    layout = CanvasLayout(T=2, H=1, W=2, d_model=8, regions={"a": (1, 2, 0, 1, 0, 2)})
+    with torch.device("meta"):
+        assert layout.region_index("a").tolist() == [2, 3]

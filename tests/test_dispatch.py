@@ -276,3 +276,52 @@ def test_bad_input_is_named(monkeypatch):
     monkeypatch.delitem(ATTENTION_REGISTRY, "mamba")
     with pytest.raises(ValueError, match="connection 'a' reads 'b': attention function 'mamba' is not registered"):
         AttentionDispatcher(CanvasTopology([Connection("a", "b", fn="mamba")]), layout, D_MODEL)
+    with pytest.raises(ValueError, match=r"x must be a floating-point tensor, got torch\.int64"):
+        dispatcher(torch.zeros(1, 36, D_MODEL, dtype=torch.int64))
+
+
+def gated():
+    layout, _ = small()
+    return AttentionDispatcher(
+        CanvasTopology([Connection("a", "b", write_mode="gate"), Connection("b", "a"), Connection("a", "a")]),
+        layout,
+        D_MODEL,
+        n_heads=HEADS,
+    )
+
+
+def test_training_after_inference_uses_what_inference_made():
+    dispatcher, x = gated(), torch.randn(1, 36, D_MODEL)
+    with torch.inference_mode():
+        expected = dispatcher(x, {"a"})
+        plan = dispatcher.plan.for_connection(0)
+        plan.unpack(plan.pack(x, 1), 1)
+    out = dispatcher(x, {"a"})
+    out.square().sum().backward()
+    assert torch.equal(out, expected) and dispatcher.edge_gates.grad.abs().sum() > 0
+    x.requires_grad_()
+    plan.unpack(plan.pack(x, 1), 1).sum().backward()
+    assert x.grad.sum() == plan.n_packed * D_MODEL
+
+
+def test_activity_is_on_or_off_and_has_no_gradient():
+    dispatcher, x = gated(), torch.randn(1, 36, D_MODEL)
+    on = torch.tensor([0.25, 0.0, 0.0], requires_grad=True)
+    out = dispatcher(x, on)
+    assert torch.equal(out, dispatcher(x, {"a"}))
+    out.sum().backward()
+    assert on.grad is None
+
+
+def test_defaults_of_the_process_change_nothing():
+    expected = gated()
+    x = torch.randn(1, 36, D_MODEL)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = gated().float()
+        found.load_state_dict(expected.state_dict())
+        assert torch.equal(found(x, {"a"}), expected(x, {"a"}))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert gated().plan is expected.plan

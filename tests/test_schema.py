@@ -55,7 +55,7 @@ def schemas(draw):
         Connection(
             src=draw(st.sampled_from(list(regions))),
             dst=draw(st.sampled_from(list(regions))),
-            weight=draw(st.floats(0, 9)),
+            weight=draw(st.just(0.0) | st.floats(1e-18, 9)),
             t_src=draw(st.none() | st.integers(-9, 9)),
             t_dst=draw(st.none() | st.integers(-9, 9)),
             fn=draw(st.none() | names),

@@ -280,6 +280,8 @@ def recursive_types():
         (SimpleNamespace(b=BadCoarse()), r"coarse size of 'b' must be a Field, got \(2, 2\)"),
         (SimpleNamespace(a=1, b=[2], c=SimpleNamespace()), "no Field among the attributes of a SimpleNamespace"),
         (SimpleNamespace(a=Field(), d={"x": Field()}), r"d\['x'\] is declared inside a dict"),
+        (SimpleNamespace(a=Field(), d={"x": [Field()]}), r"d\['x'\] is declared inside a dict"),
+        (SimpleNamespace(a=Field(), d={"x": {"y": Field()}}), r"d\['x'\]\['y'\] is declared inside a dict"),
         (SimpleNamespace(a=Field(), d=[{"x": Arm()}]), r"d\[0\]\['x'\] is declared inside a dict"),
         (Arm, r"compile an object, not a class: Arm\(\) instead of Arm"),
         ([Arm()], r"compile an object with Field attributes, not a list"),

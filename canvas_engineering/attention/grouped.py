@@ -191,7 +191,7 @@ def fit(fn: str, module: nn.Module, plan: AttentionPlan, layout: CanvasLayout, b
 
     Raises:
         ValueError: a backend that does not run it, or a mask of (query, key) pairs on a function that wants equal keys
-        for all queries of a read; both with what would do.
+            for all queries of a read; both with what would do.
     """
     fused = is_fused(type(module))
     backends = getattr(module, "backends", PLAIN_BACKENDS) if fused else PLAIN_BACKENDS

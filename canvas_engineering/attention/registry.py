@@ -79,6 +79,8 @@ def register_attention(name: str, cls: type[nn.Module]) -> None:
     """
     if name == "none" or not name:
         raise ValueError(f"{name!r} cannot be registered: 'none' declares an edge that does not run")
+    if "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"{name!r} cannot be registered: a module cannot be stored under that name")
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"{name!r}: {cls!r} is not a subclass of torch.nn.Module")
     if cls.forward is nn.Module.forward and not callable(getattr(cls, "attend", None)):

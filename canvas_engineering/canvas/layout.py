@@ -234,7 +234,9 @@ class CanvasLayout:
         if isinstance(self.spatial_shape, int):
             raise ValueError(f"CanvasLayout spatial_shape must be a tuple of ints, got {self.spatial_shape!r}")
         shape = _checked_ints(self.spatial_shape, "CanvasLayout spatial_shape")
-        if shape and (self.H is not None or self.W is not None):
+        # both are there, and agree, where dataclasses.replace makes a layout of another
+        given, named = (self.H, self.W), (*shape[:2], None)[:2]
+        if shape and given not in ((None, None), named):
             raise ValueError(f"give spatial_shape={shape} or H={self.H}, W={self.W}, not both")
         if not shape:
             if self.H is None:
@@ -371,9 +373,9 @@ class CanvasLayout:
         return math.prod(self.region_size(name))
 
     def _box_index(self, bounds: tuple[int, ...]) -> torch.Tensor:
-        index = torch.zeros((), dtype=torch.int64)
+        index = torch.zeros((), dtype=torch.int64, device="cpu")
         for low, high, size in zip(bounds[::2], bounds[1::2], (self.T, *self.spatial_shape)):
-            index = (index * size).unsqueeze(-1) + torch.arange(low, high)
+            index = (index * size).unsqueeze(-1) + torch.arange(low, high, device="cpu")
         return index.reshape(-1)
 
     def region_index(self, name: str) -> torch.Tensor:

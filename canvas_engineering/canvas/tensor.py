@@ -168,7 +168,7 @@ class SpatiotemporalCanvas(nn.Module):
         self.family_carrier_embedding = None if program is None else FamilyCarrierEmbedding(d_model)
 
         specs = {name: layout.region_spec(name) for name in layout.regions}
-        counts = torch.tensor([layout.region_numel(name) for name in specs], dtype=torch.int64)
+        counts = torch.tensor([layout.region_numel(name) for name in specs], dtype=torch.int64, device="cpu")
         stops = counts.cumsum(0).tolist()
         self._ranges = {name: (stop - count, stop) for name, stop, count in zip(specs, stops, counts.tolist())}
         self._programs = {name: self._family_and_carrier(name, spec) for name, spec in specs.items()}

@@ -43,7 +43,7 @@ class AttentionPlan:
 
     Attributes:
         normalize: "edge" (a softmax per read, the dispatcher's form) or "joint" (one softmax per query, the masks'
-        form).
+            form).
         connections: the topology's connections as they run under the program; gains and activity are in their order.
         fns: the attention function that each connection resolves to.
         n_positions: N of the canvas, and the slots of all banks after them.
@@ -106,7 +106,13 @@ class AttentionPlan:
             else:
                 reading = self.table.has_keys().nonzero()[0]
                 rows = {"reading": reading, "written": self.order[reading]}[which]
-            self.cache[key] = torch.from_numpy(rows.copy()).to(device)
+            rows = rows.copy()
+            if torch.is_inference_mode_enabled():
+                # what inference makes, training could not save for its backward
+                with torch.inference_mode(False):
+                    self.cache[key] = torch.from_numpy(rows).to(device)
+            else:
+                self.cache[key] = torch.from_numpy(rows).to(device)
         return self.cache[key]
 
     def to(self, device: torch.device | str) -> AttentionPlan:

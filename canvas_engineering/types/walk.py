@@ -176,10 +176,13 @@ class _Walker:
     def refuse_mapping(self, path: str, values: Mapping) -> None:
         for key, value in values.items():
             below = f"{path}[{key!r}]"
-            found = isinstance(value, Field) or (
-                not isinstance(value, (*_OPAQUE, list, tuple, Mapping)) and self.visit(value, below, None) is not None
-            )
-            if found:
+            if isinstance(value, Mapping):
+                self.refuse_mapping(below, value)
+                continue
+            items = value if isinstance(value, (list, tuple, set, frozenset)) else (value,)
+            plain = [item for item in items if not isinstance(item, (*_OPAQUE, list, tuple, Mapping))]
+            fields = any(isinstance(item, Field) for item in items)
+            if fields or any(self.visit(item, below, None) is not None for item in plain):
                 raise ValueError(f"{below} is declared inside a dict: put it in a list, or in a type of its own")
 
     def attributes(self, obj: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -338,7 +338,7 @@ class BlockTable:
         """(2, n) float32 factors that turn sums over reads into averages: see :func:`normalise_row_sums`. Cached while
         ``active`` is None."""
         if active is not None:
-            return normalise_row_sums(self.row_sums(active))
+            return normalise_row_sums(self.row_sums((active != 0).to(torch.float32)))
         key = ("row_scale", str(torch.device(device)))
         if key not in self.cache:
             self.cache[key] = normalise_row_sums(self.row_sums(device=device))
