@@ -153,6 +153,9 @@ def test_a_missing_region_is_skipped_with_one_warning():
     with pytest.warns(UserWarning, match=message) as caught:
         plan = compile_attention(layout, topology)
     assert len(caught) == 1 and len(plan.reads.weight) == 1
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert compile_attention(layout, topology) is plan
+    assert len(caught) == 1
 
 
 def test_a_pattern_that_does_not_fit_names_its_connection():

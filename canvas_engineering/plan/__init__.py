@@ -17,7 +17,7 @@ from canvas_kernels.table import BlockTable, normalise_row_sums
 from canvas_kernels.tiling import TileClass
 
 from ..canvas import CanvasLayout
-from ..connectivity import CanvasTopology, Connection
+from ..connectivity import CanvasTopology, Connection, resolve_connections
 from ..cortex import CortexRegistry
 from ..program import CanvasProgram
 from ..program.checks import check_program
@@ -326,9 +326,13 @@ def compile_attention(
         _check_joint(topology, triggers, program)
     key = (layout.key(), topology.key(), normalize, dense_in_time, banks, tuple(triggers.items()))
     with _cache_lock:
-        if key in _cache:
+        found = _cache.get(key)
+        if found is not None:
             _cache.move_to_end(key)
-            return _cache[key]
+    if found is not None:
+        if found.cache.get("skips"):
+            resolve_connections(topology, layout)  # for its warning, which each compile of such a declaration gives
+        return found
     fns = tuple(topology.resolve_fns(layout))
     reads = topology_reads(layout, topology, dense_in_time, banks)
     packed = pack_positions(layout, reads, banks)
@@ -341,6 +345,7 @@ def compile_attention(
     packed.order.setflags(write=False)
     n_positions = layout.num_positions + sum(bank.size for bank in banks)
     plan = AttentionPlan(normalize, connections, fns, n_positions, table, reads, packed, banks, triggers)
+    plan.cache["skips"] = any(c.src not in layout.regions or c.dst not in layout.regions for c in connections)
     with _cache_lock:
         # another thread may have compiled the same declaration meanwhile: everyone gets the first one
         plan = _cache.setdefault(key, plan)
