@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from canvas_kernels.rows import join_rows, split_rows
+from canvas_kernels.rows import join_rows, lasting, split_rows
 
 from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
 from .attention.grouped import attend_grouped, fit, is_fused, prepare
@@ -308,7 +308,7 @@ class AttentionDispatcher(nn.Module):
             flags = [float(c.src in active_regions) for c in self.plan.connections]
             if len(self._activity) >= _ACTIVITY_CACHE_SIZE:
                 self._activity.pop(next(iter(self._activity)))
-            with torch.inference_mode(False):  # what inference makes, training could not save for its backward
+            with lasting():
                 self._activity[key] = torch.tensor(flags, dtype=torch.float32, device=device)
         return self._activity[key]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -182,7 +183,9 @@ class SemanticConditioner(nn.Module):
             )
         key, positions, rows = self._places
         if key is not layout.key() or positions.device != canvas.device:
-            with torch.inference_mode(False):  # what inference makes, training could not save for its backward
+            # what is made in inference mode could not be saved for a later backward; a compiler knows no such mode
+            compiling = torch.compiler.is_compiling()
+            with contextlib.nullcontext() if compiling else torch.inference_mode(False):
                 named = [name for name in layout.regions if name in self._row]
                 index = [layout.region_index(name) for name in named]
                 counts = torch.tensor([len(part) for part in index], dtype=torch.int64)

@@ -250,3 +250,15 @@ def test_a_canvas_with_a_region_that_the_conditioner_lacks():
 def test_conditioners_refuse(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+def test_conditioning_trains_after_inference():
+    layout = CanvasLayout(T=1, H=1, W=2, d_model=8, regions={"a": (0, 1, 0, 1, 0, 2)})
+    conditioner = SemanticConditioner(8, 4, {"a": [1.0, 2.0, 3.0, 4.0]})
+    canvas = torch.zeros(1, 2, 8)
+    with torch.inference_mode():
+        expected = conditioner.condition_canvas(canvas, layout)
+    found = conditioner.condition_canvas(canvas, layout)
+    found.square().sum().backward()
+    assert torch.equal(found, expected)
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in conditioner.parameters())

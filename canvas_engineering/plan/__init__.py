@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from canvas_kernels.row_sums import row_sums
-from canvas_kernels.rows import put_rows, take_rows
+from canvas_kernels.rows import lasting, put_rows, take_rows
 from canvas_kernels.table import BlockTable, normalise_row_sums
 from canvas_kernels.tiling import TileClass
 
@@ -107,11 +107,7 @@ class AttentionPlan:
                 reading = self.table.has_keys().nonzero()[0]
                 rows = {"reading": reading, "written": self.order[reading]}[which]
             rows = rows.copy()
-            if torch.is_inference_mode_enabled():
-                # what inference makes, training could not save for its backward
-                with torch.inference_mode(False):
-                    self.cache[key] = torch.from_numpy(rows).to(device)
-            else:
+            with lasting():
                 self.cache[key] = torch.from_numpy(rows).to(device)
         return self.cache[key]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 
@@ -138,3 +140,15 @@ def split_heads(x: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, 
     [[[[2.0], [6.0]], [[3.0], [7.0]]]]
     """
     return _SplitHeads.apply(x, parts, heads)
+
+
+def lasting() -> contextlib.AbstractContextManager:
+    """Where cached tensors are made: what is made under ``torch.inference_mode`` could not be saved for a later
+    backward.
+
+    >>> with torch.inference_mode(), lasting():
+    ...     torch.zeros(1).is_inference()
+    False
+    """
+    # a compiler knows no inference mode
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
