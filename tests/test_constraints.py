@@ -86,6 +86,9 @@ def test_conservation_forbids_replacing_writes_whoever_declares_them():
     assert len(violations([("a", "b")], energy, programs={("a", "b"): ConnectionProgram(write_mode="replace")})) == 1
     elsewhere = Connection("b", "c", write_mode="replace")
     assert violations([("a", "b"), elsewhere], energy) == []
+    # a trigger elsewhere that cannot be read hides nothing
+    spoken = {("a", "b"): ConnectionProgram("write"), ("b", "c"): ConnectionProgram(trigger="nonsense")}
+    assert len(violations([("a", "b"), ("b", "c")], energy, programs=spoken)) == 1
 
 
 def test_acyclic_follows_reads_from_the_region():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 
@@ -97,10 +98,14 @@ def _running(program: CanvasProgram) -> list[tuple[Connection, str]]:
     with warnings.catch_warnings():
         # a report on constraints: whoever compiles the program hears of what is skipped
         warnings.simplefilter("ignore", UserWarning)
+        # triggers decide when an edge runs, not what it is: one that cannot be read is the compilers' to refuse
+        untriggered = {pair: dataclasses.replace(spoken, trigger=None) for pair, spoken in program.connections.items()}
         try:
-            topology, _ = resolve_edges(schema.topology, schema.layout, program)
+            topology, _ = resolve_edges(
+                schema.topology, schema.layout, dataclasses.replace(program, connections=untriggered)
+            )
         except ValueError:
-            # unknown write modes and triggers are the compilers' to refuse; what the constraints ask stays answerable
+            # so are write modes that do not exist; what the constraints ask stays answerable
             topology = schema.topology
         return [(connection, fn) for _, connection, fn in resolve_connections(topology, schema.layout)]
 
