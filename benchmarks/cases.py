@@ -1,37 +1,58 @@
-"""The canvases that are measured, as data: what each declares, and what it must reach against each contestant."""
+"""The canvases that are measured, as data: what each declares, how it is attended over, what it must reach."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from canvas_engineering.canvas import CanvasLayout, RegionSpec
+from canvas_engineering.cogvideox import cogvideox_layout, dense_topology, tile_topology, window_topology
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
+
+Declaration = tuple[CanvasLayout, CanvasTopology]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One canvas. ``at_least`` maps a contestant's name to the least ratio of its time to ours."""
+    """One canvas and the attention over it.
+
+    Attributes:
+        declare: gives layout and topology.
+        at_least: a contestant's name to the least ratio of its time to ours, of the dispatcher's benchmark.
+        group: "canvas", "cogvideox", "density", "length": which figure it belongs to.
+        sequence: regions whose positions are the tokens, one region after the other; every position of the canvas
+            where there are none.
+        batch, heads, head_dim: of q, k and v.
+        without: a contestant's name to the reason why it is left out.
+    """
 
     name: str
-    declare: Callable[[], tuple[CanvasLayout, CanvasTopology]]
+    declare: Callable[[], Declaration]
     at_least: dict[str, float] = field(default_factory=dict)
+    group: str = "canvas"
+    sequence: tuple[str, ...] = ()
+    batch: int = 1
+    heads: int = 4
+    head_dim: int = 64
+    without: dict[str, str] = field(default_factory=dict)
 
 
-def robot() -> tuple[CanvasLayout, CanvasTopology]:
+def robot() -> Declaration:
     """A camera, an action and a reward, all reading each other: nine small reads, no time."""
     regions = {"visual": (0, 5, 0, 6, 0, 6), "action": (0, 5, 6, 7, 0, 1), "reward": (2, 3, 7, 8, 0, 1)}
     return CanvasLayout(T=5, d_model=256, spatial_shape=(8, 8), regions=regions), CanvasTopology.dense(list(regions))
 
 
-def causal_video() -> tuple[CanvasLayout, CanvasTopology]:
+def causal_video() -> Declaration:
     """Frames that read themselves and the frame before, beside an action strip."""
     regions = {"video": (0, 8, 0, 16, 0, 16), "act": (0, 8, 16, 17, 0, 8)}
     layout = CanvasLayout(T=8, d_model=256, spatial_shape=(24, 24), regions=regions)
     return layout, CanvasTopology.causal_temporal(list(regions))
 
 
-def multi_rate() -> tuple[CanvasLayout, CanvasTopology]:
+def multi_rate() -> Declaration:
     """A fast region that interpolates a slow one, which holds the latest fast frame."""
     regions = {"fast": (0, 16, 0, 8, 0, 8), "slow": RegionSpec((0, 4, 8, 12, 0, 8), period=4)}
     connections = [
@@ -43,7 +64,7 @@ def multi_rate() -> tuple[CanvasLayout, CanvasTopology]:
     return CanvasLayout(T=16, d_model=256, spatial_shape=(12, 8), regions=regions), CanvasTopology(connections)
 
 
-def computer_use() -> tuple[CanvasLayout, CanvasTopology]:
+def computer_use() -> Declaration:
     """A screen with causal frames, and mouse, keyboard and language model that all read all: 16,384 positions."""
     regions = {
         "screen": (0, 16, 0, 24, 0, 24),
@@ -59,11 +80,48 @@ def computer_use() -> tuple[CanvasLayout, CanvasTopology]:
     return CanvasLayout(T=16, d_model=256, spatial_shape=(32, 32), regions=regions), CanvasTopology(connections)
 
 
-def long_video(frames: int, side: int = 64) -> tuple[CanvasLayout, CanvasTopology]:
+def long_video(frames: int, side: int = 64) -> Declaration:
     """A causal video that fills its canvas: 256 frames of 64 x 64 are 1,048,576 positions."""
     regions = {"video": (0, frames, 0, side, 0, side)}
     layout = CanvasLayout(T=frames, d_model=256, spatial_shape=(side, side), regions=regions)
     return layout, CanvasTopology.causal_temporal(["video"])
+
+
+def surgical_robot() -> Declaration:
+    """Sensors, two arms and a safety monitor, typed: many small regions (examples/surgical_robot.py)."""
+    from examples import surgical_robot as example
+
+    bound = example.declare()
+    return bound.layout, bound.topology
+
+
+def fleet(vehicles: int = 50, frames: int = 4) -> Declaration:
+    """Vehicles that dispatch reads through their summaries: 1,351 connections for fifty (examples/fleet.py)."""
+    from examples import fleet as example
+
+    bound = example.declare(vehicles, T=frames, d_model=256)
+    return bound.layout, bound.topology
+
+
+def separate_frames(frames: int, positions: int) -> Declaration:
+    """Frames that read themselves only: 1 / ``frames`` of all pairs."""
+    layout = CanvasLayout(
+        T=frames, d_model=64, spatial_shape=(positions // frames,), regions={"video": (0, frames, 0, positions // frames)}
+    )
+    return layout, CanvasTopology([Connection("video", "video", t_src=0, t_dst=0)])
+
+
+def cogvideox(topology: CanvasTopology, heads: int = 2, text: int = 226, pixels: tuple[int, int] = (480, 720)):
+    """CogVideoX's token grid at 49 frames: 13 × 30 × 45 tokens of video, and the text."""
+    config = {
+        "num_attention_heads": heads,
+        "attention_head_dim": 64,
+        "patch_size": 2,
+        "patch_size_t": None,
+        "temporal_compression_ratio": 4,
+        "max_text_seq_length": text,
+    }
+    return cogvideox_layout(config, *pixels, 49), topology
 
 
 DISPATCH = (
@@ -72,3 +130,78 @@ DISPATCH = (
     Case("multi_rate", multi_rate, {"per_edge_loop": 4.0}),
 )
 """Timed forward and backward. computer_use is left out: its dense mask alone is 1 GiB."""
+
+TOPOLOGIES = {
+    "dense": dense_topology(),
+    "previous_frame": window_topology(past=1),
+    "three_frames": window_topology(past=1, future=1),
+    "tiles": tile_topology(10, 15),
+}
+"""On CogVideoX's grid: everything, same frame + previous frame, a sliding window of three frames, spatial tiles."""
+FRAMES = (2, 4, 10, 20, 50, 100)
+"""Of :func:`separate_frames`: densities 50 %, 25 %, 10 %, 5 %, 2 %, 1 %."""
+LENGTHS = tuple(1024 * 4**i for i in range(6))
+SWEPT_TOKENS = 4200
+TOO_LONG = {name: "minutes at this length" for name in ("per_edge_loop", "grouped")}
+
+
+def _cogvideox(model: str, heads: int) -> tuple[Case, ...]:
+    return tuple(
+        Case(
+            f"{model}_{name}",
+            functools.partial(cogvideox, topology, heads),
+            group="cogvideox",
+            sequence=("text", "video"),
+            heads=heads,
+        )
+        for name, topology in TOPOLOGIES.items()
+    )
+
+
+def _lengths(heads: int) -> tuple[Case, ...]:
+    """Causal videos with frames of 16 × 16: every position reads 512."""
+    return tuple(
+        Case(
+            f"video_{length}",
+            functools.partial(long_video, length // 256, 16),
+            group="length",
+            heads=heads,
+            without=TOO_LONG if length > 2**16 else {},
+        )
+        for length in LENGTHS
+    )
+
+
+def _densities(tokens: int, heads: int, head_dim: int) -> tuple[Case, ...]:
+    return tuple(
+        Case(
+            f"frames_{frames}_d{head_dim}",
+            functools.partial(separate_frames, frames, tokens),
+            group="density",
+            heads=heads,
+            head_dim=head_dim,
+        )
+        for frames in FRAMES
+    )
+
+
+_CANVASES = (
+    *DISPATCH,
+    Case("surgical_robot", surgical_robot),
+    Case("fleet", fleet, without={"per_edge_loop": "minutes a step: benchmarks/fleet.py times it"}),
+    Case("computer_use", computer_use, heads=2),
+)
+CPU = (*_CANVASES, *_densities(SWEPT_TOKENS, 2, 64), *_lengths(1), *_cogvideox("cogvideox", 2))
+"""What a CPU is measured on, in this order."""
+GPU = (
+    *(dataclasses.replace(case, batch=4, heads=16) for case in _CANVASES),
+    *(case for dim, heads in ((64, 32), (128, 16)) for case in _densities(16_800, heads, dim)),
+    *(
+        Case(f"long_video_d{dim}", functools.partial(long_video, 16, 32), heads=heads, head_dim=dim, batch=2)
+        for dim, heads in ((64, 16), (128, 8))
+    ),
+    *_lengths(8),
+    *_cogvideox("cogvideox_2b", 30),
+    *_cogvideox("cogvideox_5b", 48),
+)
+"""What a GPU is measured on."""

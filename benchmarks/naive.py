@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canvas_engineering.canvas import CanvasLayout
-from canvas_engineering.connectivity import CanvasTopology, resolve_frames
+from canvas_engineering.connectivity import CanvasTopology, Connection, resolve_frames
+from canvas_engineering.masks import MaskSpec
 
 SOFTMAX_FNS = ("cross_attention", "self_attention", "cogvideox")
 
@@ -43,7 +44,7 @@ class PerEdgeLoop(nn.Module):
 
     For every read, the queries and keys are gathered from the canvas, projected, attended over and added back at the
     queries' positions with the read's weight; at the end each position is divided by the sum of its weights. Reads are
-    those of the semantics' section 2 without masks; a connection with one is a ValueError.
+    those of the semantics' section 2; a connection with a sparse mask is a ValueError.
     """
 
     def __init__(self, topology: CanvasTopology, layout: CanvasLayout, d_model: int, n_heads: int = 4):
@@ -58,13 +59,11 @@ class PerEdgeLoop(nn.Module):
             name = f"{connection.src} → {connection.dst}"
             if fn not in SOFTMAX_FNS:
                 raise ValueError(f"{name}: the loop knows {SOFTMAX_FNS}, not {fn!r}")
-            if connection.mask is not None and connection.mask.kind != "full":
-                raise ValueError(f"{name}: the loop has no {connection.mask.kind!r} masks")
             if connection.write_mode != "add":
                 raise ValueError(f"{name}: the loop has no {connection.write_mode!r} writes")
             if fn not in self.fn_modules:
                 self.fn_modules[fn] = Projections(d_model, n_heads)
-            for queries, keys, fraction in _reads(layout, connection):
+            for queries, keys, fraction in reads_of(layout, connection):
                 weight = connection.weight * fraction
                 total_weight[queries] += weight
                 self.register_buffer(f"queries_{len(self.reads)}", queries, persistent=False)
@@ -105,8 +104,9 @@ class DenseMask(nn.Module):
         return torch.where(self.covered, self.fn_modules["cross_attention"](x, x, self.mask), x)
 
 
-def _reads(layout: CanvasLayout, connection) -> list[tuple[Tensor, Tensor, float]]:
-    """(query positions, key positions, fraction) of every read of one connection."""
+def reads_of(layout: CanvasLayout, connection: Connection) -> list[tuple[Tensor, Tensor, float]]:
+    """(query positions, key positions, fraction) of every read of one connection; ValueError for masks that are neither
+    "full" nor "tile"."""
     src, dst = layout.region_spec(connection.src), layout.region_spec(connection.dst)
     frames = resolve_frames(
         layout.T,
@@ -125,9 +125,32 @@ def _reads(layout: CanvasLayout, connection) -> list[tuple[Tensor, Tensor, float
         box = (slice(int(start), int(stop)), *(slice(a, b) for a, b in zip(bounds[2::2], bounds[3::2])))
         return grid[box].flatten()
 
-    return [
+    reads = [
         (positions(src.bounds, q0, q1), positions(dst.bounds, k0, k1), float(fraction))
         for q0, q1, k0, k1, fraction in zip(
             frames.q_start, frames.q_stop, frames.k_start, frames.k_stop, frames.fraction
         )
     ]
+    mask = connection.mask
+    if mask is None or mask.kind == "full":
+        return reads
+    if mask.kind != "tile":
+        raise ValueError(f"{connection.src} → {connection.dst}: {mask.kind!r} masks are not resolved here")
+    number = _tile_numbers(layout, mask).flatten()
+    return [part for read in reads for part in _by_tiles(*read, number)]
+
+
+def _tile_numbers(layout: CanvasLayout, mask: MaskSpec) -> Tensor:
+    """The canvas, with the number of the tile that each position lies in."""
+    sizes = mask.tile_shape or (mask.tile_h, mask.tile_w)
+    number = torch.zeros((), dtype=torch.long)
+    for extent, size in zip(layout.spatial_shape, sizes):
+        tiles = -(-extent // size)
+        number = number[..., None] * tiles + torch.arange(extent) // size
+    return number.expand(layout.T, *layout.spatial_shape)
+
+
+def _by_tiles(queries: Tensor, keys: Tensor, fraction: float, number: Tensor):
+    for tile in number[queries].unique():
+        inside = keys[number[keys] == tile]
+        yield queries[number[queries] == tile], inside if len(inside) else keys, fraction

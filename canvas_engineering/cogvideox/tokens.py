@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 
@@ -53,11 +51,7 @@ def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
     alone[place] = ~plan.rows_with_keys()[place]
     if alone.any():
         plan = compile_attention(*_with_self_reads(layout, topology, alone), normalize="joint")
-    packed = dataclasses.replace(plan.packed, order=token[plan.order])
-    assert len(packed.order) == len(place)
-    packed.order.setflags(write=False)
-    args = (plan.normalize, plan.connections, plan.fns, len(place), plan.table, plan.reads, packed)
-    plan = AttentionPlan(*args)
+    plan = plan.over(place)
     _ = plan.in_canvas_order  # found now, in numpy, which a compiler that traces the first step cannot follow
     return plan
 

@@ -122,6 +122,22 @@ class AttentionPlan:
             self.table.row_scale(device=device)
         return self
 
+    def over(self, positions: np.ndarray) -> AttentionPlan:
+        """The same plan for a sequence that holds ``positions`` (int64 [m], distinct) of the canvas, in their order.
+
+        Raises:
+            ValueError: a position that some read uses is not among them.
+        """
+        place = np.full(self.n_positions, -1, np.int64)
+        place[positions] = np.arange(len(positions))
+        order = place[self.order]
+        if (order < 0).any():
+            lost = int(self.order[order < 0][0])
+            raise ValueError(f"position {lost} is read or reads, but is not one of the {len(positions)} given")
+        order.setflags(write=False)
+        packed = dataclasses.replace(self.packed, order=order)
+        return dataclasses.replace(self, n_positions=len(positions), packed=packed, cache={})
+
     def pack(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
         """x (… N …) with its positions along ``dim`` in packed order (… n …); its gradient is a copy, not a scatter."""
         if x.shape[dim] != self.n_positions:

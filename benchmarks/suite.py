@@ -1,0 +1,333 @@
+"""The suite: every case of ``cases.py``, every contestant of ``contestants.py``, in both forms.
+
+Per case and contestant: the gate (output and all gradients against float64, in this run, before anything is timed);
+the time to build what it needs and of its first call; memory; then rounds in which all contestants take turns, forward
+and backward timed apart. scaled_dot_product_attention without a mask runs twice in each round: it is the device's
+reference line, and how much the two differ is the machine's noise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import contestants, measure
+from benchmarks.cases import Case
+from benchmarks.contestants import Contestant, Packed, Unavailable
+from benchmarks.problem import Problem
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Largest error over the largest exact value that the gate lets through."""
+REFERENCE_TOKENS = {"cpu": 1024, "cuda": 16384}
+ROUNDS = (1, 25)
+GATED_HEADS = 4
+
+
+class Wrong(Exception):
+    """A result differs from float64: there is nothing to time."""
+
+
+@dataclass
+class Settings:
+    """How a run is made. ``seconds``: of timed rounds per case, within ROUNDS. ``only``: contestants; ours always run."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    seconds: float = 6.0
+    backend: str = "auto"
+    reference_tokens: int | None = None
+    only: frozenset[str] = frozenset()
+    environment: dict = field(default_factory=dict)
+
+
+@dataclass
+class Runner:
+    """One contestant of one case, built and found right."""
+
+    contestant: Contestant
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    inputs: list[Tensor]
+    row: dict
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+
+    def step(self, device: str) -> None:
+        """One round: a forward, and the backward where there is one."""
+        *leaves, upstream = self.inputs
+        with torch.set_grad_enabled(not self.contestant.forward_only):
+            start = _now(device)
+            out = self.attend(*leaves)
+            middle = _now(device)
+            self.forward.append(middle - start)
+            if not self.contestant.forward_only:
+                torch.autograd.grad(out, leaves, upstream)
+                self.backward.append(_now(device) - middle)
+
+
+def run(cases: list[Case] | tuple[Case, ...], settings: Settings) -> Iterator[list[dict]]:
+    """The rows of each case as it ends."""
+    settings.environment = settings.environment or measure.environment(settings.device)
+    for case in cases:
+        yield [row | settings.environment for row in run_case(case, settings)]
+        gc.collect()
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def run_case(case: Case, settings: Settings) -> list[dict]:
+    """Gate and time one case. A contestant that cannot run is a row that says why; a wrong one of ours is Wrong."""
+    problem = Problem(case)
+    described = {
+        "case": case.name,
+        "group": case.group,
+        "tokens": problem.tokens,
+        "connections": len(problem.topology.connections),
+        "reads": len(problem.reads),
+        "batch": case.batch,
+        "heads": case.heads,
+        "head_dim": case.head_dim,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+    }
+    inputs = problem.inputs(settings.device, settings.dtype)
+    gate = Gate(problem, inputs, settings)
+    runners, rows = [], []
+    for contestant in contestants.of(problem, settings.device, settings.backend):
+        if settings.only and contestant.name not in settings.only | {"ours"}:
+            continue
+        row = described | {"form": contestant.form, "contestant": contestant.name}
+        rows.append(row)
+        if contestant.name in case.without:
+            row["skipped"] = case.without[contestant.name]
+            continue
+        try:
+            runners.append(prepare(contestant, problem, inputs, gate, settings, row))
+        except Unavailable as cause:
+            row["skipped"] = str(cause)
+        except Exception as cause:
+            if contestant.name == "ours":
+                raise
+            # a contestant that fails or runs out of memory: its row says so, the others are still timed
+            row["failed"] = f"{type(cause).__name__}: {str(cause).strip()[:300]}"
+            if settings.device == "cuda":
+                torch.cuda.empty_cache()
+    del gate
+    reference = Reference(case, settings)
+    rounds = _rounds(runners, reference, settings)
+    for _ in range(rounds):
+        for runner in runners:
+            if len(runner.forward) < rounds:
+                runner.step(settings.device)
+        reference.step()
+    _finish(runners, reference, problem, rounds)
+    reference_row = described | {"form": "reference", "contestant": "sdpa_unmasked"} | reference.row()
+    return [*rows, reference_row]
+
+
+def prepare(
+    contestant: Contestant, problem: Problem, inputs: list[Tensor], gate: Gate, settings: Settings, row: dict
+) -> Runner:
+    """Builds, makes the first call under the gate, and measures both."""
+    start = _now(settings.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        attend = contestant.build(problem, settings.device, settings.dtype)
+    row["setup_seconds"] = _now(settings.device) - start
+    own = [attend.pack(x) for x in inputs] if isinstance(attend, Packed) else inputs
+    runner = Runner(contestant, attend, [x.detach().requires_grad_(i < 3) for i, x in enumerate(own)], row)
+    row["errors"] = gate(runner)
+    worst = max(row["errors"].values())
+    if not worst <= TOLERANCE[settings.dtype]:
+        raise Wrong(f"{problem.case.name}, {contestant.form} form, {contestant.name}: {row['errors']}")
+    return runner
+
+
+class Gate:
+    """Holds contestants to exact results, computed once per form. The upstream gradient is zero except in the rows that
+    are compared, so that every key's gradient is exact as well."""
+
+    def __init__(self, problem: Problem, inputs: list[Tensor], settings: Settings):
+        self.problem, self.settings, self.rows = problem, settings, problem.sample()
+        self.at = torch.from_numpy(self.rows).to(settings.device)
+        self.upstream = torch.zeros_like(inputs[3]).index_copy_(2, self.at, inputs[3][:, :, self.at])
+        heads = torch.linspace(0, problem.case.heads - 1, min(problem.case.heads, GATED_HEADS)).long()
+        self.heads = heads.to(settings.device)
+        self.tensors = [x[:1, self.heads] for x in (*inputs[:3], self.upstream)]
+        self.exact: dict[str, dict[str, Tensor]] = {}
+
+    def __call__(self, runner: Runner) -> dict[str, float]:
+        """The errors of output, dq, dk and dv over their largest exact values; fills in first_seconds and memory."""
+        attend, form, device = runner.attend, runner.contestant.form, self.settings.device
+        if form not in self.exact:
+            self.exact[form] = self.problem.exact(form, self.tensors, self.rows)
+        leaves, upstream = runner.inputs[:3], self.upstream
+        packed = isinstance(attend, Packed)
+        upstream = attend.pack(upstream) if packed else upstream
+        memory = Memory(device)
+        start = _now(device)
+        with torch.set_grad_enabled(not runner.contestant.forward_only), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = attend(*leaves)
+            found = [out]
+            if not runner.contestant.forward_only:
+                found += torch.autograd.grad(out, leaves, upstream)
+        runner.row["first_seconds"] = _now(device) - start
+        runner.row["peak_bytes"] = memory.peak()
+        errors = {}
+        for name, value in zip(("out", "dq", "dk", "dv"), found):
+            value = (attend.unpack(value.detach()) if packed else value.detach())[0, self.heads]
+            if name in ("out", "dq"):
+                value = value[:, self.at]
+            exact = self.exact[form][name]
+            error = float((value.double() - exact).abs().max() / exact.abs().max())
+            errors[name] = error if error == error else float("inf")
+        return errors
+
+
+class Memory:
+    """The most that is held at once between construction and :meth:`peak`, beyond what was there before, in bytes.
+
+    On a CPU this is the process's resident memory, with every larger tensor mapped by itself so that freed ones count
+    no more; None where /proc does not tell.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+            libc.malloc_trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = self._status("VmRSS")
+        except OSError:
+            self.before = None
+
+    def peak(self) -> int | None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - self.before
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 1 << 25)
+        return None if self.before is None else max(self._status("VmHWM") - self.before, 0)
+
+    @staticmethod
+    def _status(key: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+        raise OSError(f"/proc/self/status has no {key}")
+
+
+class Reference:
+    """Unmasked scaled_dot_product_attention of the case's heads, twice a round: the rate that the device gives."""
+
+    def __init__(self, case: Case, settings: Settings):
+        self.case, self.device = case, settings.device
+        self.tokens = settings.reference_tokens or REFERENCE_TOKENS[settings.device]
+        generator = torch.Generator(self.device).manual_seed(1)
+        shape = (1, self.tokens, case.heads, case.head_dim)
+        tensors = (torch.randn(shape, generator=generator, device=self.device) for _ in range(4))
+        tensors = [x.to(settings.dtype).transpose(1, 2) for x in tensors]
+        *self.leaves, self.upstream = [x.requires_grad_(i < 3) for i, x in enumerate(tensors)]
+        self.times: list[list[tuple[float, float]]] = []
+        self.once()
+
+    def once(self) -> tuple[float, float]:
+        start = _now(self.device)
+        out = F.scaled_dot_product_attention(*self.leaves)
+        middle = _now(self.device)
+        torch.autograd.grad(out, self.leaves, self.upstream)
+        return middle - start, _now(self.device) - middle
+
+    def step(self) -> None:
+        self.times.append([self.once(), self.once()])
+
+    @property
+    def flops(self) -> int:
+        """Forward; backward takes 2.5 times as many."""
+        return 4 * self.case.head_dim * self.case.heads * self.tokens**2
+
+    def seconds(self, part: str) -> np.ndarray:
+        """[rounds, 2] of "forward", "backward" or "step"."""
+        times = np.array(self.times)
+        return times.sum(-1) if part == "step" else times[..., ("forward", "backward").index(part)]
+
+    def row(self) -> dict:
+        step = self.seconds("step")
+        row = {f"{part}_seconds": measure.quantiles(self.seconds(part)) for part in ("forward", "backward", "step")}
+        row |= {"reference_tokens": self.tokens, "step_tflops": 3.5 * self.flops / float(np.median(step)) / 1e12}
+        # the same thing twice: 0.05 says that one in ten pairs differs by more than 5 %
+        return row | {"noise": float(np.quantile(np.abs(np.log(step[:, 0] / step[:, 1])), 0.9))}
+
+
+def _rounds(runners: list[Runner], reference: Reference, settings: Settings) -> int:
+    """As many rounds as fit ``settings.seconds``. A contestant whose first call alone took four times that is not run
+    again: that call is its one measurement."""
+    total = sum(reference.once()) * 2
+    for runner in runners:
+        if runner.row["first_seconds"] > 4 * settings.seconds and runner.contestant.name == "per_edge_loop":
+            runner.row["first_is_timed"] = True
+            continue
+        runner.step(settings.device)
+        total += sum(runner.forward) + sum(runner.backward)
+        runner.forward.clear()
+        runner.backward.clear()
+    rounds = int(np.clip(settings.seconds / total, *ROUNDS))
+    for runner in runners:
+        if runner.row.get("first_is_timed"):
+            # split as arithmetic is; only their sum is used
+            seconds = runner.row["first_seconds"]
+            runner.forward, runner.backward = [seconds / 3.5] * rounds, [seconds * 2.5 / 3.5] * rounds
+    return rounds
+
+
+def _finish(runners: list[Runner], reference: Reference, problem: Problem, rounds: int) -> None:
+    """Times, rates and ratios into the rows."""
+    ours = {r.contestant.form: r for r in runners if r.contestant.name == "ours"}
+    for runner in runners:
+        row, case = runner.row, problem.case
+        table = problem.plan(runner.contestant.form).table
+        batch_heads = case.batch * case.heads
+        flops = {"forward": table.flops(case.head_dim, batch_heads)}
+        times = {"forward": np.array(runner.forward)}
+        if not runner.contestant.forward_only:
+            flops["backward"] = table.flops(case.head_dim, batch_heads, backward=True)
+            flops["step"] = flops["forward"] + flops["backward"]
+            times["backward"] = np.array(runner.backward)
+            times["step"] = times["forward"] + times["backward"]
+        row |= {"rounds": rounds, "pairs": table.pairs, "density": table.pairs / problem.tokens**2}
+        own = ours[runner.contestant.form]
+        for part, seconds in times.items():
+            row[f"{part}_seconds"] = measure.quantiles(seconds)
+            row[f"{part}_tflops"] = flops[part] / float(np.median(seconds)) / 1e12
+            # paired, round by round: the rate of the reference in this very round
+            factor = 1.0 if part == "forward" else 2.5 if part == "backward" else 3.5
+            rate = factor * reference.flops / reference.seconds(part).mean(1)
+            row[f"{part}_roofline"] = measure.quantiles(flops[part] / seconds / rate)
+            if runner is not own:
+                own_seconds = {"forward": own.forward, "backward": own.backward}.get(part)
+                own_seconds = np.array(own.forward) + own.backward if own_seconds is None else np.array(own_seconds)
+                row[f"{part}_ratio"] = measure.quantiles(seconds / own_seconds)
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
