@@ -116,7 +116,8 @@ def flex(problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | 
     kinds = torch.from_numpy(problem.kinds if order is None else problem.kinds[order]).to(device)
     count = -(-len(problem.weight_of_kinds) // KINDS) * KINDS
     weight = torch.zeros(count, count, device=device)
-    weight[: len(problem.weight_of_kinds), : len(problem.weight_of_kinds)] = torch.from_numpy(problem.weight_of_kinds)
+    known = torch.from_numpy(problem.weight_of_kinds)
+    weight[: len(known), : len(known)] = known
     compiled = device == "cuda"
     mask = create_block_mask(_selector(kinds, weight > 0), None, None, n, n, device=device, _compile=compiled)
     score = _log_weights(kinds, weight.log()) if problem.weighted else None
@@ -144,7 +145,7 @@ class Packed:
         return self.attend(q, k, v)
 
     def pack(self, x: Tensor) -> Tensor:
-        return x[:, :, self.order].contiguous()
+        return x.transpose(1, 2)[:, self.order].transpose(1, 2)  # laid out as before: one compilation serves both
 
     def unpack(self, x: Tensor) -> Tensor:
         return torch.empty_like(x).index_copy_(2, self.order, x)

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu --out DIR [--phases correctness,timings,profile,dispatcher,sweep] [--interpret]
 
 correctness  every configuration of the device's architecture, outputs and all gradients, in fp32, fp16 and bf16
-timings      ours in both forms against the contestants of ``gpu_cases.py``; medians, TFLOP/s on selected pairs
+timings      the suite (``suite.py``): ours in both forms against every contestant; medians, TFLOP/s on selected pairs
 profile      torch.profiler on the slowest of ours
-dispatcher   AttentionDispatcher against the per-edge loop, forward and backward
+dispatcher   AttentionDispatcher against the per-edge loop, forward and backward, and how long kernels wait for launches
 sweep        (not by default) tile candidates per pass, for ``configs.py``
 
 Rows go to ``DIR/<phase>.jsonl`` as each phase ends. A phase that fails is reported, the next one still runs, and the
@@ -42,6 +42,9 @@ SWEEP = {
     128: ((64, 64, 8, 2), (64, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3)),
 }
 REGISTER_BOUNDS = (None, 168, 128)
+SWEPT_CASES = ("frames_2_d64", "frames_2_d128", "cogvideox_5b_previous_frame")
+TIMINGS_UNTIL = 420.0
+"""Seconds after the start at which timings stop taking up contestants: the whole has ten minutes."""
 
 
 class Wrong(Exception):
@@ -81,6 +84,12 @@ class Session:
 
         times = do_bench(call, warmup=20, rep=80, quantiles=[0.1, 0.5, 0.9])
         return dict(zip(("p10", "p50", "p90"), (milliseconds / 1e3 for milliseconds in times)))
+
+    @property
+    def cases(self):
+        from benchmarks import cases
+
+        return cases.TOY if self.interpret else cases.GPU
 
 
 # -- correctness -----------------------------------------------------------------------------------------------------
@@ -123,99 +132,43 @@ def failure(task, error: BaseException) -> dict:
 # -- timings ---------------------------------------------------------------------------------------------------------
 
 
-def inputs(pattern, session: Session):
-    """q, k, v with gradients and grad_out, (B, H, n, D), random."""
-    import torch
-
-    generator = torch.Generator(session.device).manual_seed(0)
-    shape = (pattern.batch, pattern.heads, pattern.positions, pattern.head_dim)
-    found = [torch.randn(shape, generator=generator, device=session.device).to(session.dtype) for _ in range(4)]
-    return [x.requires_grad_() for x in found[:3]], found[3]
-
-
-def ours(form: str, pattern, q, k, v):
-    """A call of our kernels."""
-    from canvas_kernels import block_attention
-
-    table = pattern.table(form)
-    return lambda: block_attention(q, k, v, table, backend="triton")
-
-
-def gate(pattern, form: str, session: Session) -> float:
-    """The error of our output against float64 on the first head; :class:`Wrong` over 1e-5 (float32) or 2e-2."""
-    from canvas_kernels import block_attention, reference
-
-    (q, k, v), _ = inputs(pattern, session)
-    table = pattern.table(form)
-    q, k, v = (x.detach()[:1, :1] for x in (q, k, v))
-    found = block_attention(q, k, v, table, backend="triton").double()
-    wanted = reference.attention(q.double(), k.double(), v.double(), table, scale=pattern.head_dim**-0.5)[0]
-    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
-    if not error <= (1e-5 if session.interpret else 2e-2):
-        raise Wrong(f"{pattern.name} {form}: error {error:.2e}")
-    return error
-
-
-def time_case(pattern, name: str, form: str, session: Session) -> dict:
-    """One row: forward, and backward alone, of ``name`` ("ours" or a contestant)."""
-    import torch
-
-    from benchmarks import gpu_cases
-
-    (q, k, v), grad_out = inputs(pattern, session)
-    row = {"case": pattern.name, "contestant": name, "form": form, "head_dim": pattern.head_dim}
-    if name == "ours":
-        row["error"] = gate(pattern, form, session)
-        call = ours(form, pattern, q, k, v)
-    else:
-        call = gpu_cases.contestant(name, pattern, q, k, v)
-    start = time.perf_counter()
-    out = call()
-    torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True)
-    if session.device == "cuda":
-        torch.cuda.synchronize()
-    row["first_seconds"] = time.perf_counter() - start
-    with torch.no_grad():
-        forward = session.seconds(call)
-    backward = session.seconds(lambda: torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True))
-    table = pattern.table(form)
-    batch_heads = pattern.batch * pattern.heads
-    for stage, seconds, is_backward in (("forward", forward, False), ("backward", backward, True)):
-        row[f"{stage}_seconds"] = seconds
-        row[f"{stage}_tflops"] = table.flops(pattern.head_dim, batch_heads, is_backward) / seconds["p50"] / 1e12
-    return row | {"pairs": table.pairs, "density": table.density, "positions": pattern.positions}
-
-
 def timings(session: Session) -> list[dict]:
-    import torch
+    """The suite on this device. Contestants that fail are rows that say why; ours failing ends the phase."""
+    from benchmarks import suite
 
-    from benchmarks import gpu_cases
-
-    rows, failed = [], []
-    for pattern in gpu_cases.TOY if session.interpret else gpu_cases.PATTERNS:
-        runs = [("ours", "joint"), ("ours", "edge")]
-        runs += [(name, "edge" if name == "per_edge" else "joint") for name in pattern.contestants]
-        for name, form in runs:
-            try:
-                row = time_case(pattern, name, form, session)
-            except Wrong:
-                raise
-            except Exception as error:
-                # a contestant that runs out of memory, say: its row says so and the others are still timed
-                failed.append(f"{pattern.name} {name} {form}: {type(error).__name__}: {str(error)[:200]}")
-                rows.append({"case": pattern.name, "contestant": name, "form": form, "failed": failed[-1]})
-                session.say(failed[-1])
+    settings = suite.Settings(session.device, session.dtype, environment=session.environment)
+    settings.deadline = session.began + TIMINGS_UNTIL
+    if session.interpret:
+        settings.backend, settings.reference_tokens, settings.seconds = "triton", 16, 0.0
+        settings.only = frozenset({"sdpa_mask", "per_edge_loop", "grouped"})
+    rows = []
+    for new in suite.run(session.cases, settings):
+        rows += new
+        session.write("timings", rows)
+        for row in new:
+            name = f"{row['case']:24} {row['form']:9} {row['contestant']:14}"
+            why = row.get("skipped") or row.get("failed")
+            if why or "forward_tflops" not in row:
+                session.say(f"{name} {why or ''}")
                 continue
-            rows.append(row)
-            speeds = f"forward {row['forward_tflops']:7.1f} TFLOP/s, backward {row['backward_tflops']:7.1f} TFLOP/s"
-            session.say(f"{pattern.name:22} {name:10} {form:5} {speeds}, first call {row['first_seconds']:.1f} s")
-            session.write("timings", rows)
-        if session.device == "cuda":
-            torch.cuda.empty_cache()
-    session.write("timings", rows)
-    if any(text.split()[1] == "ours" for text in failed):
-        raise Wrong("; ".join(failed))
+            parts = (part for part in ("forward", "backward") if f"{part}_tflops" in row)
+            rates = (f"{part} {row[f'{part}_tflops']:7.1f}" for part in parts)
+            session.say(f"{name} {', '.join(rates)} TFLOP/s, first call {row['first_seconds']:.1f} s")
+    if suite.faults(rows):
+        raise Wrong("; ".join(suite.faults(rows)))
     return rows
+
+
+def attention(case, form: str, session: Session):
+    """(call, leaves, grad_out) of our kernels on a case."""
+    from benchmarks.problem import Problem
+    from canvas_engineering.attention import canvas_attention
+
+    problem = Problem(case)
+    plan = problem.plan(form).to(session.device)
+    *leaves, grad_out = problem.inputs(session.device, session.dtype)
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    return (lambda: canvas_attention(*leaves, plan, backend="triton")), leaves, grad_out
 
 
 # -- profile, dispatcher, sweep --------------------------------------------------------------------------------------
@@ -228,24 +181,19 @@ def profile(session: Session) -> list[dict]:
     import torch
     from torch.profiler import ProfilerActivity
 
-    from benchmarks import gpu_cases
-
-    patterns = gpu_cases.TOY if session.interpret else gpu_cases.PATTERNS
-    name, form = patterns[-1].name, "edge"
+    name, form = session.cases[0].name, "edge"
     timed = session.out / "timings.jsonl"
     if timed.exists():
         rows = [json.loads(line) for line in timed.read_text().splitlines()]
-        rows = [row for row in rows if row["contestant"] == "ours" and "failed" not in row]
-        slowest = max(rows, key=lambda row: row["forward_seconds"]["p50"] + row["backward_seconds"]["p50"])
+        rows = [row for row in rows if row["contestant"] == "ours" and "step_seconds" in row]
+        slowest = max(rows, key=lambda row: row["step_seconds"]["p50"])
         name, form = slowest["case"], slowest["form"]
-    pattern = next(pattern for pattern in patterns if pattern.name == name)
-    (q, k, v), grad_out = inputs(pattern, session)
-    call = ours(form, pattern, q, k, v)
-    torch.autograd.grad(call(), (q, k, v), grad_out)
+    call, leaves, grad_out = attention(next(case for case in session.cases if case.name == name), form, session)
+    torch.autograd.grad(call(), leaves, grad_out)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if session.device == "cuda" else [])
     with torch.profiler.profile(activities=activities) as recorded:
         for _ in range(1 if session.interpret else 5):
-            torch.autograd.grad(call(), (q, k, v), grad_out)
+            torch.autograd.grad(call(), leaves, grad_out)
     order = "self_device_time_total" if session.device == "cuda" else "self_cpu_time_total"
     text = recorded.key_averages().table(sort_by=order, row_limit=25)
     (session.out / "profile.txt").write_text(f"{name}, {form} form, 5 steps\n{text}\n")
@@ -261,17 +209,9 @@ def dispatcher(session: Session) -> list[dict]:
     from benchmarks.naive import PerEdgeLoop
     from canvas_engineering.dispatch import AttentionDispatcher
 
-    def toy():
-        from canvas_engineering.canvas import CanvasLayout
-        from canvas_engineering.connectivity import CanvasTopology
-
-        regions = {"a": (0, 2, 0, 2, 0, 3), "b": (0, 2, 2, 3, 0, 3)}
-        layout = CanvasLayout(T=2, d_model=32, spatial_shape=(3, 3), regions=regions)
-        return layout, CanvasTopology.causal_temporal(list(regions))
-
     rows = []
     large = cases.Case("computer_use", cases.computer_use)
-    for case in [cases.Case("toy", toy)] if session.interpret else [*cases.DISPATCH, large]:
+    for case in cases.TOY if session.interpret else [*cases.DISPATCH, large]:
         layout, topology = case.declare()
         heads = max(layout.d_model // 64, 1)
         backend = {"backend": "triton"} if session.interpret else {}
@@ -292,33 +232,63 @@ def dispatcher(session: Session) -> list[dict]:
             medians[name] = session.seconds(step)
             row = {"case": case.name, "contestant": name, "positions": layout.num_positions}
             rows.append(row | {"seconds": medians[name]})
+            if session.device == "cuda":
+                rows[-1]["launch_gaps"] = launch_gaps(step)
         ratio = medians["per_edge"]["p50"] / medians["ours"]["p50"]
-        session.say(f"{case.name}: {1e3 * medians['ours']['p50']:.2f} ms, {ratio:.2f} times as fast as the loop")
+        gaps = f", {100 * rows[-2]['launch_gaps']:.0f} % of it between kernels" if "launch_gaps" in rows[-2] else ""
+        session.say(f"{case.name}: {1e3 * medians['ours']['p50']:.2f} ms{gaps}, {ratio:.2f} times as fast as the loop")
     session.write("dispatcher", rows)
     return rows
 
 
+def launch_gaps(step, steps: int = 5) -> float:
+    """The share of time, from the first kernel of several steps to the end of the last, in which no kernel runs."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    on_device = (event.time_range for event in recorded.events() if event.device_type.name == "CUDA")
+    return idle_share([(span.start, span.end) for span in on_device])
+
+
+def idle_share(spans: list[tuple[float, float]]) -> float:
+    """The share of the time from the first start to the last end that no span covers; nan without spans.
+
+    >>> idle_share([(0, 4), (2, 5), (7, 10)])
+    0.2
+    """
+    if not spans:
+        return math.nan
+    spans, idle, reached = sorted(spans), 0.0, min(spans)[0]
+    first = reached
+    for start, end in spans:
+        idle += max(start - reached, 0.0)
+        reached = max(reached, end)
+    return idle / (reached - first)
+
+
 def sweep(session: Session) -> list[dict]:
     """Times one pass at a time with candidate tiles, the others as shipped. What does not compile is a row, too."""
-    from benchmarks import gpu_cases
-
     rows = []
-    patterns = [p for p in gpu_cases.PATTERNS if p.name.startswith(("dense", "cogvideox"))]
-    for pattern in gpu_cases.TOY if session.interpret else patterns:
+    for case in session.cases if session.interpret else [c for c in session.cases if c.name in SWEPT_CASES]:
         for form, stage in SWEPT_PASSES:
             tried = []
-            for shape in ((16, 16, 1, 2),) if session.interpret else SWEEP[pattern.head_dim]:
+            for shape in ((16, 16, 1, 2),) if session.interpret else SWEEP[case.head_dim]:
                 for bound in (None,) if session.interpret else REGISTER_BOUNDS:
-                    tried.append(time_candidate(pattern, form, stage, (*shape, bound), session))
+                    tried.append(time_candidate(case, form, stage, (*shape, bound), session))
             rows += tried
             session.write("sweep", rows)
             timed = sorted((row for row in tried if "seconds" in row), key=lambda row: row["seconds"])
             best = ", ".join(f"{row['config']} {1e3 * row['seconds']:.3f} ms" for row in timed[:3])
-            session.say(f"{pattern.name} {stage} {form}: {best}; {len(tried) - len(timed)} of {len(tried)} failed")
+            session.say(f"{case.name} {stage} {form}: {best}; {len(tried) - len(timed)} of {len(tried)} failed")
     return rows
 
 
-def time_candidate(pattern, form: str, stage: str, shape: tuple, session: Session) -> dict:
+def time_candidate(case, form: str, stage: str, shape: tuple, session: Session) -> dict:
     """One row: seconds of the forward, or of the whole backward, with one pass's tiles replaced."""
     import torch
 
@@ -329,9 +299,8 @@ def time_candidate(pattern, form: str, stage: str, shape: tuple, session: Sessio
     def lookup(arch, head_dim, dtype, wanted, form):
         return (candidate,) if wanted == stage else shipped(arch, head_dim, dtype, wanted, form)
 
-    row = {"case": pattern.name, "form": form, "stage": stage, "config": list(shape)}
-    (q, k, v), grad_out = inputs(pattern, session)
-    call = ours(form, pattern, q, k, v)
+    row = {"case": case.name, "form": form, "stage": stage, "config": list(shape)}
+    call, leaves, grad_out = attention(case, form, session)
     configs.lookup = lookup
     try:
         if stage == "forward":
@@ -339,7 +308,7 @@ def time_candidate(pattern, form: str, stage: str, shape: tuple, session: Sessio
                 row["seconds"] = session.seconds(call)["p50"]
         else:
             out = call()
-            backward = session.seconds(lambda: torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True))
+            backward = session.seconds(lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True))
             row["seconds"] = backward["p50"]
     except Exception as error:
         row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"

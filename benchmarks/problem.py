@@ -1,7 +1,7 @@
-"""A case made concrete: its tokens, its reads as plain lists of indices, and exact results in float64 to hold others to.
+"""A case made concrete: its tokens, its reads as plain lists of indices, and exact results in float64.
 
-Nothing here knows of plans or tables: reads are resolved from the declaration alone (docs/semantics.md, section 2), so a
-mistake in the compiler cannot hide. Nothing is of size N²: exact results are computed for some of the query rows.
+Reads are resolved from the declaration alone (docs/semantics.md, section 2) and not from a plan, so that a mistake of
+the compiler cannot hide. Nothing is of size N²: exact results are computed for some of the query rows.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class Problem:
 
     @cached_property
     def weight_of_kinds(self) -> np.ndarray:
-        """float32 [kinds, kinds]: the largest weight with which a query of one kind reads a key of another; 0: none."""
+        """float64 [kinds, kinds]: the largest weight with which a query of one kind reads a key of another; 0: none."""
         count = int(self.kinds.max()) + 1
-        weight = np.zeros((count, count), np.float32)
+        weight = np.zeros((count, count))
         for read in self.reads:
             cell = np.ix_(np.unique(self.kinds[read.queries]), np.unique(self.kinds[read.keys]))
             weight[cell] = np.maximum(weight[cell], read.weight)
@@ -99,7 +99,7 @@ class Problem:
         return bool(~np.isin(self.weight_of_kinds, (0.0, 1.0)).all())
 
     def weights(self, rows: np.ndarray, device: str | torch.device = "cpu") -> Tensor:
-        """float32 (rows, n): the rows of the joint matrix."""
+        """float64 (rows, n): the rows of the joint matrix."""
         weight, kinds = (torch.from_numpy(x).to(device) for x in (self.weight_of_kinds, self.kinds.astype(np.int64)))
         return weight[kinds[torch.from_numpy(rows).to(device)]][:, kinds]
 
@@ -140,7 +140,7 @@ class Problem:
                 part = rows[low : low + CHUNK_ROWS]
                 weights = self.weights(part, q.device)
                 keys = weights.any(0).nonzero()[:, 0]
-                _softmax(found, q, k, v, upstream, part, keys, scale, weights[:, keys].double())
+                _softmax(found, q, k, v, upstream, part, keys, scale, weights[:, keys])
         else:
             chosen = np.zeros(self.tokens, bool)
             chosen[rows] = True

@@ -29,7 +29,7 @@ from benchmarks.problem import Problem
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """Largest error over the largest exact value that the gate lets through."""
 REFERENCE_TOKENS = {"cpu": 1024, "cuda": 16384}
-ROUNDS = (1, 25)
+ROUNDS = (1, 31)
 GATED_HEADS = 4
 
 
@@ -39,7 +39,8 @@ class Wrong(Exception):
 
 @dataclass
 class Settings:
-    """How a run is made. ``seconds``: of timed rounds per case, within ROUNDS. ``only``: contestants; ours always run."""
+    """How a run is made. ``seconds``: of timed rounds per case, within ROUNDS. ``only``: contestants; ours always run.
+    ``deadline``, of ``time.perf_counter``: after it others than ours are skipped, and cases not begun."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -47,6 +48,7 @@ class Settings:
     backend: str = "auto"
     reference_tokens: int | None = None
     only: frozenset[str] = frozenset()
+    deadline: float = float("inf")
     environment: dict = field(default_factory=dict)
 
 
@@ -65,19 +67,44 @@ class Runner:
         """One round: a forward, and the backward where there is one."""
         *leaves, upstream = self.inputs
         with torch.set_grad_enabled(not self.contestant.forward_only):
-            start = _now(device)
+            clock = Clock(device)
             out = self.attend(*leaves)
-            middle = _now(device)
-            self.forward.append(middle - start)
+            clock.mark()
             if not self.contestant.forward_only:
                 torch.autograd.grad(out, leaves, upstream)
-                self.backward.append(_now(device) - middle)
+                clock.mark()
+        for times, seconds in zip((self.forward, self.backward), clock.seconds()):
+            times.append(seconds)
+
+
+class Clock:
+    """Seconds between construction and marks: the host's on a CPU, on a GPU the device's."""
+
+    def __init__(self, device: str):
+        self.device, self.marks = device, []
+        self.mark()
+
+    def mark(self) -> None:
+        if self.device == "cpu":
+            self.marks.append(time.perf_counter())
+        else:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+
+    def seconds(self) -> list[float]:
+        if self.device == "cpu":
+            return np.diff(self.marks).tolist()
+        torch.cuda.synchronize()
+        return [1e-3 * a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:])]
 
 
 def run(cases: list[Case] | tuple[Case, ...], settings: Settings) -> Iterator[list[dict]]:
     """The rows of each case as it ends."""
     settings.environment = settings.environment or measure.environment(settings.device)
     for case in cases:
+        if time.perf_counter() > settings.deadline:
+            return
         yield [row | settings.environment for row in run_case(case, settings)]
         gc.collect()
         if settings.device == "cuda":
@@ -85,7 +112,7 @@ def run(cases: list[Case] | tuple[Case, ...], settings: Settings) -> Iterator[li
 
 
 def run_case(case: Case, settings: Settings) -> list[dict]:
-    """Gate and time one case. A contestant that cannot run is a row that says why; a wrong one of ours is Wrong."""
+    """Gate and time one case. A contestant that cannot run, or is wrong, is a row that says why; others are timed."""
     problem = Problem(case)
     described = {
         "case": case.name,
@@ -109,24 +136,24 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
         if contestant.name in case.without:
             row["skipped"] = case.without[contestant.name]
             continue
+        if contestant.name != "ours" and time.perf_counter() > settings.deadline:
+            row["skipped"] = "no time was left"
+            continue
         try:
             runners.append(prepare(contestant, problem, inputs, gate, settings, row))
         except Unavailable as cause:
             row["skipped"] = str(cause)
         except Exception as cause:
-            if contestant.name == "ours":
-                raise
-            # a contestant that fails or runs out of memory: its row says so, the others are still timed
+            # out of memory, say; time on a device is scarce, and the next case may well run
             row["failed"] = f"{type(cause).__name__}: {str(cause).strip()[:300]}"
             if settings.device == "cuda":
                 torch.cuda.empty_cache()
     del gate
     reference = Reference(case, settings)
     rounds = _rounds(runners, reference, settings)
-    for _ in range(rounds):
+    while len(reference.times) < rounds:
         for runner in runners:
-            if len(runner.forward) < rounds:
-                runner.step(settings.device)
+            runner.step(settings.device)
         reference.step()
     _finish(runners, reference, problem, rounds)
     reference_row = described | {"form": "reference", "contestant": "sdpa_unmasked"} | reference.row()
@@ -137,14 +164,17 @@ def prepare(
     contestant: Contestant, problem: Problem, inputs: list[Tensor], gate: Gate, settings: Settings, row: dict
 ) -> Runner:
     """Builds, makes the first call under the gate, and measures both."""
+    memory = Memory(settings.device)
     start = _now(settings.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         attend = contestant.build(problem, settings.device, settings.dtype)
     row["setup_seconds"] = _now(settings.device) - start
     own = [attend.pack(x) for x in inputs] if isinstance(attend, Packed) else inputs
-    runner = Runner(contestant, attend, [x.detach().requires_grad_(i < 3) for i, x in enumerate(own)], row)
+    trains = not contestant.forward_only
+    runner = Runner(contestant, attend, [x.detach().requires_grad_(trains and i < 3) for i, x in enumerate(own)], row)
     row["errors"] = gate(runner)
+    row["peak_bytes"] = memory.peak()
     worst = max(row["errors"].values())
     if not worst <= TOLERANCE[settings.dtype]:
         raise Wrong(f"{problem.case.name}, {contestant.form} form, {contestant.name}: {row['errors']}")
@@ -165,14 +195,13 @@ class Gate:
         self.exact: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, runner: Runner) -> dict[str, float]:
-        """The errors of output, dq, dk and dv over their largest exact values; fills in first_seconds and memory."""
+        """The errors of output, dq, dk and dv over their largest exact values; fills in first_seconds."""
         attend, form, device = runner.attend, runner.contestant.form, self.settings.device
         if form not in self.exact:
             self.exact[form] = self.problem.exact(form, self.tensors, self.rows)
         leaves, upstream = runner.inputs[:3], self.upstream
         packed = isinstance(attend, Packed)
         upstream = attend.pack(upstream) if packed else upstream
-        memory = Memory(device)
         start = _now(device)
         with torch.set_grad_enabled(not runner.contestant.forward_only), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -181,7 +210,6 @@ class Gate:
             if not runner.contestant.forward_only:
                 found += torch.autograd.grad(out, leaves, upstream)
         runner.row["first_seconds"] = _now(device) - start
-        runner.row["peak_bytes"] = memory.peak()
         errors = {}
         for name, value in zip(("out", "dq", "dk", "dv"), found):
             value = (attend.unpack(value.detach()) if packed else value.detach())[0, self.heads]
@@ -194,7 +222,8 @@ class Gate:
 
 
 class Memory:
-    """The most that is held at once between construction and :meth:`peak`, beyond what was there before, in bytes.
+    """The most that is held at once between construction and :meth:`peak`, beyond what was there before, in bytes:
+    masks and tables, results, what is kept for backward, temporaries.
 
     On a CPU this is the process's resident memory, with every larger tensor mapped by itself so that freed ones count
     no more; None where /proc does not tell.
@@ -250,11 +279,12 @@ class Reference:
         self.once()
 
     def once(self) -> tuple[float, float]:
-        start = _now(self.device)
+        clock = Clock(self.device)
         out = F.scaled_dot_product_attention(*self.leaves)
-        middle = _now(self.device)
+        clock.mark()
         torch.autograd.grad(out, self.leaves, self.upstream)
-        return middle - start, _now(self.device) - middle
+        clock.mark()
+        return tuple(clock.seconds())
 
     def step(self) -> None:
         self.times.append([self.once(), self.once()])
@@ -278,24 +308,20 @@ class Reference:
 
 
 def _rounds(runners: list[Runner], reference: Reference, settings: Settings) -> int:
-    """As many rounds as fit ``settings.seconds``. A contestant whose first call alone took four times that is not run
-    again: that call is its one measurement."""
+    """As many rounds as fit ``settings.seconds``. Each runs once first, to tell; that is the one round where it took
+    longer than that."""
     total = sum(reference.once()) * 2
     for runner in runners:
-        if runner.row["first_seconds"] > 4 * settings.seconds and runner.contestant.name == "per_edge_loop":
-            runner.row["first_is_timed"] = True
-            continue
         runner.step(settings.device)
         total += sum(runner.forward) + sum(runner.backward)
+    # what took long is not run a second time
+    if total > settings.seconds:
+        reference.step()
+        return 1
+    for runner in runners:
         runner.forward.clear()
         runner.backward.clear()
-    rounds = int(np.clip(settings.seconds / total, *ROUNDS))
-    for runner in runners:
-        if runner.row.get("first_is_timed"):
-            # split as arithmetic is; only their sum is used
-            seconds = runner.row["first_seconds"]
-            runner.forward, runner.backward = [seconds / 3.5] * rounds, [seconds * 2.5 / 3.5] * rounds
-    return rounds
+    return int(np.clip(settings.seconds / total, *ROUNDS))
 
 
 def _finish(runners: list[Runner], reference: Reference, problem: Problem, rounds: int) -> None:
@@ -313,7 +339,7 @@ def _finish(runners: list[Runner], reference: Reference, problem: Problem, round
             times["backward"] = np.array(runner.backward)
             times["step"] = times["forward"] + times["backward"]
         row |= {"rounds": rounds, "pairs": table.pairs, "density": table.pairs / problem.tokens**2}
-        own = ours[runner.contestant.form]
+        own = ours.get(runner.contestant.form)
         for part, seconds in times.items():
             row[f"{part}_seconds"] = measure.quantiles(seconds)
             row[f"{part}_tflops"] = flops[part] / float(np.median(seconds)) / 1e12
@@ -321,10 +347,16 @@ def _finish(runners: list[Runner], reference: Reference, problem: Problem, round
             factor = 1.0 if part == "forward" else 2.5 if part == "backward" else 3.5
             rate = factor * reference.flops / reference.seconds(part).mean(1)
             row[f"{part}_roofline"] = measure.quantiles(flops[part] / seconds / rate)
-            if runner is not own:
+            if own is not None and runner is not own:
                 own_seconds = {"forward": own.forward, "backward": own.backward}.get(part)
                 own_seconds = np.array(own.forward) + own.backward if own_seconds is None else np.array(own_seconds)
                 row[f"{part}_ratio"] = measure.quantiles(seconds / own_seconds)
+
+
+def faults(rows: list[dict]) -> list[str]:
+    """Of rows, those of ours that failed, in words."""
+    failed = (row for row in rows if row["contestant"] == "ours" and "failed" in row)
+    return [f"{row['case']}, {row['form']} form: {row['failed']}" for row in failed]
 
 
 def _now(device: str) -> float:

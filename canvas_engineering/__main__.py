@@ -1,7 +1,8 @@
-"""``python -m canvas_engineering``: look at a saved schema.
+"""``python -m canvas_engineering``: look at a saved schema, measure this machine.
 
     python -m canvas_engineering inspect SCHEMA.json
     python -m canvas_engineering draw SCHEMA.json --out PICTURE.png
+    python -m canvas_engineering bench --case "frames_*"
 
 typer, rich and matplotlib are imported when the command runs; all three come with the ``dev`` extra.
 """
@@ -73,7 +74,8 @@ def build_app():
     from rich.console import Console
 
     out_option = typer.Option(..., help="the layout's picture; the topology's and the table's lie beside it")
-    app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look at a saved canvas schema.")
+    options_argument = typer.Argument(None, help="what the suite takes")
+    app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look at a saved canvas schema, or measure.")
 
     def open_schema(path: Path):
         try:
@@ -113,6 +115,18 @@ def build_app():
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=120, bbox_inches="tight")
             Console().print(str(path), highlight=False)
+
+    @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+    def bench(options: list[str] = options_argument) -> None:
+        """Time block-sparse attention against dense masks and loops; --help lists the options."""
+        try:
+            from benchmarks.bench import main as run
+        except ModuleNotFoundError as cause:
+            # the suite is not installed with the package
+            where = "run this in the folder of the source, where benchmarks/ lies, with the extra dev installed"
+            Console(stderr=True).print(f"{cause}: {where}", style="red", highlight=False)
+            raise typer.Exit(2) from cause
+        raise typer.Exit(run(list(options or ())))
 
     return app
 

@@ -1,0 +1,129 @@
+"""``python -m canvas_engineering bench``: the suite, its rows, its report, and the gate against slow-downs.
+
+Times every case of ``cases.py`` in both forms against whoever can run it here (:mod:`benchmarks.suite`), writes rows,
+and from the rows a Markdown report with figures. With ``--compare ROWS`` it exits with 1 where ours has become slower
+than those rows by more than noise, or where a kernel takes more registers, spills or shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks import cases, measure, report, suite
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def table_of(rows: list[dict]) -> Table:
+    """A line per contestant: medians, and how many times ours' time it takes."""
+    table = Table(title="forward + backward; FlexAttention on a CPU forward only")
+    for column in ("case", "form", "contestant", "ms", "time / ours", "of SDPA's rate", "MiB", "first call s"):
+        table.add_column(column, justify="left" if column in ("case", "form", "contestant") else "right")
+    for row, following in zip(rows, [*rows[1:], None]):
+        names = row["case"], row["form"], row["contestant"]
+        end = following is None or following["case"] != row["case"]
+        why = row.get("skipped") or row.get("failed")
+        if why:
+            table.add_row(*names, f"[dim]{why[:40]}", end_section=end)
+            continue
+        part = "step" if "step_seconds" in row else "forward"
+        ratio, share, peak = row.get(f"{part}_ratio"), row.get(f"{part}_roofline"), row.get("peak_bytes")
+        table.add_row(
+            *names,
+            f"{1e3 * row[f'{part}_seconds']['p50']:.2f}",
+            "" if ratio is None else f"[{'red' if ratio['p50'] < 1 else 'green'}]{ratio['p50']:.2f}",
+            "" if share is None else f"{share['p50']:.2f}",
+            "" if peak is None else f"{peak / 2**20:.1f}",
+            f"{row['first_seconds']:.2f}" if "first_seconds" in row else "",
+            end_section=end,
+        )
+    return table
+
+
+def chosen(options: argparse.Namespace, device: str) -> list[cases.Case]:
+    """The cases that were asked for; ValueError where a pattern fits none."""
+    known = cases.CPU if device == "cpu" else cases.GPU
+    if not options.case:
+        return list(known)
+    for pattern in options.case:
+        if not fnmatch.filter([case.name for case in known], pattern):
+            raise ValueError(f"no case is called {pattern!r}; there are {', '.join(case.name for case in known)}")
+    return [case for case in known if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.case)]
+
+
+def measured(found: list[cases.Case], settings: suite.Settings) -> list[dict]:
+    """Rows of all cases, shown as they come."""
+    console, rows = measure.console(), []
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+    task = progress.add_task(found[0].name, total=len(found))
+    if not console.is_terminal:
+        for case, new in zip(found, suite.run(found, settings)):
+            console.print(f"{case.name}: gate passed, {new[0].get('rounds', 0)} rounds")
+            rows += new
+        console.print(table_of(rows))
+        return rows
+    with Live(Group(progress), console=console, refresh_per_second=4) as live:
+        for case, new in zip(found, suite.run(found, settings)):
+            rows += new
+            following = found.index(case) + 1
+            progress.update(task, advance=1, description=found[following].name if following < len(found) else "done")
+            live.update(Group(table_of(rows), progress))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m canvas_engineering bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--case", action="append", help="a name, or a pattern as in cogvideox_*; default: all")
+    parser.add_argument("--contestant", action="append", help="default: all; ours always runs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timed rounds per case")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the report and its figures")
+    parser.add_argument("--save", type=Path, metavar="ROWS", help="where rows go; default: rows.json in that folder")
+    parser.add_argument("--rows", type=Path, help="report and compare these rows instead of measuring")
+    parser.add_argument("--compare", type=Path, metavar="ROWS", help="exit with 1 where ours became slower than these")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    options = parser.parse_args(argv)
+    console = measure.console()
+    torch.set_num_threads(options.threads)
+    try:
+        found = chosen(options, options.device)
+        earlier = measure.read_rows(options.compare) if options.compare else None
+        rows = measure.read_rows(options.rows) if options.rows else None
+    except (ValueError, OSError) as cause:
+        parser.error(str(cause))
+    if options.list:
+        for case in found:
+            console.print(f"{case.name}: {case.declare.__doc__ or case.group}", highlight=False)
+        return 0
+    if rows is None:
+        dtype = DTYPES[options.dtype or ("float32" if options.device == "cpu" else "bfloat16")]
+        settings = suite.Settings(options.device, dtype, options.seconds, only=frozenset(options.contestant or ()))
+        rows = measured(found, settings)
+        measure.write_rows(rows, options.save or options.out / "rows.json")
+    if not report.is_aot(rows):
+        console.print(f"report: {report.write(rows, options.out)}", highlight=False)
+    faults = [] if report.is_aot(rows) else suite.faults(rows)
+    for fault in faults:
+        console.print(fault, style="red", highlight=False)
+    if earlier is None:
+        return int(bool(faults))
+    lines, slower = report.compare(earlier, rows)
+    console.print("\n".join(lines), highlight=False)
+    return int(slower or bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""benchmarks/suite.py and what it stands on: reads and exact results are the oracle's, the gate sees wrong results,
+cases are the promised ones, reports and comparisons say what the rows say."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="benchmarks print their tables with rich")
+
+from benchmarks import bench, cases, contestants, measure, report, suite
+from benchmarks.problem import Problem
+from canvas_engineering import CanvasLayout, CanvasTopology, Connection, MaskSpec, RegionSpec, TemporalFill
+from tests import oracle
+
+HEADS, DIM = 2, 8
+
+
+def tangled():
+    """Weights, fills, tiles, overlaps, a slow region, positions that read nothing; 72 positions."""
+    regions = {
+        "fast": (0, 6, 0, 2, 0, 3),
+        "over": (1, 4, 1, 3, 1, 3),
+        "slow": RegionSpec((0, 2, 2, 3, 0, 3), period=3),
+        "mute": (0, 2, 3, 4, 2, 3),
+    }
+    connections = [
+        Connection("fast", "fast", t_src=0, t_dst=0, weight=2.0),
+        Connection("fast", "fast", t_src=0, t_dst=-1, mask=MaskSpec("tile", tile_h=1, tile_w=2)),
+        Connection("fast", "slow", t_src=0, t_dst=0, temporal_fill=TemporalFill.INTERPOLATE),
+        Connection("over", "slow", t_src=0, t_dst=0, temporal_fill=TemporalFill.HOLD, weight=0.5),
+        Connection("slow", "over", mask=MaskSpec("tile", tile_shape=(2, 2))),
+        Connection("slow", "slow"),
+        Connection("over", "fast", weight=0.0),
+    ]
+    return CanvasLayout(T=6, d_model=16, spatial_shape=(4, 3), regions=regions), CanvasTopology(connections)
+
+
+SMALL = cases.Case("tangled", tangled, heads=HEADS, head_dim=DIM, batch=2)
+QUICK = suite.Settings(seconds=0.0, reference_tokens=16, only=frozenset({"sdpa_mask", "per_edge_loop", "grouped"}))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return next(suite.run([SMALL], copy.copy(QUICK)))
+
+
+def expected(form: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Output and gradients (H, N, D) of the first of the batch by the tests' oracle and autograd."""
+    layout, topology = tangled()
+    q, k, v, upstream = (x[:1].detach().double() for x in tensors)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    if form == "edge":
+        out = oracle.edge_attention(*leaves, oracle.reads(layout, topology), DIM**-0.5)
+    else:
+        matrix = torch.as_tensor(oracle.joint_matrix(layout, topology))
+        out = oracle.joint_attention(*leaves, matrix, DIM**-0.5)
+    gradients = torch.autograd.grad(out, leaves, upstream)
+    return {name: x.detach()[0] for name, x in zip(("out", "dq", "dk", "dv"), (out, *gradients))}
+
+
+# -- problems ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_joint_weights_are_the_oracles():
+    problem = Problem(SMALL)
+    found = problem.weights(np.arange(problem.tokens)).numpy()
+    np.testing.assert_allclose(found, oracle.joint_matrix(*tangled()), rtol=1e-6, atol=0)
+    assert problem.weighted and 1 < problem.weight_of_kinds.shape[0] < problem.tokens
+
+
+@pytest.mark.parametrize("form", ["joint", "edge"])
+def test_exact_results_are_the_oracles(form):
+    problem = Problem(SMALL)
+    tensors = problem.inputs("cpu", torch.float32)
+    rows = np.arange(0, problem.tokens, 2)
+    upstream = torch.zeros_like(tensors[3])
+    upstream[:, :, rows] = tensors[3][:, :, rows]
+    tensors[3] = upstream
+    found = problem.exact(form, tensors, rows)
+    for name, wanted in expected(form, tensors).items():
+        wanted = wanted[:, rows] if name in ("out", "dq") else wanted
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-12, msg=name)
+
+
+def test_tokens_follow_the_regions_of_the_sequence():
+    layout = CanvasLayout(T=2, d_model=8, spatial_shape=(3,), regions={"a": (0, 2, 0, 2), "b": (0, 1, 2, 3)})
+    problem = Problem(cases.Case("two", lambda: (layout, CanvasTopology.dense(["a", "b"])), sequence=("b", "a")))
+    assert problem.place.tolist() == [2, 0, 1, 3, 4] and problem.tokens == 5
+    assert (problem.plan("joint").to_dense() == 1).all() and problem.plan("edge").density == 1
+    with pytest.raises(ValueError, match="position 2 is read or reads, but is not one of the 4 given"):
+        Problem(cases.Case("one", lambda: (layout, CanvasTopology.dense(["a", "b"])), sequence=("a",))).plan("joint")
+
+
+def test_a_long_sequence_is_sampled_with_every_kind_in_it():
+    problem = Problem(cases.Case("video", lambda: cases.long_video(40, 24)))
+    rows = problem.sample()
+    assert len(rows) == 2**23 // problem.tokens == 364 and (np.diff(rows) > 0).all()
+    assert set(problem.kinds[rows]) == set(problem.kinds)
+
+
+# -- the gate and the rounds -------------------------------------------------------------------------------------------
+
+
+def test_rows_hold_what_was_measured(rows):
+    names = [(row["form"], row["contestant"]) for row in rows]
+    assert names == [
+        ("joint", "ours"),
+        ("joint", "sdpa_mask"),
+        ("edge", "ours"),
+        ("edge", "per_edge_loop"),
+        ("edge", "grouped"),
+        ("reference", "sdpa_unmasked"),
+    ]
+    joint = float((oracle.joint_matrix(*tangled()) > 0).double().mean())
+    for row in rows[:-1]:
+        assert max(row["errors"].values()) < 1e-5 and set(row["errors"]) == {"out", "dq", "dk", "dv"}
+        assert row["rounds"] == 1 and row["tokens"] == 72 and row["commit"]
+        total = row["forward_seconds"]["p50"] + row["backward_seconds"]["p50"]
+        assert math.isclose(row["step_seconds"]["p50"], total)
+        assert math.isclose(row["step_tflops"], row["pairs"] * 14 * DIM * HEADS * 2 / total / 1e12)
+    assert math.isclose(rows[0]["density"], joint)
+    assert math.isclose(rows[1]["step_ratio"]["p50"], rows[1]["step_seconds"]["p50"] / rows[0]["step_seconds"]["p50"])
+    reference = rows[-1]
+    assert reference["reference_tokens"] == 16 and reference["noise"] >= 0
+
+
+@pytest.mark.parametrize("name", ["out", "dq", "dk", "dv"])
+def test_the_gate_sees_a_wrong_scale(name, monkeypatch):
+    """A factor of 1.0001 on any one result, of ours and of a contestant."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, out, q, k, v):
+            return out * (1.0001 if name == "out" else 1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad, None, None, None
+
+    def wrong(attend):
+        def call(q, k, v):
+            leaves = [q, k, v]
+            if name != "out":
+                at = ("dq", "dk", "dv").index(name)
+                x = leaves[at]
+                leaves[at] = x + 0.0001 * (x - x.detach())
+            return Wrong.apply(attend(*leaves), q, k, v)
+
+        return call
+
+    everyone = contestants.of(Problem(SMALL), "cpu")
+    chosen = [c for c in everyone if c.name in ("ours", "sdpa_mask")]
+    built = [c._replace(build=lambda *args, c=c: wrong(c.build(*args))) for c in chosen]
+    monkeypatch.setattr(contestants, "of", lambda *args: built)
+    found = next(suite.run([SMALL], copy.copy(QUICK)))
+    assert [row["contestant"] for row in found if "failed" in row] == ["ours", "sdpa_mask", "ours"]
+    assert all("Wrong" in row["failed"] and f"'{name}'" in row["failed"] for row in found[:-1])
+    assert len(suite.faults(found)) == 2 and "tangled, joint form" in suite.faults(found)[0]
+
+
+def test_who_fails_or_is_left_out_is_a_row(monkeypatch):
+    def fails(problem, device, dtype):
+        raise RuntimeError("out of memory")
+
+    ours, mask = contestants.of(Problem(SMALL), "cpu")[:2]
+    monkeypatch.setattr(contestants, "of", lambda *args: [ours, mask._replace(build=fails)])
+    found = next(suite.run([SMALL], copy.copy(QUICK)))
+    assert found[1]["failed"] == "RuntimeError: out of memory" and "step_seconds" in found[0]
+    without = dataclasses.replace(SMALL, without={"sdpa_mask": "no reason"})
+    assert next(suite.run([without], copy.copy(QUICK)))[1]["skipped"] == "no reason"
+    monkeypatch.setattr(contestants, "MOST_BYTES", {"cpu": 100})
+    with pytest.raises(contestants.Unavailable, match="a mask of 0 GiB"):
+        contestants.sdpa_mask(Problem(SMALL), "cpu", torch.float32)
+
+
+def test_after_the_deadline_only_ours_runs_and_no_case_begins():
+    settings = copy.copy(QUICK)
+    settings.deadline = -math.inf
+    assert list(suite.run([SMALL], settings)) == []
+    found = suite.run_case(SMALL, settings)
+    assert ["skipped" in row for row in found] == [False, True, False, True, True, False]
+
+
+def test_flex_attention_agrees_in_both_orders():
+    """Compiled, with weights and packed order: some seconds of a C++ compiler."""
+    settings = copy.copy(QUICK)
+    settings.only = frozenset({"flex", "flex_packed"})
+    found = next(suite.run([SMALL], settings))
+    for row in found[1:3]:
+        assert row["contestant"] in settings.only
+        if "failed" in row:
+            pytest.skip(f"no compiled FlexAttention here: {row['failed'][:200]}")
+        assert row["errors"].keys() == {"out"} and row["errors"]["out"] < 1e-5 and "step_seconds" not in row
+
+
+def test_memory_counts_what_is_held_at_once():
+    memory = suite.Memory("cpu")
+    if memory.before is None:
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    for _ in range(3):
+        torch.ones(4 << 20)  # 16 MiB, gone at once
+    held = torch.ones(4 << 20)
+    assert 15 << 20 < memory.peak() < 40 << 20 and held.numel()
+
+
+# -- cases -------------------------------------------------------------------------------------------------------------
+
+
+def test_cases_are_the_promised_ones():
+    by_name = {case.name: case for case in cases.CPU}
+    assert len(by_name) == len(cases.CPU) and len({case.name for case in cases.GPU}) == len(cases.GPU)
+    assert {case.group for case in cases.CPU} == {"canvas", "cogvideox", "density", "length"}
+    canvases = {"robot", "causal_video", "multi_rate", "surgical_robot", "fleet", "computer_use"}
+    assert canvases <= by_name.keys() and canvases <= {case.name for case in cases.GPU}
+    lengths = [case.declare()[0].num_positions for case in cases.CPU if case.group == "length"]
+    assert lengths == [1024, 4096, 16384, 65536, 262144, 1048576]
+    density = {"dense": 1, "previous_frame": 0.17, "three_frames": 0.24, "tiles": 0.26}
+    for name, share in density.items():
+        problem = Problem(by_name[f"cogvideox_{name}"])
+        assert problem.tokens == 226 + 13 * 30 * 45 and problem.case.heads == 2
+        assert math.isclose(problem.plan("joint").density, share, abs_tol=0.01), name
+    for case, share in zip((case for case in cases.CPU if case.group == "density"), (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)):
+        assert math.isclose(Problem(case).plan("edge").density, share)
+    five = next(case for case in cases.GPU if case.name == "cogvideox_5b_sparse_tiles")
+    assert Problem(five).plan("joint").density < 0.1 and five.heads == 48 and five.head_dim == 64
+    heads = {case.name: (case.heads, case.head_dim) for case in cases.GPU if case.group == "cogvideox"}
+    assert heads["cogvideox_2b_dense"] == (30, 64) and heads["cogvideox_5b_tiles"] == (48, 64)
+
+
+# -- reports and comparisons -------------------------------------------------------------------------------------------
+
+
+def test_the_report_shows_every_row(rows, tmp_path):
+    pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib")
+    path = report.write(rows, tmp_path)
+    text = path.read_text()
+    assert text.count("| tangled | 72 |") == 2 and f"{rows[1]['step_ratio']['p50']:.2f}" in text
+    assert f"{1e3 * rows[0]['step_seconds']['p50']:.2f}" in text and "Nothing." in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.md", "roofline.png", "speedup.png"]
+    skipped = [*rows, {**rows[1], "skipped": "a mask of 11 GiB"}]
+    assert "SDPA, dense mask, joint form: a mask of 11 GiB (tangled)" in report.markdown(skipped, [])
+
+
+def test_a_slow_down_beyond_noise_is_seen(rows):
+    for row in rows:
+        if "noise" in row:
+            row["noise"] = 0.05
+    assert report.compare(rows, rows)[1] is False
+
+    def scaled(factor):
+        found = copy.deepcopy(rows)
+        share = found[2]["step_roofline"]
+        found[2]["step_roofline"] = {key: value * factor for key, value in share.items()}
+        return found
+
+    assert report.compare(rows, scaled(0.97))[1] is False
+    lines, slower = report.compare(rows, scaled(0.8))
+    assert slower and ["SLOWER" in line for line in lines] == ["tangled, edge" in line for line in lines]
+    assert "0.80" in lines[-1]
+
+
+def test_a_kernel_that_spills_or_loses_wgmma_is_seen():
+    row = {"arch": "sm_90", "stage": "dq", "form": "edge", "signed": False, "head_dim": 64, "dtype": "bf16"}
+    row |= {"registers": 168, "spilled": 0, "shared": 1024, "wgmma": 3, "resident": 3}
+    assert report.compare([row], [row]) == (["1 configurations, 0 changed, 0 of the earlier ones gone"], False)
+    assert report.compare([row], [row | {"registers": 160}])[1] is False
+    for change in ({"spilled": 8}, {"wgmma": 2}, {"resident": 2, "registers": 255}):
+        lines, worse = report.compare([row], [row | change])
+        assert worse and "WORSE" in lines[0] and "sm_90 dq edge" in lines[0]
+
+
+def test_the_command_measures_reports_and_compares(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib")
+    monkeypatch.setattr(cases, "CPU", (SMALL,))
+    monkeypatch.setattr(suite, "REFERENCE_TOKENS", {"cpu": 16})
+    arguments = ["--device", "cpu", "--seconds", "0", "--contestant", "grouped", "--out", str(tmp_path)]
+    assert bench.main([*arguments, "--case", "tang*"]) == 0
+    found = measure.read_rows(tmp_path / "rows.json")
+    assert [row["contestant"] for row in found] == ["ours", "ours", "grouped", "sdpa_unmasked"]
+    assert (tmp_path / "report.md").exists()
+    faster = [row | {"step_roofline": {"p25": 99.0, "p50": 99.0, "p75": 99.0}} for row in found]
+    measure.write_rows(faster, tmp_path / "faster.json")
+    rows = ["--rows", str(tmp_path / "rows.json"), "--out", str(tmp_path)]
+    assert bench.main([*rows, "--compare", str(tmp_path / "rows.json")]) == 0
+    assert bench.main([*rows, "--compare", str(tmp_path / "faster.json")]) == 1
+    assert "SLOWER" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench.main(["--case", "no such case"])
