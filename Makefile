@@ -16,7 +16,7 @@ RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench gpu lint aot oldest
+.PHONY: help setup demo test bench costs gpu lint aot oldest
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,12 +35,17 @@ demo: $(READY) ## CartPole end to end: record, declare, train, compare, draw; OU
 test: $(READY_EXTRAS) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q $(ARGS)
 
-bench: $(READY_EXTRAS) ## the dispatcher against a loop and a mask, what plans, functions and programs cost, CogVideoX; README's figures
+bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, in under ten minutes; docs/benchmarks and README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --out docs/benchmarks --save benchmarks/results/suite.json
+	@$(RUN) -m benchmarks.readme
+
+costs: $(READY_EXTRAS) ## what attention functions, programs, fleets and CogVideoX cost; docs/families.md and README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.families
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.program
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cogvideox
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.fleet
 	@$(RUN) -m benchmarks.readme
 
 oldest: $(READY) ## CogVideoX's tests against the oldest diffusers that is supported

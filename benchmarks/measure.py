@@ -38,7 +38,7 @@ def quantiles(values: np.ndarray) -> dict[str, float]:
 
 
 def environment(device: str = "cpu") -> dict[str, str | int]:
-    """Device, versions and commit of a row. A commit of a changed tree ends in "+"."""
+    """Device, driver, versions and commit of a row. A commit of a changed tree ends in "+"."""
     root = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -48,14 +48,21 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     commit = git("rev-parse", "--short", "HEAD") or "unknown"
-    return {
+    found = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "system": platform.platform(),
         "commit": commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
     }
+    if device == "cuda":
+        ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which(ask[0]) else None
+        found["driver"] = done.stdout.split("\n")[0] if done and done.returncode == 0 else "unknown"
+        found["cuda"] = str(torch.version.cuda)
+    return found
 
 
 def _processor() -> str:

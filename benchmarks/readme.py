@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import measure
+from benchmarks import measure, report
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- measured: python -m benchmarks.readme -->\n", "<!-- end of measured -->\n"
@@ -14,10 +14,19 @@ WORDS = {
     "robot": "robot: camera, action, reward",
     "causal_video": "causal video",
     "multi_rate": "multi-rate: fast, and slow by interpolation",
+    "surgical_robot": "surgical robot: sensors and two arms, typed",
+    "fleet": "fleet of 50 vehicles",
+    "computer_use": "computer use: screen, mouse, keyboard, language",
+    "cogvideox_dense": "CogVideoX, dense",
+    "cogvideox_previous_frame": "CogVideoX, same frame + previous frame",
+    "cogvideox_three_frames": "CogVideoX, window of three frames",
+    "cogvideox_tiles": "CogVideoX, spatial tiles",
 }
+ATTENTION = (("joint", "sdpa_mask"), ("joint", "flex"), ("edge", "per_edge_loop"), ("edge", "grouped"))
+NAMES = ("dispatcher", "suite", "plan_cost", "cogvideox")
 
 
-def measured(dispatcher: list[dict], plan_cost: list[dict], cogvideox: list[dict]) -> str:
+def measured(dispatcher: list[dict], suite: list[dict], plan_cost: list[dict], cogvideox: list[dict]) -> str:
     """The Markdown between README's marks, from the rows of the benchmarks of those names."""
     ratio = {(row["case"], row["contestant"]): row["ratio"] for row in dispatcher}
     seconds = {row["case"]: row["seconds"]["p50"] for row in plan_cost}
@@ -34,6 +43,21 @@ def measured(dispatcher: list[dict], plan_cost: list[dict], cogvideox: list[dict
         if row["contestant"] == "ours":
             cells = (_ratio(ratio[row["case"], name]) for name in ("per_edge_loop", "dense_mask"))
             lines.append(f"| {WORDS[row['case']]} | {row['positions']:,} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Attention alone, on q, k and v: the time of others over ours, within one form (medians; all cases, rates, memory",
+        "and figures are in [docs/benchmarks/report.md](docs/benchmarks/report.md)). FlexAttention is compared forward only,",
+        "for it has no backward on a CPU.",
+        "",
+        "| canvas | tokens | density | dense mask | FlexAttention | loop over edges | grouped by hand |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report.timed(suite, form="joint", contestant="ours"):
+        if row["case"] in WORDS:
+            others = (report.one(suite, case=row["case"], form=form, contestant=name) for form, name in ATTENTION)
+            cells = ("–" if x is None else f"{x[f'{report.part_of(x)}_ratio']['p50']:.1f}" for x in others)
+            first_cells = f"{WORDS[row['case']]} | {row['tokens']:,} | {100 * row['density']:.1f} %"
+            lines.append(f"| {first_cells} | {' | '.join(cells)} |")
     lines += [
         "",
         f"Compiling the plan, cold: {1e3 * seconds['computer_use']:.0f} ms for a computer-use canvas of 16,384",
@@ -62,7 +86,7 @@ def section(text: str) -> tuple[str, str, str]:
 
 
 def main() -> int:
-    rows = (measure.read_rows(measure.RESULTS / f"{name}.json") for name in ("dispatcher", "plan_cost", "cogvideox"))
+    rows = (measure.read_rows(measure.RESULTS / f"{name}.json") for name in NAMES)
     before, _, after = section(README.read_text())
     unfinished = README.with_name("README.md.partial")
     unfinished.write_text(f"{before}{BEGIN}{measured(*rows)}{END}{after}")

@@ -166,8 +166,7 @@ def test_plan_cost_holds_nothing_quadratic():
 
 
 def test_readme_states_what_the_committed_rows_say():
-    names = ("dispatcher", "plan_cost", "cogvideox")
-    rows = {name: measure.read_rows(measure.RESULTS / f"{name}.json") for name in names}
+    rows = {name: measure.read_rows(measure.RESULTS / f"{name}.json") for name in readme.NAMES}
     found = readme.section(readme.README.read_text())[1]
     assert found == readme.measured(**rows)
     for row in rows["dispatcher"]:
