@@ -136,7 +136,7 @@ def timings(session: Session) -> list[dict]:
     """The suite on this device. Contestants that fail are rows that say why; ours failing ends the phase."""
     from benchmarks import suite
 
-    settings = suite.Settings(session.device, session.dtype, environment=session.environment)
+    settings = suite.Settings(session.device, session.dtype, seconds=1.0, environment=session.environment)
     settings.deadline = session.began + TIMINGS_UNTIL
     if session.interpret:
         settings.backend, settings.reference_tokens, settings.seconds = "triton", 16, 0.0

@@ -45,9 +45,9 @@ def measured(dispatcher: list[dict], suite: list[dict], plan_cost: list[dict], c
             lines.append(f"| {WORDS[row['case']]} | {row['positions']:,} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Attention alone, on q, k and v: the time of others over ours, within one form (medians; all cases, rates, memory",
-        "and figures are in [docs/benchmarks/report.md](docs/benchmarks/report.md)). FlexAttention is compared forward only,",
-        "for it has no backward on a CPU.",
+        "Attention alone, on q, k and v: the time of others over ours, within one form; medians. All cases, rates,",
+        "memory and figures are in [the report](docs/benchmarks/report.md). FlexAttention has no backward on a CPU and",
+        "is compared forward only.",
         "",
         "| canvas | tokens | density | dense mask | FlexAttention | loop over edges | grouped by hand |",
         "|---|---|---|---|---|---|---|",

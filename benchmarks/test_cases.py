@@ -1,7 +1,7 @@
 """Single cases under pytest-benchmark: ``pytest benchmarks/test_cases.py -k "robot and edge"``.
 
-Forward + backward on one thread, after the gate. The suite (``python -m canvas_engineering bench``) compares contestants
-fairly, in turns; this is for work on one of them, with pytest-benchmark's ``--benchmark-save`` and ``-compare``.
+Forward + backward on one thread, after the gate. The suite (``python -m canvas_engineering bench``) compares
+contestants in turns; this is for work on one of them, with pytest-benchmark's ``--benchmark-save`` and ``-compare``.
 """
 
 from __future__ import annotations

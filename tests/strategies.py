@@ -112,6 +112,26 @@ def canvases(draw, max_positions=MAX_POSITIONS, pairs=True, write_modes=("add",)
     return layout, draw(topologies(layout, pairs, write_modes, fns))
 
 
+@st.composite
+def videos(draw):
+    """(layout, topology) of one or two regions that fill several frames and read each other at some frame offsets:
+    equal cells at equal distances, as most canvases are."""
+    frames = draw(st.integers(3, 6))
+    sizes = draw(st.lists(st.integers(1, 7), min_size=1, max_size=2))
+    regions, start = {}, 0
+    for name, size in zip("ab", sizes):
+        regions[name] = (0, frames, start, start + size)
+        start += size
+    offsets = st.sampled_from([None, -2, -1, 0, 0, 1])
+    pairs = st.tuples(st.sampled_from(sorted(regions)), st.sampled_from(sorted(regions)), offsets)
+    connections = [
+        Connection(src, dst) if offset is None else Connection(src, dst, t_src=0, t_dst=offset)
+        for src, dst, offset in draw(st.lists(pairs, min_size=1, max_size=5, unique=True))
+    ]
+    topology = draw(st.sampled_from([CanvasTopology(connections), CanvasTopology.causal_temporal(sorted(regions))]))
+    return CanvasLayout(T=frames, d_model=8, spatial_shape=(start,), regions=regions), topology
+
+
 KINDS = ("prediction", "novelty")
 LEVELS = (0.0, 0.25, 0.5, 1.0)
 

@@ -3,6 +3,10 @@ gradients."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,8 +23,9 @@ from canvas_engineering.attention import (
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.connectivity import CanvasTopology
 from canvas_engineering.plan import compile_attention
+from canvas_kernels import grouping
 from tests import oracle
-from tests.strategies import canvases
+from tests.strategies import canvases, videos
 
 HEADS, HEAD_DIM = 2, 8
 # (backend, dtype, largest error relative to the largest oracle value): semantics, section 7; weights are float32 in
@@ -99,6 +104,26 @@ def test_joint_form_is_the_oracle(backend, dtype, tolerance, canvas, seed):
         grad,
         tolerance,
     )
+
+
+@pytest.mark.parametrize("form", ["edge", "joint"])
+@settings(max_examples=60)
+@given(canvas=st.one_of(canvases(write_modes=("add", "replace")), videos()), seed=st.integers(0, 2**16))
+def test_slabs_of_whatever_can_be_one_are_the_oracle(form, canvas, seed):
+    """Small canvases run in batches where time decides; here all that lies at equal distances becomes a slab."""
+    layout, topology = canvas
+    inputs, grad = tensors(layout, torch.float64, seed)
+    plan = compile_attention(layout, topology, normalize=form)
+    plan = dataclasses.replace(plan, table=dataclasses.replace(plan.table, cache={}), cache={})
+    with mock.patch.object(grouping, "SLAB_NS", -1e15):
+        assert not grouping.group(plan.table).batches
+    if form == "edge":
+        reads, classes = oracle.reads(layout, topology), [c.write_mode == "replace" for c in topology.connections]
+        expected = functools.partial(oracle.edge_attention, reads=reads, scale=HEAD_DIM**-0.5, classes=classes)
+    else:
+        matrix = oracle.joint_matrix(layout, topology)
+        expected = functools.partial(oracle.joint_attention, M=matrix, scale=HEAD_DIM**-0.5)
+    compare(lambda q, k, v: canvas_attention(q, k, v, plan, backend="torch"), expected, inputs, grad, 2e-7)
 
 
 @settings(max_examples=6)

@@ -66,7 +66,7 @@ def test_every_configuration_of_every_architecture_is_run_by_the_checks(monkeypa
 def test_the_command_runs_at_toy_size(tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--interpret"]
-    command += ["--phases", "timings,profile,dispatcher"]
+    command += ["--phases", "correctness,timings,profile,dispatcher,sweep"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
@@ -82,6 +82,9 @@ def test_the_command_runs_at_toy_size(tmp_path):
     for row in rows[:5]:
         assert set(row["errors"]) == {"out", "dq", "dk", "dv"} and max(row["errors"].values()) < 1e-5
     assert "canvas_kernels::attention" in (tmp_path / "profile.txt").read_text()
+    for name, count in (("correctness", 5), ("sweep", 7)):
+        found = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert len(found) == count and not any(row.get("faults") or row.get("failed") for row in found)
     assert len((tmp_path / "dispatcher.jsonl").read_text().splitlines()) == 2
 
 
