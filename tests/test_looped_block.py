@@ -66,6 +66,28 @@ def test_fresh_blocks_give_the_bits_of_the_block(dtype, training):
         assert out.dtype == dtype and torch.equal(out, block.original(x))
 
 
+class TwoStreams(nn.Module):
+    """Two streams in and out, in either order, as joint blocks of video and text have them."""
+
+    def __init__(self, swapped=False):
+        super().__init__()
+        self.linear, self.swapped = nn.Linear(6, 6), swapped
+
+    def forward(self, x, text, scale=1.0):
+        return (text, self.linear(x)) if self.swapped else (self.linear(x), text * scale)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_second_stream_is_not_dropped_in_silence(swapped):
+    # A model that unpacks two streams would unpack a batch of two as them.
+    block = LoopedBlockWrapper(TwoStreams(swapped), 3, max_loops=2, embed_dim=6)
+    shapes = r"\[\(2, 4, 6\), \(2, 5, 6\)\]" if swapped else r"\[\(2, 5, 6\), \(2, 4, 6\)\]"
+    message = rf"block 3, a TwoStreams, returns 2 items of shapes {shapes}.* one stream, .*give wrapper_class="
+    for call in (lambda x, text: block(x, text), lambda x, text: block(x, text=text)):
+        with pytest.raises(ValueError, match=message):
+            call(torch.randn(2, 5, 6), torch.randn(2, 4, 6))
+
+
 def test_the_published_mixing_halves_the_block():
     # What the tanh gate is there to avoid: sigmoid(0) = 1/2.
     block = LoopedBlockWrapper(Residual(), max_loops=1, embed_dim=6, gate="sigmoid")
