@@ -504,11 +504,12 @@ def test_checkpointing_with_canvas_attention(topology):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_full_graph_compilation_with_canvas_attention(training):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_full_graph_compilation_with_canvas_attention(training, backend):
     torch._dynamo.reset()
     options = {"packed": training, "freeze": "none", "sharpening": [1.0, 1.5, 2.0]}
     model = grafted("5b", "tiles", loops=2, num_layers=1, **options)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     # Compiled first: nothing has made index tensors yet, as after a move to another device.
     if not training:
         with torch.no_grad():
