@@ -274,6 +274,26 @@ def test_packing_moves_tokens_once_a_model():
     assert counts["index_select"] == 2  # in and out; the rotary tables have two dimensions
 
 
+def test_processors_that_take_another_order_are_refused():
+    model = grafted("5b", "tiles", loops=2)
+    layout, expected = layout_of(model), run(model, "5b")
+    for topology, packed in (("window", False), ("window", True), ("tiles", False)):
+        processor = CanvasAttnProcessor(layout, TOPOLOGIES[topology], packed=packed)
+        with pytest.raises(ValueError, match="tokens in the packed order of its topology, which CanvasAttnProcessor"):
+            model.set_attn_processor(processor)
+        assert torch.equal(run(model, "5b"), expected)
+    with pytest.raises(ValueError, match="tokens in raster order"):
+        grafted("5b", "window").set_attn_processor(CanvasAttnProcessor(layout, TOPOLOGIES["tiles"], packed=True))
+    # one that knows no order may be set, and taken back; so may another topology, by another graft
+    processors = model.attn_processors
+    model.set_attn_processor(CanvasAttnProcessor())
+    model.set_attn_processor(processors)
+    assert torch.equal(run(model, "5b"), expected)
+    with pytest.warns(UserWarning, match="computes"):
+        graft_looped_blocks(model, 3, loops=2, layout=layout, topology=TOPOLOGIES["window"])
+    torch.testing.assert_close(run(model, "5b"), run(grafted("5b", "window", loops=2), "5b"))
+
+
 def test_ungraft_takes_the_hooks_away():
     model = grafted("5b", "tiles", loops=3)
     plain = ungraft(model)
