@@ -146,7 +146,8 @@ SPARSE_TILES = CanvasTopology(
         Connection("video", "video", mask=MaskSpec("tile", tile_h=5, tile_w=15)),
     ]
 )
-"""Smaller tiles of all frames, and the text: 8 % of the pairs of CogVideoX's grid."""
+"""Smaller tiles of all frames, and the text: 8 % of the pairs of CogVideoX's grid. At 48 heads of 64 on an H200, joint
+form is to take at most 0.96 ms forward and 3.24 ms backward."""
 FRAMES = (2, 4, 10, 20, 50, 100)
 """Of :func:`separate_frames`: densities 50 %, 25 %, 10 %, 5 %, 2 %, 1 %."""
 LENGTHS = tuple(1024 * 4**i for i in range(6))
