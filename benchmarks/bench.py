@@ -106,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(cause))
     if options.list:
         for case in found:
-            console.print(f"{case.name}: {case.declare.__doc__ or case.group}", highlight=False)
+            told = getattr(case.declare, "func", case.declare).__doc__.splitlines()[0]
+            console.print(f"{case.name}: {told}", highlight=False)
         return 0
     if rows is None:
         dtype = DTYPES[options.dtype or ("float32" if options.device == "cpu" else "bfloat16")]

@@ -9,6 +9,8 @@ typer, rich and matplotlib are imported when the command runs; all three come wi
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -119,14 +121,11 @@ def build_app():
     @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
     def bench(options: list[str] = options_argument) -> None:
         """Time block-sparse attention against dense masks and loops; --help lists the options."""
-        try:
-            from benchmarks.bench import main as run
-        except ModuleNotFoundError as cause:
-            # the suite is not installed with the package
-            where = "run this in the folder of the source, where benchmarks/ lies, with the extra dev installed"
-            Console(stderr=True).print(f"{cause}: {where}", style="red", highlight=False)
-            raise typer.Exit(2) from cause
-        raise typer.Exit(run(list(options or ())))
+        if importlib.util.find_spec("benchmarks") is None:  # the suite is not installed with the package
+            why = "there is no benchmarks/ here: run this in the folder of the source"
+            Console(stderr=True).print(why, style="red", highlight=False)
+            raise typer.Exit(2)
+        raise typer.Exit(subprocess.call([sys.executable, "-m", "benchmarks.bench", *(options or ())]))
 
     return app
 

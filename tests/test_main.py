@@ -94,3 +94,12 @@ def test_a_file_that_is_no_schema_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=rf"broken\.json.*{message}"):
         load_schema(path)
     assert run("inspect", path).exit_code == 2
+
+
+def test_bench_starts_the_suite_with_its_options(monkeypatch):
+    asked = []
+    monkeypatch.setattr("subprocess.call", lambda command: asked.append(command[1:]) or 3)
+    assert run("bench", "--case", "robot", "--help").exit_code == 3
+    assert asked == [["-m", "benchmarks.bench", "--case", "robot", "--help"]]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run("bench").exit_code == 2 and len(asked) == 1
