@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import torch
@@ -37,7 +38,8 @@ class CompiledProgram:
         active_connections: connections between active regions, in declaration order.
         all_regions: every region of the program.
         constant_buffers: name to the buffer that took the parameter's place.
-        exported_paths: region to its file of tensors; see `load_exported`.
+        exported_paths: region to its file of tensors, for `load_exported`. Its name carries its checksum: exporting
+            the region again makes another file and removes this one.
         program: the active regions and connections, on the same canvas: what a dispatcher is to be built of.
     """
 
@@ -105,6 +107,9 @@ class ProgramCompiler:
         optimizer made before still holds the parameter); "export" writes the region's parameters and buffers, then
         freezes the parameters; "runtime" and "distill" change nothing.
 
+        Constant and exported regions leave the canvas's steps: their positions pass through, and surviving regions that
+        read them lose those edges. Their steps are the whole program's on the surviving regions only where none did.
+
         Args:
             module: a parameter of it belongs to a region if the region's name, with ``.`` as ``__`` and brackets as
                 ``_``, is one component of the parameter's dotted name, or if ``module.region_parameters(region)`` lists
@@ -164,43 +169,77 @@ def load_exported(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of an exported region, by name.
 
     Args:
-        path: of `CompiledProgram.exported_paths`.
+        path: of `CompiledProgram.exported_paths`, or of the manifest, ``<region>.json``, beside it. Either way the
+            manifest says which file holds the region now.
 
     Raises:
-        OSError: the file, or the manifest beside it, cannot be read.
-        ValueError: the file is not the one that the manifest describes.
+        OSError: the manifest, or the file that it names, cannot be read.
+        ValueError: the manifest is none, or the file is not the one that it describes.
         ImportError: safetensors is not installed.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     path = Path(path)
-    manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    manifest_path = path if path.suffix == ".json" else path.with_name(f"{path.name.rpartition('@')[0]}.json")
+    manifest = _read_manifest(manifest_path)
+    path = path.with_name(manifest["file"])
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
-    if found != manifest.get("sha256"):
-        raise ValueError(f"{path} has the checksum {found}, its manifest says {manifest.get('sha256')}")
-    return load(content)
+    if found != manifest["sha256"]:
+        raise ValueError(f"{path} has the checksum {found}, its manifest says {manifest['sha256']}")
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path} holds no tensors: {error}") from error
+    if _forms(tensors) != manifest["tensors"]:
+        raise ValueError(f"{path} holds {_forms(tensors)}, its manifest says {manifest['tensors']}")
+    return tensors
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no manifest of an exported region: {error}") from error
+    kinds = {"region": str, "file": str, "sha256": str, "tensors": dict}
+    entries = manifest if isinstance(manifest, dict) else {}
+    wrong = [name for name, kind in kinds.items() if not isinstance(entries.get(name), kind)]
+    if wrong or Path(manifest["file"]).name != manifest["file"]:
+        raise ValueError(f"{path} is no manifest of an exported region: wrong are {wrong or ['file']}")
+    return manifest
+
+
+def _forms(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        for name, tensor in tensors.items()
+    }
 
 
 def _export(folder: Path, region: str, tensors: dict[str, torch.Tensor], version: str) -> str:
+    """Writes the tensors, then the manifest that names their file, and removes what no manifest names any more: a
+    crash at any point leaves a manifest whose file is whole."""
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    # names may hold what a file name may not
-    path = folder / f"{quote(region, safe='[]')}.safetensors"
+    # names may hold what a file name may not, and so never an @
+    stem = quote(region, safe="[]")
     content = save(tensors)
+    checksum = hashlib.sha256(content).hexdigest()
+    path = folder / f"{stem}@{checksum[:16]}.safetensors"
     manifest = {
         "region": region,
         "program_version": version,
         "file": path.name,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "tensors": {
-            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-            for name, tensor in tensors.items()
-        },
+        "sha256": checksum,
+        "tensors": _forms(tensors),
     }
     replace_file(path, content)
-    replace_file(path.with_suffix(".json"), f"{json.dumps(manifest, indent=2)}\n".encode())
+    replace_file(folder / f"{stem}.json", f"{json.dumps(manifest, indent=2)}\n".encode())
+    for other in folder.iterdir():
+        if other.name.startswith(f"{stem}@") and other.suffix == ".safetensors" and other != path:
+            other.unlink()
     return str(path)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from canvas_engineering import (
     RegionProgram,
     SpatiotemporalCanvas,
 )
+from canvas_engineering import compiler as compiler_module
 from canvas_engineering.compiler import CompiledProgram, ProgramCompiler, load_exported
 from tests import program_oracle
 
@@ -177,7 +180,9 @@ def test_exports_are_written_whole_checked_and_frozen(tmp_path):
     assert set(compiled.exported_paths) == {"memory[0]", "eye.left"} == compiled.exported_memories
     assert everything - trainable(model) == names_of("memory_0_") | names_of("eye__left")
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["eye.left.json", "eye.left.safetensors", "memory[0].json", "memory[0].safetensors"]
+    manifest = json.loads((tmp_path / "out/eye.left.json").read_text())
+    other = json.loads((tmp_path / "out/memory[0].json").read_text())
+    assert files == ["eye.left.json", manifest["file"], "memory[0].json", other["file"]]
     for region, key in (("memory[0]", "memory_0_"), ("eye.left", "eye__left")):
         loaded = load_exported(compiled.exported_paths[region])
         wanted = {name: value for name, value in state.items() if f".{key}." in name}
@@ -186,33 +191,97 @@ def test_exports_are_written_whole_checked_and_frozen(tmp_path):
         assert all(
             torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in wanted.items()
         )
-    manifest = json.loads((tmp_path / "out/eye.left.json").read_text())
     assert manifest["region"] == "eye.left" and manifest["program_version"] == "2.0.0"
-    assert manifest["file"] == "eye.left.safetensors" and len(manifest["sha256"]) == 64
+    content = (tmp_path / "out" / manifest["file"]).read_bytes()
+    assert manifest["sha256"] == hashlib.sha256(content).hexdigest()
+    assert manifest["file"] == f"eye.left@{manifest['sha256'][:16]}.safetensors"
     assert manifest["tensors"]["heads.eye__left.0.weight"] == {"dtype": "float32", "shape": [4, 8]}
 
 
 def test_a_damaged_export_is_not_loaded(tmp_path):
     pytest.importorskip("safetensors")
     compiled = ProgramCompiler(program(m="export")).compile(Model(), tmp_path)
-    path = tmp_path / "memory[0].safetensors"
-    content = bytearray(path.read_bytes())
+    path, manifest_path = Path(compiled.exported_paths["memory[0]"]), tmp_path / "memory[0].json"
+    whole, manifest = path.read_bytes(), json.loads(manifest_path.read_text())
+    content = bytearray(whole)
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"memory\[0\].safetensors has the checksum \w{64}, its manifest says \w{64}"):
-        load_exported(compiled.exported_paths["memory[0]"])
-    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match=r"memory\[0\]@\w{16}.safetensors has the checksum \w{64}, its manifest says"):
+        load_exported(path)
+    # one bit is as much a change as nonsense that the manifest vouches for
+    path.write_bytes(b"nonsense")
+    checksum = hashlib.sha256(b"nonsense").hexdigest()
+    manifest_path.write_text(json.dumps({**manifest, "sha256": checksum}))
+    with pytest.raises(ValueError, match="holds no tensors"):
+        load_exported(path)
+    path.write_bytes(whole)
+    lacking = dict(list(manifest["tensors"].items())[1:])
+    for wrong, message in (
+        ({**manifest, "tensors": lacking}, "holds .* its manifest says"),
+        ({**manifest, "tensors": []}, r"no manifest of an exported region: wrong are \['tensors'\]"),
+        ({**manifest, "region": 3}, r"wrong are \['region'\]"),
+        ({**manifest, "file": "../elsewhere.safetensors"}, r"wrong are \['file'\]"),
+        ([], r"wrong are \['region', 'file', 'sha256', 'tensors'\]"),
+    ):
+        manifest_path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=message):
+            load_exported(path)
+    manifest_path.write_text("{")
+    with pytest.raises(ValueError, match=r"memory\[0\].json is no manifest"):
+        load_exported(path)
+    manifest_path.unlink()
     with pytest.raises(FileNotFoundError):
         load_exported(path)
 
 
+@pytest.mark.parametrize("crash", ["before", "between", "cleaning"])
+def test_a_crash_while_exporting_again_leaves_an_export_that_loads(tmp_path, monkeypatch, crash):
+    pytest.importorskip("safetensors")
+    compiler, old, new = ProgramCompiler(program(m="export")), Model(), Model()
+    torch.nn.init.ones_(new.heads["memory_0_"][0].weight)
+    first = compiler.compile(old, tmp_path).exported_paths["memory[0]"]
+    real, calls = compiler_module.replace_file, []
+
+    def crashing(path, content):
+        calls.append(path)
+        if len(calls) == (1 if crash == "before" else 2):
+            raise KeyboardInterrupt
+        real(path, content)
+
+    def not_removed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if crash == "cleaning":
+            patch.setattr(Path, "unlink", not_removed)
+        else:
+            patch.setattr(compiler_module, "replace_file", crashing)
+        with pytest.raises(KeyboardInterrupt):
+            compiler.compile(new, tmp_path)
+    # the manifest decides: old until it is renamed, new from then on, by whatever path
+    present, name = new if crash == "cleaning" else old, "heads.memory_0_.0.weight"
+    for path in (first, tmp_path / "memory[0].json"):
+        assert torch.equal(load_exported(path)[name], present.state_dict()[name])
+    last = compiler.compile(new, tmp_path).exported_paths["memory[0]"]
+    assert torch.equal(load_exported(last)[name], new.state_dict()[name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory[0].json", Path(last).name]
+    # the same again is the same file
+    assert compiler.compile(new, tmp_path).exported_paths["memory[0]"] == last and load_exported(last)
+
+
 def test_names_of_any_kind_become_files(tmp_path):
     pytest.importorskip("safetensors")
-    layout = CanvasLayout(T=1, spatial_shape=(1,), d_model=8, regions={"a/../b c": (0, 1, 0, 1)})
-    made = CanvasProgram(CanvasSchema(layout), {"a/../b c": RegionProgram(compile_mode="export")})
-    paths = ProgramCompiler(made).compile(nn.Linear(2, 2), tmp_path).exported_paths
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a%2F..%2Fb%20c.json", "a%2F..%2Fb%20c.safetensors"]
-    assert load_exported(paths["a/../b c"]) == {}
+    names = {"a/../b c": "a%2F..%2Fb%20c", "a": "a", "a@b": "a%40b"}
+    layout = CanvasLayout(
+        T=1, spatial_shape=(3,), d_model=8, regions={name: (0, 1, i, i + 1) for i, name in enumerate(names)}
+    )
+    made = CanvasProgram(CanvasSchema(layout), {name: RegionProgram(compile_mode="export") for name in names})
+    for _ in range(2):
+        paths = ProgramCompiler(made).compile(nn.Linear(2, 2), tmp_path).exported_paths
+        found = sorted(path.name for path in tmp_path.iterdir())
+        assert found == sorted([f"{stem}.json" for stem in names.values()] + [Path(p).name for p in paths.values()])
+        for name, stem in names.items():
+            assert Path(paths[name]).name.startswith(f"{stem}@") and load_exported(paths[name]) == {}
 
 
 def test_an_export_wants_a_place_and_safetensors(tmp_path, monkeypatch):
