@@ -19,6 +19,7 @@ from canvas_engineering.canvas.tensor import parameter_key
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.program import CanvasProgram
 from canvas_engineering.program.checks import check_program
+from canvas_engineering.program.edges import resolve_edges
 from canvas_engineering.schema import CanvasSchema, replace_file
 
 __all__ = ["CompiledProgram", "ProgramCompiler", "load_exported"]
@@ -40,7 +41,9 @@ class CompiledProgram:
         constant_buffers: name to the buffer that took the parameter's place.
         exported_paths: region to its file of tensors, for `load_exported`. Its name carries its checksum: exporting
             the region again makes another file and removes this one.
-        program: the active regions and connections, on the same canvas: what a dispatcher is to be built of.
+        program: the active regions and connections, on the same canvas: what a dispatcher is to be built of. A
+            checkpoint of the whole model goes into it through ``canvas_engineering.dispatch.surviving_state``.
+        gates: of all connections of the whole program that write by "gate", in declaration order, whether they survive.
     """
 
     schema: CanvasSchema
@@ -54,6 +57,7 @@ class CompiledProgram:
     constant_buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     exported_paths: dict[str, str] = field(default_factory=dict)
     program: CanvasProgram | None = None
+    gates: tuple[bool, ...] = ()
 
     @property
     def n_eliminated(self) -> int:
@@ -152,8 +156,10 @@ class ProgramCompiler:
     def _decide(self, modes: dict[str, str]) -> CompiledProgram:
         program, schema = self.program, self.program.schema
         active = {region for region, mode in modes.items() if mode not in _GONE}
-        connections = [] if schema.topology is None else schema.topology.connections
-        kept = [c for c in connections if c.src in active and c.dst in active]
+        topology = CanvasTopology() if schema.topology is None else schema.topology
+        kept = [c for c in topology.connections if c.src in active and c.dst in active]
+        resolved, _ = resolve_edges(topology, schema.layout, program)
+        gates = tuple(c.src in active and c.dst in active for c in resolved.connections if c.write_mode == "gate")
         return CompiledProgram(
             schema,
             active,
@@ -162,6 +168,7 @@ class ProgramCompiler:
             set(modes),
             {region for region, mode in modes.items() if mode == "distill"},
             program=_restricted(program, active, kept),
+            gates=gates,
         )
 
 

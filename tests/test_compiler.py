@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -19,12 +20,14 @@ from canvas_engineering import (
     CanvasTopology,
     Connection,
     ConnectionProgram,
+    IdentitySpec,
     LearningSpec,
     RegionProgram,
     SpatiotemporalCanvas,
 )
 from canvas_engineering import compiler as compiler_module
 from canvas_engineering.compiler import CompiledProgram, ProgramCompiler, load_exported
+from canvas_engineering.dispatch import surviving_state
 from tests import program_oracle
 
 NAMES = ("eye.left", "belief", "memory[0]", "goal", "act")
@@ -347,3 +350,56 @@ def test_nothing_to_eliminate_leaves_the_program_as_it_is():
     whole = program([("act", "belief")])
     compiled = ProgramCompiler(whole).compile()
     assert compiled.program == whole and compiled.n_eliminated == 0
+
+
+def test_a_checkpoint_of_the_whole_model_goes_into_the_smaller_one():
+    connections = [
+        Connection("eye.left", "memory[0]", write_mode="gate"), Connection("belief", "eye.left"),
+        Connection("belief", "act", fn="linear_attention"), Connection("act", "memory[0]", fn="cosine_attention"),
+        Connection("act", "belief"), Connection("belief", "goal", write_mode="gate"), Connection("belief", "belief"),
+    ]  # fmt: skip
+    programs = {("act", "belief"): ConnectionProgram(write_mode="gate"), ("belief", "act"): ConnectionProgram("write")}
+    whole = program(connections, programs, m="export", g="constant")
+    identities = {name: IdentitySpec(slot_capacity=3) for name in ("memory[0]", "eye.left")}
+    for name, identity in identities.items():
+        spoken = whole.regions.get(name, RegionProgram())
+        whole.regions[name] = dataclasses.replace(spoken, identity=identity)
+    compiled = ProgramCompiler(whole).compile()
+
+    class Network(nn.Module):
+        def __init__(self, program):
+            super().__init__()
+            schema = program.schema
+            self.norm = nn.LayerNorm(8)
+            self.blocks = nn.ModuleList(
+                AttentionDispatcher(schema.topology, schema.layout, 8, program=program) for _ in range(2)
+            )
+            self.other = AttentionDispatcher(CanvasTopology([Connection("act", "act", fn="gated")]), schema.layout, 8)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(self.norm(x))
+            return self.other(x)
+
+    torch.manual_seed(0)
+    full, small = Network(whole), Network(compiled.program)
+    for block in full.blocks:
+        torch.nn.init.normal_(block.edge_gates)
+    with pytest.raises(RuntimeError, match="cosine_attention"):
+        small.load_state_dict(full.state_dict())
+    small.load_state_dict(surviving_state(small, full.state_dict(), compiled))
+    assert compiled.gates == (False, True, False) and small.blocks[0].edge_gates.shape == (1,)
+    for block, source in zip(small.blocks, full.blocks):
+        # of eye.left -> memory[0], act -> belief, belief -> goal, the second survives
+        assert torch.equal(block.edge_gates, source.edge_gates[1:2])
+    # the whole model without the edges that deploy drops, in one step
+    x = torch.randn(1, LAYOUT.num_positions, 8)
+    left = compiled.program
+    expected, _ = program_oracle.step(
+        full.blocks[0].double(), x.double(), 4, LAYOUT,
+        CanvasTopology([dataclasses.replace(c, weight=1.0 if c in left.schema.topology.connections else 0.0)
+                        for c in connections]), whole,
+    )  # fmt: skip
+    torch.testing.assert_close(small.blocks[0].double()(x.double()), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"blocks.0.edge_gates has the shape \(1,\); the whole program has 3 "):
+        surviving_state(small, small.state_dict(), compiled)
