@@ -380,6 +380,7 @@ def test_fields_become_region_programs():
         "eye": RegionProgram("observation", ("left",)),
         "error": RegionProgram("residual", carrier="residual"),
         "sample": RegionProgram("state", carrier="diffusive"),
+        "plain": RegionProgram(),
     }
     plain = compile_schema(root, T=2, d_model=8)
     assert bound.layout == plain.layout
@@ -389,6 +390,8 @@ def test_fields_become_region_programs():
     assert [dataclasses.replace(c, operator="attend") for c in bound.topology.connections] == plain.topology.connections
     assert CanvasProgram.from_dict(program.to_dict()) == program
     assert compile_program(root, T=2, d_model=8, H=4, W=8)[0].layout.spatial_shape == (4, 8)
+    _, nested = compile_program(SimpleNamespace(arm=root, goal=Field(attn="gated")), T=2, d_model=8)
+    assert nested.regions["arm"] == nested.regions["goal"] == RegionProgram() and len(nested.regions) == 6
 
 
 def test_summaries_count():
