@@ -37,7 +37,7 @@ class CompiledProgram:
         frozen_regions, constant_regions, exported_memories, distill_regions: regions by what becomes of them; those to
             be distilled run on.
         active_connections: connections between active regions, in declaration order.
-        all_regions: every region of the program.
+        all_regions: every region of the layout.
         constant_buffers: name to the buffer that took the parameter's place.
         exported_paths: region to its file of tensors, for `load_exported`. Its name carries its checksum: exporting
             the region again makes another file and removes this one.
@@ -148,10 +148,11 @@ class ProgramCompiler:
         return compiled
 
     def _modes(self, family_defaults: bool) -> dict[str, str]:
-        regions = dict.fromkeys([*self.program.schema.layout.regions, *self.program.regions], "runtime")
-        for name, region in self.program.regions.items():
-            regions[name] = region.effective_compile_mode(family_defaults)
-        return regions
+        programs = {name: self.program.regions.get(name) for name in self.program.schema.layout.regions}
+        return {
+            name: "runtime" if region is None else region.effective_compile_mode(family_defaults)
+            for name, region in programs.items()
+        }
 
     def _decide(self, modes: dict[str, str]) -> CompiledProgram:
         program, schema = self.program, self.program.schema

@@ -83,7 +83,8 @@ class ResidualAccumulator(nn.Module):
 
     @torch.no_grad()
     def update(self, region: str, error: torch.Tensor, active: torch.Tensor | None = None) -> None:
-        """Takes an error into the region's averages.
+        """Takes an error into the region's averages. What would make an average infinite or NaN is left out, so that
+        one bad step does not silence triggers for ever.
 
         Args:
             region: whose error.
@@ -106,7 +107,8 @@ class ResidualAccumulator(nn.Module):
         new = torch.stack([found[i % len(found)] for i in range(len(self.spec.kinds))]).to(self.values)
         old = self.values[row]
         mixed = self.spec.decay * old + (1.0 - self.spec.decay) * new
-        self.values[row] = mixed if active is None else torch.where(active.to(old.device) > 0, mixed, old)
+        takes = mixed.isfinite() if active is None else mixed.isfinite() & (active.to(old.device) > 0)
+        self.values[row] = torch.where(takes, mixed, old)
 
     def summaries(self) -> dict[str, dict[str, float]]:
         """Region to kind to value, as plain floats: waits for the device."""

@@ -30,7 +30,7 @@ class RegionScheduler:
 
     A region without a clock fires at every step. Otherwise, in order: within ``cooldown`` steps after it fired it does
     not; with ``max_silence``, it does if it never fired, or not for that long; then its expression decides, or its
-    mode.
+    mode, in the clock's domain.
 
     Args:
         program: every region of its layout is scheduled.
@@ -49,12 +49,12 @@ class RegionScheduler:
     def __init__(self, program: CanvasProgram):
         check_program(program)
         self.program = program
-        names = dict.fromkeys([*program.schema.layout.regions, *program.regions])
-        programs = {name: program.regions.get(name) for name in names}
+        programs = {name: program.regions.get(name) for name in program.schema.layout.regions}
         self._clocks: dict[str, ClockSpec | None] = {
             name: None if region is None else region.clock for name, region in programs.items()
         }
         self._last_fired: dict[str, int] = {}
+        self._boundary_t = 0
 
     def step(self, external_t: int, summaries: Summaries | None = None, boundary: str | None = None) -> set[str]:
         """Names of the regions that update at this step.
@@ -66,9 +66,12 @@ class RegionScheduler:
         """
         fired = set()
         for name, clock in self._clocks.items():
-            if clock is None or self._fires(clock, self._last_fired.get(name, -1), external_t, summaries, boundary):
+            last_fired = self._last_fired.get(name, -1)
+            context = _NodeCooldowns(external_t, summaries, boundary, last_fired, boundary_t=self._boundary_t)
+            if clock is None or self._fires(clock, context):
                 self._last_fired[name] = external_t
                 fired.add(name)
+        self._boundary_t += boundary is not None
         return fired
 
     def step_plan(
@@ -85,24 +88,27 @@ class RegionScheduler:
         return [fired, *({name for name, count in inner.items() if count > step} for step in steps)]
 
     def reset(self) -> None:
-        """Forgets what has fired."""
+        """Forgets what has fired, and how many lifecycle events there were."""
         self._last_fired.clear()
+        self._boundary_t = 0
 
     @staticmethod
-    def _fires(clock: ClockSpec, last_fired: int, t: int, summaries: Summaries | None, boundary: str | None) -> bool:
-        if last_fired >= 0 and t <= last_fired + clock.cooldown and clock.cooldown:
+    def _fires(clock: ClockSpec, context: _NodeCooldowns) -> bool:
+        if clock.cooldown and context.cools(clock.cooldown):
             return False
-        if clock.max_silence is not None and (last_fired < 0 or t - last_fired >= clock.max_silence):
+        if clock.max_silence is not None and context.silent(clock.max_silence):
             return True
-        context = _NodeCooldowns(t, summaries, boundary, last_fired)
+        now = context.time("boundary" if clock.domain == "boundary" else "external")
+        if now is None:
+            return False
         if clock.expr is not None:
             return clock.expr.evaluate(context)
         if clock.mode == "periodic":
-            return t % clock.period == 0
+            return now % clock.period == 0
         if clock.mode == "on_event":
             return context.summary(clock.event_source) > clock.event_threshold
         assert clock.mode == "boundary", clock.mode
-        return boundary is not None and boundary == clock.event_source
+        return context.boundary is not None and context.boundary == clock.event_source
 
 
 class LearnedScheduler(nn.Module):

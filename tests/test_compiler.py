@@ -346,6 +346,15 @@ def test_what_is_left_is_a_smaller_plan_with_the_same_outputs():
     torch.testing.assert_close(small(x.double()), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_programs_of_regions_that_the_layout_lacks_are_ignored():
+    ghosts = program([("act", "belief")])
+    ghosts.regions["ghost"] = RegionProgram(compile_mode="export")
+    with pytest.warns(UserWarning, match="1 of 1 region programs are for regions that the layout does not have.*ghost"):
+        compiled = ProgramCompiler(ghosts).compile()
+    assert compiled.all_regions == compiled.active_regions == set(NAMES) and not compiled.exported_memories
+    assert "ghost" not in compiled.program.regions
+
+
 def test_nothing_to_eliminate_leaves_the_program_as_it_is():
     whole = program([("act", "belief")])
     compiled = ProgramCompiler(whole).compile()

@@ -39,6 +39,32 @@ def fired(clock, steps, events=(), boundaries=()):
 EVENT = ClockSpec(mode="on_event", event_source="err.or.kind", event_threshold=0.5)
 
 
+EVENTS = {1: "reset", 2: "end", 4: "reset", 5: "end", 6: "end"}
+
+
+@pytest.mark.parametrize(
+    ("clock", "expected"),
+    [
+        # the first event, and every second after it
+        (ClockSpec("boundary", period=2), [1, 4, 6]),
+        (ClockSpec("boundary", mode="on_event", event_source="err.or.kind", event_threshold=0.5), [2, 4]),
+        (ClockSpec("boundary", mode="boundary", event_source="reset"), [1, 4]),
+        (ClockSpec(mode="boundary", event_source="reset"), [1, 4]),
+        # an expression is asked at events only; its own leaves count their own time
+        (ClockSpec("boundary", expr=periodic(2)), [2, 4, 6]),
+        (ClockSpec(expr=periodic(3, domain="boundary")), [1, 5]),
+        (ClockSpec(expr=on("err.or.kind", gt=0.5, domain="boundary")), [2, 4]),
+        # cooldowns and silences go by steps, whatever the domain
+        (ClockSpec("boundary", cooldown=3), [1, 5]),
+        (ClockSpec("boundary", mode="boundary", event_source="x", max_silence=3), [0, 3, 6]),
+        # inner steps aside, "internal" is external time
+        (ClockSpec("internal", period=3), [0, 3, 6]),
+    ],
+)
+def test_domains_say_which_time_counts(clock, expected):
+    assert fired(clock, 8, {2: 1.0, 3: 1.0, 4: 1.0}, EVENTS) == expected
+
+
 @pytest.mark.parametrize(
     ("clock", "expected"),
     [
@@ -102,17 +128,30 @@ def test_reset_forgets():
     assert ["a" in scheduler.step(t) for t in (0, 1)] == [True, False]
     scheduler.reset()
     assert "a" in scheduler.step(1)
+    counting = RegionScheduler(program(a=ClockSpec("boundary", period=2)))
+    assert ["a" in counting.step(t, boundary="end") for t in (0, 1)] == [True, False]
+    counting.step(2, boundary="end")
+    counting.reset()
+    assert "a" in counting.step(3, boundary="end")
+
+
+def test_regions_that_the_layout_lacks_are_told_of_and_never_fire():
+    with pytest.warns(UserWarning, match=r"2 of 3 region programs are for regions that the layout does not have.*'y'"):
+        scheduler = RegionScheduler(program(a=ClockSpec(period=2), y=ClockSpec(), z=None))
+    assert scheduler.step(1) == {"b", "c", "d"}
+    with pytest.warns(UserWarning, match="does not have"), pytest.raises(KeyError, match=r"learned_regions names \['y'\]"):
+        HybridScheduler(program(y=ClockSpec()), ["y"])
 
 
 def test_inner_steps_follow_for_internal_regions_that_fired():
-    scheduler = RegionScheduler(
-        program(
-            a=ClockSpec("internal", period=2, max_inner_steps=3),
-            b=ClockSpec("internal", max_inner_steps=1),
-            c=ClockSpec("external", max_inner_steps=7),
-            d=ClockSpec("internal"),
-        )
+    declared = program(
+        a=ClockSpec("internal", period=2, max_inner_steps=3),
+        b=ClockSpec("internal", max_inner_steps=1),
+        c=ClockSpec("external", max_inner_steps=7),
+        d=ClockSpec("internal"),
     )
+    with pytest.warns(UserWarning, match="1 of 4 region programs have clocks with max_inner_steps in another .*: 'c'"):
+        scheduler = RegionScheduler(declared)
     assert scheduler.step_plan(0) == [{"a", "b", "c", "d"}, {"a", "b"}, {"a"}, {"a"}]
     assert scheduler.step_plan(1) == [{"b", "c", "d"}, {"b"}]
 
@@ -123,6 +162,8 @@ def test_unknown_clocks_are_refused():
         RegionScheduler(program(a=ClockSpec(mode="cron")))
     with pytest.raises(ValueError, match="program of region 'a': unknown clock domain 'lunar'"):
         HybridScheduler(program(a=ClockSpec("lunar")), ["b"])
+    with pytest.raises(ValueError, match=r"domain of Periodic\(.*'internal': choose one of external, boundary"):
+        RegionScheduler(program(a=ClockSpec(expr=Not(periodic(2, domain="internal")))))
 
 
 # -- learned
