@@ -91,7 +91,7 @@ from canvas_engineering.program import (
     validate_constraints,
 )
 from canvas_engineering.residuals import ResidualAccumulator, ResidualSpec
-from canvas_engineering.scheduling import HybridScheduler, LearnedScheduler, RegionScheduler
+from canvas_engineering.scheduling import DeviceScheduler, HybridScheduler, LearnedScheduler, RegionScheduler
 from canvas_engineering.schema import CanvasSchema
 from canvas_engineering.semantic import (
     SemanticConditioner,
@@ -206,6 +206,7 @@ __all__ = [
     "register_attention",
     "AttentionDispatcher",
     "surviving_state",
+    "DeviceScheduler",
     "HybridScheduler",
     "LearnedScheduler",
     "RegionScheduler",

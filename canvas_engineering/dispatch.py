@@ -151,8 +151,9 @@ class AttentionDispatcher(nn.Module):
         Args:
             x: (B, N, d_model), floating.
             active_regions: regions whose reads run: names, or a tensor (regions,) in the layout's order, 0 for those
-                that do not, which stays on the device and has no gradient. The others' positions pass through and stay
-                readable. None: all. Under ``torch.compile`` give a tensor: each set of names is a graph of its own.
+                that do not, which stays on the device and has no gradient, as `DeviceScheduler` gives it. The others'
+                positions pass through and stay readable. None: all. Under ``torch.compile`` give a tensor: each set of
+                names is a graph of its own.
 
         Returns:
             (B, N, d_model) in x's dtype.
@@ -309,8 +310,10 @@ class AttentionDispatcher(nn.Module):
             flags = [float(c.src in active_regions) for c in self.plan.connections]
             if len(self._activity) >= _ACTIVITY_CACHE_SIZE:
                 self._activity.pop(next(iter(self._activity)))
+            # pinned, so that the host need not wait for the copy
             with lasting():
-                self._activity[key] = torch.tensor(flags, dtype=torch.float32, device=device)
+                flags = torch.tensor(flags, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
+                self._activity[key] = flags.to(device, non_blocking=True)
         return self._activity[key]
 
 

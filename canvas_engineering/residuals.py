@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +140,7 @@ class TriggerFlags(nn.Module):
         triggers: connection number to trigger; connections without one always may.
         n_connections: how many there are.
         accumulator: whose summaries triggers name; a summary that it does not keep makes a trigger false, and so do all
-            without it.
+            without it; of those there is one UserWarning.
 
     Raises:
         ValueError: a trigger of another form.
@@ -155,6 +156,7 @@ class TriggerFlags(nn.Module):
         parsed = [parse_trigger(trigger) for trigger in triggers.values()]
         clauses = [clause for trigger in parsed for clause in trigger]
         known = [clause.region in rows and clause.kind in kinds for clause in clauses]
+        self._warn_of_unkept([clause for clause, kept in zip(clauses, known) if not kept], rows, kinds)
         column = [
             rows[clause.region] * len(kinds) + kinds.index(clause.kind) if kept else 0
             for clause, kept in zip(clauses, known)
@@ -180,6 +182,18 @@ class TriggerFlags(nn.Module):
         }
         for name, tensor in index.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    @staticmethod
+    def _warn_of_unkept(clauses, rows, kinds) -> None:
+        if clauses:
+            names = list(dict.fromkeys(f"{clause.region}.{clause.kind}" for clause in clauses))
+            keeps = f"it keeps {', '.join(kinds)} of {', '.join(rows) or 'no region'}" if kinds else "there is none"
+            warnings.warn(
+                f"triggers name summaries that no residual accumulator keeps, and so never hold: {', '.join(names)}; "
+                f"{keeps}",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def forward(self, summaries: torch.Tensor | None) -> torch.Tensor:
         """(connections,) float32, 1 where the connection has no trigger or one that holds.

@@ -204,7 +204,7 @@ def test_wrong_json_is_refused_with_its_place_and_nothing_else_is_raised():
 
 def test_versions_and_numbers_and_names_are_checked():
     for version in (3, None, "3.0.0", "2", "x"):
-        with pytest.raises(ValueError, match="program_version must be '2.x.y'"):
+        with pytest.raises(ValueError, match=r"program_version must be '2\.x\.y'"):
             CanvasProgram(schema(), version=version)
     assert CanvasProgram.from_dict({**schema().to_dict(), "program_version": "2.7.1"}).version == "2.7.1"
     threshold = ClockSpec(event_threshold=np.float32(0.5)).event_threshold

@@ -110,9 +110,9 @@ def compile_program(
 ) -> tuple[BoundSchema, CanvasProgram]:
     """`compile_schema`, and a program with the family, tags and carrier of every field, coarse ones too.
 
-    What a field leaves open is a "state" of carrier "deterministic". Connections between two fields that both declare a family get the operator of DEFAULT_WIRING, if it has one for
-    the pair. That alone changes nothing that is computed: ``program.connections`` is empty, for the ConnectionPrograms
-    that are to be executed.
+    A field that says nothing is a "state" of carrier "deterministic". Connections between two fields that both declare
+    a family get the operator of DEFAULT_WIRING, if it has one for the pair. That alone changes nothing that is
+    computed: ``program.connections`` is empty, for the ConnectionPrograms that are to be executed.
 
     Args:
         root, T, spatial_shape, d_model, connectivity, layout_strategy, t_current, H, W: as for `compile_schema`.
