@@ -287,6 +287,17 @@ def test_edges_inside_a_cortex_run_its_backend():
     close(dispatcher(x)[:, A], (read(modules["cogvideox"], x, A, B) + read(modules["cross_attention"], x, A, C)) / 2)
 
 
+def test_cortices_keep_their_backends_to_themselves():
+    layout, topology = three(("a", "a"), ("a", "b"), ("b", "b"), ("b", "c"), ("c", "c"))
+    cortex = CortexRegistry()
+    for name, backend, members in (("one", "cosine_attention", "a"), ("two", "linear_attention", "bc")):
+        cortex.register(CortexSpec(name, local_backend=backend))
+        for member in members:
+            cortex.assign(member, name)
+    found = compile_attention(layout, topology, cortex=cortex).fns
+    assert found == ("cosine_attention", "cross_attention", *["linear_attention"] * 3)
+
+
 def test_cortex_backends_that_do_not_exist_are_refused():
     layout, topology = three(("a", "b"))
     cortex = CortexRegistry()
