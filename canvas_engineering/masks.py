@@ -254,17 +254,14 @@ def mask_parts(
 
     Args:
         spec: the mask.
-        q_region: src's box, int64 ``[D, 2]``.
-        k_region: dst's box, int64 ``[D, 2]``.
-        q_frames: int64 ``[n, 2]``: the absolute frames that query in each of the connection's n reads, half-open.
-        k_frames: int64 ``[n, 2]``: the absolute frames that each of them reads.
+        q_region, k_region: the boxes of src and of dst, int64 ``[D, 2]``.
+        q_frames, k_frames: int64 ``[n, 2]``: the frames that query and are read in each of the connection's n reads.
         whole_keys: a query to which the mask leaves any key reads all keys of its frames.
 
     Returns:
-        ``(row, read, q_boxes, k_boxes)``: ``row`` int64 ``[R]``, non-decreasing, gives for each read that the mask
-        makes the one of the n that it comes from. ``read`` int64 ``[P]``, non-decreasing, gives the read of each part;
-        in it the queries of ``q_boxes[i]`` see the keys of ``k_boxes[i]``, int64 ``[P, D, 2]`` each. The parts of one
-        read have disjoint pairs.
+        ``(row, read, q_boxes, k_boxes)``: ``row`` int64 ``[R]``, ascending, gives for each read that the mask makes the
+        one of the n that it comes from. ``read`` int64 ``[P]``, ascending, gives the read of each part; in it the
+        queries of ``q_boxes[i]`` see the keys of ``k_boxes[i]``, int64 ``[P, D, 2]`` each, and no pair comes twice.
 
     Raises:
         ValueError: tiles or a pattern that do not fit the regions.

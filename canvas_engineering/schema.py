@@ -33,7 +33,11 @@ def declared_fields(declaration: Any) -> dict[str, Any]:
 
 
 def built(cls: type, given: Any, what: str) -> Any:
-    """The dataclass from its `declared_fields` form. ValueError: not a dict, or a field that is missing or unknown."""
+    """The dataclass from its `declared_fields` form.
+
+    Raises:
+        ValueError: not a dict, or a field that is missing or unknown.
+    """
     if not isinstance(given, dict):
         raise ValueError(f"{what} must be a dict of its fields, got {given!r}")
     known = [f.name for f in fields(cls)]
@@ -57,7 +61,11 @@ def _connection_from_dict(given: Any, index: int) -> Connection:
 
 
 def dumped(form: dict[str, Any], metadata: dict[str, Any]) -> bytes:
-    """JSON text of a schema's dict. ValueError: metadata that JSON has no exact form for."""
+    """JSON text of a schema's dict.
+
+    Raises:
+        ValueError: metadata that JSON has no exact form for.
+    """
     try:
         text = json.dumps(form, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:

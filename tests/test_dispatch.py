@@ -278,6 +278,14 @@ def test_bad_input_is_named(monkeypatch):
         AttentionDispatcher(CanvasTopology([Connection("a", "b", fn="mamba")]), layout, D_MODEL)
     with pytest.raises(ValueError, match=r"x must be a floating-point tensor, got torch\.int64"):
         dispatcher(torch.zeros(1, 36, D_MODEL, dtype=torch.int64))
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        message = rf"x is {dtype} and the dispatcher's parameters are torch.float32.*x.to\(torch.float32\).*autocast"
+        with pytest.raises(ValueError, match=message):
+            dispatcher(torch.zeros(1, 36, D_MODEL, dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dispatcher(torch.zeros(1, 36, D_MODEL, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        with pytest.raises(ValueError, match=r"x is torch.float64 and the dispatcher's parameters are torch.float32"):
+            dispatcher(torch.zeros(1, 36, D_MODEL, dtype=torch.float64))  # autocast leaves float64 alone
 
 
 def gated():

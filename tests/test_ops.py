@@ -96,6 +96,22 @@ def test_compiles_to_one_graph(table, backend):
         assert error(mine, want.double()) <= 1e-6
 
 
+@pytest.mark.parametrize("form", ["edge", "joint"])
+def test_the_reference_backend_under_compile(request, form):
+    given = request.getfixturevalue("table" if form == "edge" else "joint")
+    active = torch.tensor([1.0, 0.0, 1.0]) if form == "edge" else None
+
+    def step(q, k, v):
+        return 2 * block_attention(q, k, v, given, active=active, backend="reference")
+
+    inputs = qkv()
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"backend 'reference' walks its table in Python.*or compile without fullgraph"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(*inputs)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(step, backend="aot_eager")(*inputs), step(*inputs))
+
+
 def test_a_compiled_function_follows_its_table(table):
     torch._dynamo.reset()
     other = BlockTable.from_rectangles(

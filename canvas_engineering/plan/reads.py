@@ -36,8 +36,10 @@ class Reads:
 
     Attributes:
         boxes: int64 [U, D, 2], half-open, in (t, s0, …).
-        part_read: int64 [P], non-decreasing. part_q, part_k: int64 [P], rows of ``boxes``.
-        weight: float64 [R], > 0. connection: int64 [R], non-decreasing, the connection's place in the topology.
+        part_read: int64 [P], non-decreasing.
+        part_q, part_k: int64 [P], rows of ``boxes``.
+        weight: float64 [R], > 0.
+        connection: int64 [R], non-decreasing, the connection's place in the topology.
     """
 
     boxes: np.ndarray

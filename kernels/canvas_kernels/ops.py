@@ -73,8 +73,9 @@ def block_attention(
     default 1 / (sum of the weights in force). Returns ``out`` (B, H, n, D) in q's dtype, or ``(out, lse)`` with ``lse``
     (B, H, n_slots), base 2 and without gradient.
 
-    ``backend``: "triton", "torch" (grouped rectangles), "reference" (cell by cell, for tests), or "auto": Triton for
-    tensors on a CUDA or ROCm device without dropout, torch otherwise. A backend that is named never falls back.
+    ``backend``: "triton", "torch" (grouped rectangles), "reference" (cell by cell, for tests; breaks a compiled graph)
+    or "auto": Triton for tensors on a CUDA or ROCm device without dropout, torch otherwise. A backend that is named
+    never falls back.
     ``activation`` "sigmoid": σ(scale · q·k) in place of the softmax, without a normaliser, in edge form; it has no lse.
     Gradients flow to q, k, v and gain; second derivatives need "reference". Under autocast float32 inputs are cast as
     ``scaled_dot_product_attention`` casts them.
@@ -97,6 +98,11 @@ def block_attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "triton":
         _check_triton(q, dropout_p)
+    if backend == "reference" and torch.compiler.is_compiling():
+        raise ValueError(
+            "backend 'reference' walks its table in Python and reads activity on the host, which torch.compile cannot "
+            "trace: use 'torch' or 'triton' there, or compile without fullgraph"
+        )
     if backend == "reference" or dropout_p:
         q, k, v = _autocast(q, k, v)
         execute = reference.attention if backend == "reference" else dropout.attention
