@@ -52,7 +52,7 @@ def attention(
             row_scale = row_scales(table, active, dtype, q.device)
         row_scale = row_scale.detach().to(dtype)
 
-    lse = torch.full((*q.shape[:2], table.n_slots), math.inf, dtype=dtype, device=q.device)
+    lse = queries.new_full((*q.shape[:2], table.n_slots), math.inf)
     # an empty piece ties the result to every input, so that a table without rectangles gives zero gradients, not none
     rows, pieces = [torch.arange(0, device=q.device)], [queries[:, :, :0] + keys[:, :, :0] + values[:, :, :0]]
     if gain is not None:
