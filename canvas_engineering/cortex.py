@@ -73,7 +73,11 @@ class CortexRegistry:
         self._assigned: dict[str, str] = {}
 
     def register(self, spec: CortexSpec) -> None:
-        """Adds a cortex. ValueError: there is one of this name."""
+        """Adds a cortex.
+
+        Raises:
+            ValueError: there is one of this name.
+        """
         if not isinstance(spec, CortexSpec):
             raise ValueError(f"register takes a CortexSpec, got {spec!r}")
         if spec.name in self._cortices:
@@ -81,7 +85,11 @@ class CortexRegistry:
         self._cortices[spec.name] = spec
 
     def unregister(self, name: str) -> None:
-        """Removes a cortex and all of its assignments. KeyError: there is none of this name."""
+        """Removes a cortex and all of its assignments.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
         self._check(name)
         del self._cortices[name]
         self._assigned = {region: cortex for region, cortex in self._assigned.items() if cortex != name}
@@ -90,7 +98,8 @@ class CortexRegistry:
         """Puts a region into a cortex.
 
         Raises:
-            KeyError: no such cortex. ValueError: the region is in another one.
+            KeyError: no such cortex.
+            ValueError: the region is in another one.
         """
         self._check(cortex_name)
         current = self._assigned.get(region, cortex_name)
@@ -101,7 +110,11 @@ class CortexRegistry:
         self._assigned[region] = cortex_name
 
     def unassign(self, region: str) -> None:
-        """Takes a region out of its cortex. KeyError: it is in none."""
+        """Takes a region out of its cortex.
+
+        Raises:
+            KeyError: it is in none.
+        """
         if region not in self._assigned:
             raise KeyError(f"region {region!r} is in no cortex; assigned are {sorted(self._assigned)}")
         del self._assigned[region]
@@ -112,7 +125,11 @@ class CortexRegistry:
         return None if name is None else self._cortices[name]
 
     def regions_in(self, cortex_name: str) -> list[str]:
-        """Names of a cortex's regions, sorted. KeyError: no such cortex."""
+        """Names of a cortex's regions, sorted.
+
+        Raises:
+            KeyError: no such cortex.
+        """
         self._check(cortex_name)
         return sorted(region for region, cortex in self._assigned.items() if cortex == cortex_name)
 

@@ -159,13 +159,15 @@ class AttentionDispatcher(nn.Module):
             (B, N, d_model) in x's dtype.
 
         Raises:
-            ValueError: x of another shape. KeyError: the name of a region that the layout does not have.
+            ValueError: x of another shape, or of another dtype than the parameters' without autocast.
+            KeyError: the name of a region that the layout does not have.
         """
         n = self.layout.num_positions
         if x.dim() != 3 or x.shape[1] != n or x.shape[2] != self.d_model:
             raise ValueError(f"x must be (batch, {n}, {self.d_model}), got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
+        self._check_dtype(x)
         if active_regions is not None and not isinstance(active_regions, torch.Tensor):
             active_regions = frozenset([active_regions] if isinstance(active_regions, str) else active_regions)
         active = self._active_connections(active_regions, x.device)
@@ -197,6 +199,18 @@ class AttentionDispatcher(nn.Module):
         elif not self._every_row_reads:
             written = torch.where(self._reads, written, canvas_rows)
         return written if rest is None else join_rows(rest, self._order, written, 1)
+
+    def _check_dtype(self, x: torch.Tensor) -> None:
+        first = next(self.fn_modules.parameters(), None)
+        if first is None or first.dtype == x.dtype:
+            return
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            return
+        if all(parameter.dtype != x.dtype for parameter in self.fn_modules.parameters()):
+            raise ValueError(
+                f"x is {x.dtype} and the dispatcher's parameters are {first.dtype}: cast one of them, as by "
+                f"x.to({first.dtype}), or run under torch.autocast"
+            )
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -240,11 +240,13 @@ class HybridScheduler(nn.Module):
         temperature: as for `LearnedScheduler`.
 
     Attributes:
-        declared: the RegionScheduler. learned: the LearnedScheduler over the learned regions in sorted order, fed all
-            summaries in sorted order of region and kind.
+        declared: the RegionScheduler.
+        learned: the LearnedScheduler over the learned regions in sorted order, fed all summaries in sorted order of
+            region and kind.
 
     Raises:
-        KeyError: a learned region that the program does not have. ValueError: none, or what the program is refused for.
+        KeyError: a learned region that the program does not have.
+        ValueError: none, or what the program is refused for.
     """
 
     def __init__(

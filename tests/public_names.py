@@ -279,6 +279,7 @@ PUBLIC_NAMES = {
         "MaskSpec",
         "PatternCover",
         "Rect",
+        "mask_parts",
         "mask_to_index_pairs",
         "pattern_cover",
         "rect_cover",

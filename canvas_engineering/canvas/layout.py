@@ -369,11 +369,19 @@ class CanvasLayout:
         return raw, box
 
     def region_spec(self, name: str) -> RegionSpec:
-        """The region's RegionSpec, also where it was given as raw bounds. KeyError: no such region."""
+        """The region's RegionSpec, also where it was given as raw bounds.
+
+        Raises:
+            KeyError: no such region.
+        """
         return self._region(name)[1]
 
     def region_box(self, name: str) -> np.ndarray:
-        """The region's half-open ranges, read-only int64 ``[1 + n_spatial_dims, 2]``. KeyError: no such region."""
+        """The region's half-open ranges, read-only int64 ``[1 + n_spatial_dims, 2]``.
+
+        Raises:
+            KeyError: no such region.
+        """
         return self._region(name)[2]
 
     def region_size(self, name: str) -> tuple[int, ...]:

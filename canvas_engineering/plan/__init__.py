@@ -313,7 +313,8 @@ def compile_attention(
         dense_in_time: read every connection as if it had no temporal offsets.
 
     Returns:
-        the plan; a second call with an equal declaration gives the same object.
+        the plan; a second call with an equal declaration gives the same object. ``compile_attention.cache_clear()``
+        forgets all plans; those in use stay valid.
 
     Raises:
         ValueError: ``normalize`` unknown, a mask that does not fit its connection's regions, a program or a cortex that
@@ -366,6 +367,14 @@ def compile_attention(
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     return plan
+
+
+def _cache_clear() -> None:
+    with _cache_lock:
+        _cache.clear()
+
+
+compile_attention.cache_clear = _cache_clear
 
 
 def _banks(layout: CanvasLayout, program: CanvasProgram | None) -> tuple[Bank, ...]:
