@@ -57,8 +57,8 @@ oldest: $(READY) ## CogVideoX's tests against the oldest diffusers that is suppo
 lint: $(READY) ## ruff
 	@$(RUN) -m ruff check .
 
-aot: $(READY) ## compile every shipped kernel configuration for every architecture, without a GPU
-	@$(RUN) -m benchmarks.aot
+aot: $(READY) ## compile every shipped kernel configuration for every architecture, without a GPU; none may need more than before
+	@$(RUN) -m benchmarks.aot --compare benchmarks/results/aot.json --save out/aot.json
 
 # No set-up here: a GPU machine is measured with its own torch and Triton, and may have no network.
 gpu: ## on an NVIDIA machine: every configuration against float64, then timings; OUT=folder

@@ -1,6 +1,6 @@
 """Compiles every shipped kernel configuration ahead of time, without a GPU, and checks what the compiler made of it.
 
-    python -m benchmarks.aot [--arch sm_90] [--head-dim 64,128] [--dtype bf16] [--jobs 2] [--json FILE]
+    python -m benchmarks.aot [--arch sm_90] [--head-dim 64,128] [--dtype bf16] [--jobs 2] [--save ROWS] [--compare ROWS]
 
 Checked, and any failure ends the program with status 1:
 - no spills up to head_dim 128;
@@ -12,7 +12,6 @@ Checked, and any failure ends the program with status 1:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import measure, report
 from canvas_kernels import configs
 from canvas_kernels.configs import Launch
 
@@ -203,7 +203,8 @@ def main(argv=None) -> int:
     parser.add_argument("--head-dim", default=",".join(map(str, configs.HEAD_DIMS)), help="padded, comma-separated")
     parser.add_argument("--dtype", default=",".join(DTYPES), help="comma-separated")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--save", type=Path, metavar="ROWS", help="where to write the rows")
+    parser.add_argument("--compare", type=Path, metavar="ROWS", help="exit with 1 where these took fewer resources")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
@@ -230,11 +231,20 @@ def main(argv=None) -> int:
     failed = [row for row in rows if row["faults"]]
     seconds = sum(row["seconds"] for row in rows)
     console.print(f"{len(rows)} configurations, {len(failed)} with faults, {seconds:.0f} s of compiling")
-    if arguments.json:
-        partial = arguments.json.with_suffix(".partial")
-        partial.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
-        partial.replace(arguments.json)
-    return 1 if failed else 0
+    rows = [row | {"triton": triton.__version__} for row in rows]
+    if arguments.save:
+        measure.write_rows(rows, arguments.save)
+    return int(bool(failed) | _larger(arguments.compare, rows, console))
+
+
+def _larger(path: Path | None, rows: list[dict], console) -> bool:
+    """Whether a kernel spills more, has fewer wgmmas or leaves room for fewer programs than in the rows at ``path``."""
+    earlier = measure.read_rows(path) if path else []
+    if not earlier or earlier[0]["triton"] != rows[0]["triton"]:
+        return False  # another compiler gives other registers
+    lines, worse = report.compare(earlier, rows)
+    console.print("\n".join(lines), highlight=False)
+    return worse
 
 
 if __name__ == "__main__":

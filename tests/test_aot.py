@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import aot
+from benchmarks import aot, measure
 from canvas_kernels import configs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,10 +25,10 @@ def compiled(tmp_path_factory) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     command = [sys.executable, "-m", "benchmarks.aot", "--arch", "sm_90", "--head-dim", "64,128", "--dtype", "bf16"]
-    command += ["--json", str(file)]
+    command += ["--save", str(file)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    return json.loads(file.read_text())["rows"]
+    return measure.read_rows(file)
 
 
 def test_every_pass_in_every_form_compiles_without_a_fault(compiled):
