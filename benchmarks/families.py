@@ -58,6 +58,13 @@ NOTES = {
     "rwkv": "query i reads row i: 64 queries need 64 keys",
     "hyena": "64 queries convolve 64 averages",
 }
+FLA = """
+On a GPU in float32, where the extra `fla` (flash-linear-attention) is installed, its `fla.ops.hgrn.chunk_hgrn`, h_t =
+exp(g_t) h_{t−1} + x_t, runs the recurrences of rwkv (g = −exp(decay)) and mamba (g = −exp(A_log) · dt_t, a channel for
+each pair of channel and state), forward and backward; results agree with the torch path to 1e-5, and `backend="torch"`
+keeps that path. mamba's softmax stays with torch, and so does linear_attention: the sums over all keys of a read are
+one batched product, and the kernels there are causal.
+"""
 
 
 class Disagreement(Exception):
@@ -366,6 +373,7 @@ def document(rows: list[dict]) -> str:
         lines.append(f"| {fn} | {exponents} | {_time(slowest)} | {largest:.0f} |")
     lines += ["", "Where the measure is not the claim:", ""]
     lines += [f"- {fn}: {note}." for fn, note in NOTES.items() if fn in names]
+    lines += FLA.rstrip().splitlines()
     lines += [
         "",
         f"## Scans against loops over positions (d_model {WIDTH})",

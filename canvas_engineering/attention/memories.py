@@ -46,8 +46,9 @@ class MemoryAttention(nn.Module):
         """(…, d_model), twice → (…, F), position by position."""
         raise NotImplementedError
 
-    def summarise(self, features: torch.Tensor) -> torch.Tensor:
-        """The features of a read's keys, (B, m, F) → its memory (B, rows, M)."""
+    def summarise(self, features: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        """The features of a read's keys, (B, m, F) → its memory (B, rows, M). ``backend`` as for
+        :func:`canvas_attention`."""
         raise NotImplementedError
 
     def query_features(self, queries: torch.Tensor) -> torch.Tensor:
@@ -97,7 +98,7 @@ class MemoryAttention(nn.Module):
         pieces = []
         for group in found.groups:
             features = to_reads(keys[group.start : group.start + group.sets * group.m], group.sets, batch)
-            memory = self.summarise(features[:, : group.longest] if self.causal else features)
+            memory = self.summarise(features[:, : group.longest] if self.causal else features, backend)
             shape = memory.shape[1:]
             memory = memory.reshape(group.sets, -1)  # [sets, B · rows · M]
             for part in group.parts:

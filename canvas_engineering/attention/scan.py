@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import fla_scans
+
 __all__ = ["decayed_sums", "selective_scan"]
 
 # Up to 64 steps of 2^16 numbers are faster at once than in chunks, which are walked twice. Of 64, 128 and 256 steps per
@@ -17,7 +19,12 @@ _SHORT, _WIDE = 64, 1 << 16
 
 
 def selective_scan(
-    dt: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rate: torch.Tensor
+    dt: torch.Tensor,
+    x: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    rate: torch.Tensor,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """y_t = Σ_s c_ts h_ts with h_t = exp(rate · dt_t) h_{t−1} + x_t b_tᵀ and h_0 = 0, each batch entry by itself.
 
@@ -29,6 +36,8 @@ def selective_scan(
         x: (batch, length, width), what enters the states.
         b, c: (batch, length, states).
         rate: (width, states), ≤ 0; a constant, without a gradient.
+        backend: "auto" runs float32 on a GPU by :mod:`.fla_scans`, where flash-linear-attention is installed; other
+            names stay with torch.
 
     Returns:
         (batch, length, width). All tensors share one dtype, float32 or float64.
@@ -51,7 +60,7 @@ def selective_scan(
         raise ValueError(f"one dtype, float32 or float64, for all: {_described(dt, x, b, c, rate)}")
     if rate.requires_grad:
         raise ValueError("rate is a constant of the scan: it has no gradient")
-    return _scan(dt, x, b, c, rate)[0]
+    return _scan(dt, x, b, c, rate, backend == "auto")[0]
 
 
 def _described(*tensors: torch.Tensor) -> str:
@@ -106,9 +115,12 @@ def _carry(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("canvas_engineering::selective_scan", mutates_args=())
 def _scan(
-    dt: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rate: torch.Tensor
+    dt: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rate: torch.Tensor, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, the states at chunk starts)."""
+    """(y, the states at chunk starts, of which there are none by ``kernels``)."""
+    recur = fla_scans.recurrence(dt) if kernels else None
+    if recur is not None:
+        return fla_scans.scan(recur, dt, x, b, c, rate), dt.new_empty(0)
     batch, length, _ = dt.shape
     chunk = _chunk(length, batch * rate.numel())
     rate = rate.t().contiguous()
@@ -129,7 +141,9 @@ def _scan(
 
 
 @_scan.register_fake
-def _(dt, x, b, c, rate):
+def _(dt, x, b, c, rate, kernels):
+    if kernels and fla_scans.recurrence(dt) is not None:
+        return torch.empty_like(dt), dt.new_empty(0)
     batch, length, width = dt.shape
     count = -(-length // _chunk(length, batch * rate.numel()))
     return torch.empty_like(dt), dt.new_empty(batch * count, rate.shape[1], width)
@@ -144,6 +158,7 @@ def _scan_backward(
     c: torch.Tensor,
     rate: torch.Tensor,
     start: torch.Tensor,
+    kernels: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of dt, x, b and c.
 
@@ -151,6 +166,9 @@ def _scan_backward(
     moment, though they run in opposite directions. But e_{t+1} − e_t = Σ_s rate (g_t x_t b_t − h_t c_t grad_t), of
     which each direction has its own half: e is a running sum back from each chunk's end, and no state has to be kept.
     """
+    recur = fla_scans.recurrence(dt) if kernels else None
+    if recur is not None:
+        return fla_scans.scan_backward(recur, grad, dt, x, b, c, rate)
     batch, length, _ = dt.shape
     chunk = _chunk(length, batch * rate.numel())
     rate = rate.t().contiguous()
@@ -187,19 +205,20 @@ def _scan_backward(
 
 
 @_scan_backward.register_fake
-def _(grad, dt, x, b, c, rate, start):
+def _(grad, dt, x, b, c, rate, start, kernels):
     return torch.empty_like(dt), torch.empty_like(x), torch.empty_like(b), torch.empty_like(c)
 
 
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    *tensors, ctx.kernels = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return None, None, None, None, None
-    return *_scan_backward(grad.contiguous(), *ctx.saved_tensors), None
+        return (None,) * 6
+    return *_scan_backward(grad.contiguous(), *ctx.saved_tensors, ctx.kernels), None, None
 
 
 _scan.register_autograd(_backward, setup_context=_setup)
@@ -208,10 +227,10 @@ _scan.register_autograd(_backward, setup_context=_setup)
 # -- constant decay ----------------------------------------------------------------------------------------------------
 
 
-def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor) -> torch.Tensor:
+def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """S_t = Σ_{j<t} exp(log_keep)^(t−1−j) x_j along dim 1 of x (batch, length, width); log_keep (width,), ≤ 0.
 
-    float32 or float64; what is kept for backward is the result.
+    float32 or float64; what is kept for backward is the result. ``backend`` as for :func:`selective_scan`.
 
     >>> decayed_sums(torch.ones(1, 4, 1), torch.tensor([0.5]).log()).flatten().tolist()
     [0.0, 1.0, 1.5, 1.75]
@@ -219,12 +238,15 @@ def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor) -> torch.Tensor:
     if x.dim() != 3 or log_keep.shape != x.shape[2:] or log_keep.dtype != x.dtype:
         given = f"x {tuple(x.shape)} {x.dtype} and log_keep {tuple(log_keep.shape)} {log_keep.dtype}"
         raise ValueError(f"wanted x (batch, length, width) and log_keep (width,) of one dtype; got {given}")
-    return _sums(x, log_keep, False)
+    return _sums(x, log_keep, False, backend == "auto")
 
 
 @torch.library.custom_op("canvas_engineering::decayed_sums", mutates_args=())
-def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool) -> torch.Tensor:
+def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: bool) -> torch.Tensor:
     """``backwards``: S_t = Σ_{j>t} exp(log_keep)^(j−1−t) x_j."""
+    recur = fla_scans.recurrence(x) if kernels else None
+    if recur is not None:
+        return fla_scans.sums(recur, x, log_keep, backwards)
     batch, length, width = x.shape
     chunk = _chunk(length, batch * width)
     # S + (x + S · (keep − 1)): a keep close to 1 would be rounded, and its powers with it
@@ -247,21 +269,21 @@ def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool) -> torch.Ten
 
 
 @_sums.register_fake
-def _(x, log_keep, backwards):
+def _(x, log_keep, backwards, kernels):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _setup_sums(ctx, inputs, output):
-    _, log_keep, ctx.backwards = inputs
+    _, log_keep, ctx.backwards, ctx.kernels = inputs
     ctx.save_for_backward(log_keep, output)
 
 
 def _sums_backward(ctx, grad):
     log_keep, sums = ctx.saved_tensors
     # what a position adds to the sums beyond it; and S' = w S + x gives dL/dw = Σ S · that
-    d_x = _sums(grad.contiguous(), log_keep, not ctx.backwards)
+    d_x = _sums(grad.contiguous(), log_keep, not ctx.backwards, ctx.kernels)
     d_keep = (d_x * sums).sum((0, 1)) * torch.exp(log_keep)
-    return d_x, d_keep, None
+    return d_x, d_keep, None, None
 
 
 _sums.register_autograd(_sums_backward, setup_context=_setup_sums)
