@@ -16,7 +16,11 @@ from .softmax import project_out
 
 
 def check_heads(d_model: int, n_heads: int, dropout: float) -> None:
-    """ValueError where heads do not divide the width, or the dropout is no probability below 1."""
+    """Arguments of a constructor.
+
+    Raises:
+        ValueError: heads that do not divide the width, or a dropout that is no probability below 1.
+    """
     if n_heads < 1 or d_model % n_heads:
         raise ValueError(f"n_heads {n_heads} must divide d_model {d_model}")
     check_dropout(dropout)
@@ -142,8 +146,9 @@ class SharedMemories:
     """A plan's reads by the sets of their keys, and those by length, as index tensors of one device.
 
     Attributes:
-        groups: by m, their parts by n.
-        key_rows: RowMap of the distinct packed rows that are keys; keys: RowMap of the K key places over those.
+        groups: by m; their parts by n.
+        key_rows: RowMap of the distinct packed rows that are keys.
+        keys: RowMap of the K key places over those.
         query_rows, queries: the same of the S query places.
         weight, scale_row, connections: of the query places, as in :class:`.grouped.ReadGroups`.
     """
