@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from canvas_engineering import (
     ATTENTION_REGISTRY,
@@ -298,6 +299,23 @@ def test_functions_with_kernels_mix_on_triton():
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fn", sorted(set(EVERY) - {"none"}))
+def test_the_number_of_calls_does_not_grow_with_edges(fn):
+    counts = []
+    for edges in (3, 40):
+        regions = {f"r{i}": (0, 1, 4 * i, 4 * i + 4) for i in range(edges)}
+        layout = CanvasLayout(T=1, spatial_shape=(4 * edges,), d_model=D_MODEL, regions=regions)
+        connections = [Connection(a, b, fn=fn, write_mode="gate") for a, b in zip(regions, list(regions)[1:])]
+        dispatcher = randomised(layout, CanvasTopology([*connections, Connection("r0", "r0", fn=fn)])).float()
+        x = torch.randn(1, 4 * edges, D_MODEL, requires_grad=True)
+        dispatcher(x).sum().backward()  # what is made once is made
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            dispatcher(x).sum().backward()
+        # those inside of our own operators too
+        counts.append({e.key: e.count for e in profiled.key_averages() if e.key.startswith("aten::")})
+    assert counts[0] == counts[1]
 
 
 def test_keys_that_many_reads_share_are_summed_once():
