@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +20,8 @@ from canvas_engineering import (
     CanvasTopology,
     Connection,
     MaskSpec,
+    RegionSpec,
+    TemporalFill,
     create_attention,
 )
 from tests import family_oracle, oracle
@@ -162,6 +167,85 @@ EVERY = (*ATTENTION_TYPES, "self_attention", "pooling_attention")
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_all_functions_mix_freely(backend, canvas, choose):
     check_step(canvas, choose, 1, backend=backend)
+
+
+OFFSETS = [{}, {"t_src": 0, "t_dst": 0}, {"t_src": 0, "t_dst": -1}, {"t_src": 1}, {"t_dst": -1}]
+
+
+def with_every_function(seed):
+    """One edge of each function between three regions of other rates, with its own mode, offsets, fill and mask."""
+    rng = random.Random(seed)
+    regions = {
+        "a": RegionSpec((0, 3, 0, 1, 0, 2)),
+        "b": RegionSpec((0, 2, 1, 2, 0, 3), period=3),
+        "c": RegionSpec((1, 3, 0, 2, 1, 3), period=2),  # shares positions with both
+    }
+    layout = CanvasLayout(T=3, spatial_shape=(2, 3), d_model=D_MODEL, regions=regions)
+    fns = list(EVERY)
+    rng.shuffle(fns)
+    connections = []
+    for fn in fns:
+        src, fill, mask = rng.choice("abc"), rng.choice(list(TemporalFill)), None
+        # frames that every fill finds, so that no function is left without a read
+        dst = rng.choice({TemporalFill.DROP: "a", TemporalFill.HOLD: "ab", TemporalFill.INTERPOLATE: "abc"}[fill])
+        if rng.random() < 0.3:
+            mask = MaskSpec("tile", tile_shape=(1, rng.randint(1, 2)))
+        connections.append(
+            Connection(
+                src, dst, fn=fn, weight=rng.choice([0.5, 1.0, 3.0]), mask=mask,
+                **rng.choice(OFFSETS),
+                temporal_fill=fill, interpolation_order=rng.randint(0, 3),
+                write_mode=rng.choice(["add", "add", "gate", "replace"] if src == "c" else ["add", "gate"]),
+            )
+        )  # fmt: skip
+    return layout, CanvasTopology(connections)
+
+
+@pytest.mark.parametrize("active", [None, ["a", "c"]])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_all_functions_at_once(backend, seed, active):
+    layout, topology = with_every_function(seed)
+    dispatcher = randomised(layout, topology, backend=backend)
+    assert set(dispatcher.fn_modules) == set(EVERY) - {"none"}
+    x = torch.randn(2, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    runs = None if active is None else [c.src in active for c in topology.connections]
+    same(dispatcher(x, active), oracle_step(dispatcher, x, runs), [x, *dispatcher.parameters()], 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_all_functions_at_once_with_kernels_where_there_are_any(monkeypatch, seed):
+    """As on a GPU, where "auto" takes Triton for what has kernels; and for windows too."""
+    pytest.importorskip("triton")
+    layout, topology = with_every_function(seed)
+    dispatcher = randomised(layout, topology)
+    for parameter in dispatcher.fn_modules["mamba"].parameters():
+        nn.init.normal_(parameter, std=0.2)  # of larger ones its states grow beyond what float32 tells apart
+    x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    active = None if seed else [c.src != "b" for c in topology.connections]
+    expected, grad = oracle_step(dispatcher, x, active), torch.randn_like(x)
+    leaves = dict(dispatcher.named_parameters())
+    wanted = torch.autograd.grad(expected, [x, *leaves.values()], grad, allow_unused=True, materialize_grads=True)
+    by_kernels = []
+    for fn, module in dispatcher.float().fn_modules.items():
+        if "triton" in getattr(module, "backends", ()):
+            by_kernels.append(fn)
+            attend = functools.partial(type(module).attend, module)
+            monkeypatch.setattr(
+                module, "attend", lambda *a, attend=attend, **k: attend(*a, **{**k, "backend": "triton"})
+            )
+    assert set(by_kernels) == {*TABLES, *CHOSEN}
+    low = x.detach().float().requires_grad_()
+    out = dispatcher(low, None if seed else ["a", "c"])
+    found = torch.autograd.grad(out, [low, *leaves.values()], grad.float(), allow_unused=True, materialize_grads=True)
+    assert ((out - expected).abs().max() / expected.abs().max()).item() < 2e-5
+    # Gradients that cancel to almost nothing are held to the scale of the others; a key bias, which shifts every score
+    # of a row alike, to that of its weight.
+    sizes = {name: b.abs().max().item() for name, b in zip(["x", *leaves], wanted)}
+    least = 1e-2 * max(sizes.values())
+    for name, a, b in zip(["x", *leaves], found, wanted):
+        scale = max(sizes[name.replace("k_proj.bias", "k_proj.weight")], least)
+        assert (a - b).abs().max().item() < 1e-4 * scale, name
 
 
 def test_every_type_is_registered():
