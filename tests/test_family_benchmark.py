@@ -79,7 +79,7 @@ def test_rows_of_every_question(tmp_path, monkeypatch):
     rows += families.loop_rows(length=24, width=8)
     assert [(r["fn"], r["queries"], r["contestant"]) for r in rows[2:]] == [
         (fn, 24, name)
-        for fn, more in (("mamba", ()), ("mamba", (families.PRODUCTS,)), ("rwkv", ()))
+        for fn, more in (("mamba", (families.PRODUCTS,)), ("mamba", (families.PRODUCTS,)), ("rwkv", ()))
         for name in ("ours", *more, "indexed loop", "cut loop")
     ]
     rows.append(families.edge_row("perceiver", edges=5, size=4, width=8, rounds=2))
