@@ -131,6 +131,19 @@ def test_wide_joint_cells_with_weights_and_several_ranges(mode):
     check(table, inputs_for(table, batch=2), {}, 1e-12)
 
 
+def test_key_ranges_that_move_onto_each_other(mode):
+    # a causal video in joint form: each frame reads itself and the one before, with a gap between the two
+    now = 8 * np.arange(1, 5)
+    table = BlockTable.from_rectangles(
+        "joint", 40, 0, q_start=[*now, *now], q_stop=[*(now + 6), *(now + 6)], k_start=[*now, *(now - 8)],
+        k_stop=[*(now + 6), *(now - 2)], weight=np.ones(8),
+    )  # fmt: skip
+    if "slabs" in mode:
+        (slab,) = grouping.group(table).slabs
+        assert slab.cells == 4 and slab.key_ranges == ((0, 6, 8), (8, 6, 8)) and not slab.fresh_keys
+    check(table, inputs_for(table, batch=2), {}, 1e-12)
+
+
 def members(ranges, g: int) -> list[int]:
     """Positions of cell ``g``."""
     return [first + g * step + j for first, length, step in ranges for j in range(length)]

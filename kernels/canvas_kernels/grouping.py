@@ -428,8 +428,8 @@ def _mark_fresh(slabs: list[Slab], n: int):
     for slab in (*first, *later):
         rows, keys = slab.positions(slab.row_ranges), slab.positions(slab.key_ranges)
         fresh_rows = not row_seen[rows].any()
-        still = slab.cells > 1 and any(step == 0 for *_, step in slab.key_ranges)
-        fresh_keys = not still and not key_seen[keys].any()
+        # ranges that stand still repeat their keys, and so do ranges that move to where another one was
+        fresh_keys = not key_seen[keys].any() and len(np.unique(keys)) == keys.size
         row_seen[rows] = True
         key_seen[keys] = True
         row_stale[rows] &= not fresh_rows
