@@ -61,11 +61,11 @@ NOTES = {
     "hyena": "64 queries convolve 64 averages",
 }
 FLA = """
-On a GPU in float32, where the extra `fla` (flash-linear-attention) is installed, its `fla.ops.hgrn.chunk_hgrn`, h_t =
-exp(g_t) h_{t−1} + x_t, runs the recurrences of rwkv (g = −exp(decay)) and mamba (g = −exp(A_log) · dt_t, a channel for
-each pair of channel and state), forward and backward; results agree with the torch path to 1e-5, and `backend="torch"`
-keeps that path. mamba's softmax stays with torch, and so does linear_attention: the sums over all keys of a read are
-one batched product, and the kernels there are causal.
+On a GPU in float32, where the extra `fla` (flash-linear-attention) is installed, `fla.ops.hgrn.fused_recurrent_hgrn`,
+h_t = exp(g_t) h_{t−1} + x_t, runs the recurrences of rwkv (g = −exp(decay)) and mamba (g = −exp(A_log) · dt_t, a
+channel for each pair of channel and state), forward and backward, in chunks side by side. It is held to the torch path
+within 1e-5, and `backend="torch"` keeps that path. mamba's softmax stays with torch, and so does linear_attention: the
+sums over all keys of a read are one batched product, and the kernels there are causal.
 """
 
 

@@ -17,17 +17,22 @@ from canvas_engineering.attention.scan import decayed_sums, selective_scan
 calls: list[tuple[int, ...]] = []
 
 
-def chunk_hgrn(x, g, initial_state=None, output_final_state=False):
-    """h_t = exp(g_t) h_{t−1} + x_t, of inputs and log decays (B, T, D), in float32; and None for no final state."""
+def fused_recurrent_hgrn(x, g, initial_state=None, output_final_state=False, cu_seqlens=None):
+    """h_t = exp(g_t) h_{t−1} + x_t from h_0 (B, D), of inputs and log decays (B, T, D), in float32; the last h, or
+    None."""
     assert x.dtype == g.dtype == torch.float32 and x.shape == g.shape and x.dim() == 3
     assert x.is_contiguous() and g.is_contiguous() and g.max() <= 0
     assert not torch.is_grad_enabled() or not (x.requires_grad or g.requires_grad)
+    assert cu_seqlens is None
     calls.append(tuple(x.shape))
     h, rows = torch.zeros_like(x[:, 0]), []
+    if initial_state is not None:
+        assert initial_state.is_contiguous() and initial_state.dtype == torch.float32
+        h = initial_state.reshape(h.shape)
     for x_t, g_t in zip(x.unbind(1), g.unbind(1)):
         h = g_t.exp() * h + x_t
         rows.append(h)
-    return torch.stack(rows, 1), None
+    return torch.stack(rows, 1), h if output_final_state else None
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def stand_in(monkeypatch):
         module = ModuleType(name)
         module.__spec__, module.__path__ = ModuleSpec(name, None), []
         monkeypatch.setitem(sys.modules, name, module)
-    sys.modules["fla.ops.hgrn"].chunk_hgrn = chunk_hgrn
+    sys.modules["fla.ops.hgrn"].fused_recurrent_hgrn = fused_recurrent_hgrn
     monkeypatch.setattr(fla_scans, "_suits", lambda x: x.dtype == torch.float32)
     fla_scans._kernel.cache_clear()
     calls.clear()
@@ -85,6 +90,20 @@ def test_sums_and_their_gradients(stand_in):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("length", [128, 129, 512, 700])
+def test_chunks_are_carried_on(stand_in, length):
+    x = torch.randn(2, length, 3, requires_grad=True)
+    log_keep = torch.tensor([-1e-6, -1e-2, -3.0], requires_grad=True)
+    found = results(decayed_sums, [x, log_keep])
+    chunks = -(-length // 128)
+    assert calls == [(2 * chunks, 128, 3)] * (4 if chunks > 1 else 2)
+    exact = [t.detach().double().requires_grad_() for t in (x, log_keep)]
+    close(found, [t.float() for t in results(lambda *t: decayed_sums(*t, "torch"), exact)])
+    *leaves, rate = scan_inputs(length=length)
+    found = results(lambda *t: selective_scan(*t, rate), leaves)
+    close(found, results(lambda *t: selective_scan(*t, rate, "torch"), leaves))
+
+
 def dispatcher_of(fn, backend, size=12, width=8):
     layout = CanvasLayout(T=1, spatial_shape=(size,), d_model=width, regions={"a": (0, 1, 0, size)})
     torch.manual_seed(0)
@@ -123,8 +142,8 @@ def test_without_the_extra_torch_runs():
 
 
 def test_an_installation_that_is_broken_is_not_passed_over(stand_in, monkeypatch):
-    monkeypatch.delattr(sys.modules["fla.ops.hgrn"], "chunk_hgrn")
-    with pytest.raises(ImportError, match="chunk_hgrn"):
+    monkeypatch.delattr(sys.modules["fla.ops.hgrn"], "fused_recurrent_hgrn")
+    with pytest.raises(ImportError, match="fused_recurrent_hgrn"):
         selective_scan(*scan_inputs())
 
 

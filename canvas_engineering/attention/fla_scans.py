@@ -1,8 +1,9 @@
 """The scans by a kernel of flash-linear-attention (the extra ``fla``), for float32 tensors on a GPU.
 
-Of its operations, ``fla.ops.hgrn.chunk_hgrn(x, g)`` is the one that computes our recurrences as they are: h_t =
-exp(g_t) · h_{t−1} + x_t, every channel by itself, in float32. rwkv's sums have one channel for each of the canvas's,
-mamba's states one for each pair of channel and state. Its results are held to those of :mod:`.scan`, within 1e-5.
+Of its operations, ``fla.ops.hgrn.fused_recurrent_hgrn(x, g, initial_state, output_final_state)`` is the one that
+computes our recurrences as they are: h_t = exp(g_t) · h_{t−1} + x_t, every channel by itself, in float32. rwkv's sums
+have one channel for each of the canvas's, mamba's states one for each pair of channel and state. Its results are held
+to those of :mod:`.scan`, within 1e-5.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
+from .chunks import by_position, by_step, carry
+
 # (x, g), both (batch, length, channels) → h of the same shape
 Recurrence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # mamba's states are written out, for as many channels at a time as make 64 MB of them.
 MOST_STATES = 1 << 24
+# Steps that follow each other: chunks run side by side, and no decay is rounded more often than this.
+CHUNK = 128
 
 
 def recurrence(x: torch.Tensor) -> Recurrence | None:
@@ -34,9 +39,22 @@ def _suits(x: torch.Tensor) -> bool:
 def _kernel() -> Recurrence | None:
     if find_spec("fla") is None:
         return None
-    from fla.ops.hgrn import chunk_hgrn  # one that is installed and cannot be imported is an error, not a fallback
+    # one that is installed and cannot be imported is an error, not a fallback
+    from fla.ops.hgrn import fused_recurrent_hgrn
 
-    return lambda x, g: chunk_hgrn(x.contiguous(), g.contiguous())[0]
+    return functools.partial(_recurrence, fused_recurrent_hgrn)
+
+
+def _recurrence(kernel, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    batch, length, _ = x.shape
+    if length <= CHUNK:
+        return kernel(x.contiguous(), g.contiguous())[0]
+    x, g = by_step(x, CHUNK), by_step(g, CHUNK)
+    _, ends = kernel(x, g, output_final_state=True)
+    # [batch, chunks, 1, channels]
+    ends, kept = (t.unflatten(0, (batch, -1))[:, :, None] for t in (ends, g.sum(1).exp()))
+    out, _ = kernel(x, g, initial_state=carry(ends, kept).reshape(len(x), -1))
+    return by_position(out, batch, length)
 
 
 def sums(recur: Recurrence, x: torch.Tensor, log_keep: torch.Tensor, backwards: bool) -> torch.Tensor:

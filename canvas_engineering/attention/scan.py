@@ -7,9 +7,9 @@ it adds; then, what the chunks before it add up to being known, from its true st
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from . import fla_scans
+from .chunks import by_position, by_step, carry
 
 __all__ = ["decayed_sums", "selective_scan"]
 
@@ -75,17 +75,6 @@ def _chunk(length: int, lanes: int) -> int:
     return max(1, min(1 << ((length.bit_length() + 2) // 2), length))
 
 
-def _by_step(x: torch.Tensor, chunk: int) -> torch.Tensor:
-    """(batch, length, D) → (batch · chunks, chunk, D), padded with zeros, which neither decay nor add."""
-    missing = -x.shape[1] % chunk
-    return (F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()).reshape(-1, chunk, x.shape[2])
-
-
-def _by_position(steps: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-    """The inverse of :func:`_by_step`."""
-    return steps.reshape(batch, -1, steps.shape[2])[:, :length].contiguous()
-
-
 def _rows(steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(batch · chunks, 1, D) of every step."""
     return steps[:, :, None].unbind(1)
@@ -94,18 +83,6 @@ def _rows(steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _columns(steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(batch · chunks, D, 1) of every step."""
     return steps[..., None].unbind(1)
-
-
-def _carry(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """(batch, chunks, states, width): the state before each chunk, from what each adds and what share of its start each
-    keeps: H_k = kept_{k−1} H_{k−1} + added_{k−1}, by doubling."""
-    shift, count = 1, added.shape[1]
-    while shift < count:
-        joined = torch.addcmul(added[:, shift:], kept[:, shift:], added[:, :-shift])
-        added = torch.cat([added[:, :shift], joined], 1)
-        kept = torch.cat([kept[:, :shift], kept[:, shift:] * kept[:, :-shift]], 1)
-        shift *= 2
-    return F.pad(added[:, :-1], (0, 0, 0, 0, 1, 0))
 
 
 # Below, every operation of a step is one pass over (batch · chunks, states, width) in a buffer that is used again:
@@ -124,7 +101,7 @@ def _scan(
     batch, length, _ = dt.shape
     chunk = _chunk(length, batch * rate.numel())
     rate = rate.t().contiguous()
-    dts, xs, bs, cs = (_by_step(t, chunk) for t in (dt, x, b, c))
+    dts, xs, bs, cs = (by_step(t, chunk) for t in (dt, x, b, c))
     state = dt.new_zeros(len(dts), *rate.shape)
     decay, row, out = torch.empty_like(state), torch.empty_like(xs[:, :1]), torch.empty_like(xs)
     inputs = list(zip(_rows(dts), _rows(xs), _columns(bs)))
@@ -132,12 +109,12 @@ def _scan(
         for dt_j, x_j, b_j in inputs:
             state.mul_(torch.mul(rate, dt_j, out=decay).exp_()).addcmul_(b_j, x_j)
         kept = torch.exp(rate * dts.sum(1, keepdim=True))
-        state = _carry(*(t.unflatten(0, (batch, -1)) for t in (state, kept))).flatten(0, 1).contiguous()
+        state = carry(*(t.unflatten(0, (batch, -1)) for t in (state, kept))).flatten(0, 1).contiguous()
     start = state.clone()
     for (dt_j, x_j, b_j), c_j, out_j in zip(inputs, _rows(cs), _rows(out)):
         state.mul_(torch.mul(rate, dt_j, out=decay).exp_()).addcmul_(b_j, x_j)
         out_j.copy_(torch.bmm(c_j, state, out=row))
-    return _by_position(out, batch, length), start
+    return by_position(out, batch, length), start
 
 
 @_scan.register_fake
@@ -172,7 +149,7 @@ def _scan_backward(
     batch, length, _ = dt.shape
     chunk = _chunk(length, batch * rate.numel())
     rate = rate.t().contiguous()
-    dts, xs, bs, cs, grads = (_by_step(t, chunk) for t in (dt, x, b, c, grad))
+    dts, xs, bs, cs, grads = (by_step(t, chunk) for t in (dt, x, b, c, grad))
     d_dt, d_x, d_b, d_c = (torch.empty_like(t) for t in (dts, xs, bs, cs))
     decay, scaled = torch.empty_like(start), torch.empty_like(start)
     row, column = torch.empty_like(xs[:, :1]), torch.empty_like(bs[:, :1])
@@ -189,7 +166,7 @@ def _scan_backward(
         for (dt_j, _, _, _), (grad_j, _, c_j) in zip(reversed(moves), reversed(pulls)):
             adjoint.addcmul_(c_j, grad_j).mul_(torch.mul(rate, dt_j, out=decay).exp_())
         kept = torch.exp(rate * dts.sum(1, keepdim=True))
-        after = _carry(*(t.unflatten(0, (batch, -1)).flip(1) for t in (adjoint, kept)))
+        after = carry(*(t.unflatten(0, (batch, -1)).flip(1) for t in (adjoint, kept)))
         adjoint = after.flip(1).flatten(0, 1).contiguous()
     change = (state.mul_(rate) * adjoint).sum(1, keepdim=True)
     backwards = [reversed(t) for t in (moves, pulls, halves, _rows(d_x), _rows(d_b))]
@@ -200,7 +177,7 @@ def _scan_backward(
         change.addcmul_(x_j, torch.bmm(b_row, torch.mul(adjoint, rate, out=scaled), out=row), value=-1).add_(half)
         half.copy_(change)
         adjoint.mul_(torch.mul(rate, dt_j, out=decay).exp_())
-    d_dt, d_x, d_b, d_c = (_by_position(t, batch, length) for t in (d_dt, d_x, d_b, d_c))
+    d_dt, d_x, d_b, d_c = (by_position(t, batch, length) for t in (d_dt, d_x, d_b, d_c))
     return d_dt, d_x, d_b, d_c
 
 
@@ -252,7 +229,7 @@ def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: boo
     # S + (x + S · (keep − 1)): a keep close to 1 would be rounded, and its powers with it
     loss = torch.expm1(log_keep)
     # padding stands where a sum has passed all positions
-    steps = _by_step(x.flip(1) if backwards else x, chunk)
+    steps = by_step(x.flip(1) if backwards else x, chunk)
     out = torch.empty_like(steps)
     inputs, outputs = _rows(steps), _rows(out)
     start, change = torch.zeros_like(steps[:, :1]), torch.empty_like(steps[:, :1])
@@ -260,11 +237,11 @@ def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: boo
         for x_j in inputs:
             start.add_(torch.addcmul(x_j, start, loss, out=change))
         kept = torch.exp(log_keep * chunk).expand_as(start)
-        start = _carry(*(t.unflatten(0, (batch, -1)) for t in (start, kept))).flatten(0, 1)
+        start = carry(*(t.unflatten(0, (batch, -1)) for t in (start, kept))).flatten(0, 1)
     outputs[0].copy_(start)
     for x_j, before, after in zip(inputs, outputs, outputs[1:]):
         torch.addcmul(x_j, before, loss, out=after).add_(before)
-    out = _by_position(out, batch, length)
+    out = by_position(out, batch, length)
     return out.flip(1) if backwards else out
 
 
