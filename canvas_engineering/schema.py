@@ -74,6 +74,8 @@ def replace_file(path: str | Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash of the machine may keep the new name and not the content
         # mkstemp makes files that only their owner may read; a declaration is as readable as any other file.
         mask = os.umask(0)
         os.umask(mask)

@@ -307,8 +307,8 @@ def compile_attention(
         the plan; a second call with an equal declaration gives the same object.
 
     Raises:
-        ValueError: ``normalize`` unknown, a mask that does not fit its connection's regions, a program that cannot be
-            run, or one that wants gates or triggers in joint form.
+        ValueError: ``normalize`` unknown, a mask that does not fit its connection's regions, a program or a cortex that
+            cannot be run, or a program that wants gates or triggers in joint form.
 
     >>> from canvas_engineering import CanvasLayout, CanvasTopology
     >>> layout = CanvasLayout(T=2, H=2, W=2, d_model=8, regions={"a": (0, 2, 0, 1, 0, 2), "b": (0, 2, 1, 2, 0, 2)})
@@ -323,6 +323,8 @@ def compile_attention(
         raise ValueError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")
     if program is not None:
         check_program(program)
+    if cortex is not None:
+        cortex.check(layout)
     topology, triggers = resolve_edges(topology, layout, program, cortex)
     banks = _banks(layout, program)
     if normalize == "joint":
