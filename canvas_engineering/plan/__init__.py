@@ -52,6 +52,8 @@ class AttentionPlan:
             read uses have no packed place.
         banks: the slots through which regions with an identity are read.
         triggers: connection number to the trigger that has to hold for it to run.
+        by_fn: the plan of each function, where some function leaves out pairs of its reads; else empty.
+        pairs: the table of the pairs that are left, where this is the plan of such a function.
     """
 
     normalize: str
@@ -63,6 +65,8 @@ class AttentionPlan:
     packed: PackedOrder = field(repr=False)
     banks: tuple[Bank, ...] = ()
     triggers: dict[int, str] = field(default_factory=dict)
+    by_fn: Mapping[str, AttentionPlan] = field(default_factory=dict, repr=False)
+    pairs: BlockTable | None = field(default=None, repr=False)
     cache: dict = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo) -> AttentionPlan:
@@ -172,6 +176,8 @@ class AttentionPlan:
             raise KeyError(f"no connection resolves to {fn!r}; the plan has {sorted(set(self.fns))}")
         if self.normalize != "edge":
             raise ValueError("joint form has one softmax over all connections: it cannot be taken apart by function")
+        if fn in self.by_fn:
+            return self.by_fn[fn]
         key = ("fn", fn)
         if key not in self.cache:
             self.cache[key] = self._of(np.array([name == fn for name in self.fns]))
@@ -192,8 +198,7 @@ class AttentionPlan:
         if all(self.for_fn(fn) is plan for fn, plan in by_fn.items()):
             return self
         table = join_tables([plan.table for plan in by_fn.values()])
-        families = {("fn", fn): plan for fn, plan in by_fn.items()}
-        return dataclasses.replace(self, table=table, cache=families)
+        return dataclasses.replace(self, table=table, by_fn=dict(by_fn), cache={})
 
     def sets(self) -> ReadSets:
         """The reads as lists of rows, cached. ValueError where the queries of a read see different keys."""
@@ -215,7 +220,7 @@ class AttentionPlan:
         if len(reads.weight) == len(self.reads.weight):
             return self
         table = edge_table(reads, self.packed, self.n_connections, self.replace)
-        return dataclasses.replace(self, table=table, reads=reads, cache={})
+        return dataclasses.replace(self, table=table, reads=reads, by_fn={}, pairs=None, cache={})
 
     @property
     def replace(self) -> np.ndarray:
@@ -256,9 +261,11 @@ class AttentionPlan:
         return rows
 
     def to_dense(self) -> np.ndarray:
-        """(N, N) float64 in canvas order: the joint matrix M, the largest weight over the reads of each pair. For
-        tests."""
-        table = self.table if self.normalize == "joint" else joint_table(self.reads, self.packed)
+        """(N, N) float64 in canvas order: the joint matrix M, the largest weight over the reads of each pair, without
+        the pairs that a function leaves out. For tests."""
+        if self.by_fn:
+            return np.maximum.reduce([plan.to_dense() for plan in self.by_fn.values()])
+        table = self.table if self.normalize == "joint" else self.pairs or joint_table(self.reads, self.packed)
         dense = np.zeros((self.n_positions, self.n_positions))
         dense[np.ix_(self.order, self.order)] = table.to_dense()
         return dense
