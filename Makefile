@@ -16,7 +16,7 @@ RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench gpu lint aot oldest
+.PHONY: help setup demo test slow bench gpu lint aot oldest
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ demo: $(READY) ## CartPole end to end: record, declare, train, compare, draw; OU
 
 test: $(READY_EXTRAS) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q $(ARGS)
+
+slow: $(READY_EXTRAS) ## the tests that take minutes: torch's own compiler, several processes
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m slow $(ARGS)
 
 bench: $(READY_EXTRAS) ## the dispatcher against a loop and a mask, what plans, functions and programs cost, CogVideoX; README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher

@@ -7,7 +7,6 @@ Checked, and any failure ends the program with status 1:
 - shared memory within the architecture's limit (sm_80: that of its consumer relatives);
 - sm_90: every dot of a 16-bit kernel whose tile has at least 64 rows is a wgmma;
 - sm_80, sm_90, sm_100: the loads of both walked tensors are asynchronous copies inside the loop, that is, pipelined.
-fp16 is compiled for sm_90 only: elsewhere it takes bf16's configurations and instructions.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def launches(archs=configs.ARCHITECTURES, head_dims=configs.HEAD_DIMS, dtypes=tu
         launch
         for arch in archs
         for launch in configs.shipped(arch, tuple(head_dims))
-        if DTYPE_NAMES[launch.dtype] in dtypes and (launch.dtype != torch.float16 or arch == "sm_90")
+        if DTYPE_NAMES[launch.dtype] in dtypes
     ]
     return sorted(chosen, key=lambda launch: -launch.head_dim)
 

@@ -22,7 +22,6 @@ from benchmarks import measure
 from benchmarks.dispatcher import Disagreement, gate
 from benchmarks.naive import PerEdgeLoop
 from canvas_engineering import AttentionDispatcher, compile_attention
-from canvas_engineering import plan as planning
 from canvas_engineering.connectivity import resolve_frames
 from examples.fleet import declare
 
@@ -36,7 +35,7 @@ FRAMES, D_MODEL, HEADS, VEHICLES = 4, 256, 4, 50
 
 def compile_fleet(n_vehicles: int) -> dict[str, int | float]:
     """Sizes, and wall and CPU seconds, of a fleet's schema and of its plan, with nothing cached."""
-    planning._cache.clear()
+    compile_attention.cache_clear()
     resolve_frames.cache_clear()
     row: dict[str, int | float] = {"vehicles": n_vehicles}
     clocks = time.perf_counter(), time.process_time()

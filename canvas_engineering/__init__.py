@@ -66,7 +66,7 @@ from canvas_engineering.compiler import CompiledProgram, ProgramCompiler, load_e
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
 from canvas_engineering.cortex import CortexRegistry, CortexSpec
 from canvas_engineering.curriculum import CurriculumScheduler
-from canvas_engineering.dispatch import AttentionDispatcher
+from canvas_engineering.dispatch import AttentionDispatcher, surviving_state
 from canvas_engineering.graft import freeze_full, freeze_half, graft_looped_blocks, ungraft
 from canvas_engineering.identity import IdentitySpec, SlotBindingModule
 from canvas_engineering.learning import FAMILY_DEFAULTS, default_learning
@@ -91,7 +91,7 @@ from canvas_engineering.program import (
     validate_constraints,
 )
 from canvas_engineering.residuals import ResidualAccumulator, ResidualSpec
-from canvas_engineering.scheduling import HybridScheduler, LearnedScheduler, RegionScheduler
+from canvas_engineering.scheduling import DeviceScheduler, HybridScheduler, LearnedScheduler, RegionScheduler
 from canvas_engineering.schema import CanvasSchema
 from canvas_engineering.semantic import (
     SemanticConditioner,
@@ -205,6 +205,8 @@ __all__ = [
     "create_attention",
     "register_attention",
     "AttentionDispatcher",
+    "surviving_state",
+    "DeviceScheduler",
     "HybridScheduler",
     "LearnedScheduler",
     "RegionScheduler",

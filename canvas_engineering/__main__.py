@@ -12,6 +12,15 @@ import sys
 from pathlib import Path
 
 MAX_ROWS = 60
+KEY = """
+asks: the region whose positions query, and get the result; answers: the region that is read
+frames: t → t-1 asks at each frame and reads the frame before; all is every frame at once
+between frames: what is read where the region that answers has no frame at that time
+read: one softmax of some positions over some others; rectangle: a block of the table that attention runs from
+density: share of all pairs of positions that is computed; tile fill: how full the tiles of pairs are that a GPU walks
+log-sum-exp slots: numbers that each head keeps for the backward pass
+in the picture: down, positions that ask; across, positions that are read; the darker, the more pairs are computed
+"""
 
 
 def load_schema(path: Path):
@@ -95,7 +104,7 @@ def build_app():
             return
         console.print(connection_table(found.layout, found.topology))
         plan = compile_attention(found.layout, found.topology)
-        console.print(str(plan), highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{plan}\n{KEY}", highlight=False, markup=False, soft_wrap=True)
 
     @app.command()
     def draw(schema: Path, out: Path = out_option) -> None:
@@ -118,12 +127,11 @@ def build_app():
 
 
 def main() -> None:
-    """Run the command line; says which extra is missing where typer or rich is."""
+    """Run the command line; says which extra is missing where typer, rich or matplotlib is."""
     try:
-        app = build_app()
+        build_app()()
     except ModuleNotFoundError as cause:
         sys.exit(f"{cause}: install canvas-engineering[dev] for the command line")
-    app()
 
 
 if __name__ == "__main__":

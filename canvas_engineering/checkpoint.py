@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .looped_block import LOOP_PARAMETER_NAMES
+from .schema import replace_file
 
 __all__ = ["load_loop_checkpoint", "save_loop_checkpoint"]
 
@@ -50,22 +51,18 @@ def save_loop_checkpoint(
     head = None
     if action_head is not None:
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in action_head.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save
 
-            tensors = {f"loop_blocks.{b}.{name}": t for b, group in blocks.items() for name, t in group.items()}
-            tensors |= {f"action_head.{name}": tensor for name, tensor in (head or {}).items()}
-            save_file(tensors, temporary, metadata={_KEY: text})
-        else:
-            torch.save({"loop_blocks": blocks, "action_head": head, "metadata": json.loads(text)}, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        tensors = {f"loop_blocks.{b}.{name}": t for b, group in blocks.items() for name, t in group.items()}
+        tensors |= {f"action_head.{name}": tensor for name, tensor in (head or {}).items()}
+        content = save(tensors, metadata={_KEY: text})
+    else:
+        buffer = io.BytesIO()
+        torch.save({"loop_blocks": blocks, "action_head": head, "metadata": json.loads(text)}, buffer)
+        content = buffer.getvalue()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, content)
 
 
 def load_loop_checkpoint(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from canvas_engineering.canvas.layout import checked_int
+from canvas_engineering.canvas.layout import checked_int, checked_number, checked_string
 
 __all__ = [
     "And",
@@ -25,6 +24,8 @@ __all__ = [
     "periodic",
 ]
 
+TIME_DOMAINS = ("external", "boundary")
+
 Summaries = dict[str, dict[str, float]]
 
 
@@ -38,6 +39,7 @@ class ClockContext:
         boundary: name of the lifecycle event of this step, if any.
         last_fired: the step at which the region fired last; −1 before it ever did.
         cooldown_until: Cooldown nodes are silent before this step.
+        boundary_t: how many earlier steps had a lifecycle event.
     """
 
     external_t: int = 0
@@ -45,10 +47,27 @@ class ClockContext:
     boundary: str | None = None
     last_fired: int = -1
     cooldown_until: int = 0
+    boundary_t: int = 0
+
+    def time(self, domain: str) -> int | None:
+        """The time of a domain: ``external_t``, or, at steps with a lifecycle event, how many there were before.
+
+        Raises:
+            ValueError: another domain than "external" and "boundary".
+        """
+        if domain == "external":
+            return self.external_t
+        if domain != "boundary":
+            raise ValueError(f"unknown clock domain {domain!r}: choose one of {', '.join(TIME_DOMAINS)}")
+        return None if self.boundary is None else self.boundary_t
 
     def cools(self, steps: int) -> bool:
         """Whether a Cooldown of so many steps is silent now."""
         return self.external_t < self.cooldown_until
+
+    def silent(self, steps: int) -> bool:
+        """Whether the region never fired, or not for so many steps."""
+        return self.last_fired < 0 or self.external_t - self.last_fired >= steps
 
     def summary(self, source: str) -> float:
         """The summary ``region.kind``, split at the last dot; 0 where there is none."""
@@ -86,8 +105,8 @@ class ClockExpr:
         Raises:
             ValueError: an unknown type, listing those there are; a field that is missing, unknown or wrong.
         """
-        if not isinstance(d, dict) or d.get("type") not in _NODES:
-            found = d.get("type") if isinstance(d, dict) else d
+        found = d.get("type") if isinstance(d, dict) else d
+        if not isinstance(found, str) or not isinstance(d, dict) or found not in _NODES:
             raise ValueError(f"unknown clock expression type {found!r}: choose one of {', '.join(_NODES)}")
         kind = _NODES[d["type"]]
         given = {name: value for name, value in d.items() if name != "type"}
@@ -119,23 +138,27 @@ def _check_children(node: ClockExpr, *names: str) -> None:
 
 @dataclass(frozen=True)
 class Periodic(ClockExpr):
-    """Fires at every step that ``period`` divides. ``domain`` names the time that is counted."""
+    """Fires at every step that ``period`` divides; in the domain "boundary", at every so many lifecycle events, the
+    first of them included."""
 
     period: int = 1
     domain: str = "external"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "period", checked_int(self.period, "Periodic period", 1))
+        checked_string(self.domain, "Periodic domain")
 
     def evaluate(self, ctx: ClockContext) -> bool:
-        return ctx.external_t % self.period == 0
+        t = ctx.time(self.domain)
+        return t is not None and t % self.period == 0
 
 
 @dataclass(frozen=True)
 class OnEvent(ClockExpr):
     """Fires while a residual summary lies above ``gt`` and below ``lt``; both together are a band.
 
-    ``source`` is ``"region.kind"``, split at its last dot; a summary that is missing reads as 0.
+    ``source`` is ``"region.kind"``, split at its last dot; a summary that is missing reads as 0. In the domain
+    "boundary" it only fires at steps with a lifecycle event.
 
     Raises:
         ValueError: neither bound, a bound that is not a finite number, or a source without a dot.
@@ -152,12 +175,13 @@ class OnEvent(ClockExpr):
         if self.gt is None and self.lt is None:
             raise ValueError(f"OnEvent of {self.source!r} needs gt or lt: without a bound it would always fire")
         for name in ("gt", "lt"):
-            bound = getattr(self, name)
-            number = isinstance(bound, (int, float)) and not isinstance(bound, bool) and math.isfinite(bound)
-            if bound is not None and not number:
-                raise ValueError(f"OnEvent {name} must be a finite number, got {bound!r}")
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, checked_number(getattr(self, name), f"OnEvent {name}"))
+        checked_string(self.domain, "OnEvent domain")
 
     def evaluate(self, ctx: ClockContext) -> bool:
+        if ctx.time(self.domain) is None:
+            return False
         value = ctx.summary(self.source)
         return (self.gt is None or value > self.gt) and (self.lt is None or value < self.lt)
 
@@ -167,6 +191,9 @@ class BoundaryExpr(ClockExpr):
     """Fires at the lifecycle event of this name."""
 
     name: str
+
+    def __post_init__(self) -> None:
+        checked_string(self.name, "BoundaryExpr name")
 
     def evaluate(self, ctx: ClockContext) -> bool:
         return ctx.boundary is not None and ctx.boundary == self.name
@@ -243,8 +270,7 @@ class MaxSilence(ClockExpr):
         object.__setattr__(self, "steps", checked_int(self.steps, "MaxSilence steps", 1))
 
     def evaluate(self, ctx: ClockContext) -> bool:
-        silent = ctx.last_fired < 0 or ctx.external_t - ctx.last_fired >= self.steps
-        return silent or self.child.evaluate(ctx)
+        return ctx.silent(self.steps) or self.child.evaluate(ctx)
 
 
 _NODES: dict[str, type[ClockExpr]] = {

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import torch
@@ -18,6 +19,7 @@ from canvas_engineering.canvas.tensor import parameter_key
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.program import CanvasProgram
 from canvas_engineering.program.checks import check_program
+from canvas_engineering.program.edges import resolve_edges
 from canvas_engineering.schema import CanvasSchema, replace_file
 
 __all__ = ["CompiledProgram", "ProgramCompiler", "load_exported"]
@@ -35,10 +37,13 @@ class CompiledProgram:
         frozen_regions, constant_regions, exported_memories, distill_regions: regions by what becomes of them; those to
             be distilled run on.
         active_connections: connections between active regions, in declaration order.
-        all_regions: every region of the program.
+        all_regions: every region of the layout.
         constant_buffers: name to the buffer that took the parameter's place.
-        exported_paths: region to its file of tensors; see `load_exported`.
-        program: the active regions and connections, on the same canvas: what a dispatcher is to be built of.
+        exported_paths: region to its file of tensors, for `load_exported`. Its name carries its checksum: exporting
+            the region again makes another file and removes this one.
+        program: the active regions and connections, on the same canvas: what a dispatcher is to be built of. A
+            checkpoint of the whole model goes into it through ``canvas_engineering.dispatch.surviving_state``.
+        gates: of all connections of the whole program that write by "gate", in declaration order, whether they survive.
     """
 
     schema: CanvasSchema
@@ -52,6 +57,7 @@ class CompiledProgram:
     constant_buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     exported_paths: dict[str, str] = field(default_factory=dict)
     program: CanvasProgram | None = None
+    gates: tuple[bool, ...] = ()
 
     @property
     def n_eliminated(self) -> int:
@@ -105,6 +111,9 @@ class ProgramCompiler:
         optimizer made before still holds the parameter); "export" writes the region's parameters and buffers, then
         freezes the parameters; "runtime" and "distill" change nothing.
 
+        Constant and exported regions leave the canvas's steps: their positions pass through, and surviving regions that
+        read them lose those edges. Their steps are the whole program's on the surviving regions only where none did.
+
         Args:
             module: a parameter of it belongs to a region if the region's name, with ``.`` as ``__`` and brackets as
                 ``_``, is one component of the parameter's dotted name, or if ``module.region_parameters(region)`` lists
@@ -139,16 +148,19 @@ class ProgramCompiler:
         return compiled
 
     def _modes(self, family_defaults: bool) -> dict[str, str]:
-        regions = dict.fromkeys([*self.program.schema.layout.regions, *self.program.regions], "runtime")
-        for name, region in self.program.regions.items():
-            regions[name] = region.effective_compile_mode(family_defaults)
-        return regions
+        programs = {name: self.program.regions.get(name) for name in self.program.schema.layout.regions}
+        return {
+            name: "runtime" if region is None else region.effective_compile_mode(family_defaults)
+            for name, region in programs.items()
+        }
 
     def _decide(self, modes: dict[str, str]) -> CompiledProgram:
         program, schema = self.program, self.program.schema
         active = {region for region, mode in modes.items() if mode not in _GONE}
-        connections = [] if schema.topology is None else schema.topology.connections
-        kept = [c for c in connections if c.src in active and c.dst in active]
+        topology = CanvasTopology() if schema.topology is None else schema.topology
+        kept = [c for c in topology.connections if c.src in active and c.dst in active]
+        resolved, _ = resolve_edges(topology, schema.layout, program)
+        gates = tuple(c.src in active and c.dst in active for c in resolved.connections if c.write_mode == "gate")
         return CompiledProgram(
             schema,
             active,
@@ -157,6 +169,7 @@ class ProgramCompiler:
             set(modes),
             {region for region, mode in modes.items() if mode == "distill"},
             program=_restricted(program, active, kept),
+            gates=gates,
         )
 
 
@@ -164,43 +177,77 @@ def load_exported(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of an exported region, by name.
 
     Args:
-        path: of `CompiledProgram.exported_paths`.
+        path: of `CompiledProgram.exported_paths`, or of the manifest, ``<region>.json``, beside it. Either way the
+            manifest says which file holds the region now.
 
     Raises:
-        OSError: the file, or the manifest beside it, cannot be read.
-        ValueError: the file is not the one that the manifest describes.
+        OSError: the manifest, or the file that it names, cannot be read.
+        ValueError: the manifest is none, or the file is not the one that it describes.
         ImportError: safetensors is not installed.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     path = Path(path)
-    manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    manifest_path = path if path.suffix == ".json" else path.with_name(f"{path.name.rpartition('@')[0]}.json")
+    manifest = _read_manifest(manifest_path)
+    path = path.with_name(manifest["file"])
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
-    if found != manifest.get("sha256"):
-        raise ValueError(f"{path} has the checksum {found}, its manifest says {manifest.get('sha256')}")
-    return load(content)
+    if found != manifest["sha256"]:
+        raise ValueError(f"{path} has the checksum {found}, its manifest says {manifest['sha256']}")
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path} holds no tensors: {error}") from error
+    if _forms(tensors) != manifest["tensors"]:
+        raise ValueError(f"{path} holds {_forms(tensors)}, its manifest says {manifest['tensors']}")
+    return tensors
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no manifest of an exported region: {error}") from error
+    kinds = {"region": str, "file": str, "sha256": str, "tensors": dict}
+    entries = manifest if isinstance(manifest, dict) else {}
+    wrong = [name for name, kind in kinds.items() if not isinstance(entries.get(name), kind)]
+    if wrong or Path(manifest["file"]).name != manifest["file"]:
+        raise ValueError(f"{path} is no manifest of an exported region: wrong are {wrong or ['file']}")
+    return manifest
+
+
+def _forms(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        for name, tensor in tensors.items()
+    }
 
 
 def _export(folder: Path, region: str, tensors: dict[str, torch.Tensor], version: str) -> str:
+    """Writes the tensors, then the manifest that names their file, and removes what no manifest names any more: a
+    crash at any point leaves a manifest whose file is whole."""
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    # names may hold what a file name may not
-    path = folder / f"{quote(region, safe='[]')}.safetensors"
+    # names may hold what a file name may not, and so never an @
+    stem = quote(region, safe="[]")
     content = save(tensors)
+    checksum = hashlib.sha256(content).hexdigest()
+    path = folder / f"{stem}@{checksum[:16]}.safetensors"
     manifest = {
         "region": region,
         "program_version": version,
         "file": path.name,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "tensors": {
-            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-            for name, tensor in tensors.items()
-        },
+        "sha256": checksum,
+        "tensors": _forms(tensors),
     }
     replace_file(path, content)
-    replace_file(path.with_suffix(".json"), f"{json.dumps(manifest, indent=2)}\n".encode())
+    replace_file(folder / f"{stem}.json", f"{json.dumps(manifest, indent=2)}\n".encode())
+    for other in folder.iterdir():
+        if other.name.startswith(f"{stem}@") and other.suffix == ".safetensors" and other != path:
+            other.unlink()
     return str(path)
 
 

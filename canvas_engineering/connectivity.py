@@ -6,7 +6,7 @@ import enum
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from canvas_engineering.canvas.layout import CanvasLayout
-from canvas_engineering.masks import MaskSpec, pattern_cover, split_boxes
+from canvas_engineering.masks import MaskSpec, mask_parts
 
 __all__ = [
     "CanvasTopology",
@@ -65,6 +65,16 @@ class FrameReads:
 
     def __len__(self) -> int:
         return len(self.fraction)
+
+    @property
+    def queries(self) -> np.ndarray:
+        """int64 ``[n, 2]``: q_start and q_stop."""
+        return np.stack([self.q_start, self.q_stop], axis=1)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """int64 ``[n, 2]``: k_start and k_stop."""
+        return np.stack([self.k_start, self.k_stop], axis=1)
 
 
 def _frame_reads(q_start, q_stop, k_start, k_stop, fraction) -> FrameReads:
@@ -517,67 +527,23 @@ def _connection_frames(c: Connection, layout: CanvasLayout) -> FrameReads:
 def _boxes(c: Connection, layout: CanvasLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights ``[n]``, query and key boxes ``[n, D, 2]``, whose products are the pairs that the connection reads."""
     frames = _connection_frames(c, layout)
-    q_boxes, k_boxes = layout.region_box(c.src)[None], layout.region_box(c.dst)[None]
-    if c.mask is not None and c.mask.kind == "sparse":
-        relative = pattern_cover(c.mask, layout.region_size(c.src), layout.region_size(c.dst)).k_boxes
-        k_boxes = relative + k_boxes[..., :1]
-        q_boxes = np.repeat(q_boxes, len(k_boxes), axis=0)
-    elif c.mask is not None:
-        q_boxes, k_boxes = split_boxes(c.mask, q_boxes[0], k_boxes[0])
-    # [frame reads, boxes, D, 2]
-    shape = (len(frames), *q_boxes.shape)
-    q_boxes, k_boxes = np.broadcast_to(q_boxes, shape).copy(), np.broadcast_to(k_boxes, shape).copy()
-    q_boxes[:, :, 0, 0], q_boxes[:, :, 0, 1] = frames.q_start[:, None], frames.q_stop[:, None]
-    k_boxes[:, :, 0, 0] = np.maximum(k_boxes[:, :, 0, 0], frames.k_start[:, None])
-    k_boxes[:, :, 0, 1] = np.minimum(k_boxes[:, :, 0, 1], frames.k_stop[:, None])
-    weights = np.broadcast_to(c.weight * frames.fraction[:, None], shape[:2])
-    kept = (k_boxes[:, :, 0, 0] < k_boxes[:, :, 0, 1]) & (weights > 0)
-    return weights[kept], q_boxes[kept], k_boxes[kept]
-
-
-def _rectangles(c: Connection, layout: CanvasLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `_boxes` for a mask over pairs: ranges ``[n, 2]`` of src's and of dst's row-major position lists."""
-    frames = _connection_frames(c, layout)
-    rects = pattern_cover(c.mask, layout.region_size(c.src), layout.region_size(c.dst)).rects
-    starts = np.stack([frames.q_start, frames.k_start], axis=1)  # [frame reads, 2]
-    stops = np.stack([frames.q_stop, frames.k_stop], axis=1)
-    first = np.array([layout.region_box(name)[0, 0] for name in (c.src, c.dst)])
-    per_frame = np.array([math.prod(layout.region_size(name)[1:]) for name in (c.src, c.dst)])
-    low = np.maximum(rects[None, :, :, 0], ((starts - first) * per_frame)[:, None])
-    high = np.minimum(rects[None, :, :, 1], ((stops - first) * per_frame)[:, None])
-    weights = np.broadcast_to(c.weight * frames.fraction[:, None], low.shape[:2])
-    kept = (low < high).all(axis=-1) & (weights > 0)
-    ranges = np.stack([low, high], axis=-1)[kept]
-    return weights[kept], ranges[:, 0], ranges[:, 1]
-
-
-def _is_pair_mask(c: Connection, layout: CanvasLayout) -> bool:
-    if c.mask is None or c.mask.kind != "sparse":
-        return False
-    return pattern_cover(c.mask, layout.region_size(c.src), layout.region_size(c.dst)).pair
-
-
-def _slices(box: Iterable[Sequence[int]]) -> tuple[slice, ...]:
-    return tuple(slice(low, high) for low, high in box)
+    mask, regions = c.mask or MaskSpec(), (layout.region_box(c.src), layout.region_box(c.dst))
+    row, read, q_boxes, k_boxes = mask_parts(mask, *regions, frames.queries, frames.keys)
+    return (c.weight * frames.fraction)[row[read]], q_boxes, k_boxes
 
 
 def _paint(topology: CanvasTopology, layout: CanvasLayout, background: float, value) -> tuple[np.ndarray, np.ndarray]:
     """float32 (N, N) with ``value(weight)`` of the largest read at every pair, and which rows hold a pair."""
     N = layout.num_positions
-    strokes: list[tuple[Any, Any]] = []  # indices into the canvas of queries and of keys, as boxes or as lists
+    strokes: list[tuple[slice, ...]] = []  # of the matrix as (t, s0, … of the query, t, s0, … of the key)
     weights = [np.zeros(0)]
     for index, c, _ in resolve_connections(topology, layout):
         try:
-            if _is_pair_mask(c, layout):
-                weight, queries, keys = _rectangles(c, layout)
-                src, dst = layout.region_index(c.src).numpy(), layout.region_index(c.dst).numpy()
-                for (i0, i1), (j0, j1) in zip(queries.tolist(), keys.tolist()):
-                    strokes.append((src[i0:i1], dst[j0:j1]))
-            else:
-                weight, queries, keys = _boxes(c, layout)
-                strokes += zip(map(_slices, queries.tolist()), map(_slices, keys.tolist()))
+            weight, queries, keys = _boxes(c, layout)
         except ValueError as error:
             raise ValueError(f"connection {index}, {c.src!r} -> {c.dst!r}: {error}") from None
+        both = np.concatenate([queries, keys], axis=1)
+        strokes += (tuple(map(slice, *ends)) for ends in zip(both[..., 0].tolist(), both[..., 1].tolist()))
         weights.append(weight)
     weight = np.concatenate(weights)
     values = value(weight).astype(np.float32)
@@ -587,11 +553,6 @@ def _paint(topology: CanvasTopology, layout: CanvasLayout, background: float, va
     boxes, rows = matrix.reshape(*grid, *grid), covered.reshape(grid)
     # Painted by increasing weight, the largest is what stays, and no pair has to be read back.
     for stroke in np.argsort(weight, kind="stable").tolist():
-        queries, keys = strokes[stroke]
-        if isinstance(queries, tuple):
-            boxes[queries + keys] = values[stroke]
-            rows[queries] = True
-        else:
-            matrix[np.ix_(queries, keys)] = values[stroke]
-            covered[queries] = True
+        boxes[strokes[stroke]] = values[stroke]
+        rows[strokes[stroke][: len(grid)]] = True
     return matrix, covered

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from canvas_engineering.canvas.layout import checked_int
+import numpy as np
+
+from canvas_engineering.canvas.layout import CanvasLayout, checked_int
+from canvas_engineering.masks import MaskSpec
 
 __all__ = ["CortexRegistry", "CortexSpec"]
+
+_ANYWHERE = (0, 1, 0, 1, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -15,17 +20,18 @@ class CortexSpec:
 
     Args:
         name: of the cortex.
-        bounds: the box of the canvas that it is meant to cover, (t0, t1, s0_lo, s0_hi, …).
-        tile: tile size of its spatial grid, per dimension.
+        bounds: the box of the canvas, (t0, t1, s0_lo, s0_hi, …), that holds its regions; at the default, anywhere.
+        tile: tile size of its spatial grid, per dimension: of ``mask``.
         local_backend: attention function of the edges inside the cortex that name none themselves.
-        shared_cache: whether its regions may share cached keys and values.
+        shared_cache: True: its regions share keys and values, as all regions do, for they are projected once for each
+            function. There is nothing else; False is refused where the cortex is put to use.
 
     Raises:
         ValueError: an empty name, bounds that are not half-open ranges, or a tile size below 1.
     """
 
     name: str
-    bounds: tuple[int, ...] = (0, 1, 0, 1, 0, 1)
+    bounds: tuple[int, ...] = _ANYWHERE
     tile: tuple[int, ...] = (4, 4)
     local_backend: str = "local_attention"
     shared_cache: bool = True
@@ -43,6 +49,13 @@ class CortexSpec:
         object.__setattr__(self, "bounds", bounds)
         tile = tuple(checked_int(size, f"cortex {self.name!r}: every tile size", 1) for size in self.tile)
         object.__setattr__(self, "tile", tile)
+        if not isinstance(self.shared_cache, bool):
+            raise ValueError(f"cortex {self.name!r}: shared_cache must be a bool, got {self.shared_cache!r}")
+
+    @property
+    def mask(self) -> MaskSpec:
+        """Its tiles, for the ``mask_spec`` of connections that are to stay within one: they are not by themselves."""
+        return MaskSpec("tile", tile_shape=self.tile)
 
 
 class CortexRegistry:
@@ -60,7 +73,11 @@ class CortexRegistry:
         self._assigned: dict[str, str] = {}
 
     def register(self, spec: CortexSpec) -> None:
-        """Adds a cortex. ValueError: there is one of this name."""
+        """Adds a cortex.
+
+        Raises:
+            ValueError: there is one of this name.
+        """
         if not isinstance(spec, CortexSpec):
             raise ValueError(f"register takes a CortexSpec, got {spec!r}")
         if spec.name in self._cortices:
@@ -68,7 +85,11 @@ class CortexRegistry:
         self._cortices[spec.name] = spec
 
     def unregister(self, name: str) -> None:
-        """Removes a cortex and all of its assignments. KeyError: there is none of this name."""
+        """Removes a cortex and all of its assignments.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
         self._check(name)
         del self._cortices[name]
         self._assigned = {region: cortex for region, cortex in self._assigned.items() if cortex != name}
@@ -77,7 +98,8 @@ class CortexRegistry:
         """Puts a region into a cortex.
 
         Raises:
-            KeyError: no such cortex. ValueError: the region is in another one.
+            KeyError: no such cortex.
+            ValueError: the region is in another one.
         """
         self._check(cortex_name)
         current = self._assigned.get(region, cortex_name)
@@ -88,7 +110,11 @@ class CortexRegistry:
         self._assigned[region] = cortex_name
 
     def unassign(self, region: str) -> None:
-        """Takes a region out of its cortex. KeyError: it is in none."""
+        """Takes a region out of its cortex.
+
+        Raises:
+            KeyError: it is in none.
+        """
         if region not in self._assigned:
             raise KeyError(f"region {region!r} is in no cortex; assigned are {sorted(self._assigned)}")
         del self._assigned[region]
@@ -99,7 +125,11 @@ class CortexRegistry:
         return None if name is None else self._cortices[name]
 
     def regions_in(self, cortex_name: str) -> list[str]:
-        """Names of a cortex's regions, sorted. KeyError: no such cortex."""
+        """Names of a cortex's regions, sorted.
+
+        Raises:
+            KeyError: no such cortex.
+        """
         self._check(cortex_name)
         return sorted(region for region, cortex in self._assigned.items() if cortex == cortex_name)
 
@@ -125,6 +155,31 @@ class CortexRegistry:
     def n_assigned(self) -> int:
         """Number of regions that are in a cortex."""
         return len(self._assigned)
+
+    def check(self, layout: CanvasLayout) -> None:
+        """ValueError: a region outside of its cortex's bounds, bounds of other dimensions than the layout's, or a
+        cortex without shared keys and values."""
+        for spec in self.specs:
+            if not spec.shared_cache:
+                raise ValueError(
+                    f"cortex {spec.name!r}: shared_cache=False is not offered: keys and values are projected once for "
+                    "each attention function"
+                )
+            if spec.bounds == _ANYWHERE:
+                continue
+            box = np.array(spec.bounds).reshape(-1, 2)
+            if len(box) != 1 + layout.n_spatial_dims:
+                raise ValueError(
+                    f"cortex {spec.name!r}: bounds {spec.bounds} must be pairs for time and the "
+                    f"{layout.n_spatial_dims} dimensions of the layout"
+                )
+            for region in filter(layout.regions.__contains__, self.regions_in(spec.name)):
+                low, high = layout.region_box(region).T
+                if (low < box[:, 0]).any() or (high > box[:, 1]).any():
+                    raise ValueError(
+                        f"region {region!r} at {layout.region_spec(region).bounds} lies outside of its cortex "
+                        f"{spec.name!r} at {spec.bounds}"
+                    )
 
     def summary(self) -> str:
         """The cortices, one a line."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
 from .attention.grouped import attend_grouped, fit, is_fused, prepare
 from .canvas import ATTENTION_TYPES, CanvasLayout
 from .canvas.tensor import parameter_key
+from .compiler import CompiledProgram
 from .connectivity import CanvasTopology
 from .cortex import CortexRegistry
 from .identity import SlotBindingModule
@@ -21,7 +22,7 @@ from .plan import AttentionPlan, compile_attention
 from .program import CanvasProgram
 from .residuals import ResidualAccumulator, TriggerFlags
 
-__all__ = ["AttentionDispatcher"]
+__all__ = ["AttentionDispatcher", "surviving_state"]
 
 _ACTIVITY_CACHE_SIZE = 256
 
@@ -150,20 +151,23 @@ class AttentionDispatcher(nn.Module):
         Args:
             x: (B, N, d_model), floating.
             active_regions: regions whose reads run: names, or a tensor (regions,) in the layout's order, 0 for those
-                that do not, which stays on the device and has no gradient. The others' positions pass through and stay
-                readable. None: all. Under ``torch.compile`` give a tensor: each set of names is a graph of its own.
+                that do not, which stays on the device and has no gradient, as `DeviceScheduler` gives it. The others'
+                positions pass through and stay readable. None: all. Under ``torch.compile`` give a tensor: each set of
+                names is a graph of its own.
 
         Returns:
             (B, N, d_model) in x's dtype.
 
         Raises:
-            ValueError: x of another shape. KeyError: the name of a region that the layout does not have.
+            ValueError: x of another shape, or of another dtype than the parameters' without autocast.
+            KeyError: the name of a region that the layout does not have.
         """
         n = self.layout.num_positions
         if x.dim() != 3 or x.shape[1] != n or x.shape[2] != self.d_model:
             raise ValueError(f"x must be (batch, {n}, {self.d_model}), got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
+        self._check_dtype(x)
         if active_regions is not None and not isinstance(active_regions, torch.Tensor):
             active_regions = frozenset([active_regions] if isinstance(active_regions, str) else active_regions)
         active = self._active_connections(active_regions, x.device)
@@ -195,6 +199,18 @@ class AttentionDispatcher(nn.Module):
         elif not self._every_row_reads:
             written = torch.where(self._reads, written, canvas_rows)
         return written if rest is None else join_rows(rest, self._order, written, 1)
+
+    def _check_dtype(self, x: torch.Tensor) -> None:
+        first = next(self.fn_modules.parameters(), None)
+        if first is None or first.dtype == x.dtype:
+            return
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            return
+        if all(parameter.dtype != x.dtype for parameter in self.fn_modules.parameters()):
+            raise ValueError(
+                f"x is {x.dtype} and the dispatcher's parameters are {first.dtype}: cast one of them, as by "
+                f"x.to({first.dtype}), or run under torch.autocast"
+            )
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -308,9 +324,52 @@ class AttentionDispatcher(nn.Module):
             flags = [float(c.src in active_regions) for c in self.plan.connections]
             if len(self._activity) >= _ACTIVITY_CACHE_SIZE:
                 self._activity.pop(next(iter(self._activity)))
+            # pinned, so that the host need not wait for the copy
             with lasting():
-                self._activity[key] = torch.tensor(flags, dtype=torch.float32, device=device)
+                flags = torch.tensor(flags, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
+                self._activity[key] = flags.to(device, non_blocking=True)
         return self._activity[key]
+
+
+def surviving_state(
+    module: nn.Module, state: Mapping[str, torch.Tensor], compiled: CompiledProgram
+) -> dict[str, torch.Tensor]:
+    """What a deployed model takes of the whole model's state dict.
+
+    The dispatchers of ``compiled.program`` have no parameters for functions and slot banks that only dropped
+    connections used, and gates for surviving connections only. Everything else is handed on as it is.
+
+    Args:
+        module: the deployed model, or one dispatcher; those of other topologies are left alone.
+        state: state dict of the same model on the whole program.
+        compiled: what `ProgramCompiler.compile` gave for that program.
+
+    Returns:
+        a state dict for ``module.load_state_dict``.
+
+    Raises:
+        ValueError: another number of gates than the whole program has.
+    """
+    found = dict(state)
+    for path, child in module.named_modules():
+        if not isinstance(child, AttentionDispatcher) or child.topology != compiled.program.schema.topology:
+            continue
+        prefix = f"{path}." if path else ""
+        for part, kept in (("fn_modules", child.fn_modules), ("slot_modules", child.slot_modules)):
+            start = f"{prefix}{part}."
+            gone = [name for name in found if name.startswith(start) and name[len(start) :].split(".")[0] not in kept]
+            for name in gone:
+                del found[name]
+        gates = found.pop(f"{prefix}edge_gates", None)
+        if gates is not None:
+            if gates.shape != (len(compiled.gates),):
+                raise ValueError(
+                    f"{prefix}edge_gates has the shape {tuple(gates.shape)}; the whole program has "
+                    f"{len(compiled.gates)} connections that gate"
+                )
+            if any(compiled.gates):
+                found[f"{prefix}edge_gates"] = gates[torch.tensor(compiled.gates, device=gates.device)]
+    return found
 
 
 def _check_kinds(residual_accumulator, program, cortex) -> None:

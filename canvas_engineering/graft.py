@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .action_heads import ActionHead
+from .attention import BACKENDS
 from .canvas import CanvasLayout
 from .cogvideox import LoopedCogVideoXBlock, TopologyMeasure, detect_inner_dim, measure_topology
 from .cogvideox.model import graft_cogvideox, is_cogvideox, ungraft_cogvideox
@@ -72,9 +73,9 @@ def graft_looped_blocks(
         the looped blocks, and an ActionHead on the model's device.
 
     Raises:
-        ValueError: no such list of blocks, an unknown ``freeze`` or ``gate``, a model that is grafted otherwise
-            already, blocks that are offloaded, a declaration that attention over tokens cannot compute, or attention
-            options for a model that is not CogVideoX.
+        ValueError: no such list of blocks, an unknown ``freeze``, ``gate`` or ``backend``, a model that is grafted
+            otherwise already, blocks that are offloaded, a declaration that attention over tokens cannot compute, one
+            of ``layout`` and ``topology`` without the other, or attention options for a model that is not CogVideoX.
 
     >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2)
     >>> blocks, _ = graft_looped_blocks(encoder, block_attr="layers", loops=2)
@@ -83,6 +84,10 @@ def graft_looped_blocks(
     """
     if freeze not in _FREEZE:
         raise ValueError(f"freeze must be one of {', '.join(_FREEZE)}; got {freeze!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if measure_on is not None and topology is None:
+        raise ValueError("measure_on= is what a topology is measured on: give layout= and topology= too")
     originals = _blocks(transformer, block_attr)
     running = checked_loops(1 if loops is None else loops, max_loops)
     inner_dim = detect_inner_dim(transformer) if inner_dim is None else inner_dim
@@ -108,6 +113,10 @@ def graft_looped_blocks(
         blocks = _wrap(originals, wrapper_class, max_loops, inner_dim, gate)
         for block in blocks:
             block.set_loops(running)
+        owner = _owner(transformer, block_attr)
+        if getattr(owner, "use_nested_tensor", False):
+            # torch's encoder hands nested tensors, which do not broadcast, to whatever stands for its own layers
+            owner.use_nested_tensor, owner._nested_before_graft = False, True
     transformer.__dict__.setdefault("_frozen_before_graft", frozen)
     if freeze == "full":
         freeze_full(transformer)
@@ -156,6 +165,9 @@ def ungraft(transformer: nn.Module, block_attr: str = "transformer_blocks") -> n
             if not isinstance(getattr(block, "original", None), nn.Module):
                 raise ValueError(f"block {number}, a {type(block).__name__}, does not say its `original`")
             blocks[number] = block.original
+        owner = _owner(transformer, block_attr)
+        if owner.__dict__.pop("_nested_before_graft", False):
+            owner.use_nested_tensor = True
     # a looped model that was loaded from a checkpoint has no record, and what loads is trainable
     frozen = transformer.__dict__.pop("_frozen_before_graft", frozenset())
     for name, parameter in transformer.named_parameters():
@@ -189,6 +201,11 @@ def _blocks(transformer: nn.Module, block_attr: str) -> nn.ModuleList:
             "give block_attr="
         )
     return transformer.get_submodule(block_attr)
+
+
+def _owner(transformer: nn.Module, block_attr: str) -> nn.Module:
+    """The module that holds the list of blocks."""
+    return transformer.get_submodule(block_attr.rpartition(".")[0])
 
 
 def _wrap(blocks: nn.ModuleList, wrapper_class, max_loops: int, inner_dim: int, gate: str) -> list[nn.Module]:

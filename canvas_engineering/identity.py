@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from canvas_engineering.canvas.layout import checked_int
+from canvas_engineering.canvas.layout import checked_int, checked_string
 
 __all__ = ["IdentitySpec", "SlotBindingModule"]
 
@@ -27,7 +27,7 @@ class IdentitySpec:
         birth_death: whether a learned gate decides which slots are alive.
 
     Raises:
-        ValueError: fewer than one slot.
+        ValueError: fewer than one slot, or a field of the wrong kind.
     """
 
     mode: str = "persistent"
@@ -36,6 +36,8 @@ class IdentitySpec:
     birth_death: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("mode", "binding_fn"):
+            checked_string(getattr(self, name), f"IdentitySpec {name}")
         object.__setattr__(self, "slot_capacity", checked_int(self.slot_capacity, "IdentitySpec slot_capacity", 1))
         if not isinstance(self.birth_death, bool):
             raise ValueError(f"IdentitySpec birth_death must be a bool, got {self.birth_death!r}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from canvas_engineering.canvas.layout import checked_string, checked_strings
+
 __all__ = ["FAMILY_DEFAULTS", "LearningSpec", "default_learning"]
 
 
@@ -19,7 +21,7 @@ class LearningSpec:
             its parameters into buffers, "export" writes them out and drops the region, "distill" trains a student.
 
     Raises:
-        ValueError: losses that are not a tuple of names.
+        ValueError: a field of the wrong kind.
 
     >>> default_learning("memory").compile_mode
     'export'
@@ -30,9 +32,9 @@ class LearningSpec:
     compile_mode: str = "runtime"
 
     def __post_init__(self) -> None:
-        if isinstance(self.losses, str) or not all(isinstance(name, str) for name in self.losses):
-            raise ValueError(f"LearningSpec losses must be a tuple of names, got {self.losses!r}")
-        object.__setattr__(self, "losses", tuple(self.losses))
+        for name in ("mode", "compile_mode"):
+            checked_string(getattr(self, name), f"LearningSpec {name}")
+        object.__setattr__(self, "losses", checked_strings(self.losses, "LearningSpec losses"))
 
 
 FAMILY_DEFAULTS: dict[str, LearningSpec] = {

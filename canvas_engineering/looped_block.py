@@ -38,7 +38,9 @@ class LoopParameters(nn.Module):
         device, dtype: of the parameters.
 
     Attributes:
-        loop_emb, loop_emb_enc: (max_loops, dim); the latter is None for one stream. loop_gate: (max_loops, 1).
+        loop_emb: (max_loops, dim).
+        loop_emb_enc: (max_loops, dim), or None for one stream.
+        loop_gate: (max_loops, 1).
     """
 
     def __init__(self, max_loops, dim, streams=1, gate="tanh", gate_init=0.0, device=None, dtype=None):
@@ -86,9 +88,10 @@ class LoopedBlockWrapper(nn.Module):
     """Any transformer block, run ``loops`` times on its own output (docs/semantics.md, section 6).
 
     The wrapped block is called as ``block(hidden_states, *args, **kwargs)`` and gives a tensor like ``hidden_states``,
-    or a tuple whose first item is one; later loops see the same further arguments. With zero embeddings and gates, as
-    they start, the result is the block's own, bit for bit, whatever the number of loops. Attributes that the wrapper
-    does not have are the block's.
+    or a tuple whose first item is one, and whose other items are dropped; later loops see the same further arguments.
+    With zero embeddings and gates, as they start, the result is the block's own, bit for bit, whatever the number of
+    loops. Blocks that hand on a second stream, as many video models have one for text, need a wrapper of their own.
+    Attributes that the wrapper does not have are the block's.
 
     Args:
         original: the block.
@@ -100,7 +103,8 @@ class LoopedBlockWrapper(nn.Module):
         gate: "tanh", or "sigmoid" for checkpoints made with that mixing; see :class:`LoopParameters`.
 
     Attributes:
-        loop_emb: (max_loops, embed_dim). loop_gate: (max_loops, 1).
+        loop_emb: (max_loops, embed_dim).
+        loop_gate: (max_loops, 1).
 
     >>> block = LoopedBlockWrapper(nn.Linear(8, 8), max_loops=3, embed_dim=8)
     >>> x = torch.randn(2, 5, 8)
@@ -156,7 +160,7 @@ class LoopedBlockWrapper(nn.Module):
         """(…, embed_dim) → the same shape and dtype.
 
         Raises:
-            ValueError: another width.
+            ValueError: another width, or a block that returns a second stream.
         """
         if hidden_states.shape[-1] != self.embed_dim:
             raise ValueError(
@@ -170,9 +174,23 @@ class LoopedBlockWrapper(nn.Module):
                 out = checkpoint(self.original, shifted, *args, use_reentrant=False, **kwargs)
             else:
                 out = self.original(shifted, *args, **kwargs)
-            out = out[0] if isinstance(out, tuple) else out
+            if isinstance(out, tuple):
+                self._check_one_stream(hidden_states, out, (*args, *kwargs.values()))
+                out = out[0]
             hidden_states = self.loop.mix(hidden_states, out, gate, loop)
         return hidden_states
+
+    def _check_one_stream(self, hidden_states: torch.Tensor, out: tuple, further: tuple) -> None:
+        """ValueError where dropping all but the first item would lose a stream: an item shaped like an argument."""
+        shapes = [item.shape if isinstance(item, torch.Tensor) else None for item in out]
+        streams = [x.shape for x in further if isinstance(x, torch.Tensor) and x.dim() == hidden_states.dim()]
+        if shapes[0] != hidden_states.shape or any(shape in streams for shape in shapes[1:]):
+            shown = [None if shape is None else tuple(shape) for shape in shapes]
+            raise ValueError(
+                f"block {self.block_idx}, a {type(self.original).__name__}, returns {len(out)} items of shapes "
+                f"{shown}: LoopedBlockWrapper loops one stream, the first item, here {tuple(hidden_states.shape)}, and "
+                "would lose another: give wrapper_class="
+            )
 
     def trainable_params(self) -> int:
         """Number of loop parameters."""

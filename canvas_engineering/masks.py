@@ -24,6 +24,7 @@ __all__ = [
     "MaskSpec",
     "PatternCover",
     "Rect",
+    "mask_parts",
     "mask_to_index_pairs",
     "pattern_cover",
     "rect_cover",
@@ -239,6 +240,120 @@ def pattern_cover(spec: MaskSpec, q_shape: tuple[int, ...], k_shape: tuple[int, 
     ranges.setflags(write=False)
     empty = np.zeros((0, 2 if not pair else len(k_shape), 2), dtype=np.int64)
     return PatternCover(pair, k_boxes=empty if pair else ranges, rects=ranges if pair else empty)
+
+
+def mask_parts(
+    spec: MaskSpec,
+    q_region: np.ndarray,
+    k_region: np.ndarray,
+    q_frames: np.ndarray,
+    k_frames: np.ndarray,
+    whole_keys: bool = False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Splits or thins the reads of one connection, those of all frames at once.
+
+    Args:
+        spec: the mask.
+        q_region, k_region: the boxes of src and of dst, int64 ``[D, 2]``.
+        q_frames, k_frames: int64 ``[n, 2]``: the frames that query and are read in each of the connection's n reads.
+        whole_keys: a query to which the mask leaves any key reads all keys of its frames.
+
+    Returns:
+        ``(row, read, q_boxes, k_boxes)``: ``row`` int64 ``[R]``, ascending, gives for each read that the mask makes the
+        one of the n that it comes from. ``read`` int64 ``[P]``, ascending, gives the read of each part; in it the
+        queries of ``q_boxes[i]`` see the keys of ``k_boxes[i]``, int64 ``[P, D, 2]`` each, and no pair comes twice.
+
+    Raises:
+        ValueError: tiles or a pattern that do not fit the regions.
+
+    >>> frame, box = np.array([[0, 1]]), np.array([[0, 1], [0, 3]])
+    >>> spec = MaskSpec("sparse", pattern=((True, True, False), (False, True, False), (False, True, True)))
+    >>> row, read, queries, keys = mask_parts(spec, box, box, frame, frame)
+    >>> read.tolist(), queries[:, 1].tolist(), keys[:, 1].tolist()
+    ([0, 0, 0], [[0, 1], [1, 2], [2, 3]], [[0, 2], [1, 2], [1, 3]])
+    """
+    if spec.kind != "sparse":
+        q_boxes, k_boxes = split_boxes(spec, q_region, k_region)
+        row, tile = (part.ravel() for part in np.indices((len(q_frames), len(q_boxes))))
+        q_boxes, k_boxes = q_boxes[tile], k_boxes[tile] if not whole_keys else np.repeat(k_region[None], len(row), 0)
+        q_boxes[:, 0], k_boxes[:, 0] = q_frames[row], k_frames[row]
+        return row, np.arange(len(row)), q_boxes, k_boxes
+    q_size, k_size = (tuple(np.diff(region).ravel().tolist()) for region in (q_region, k_region))
+    cover = pattern_cover(spec, q_size, k_size)
+    if cover.pair:
+        q_ranges = (q_frames - q_region[0, 0]) * math.prod(q_size[1:])
+        k_ranges = (k_frames - k_region[0, 0]) * math.prod(k_size[1:])
+        q_rects, k_rects = cover.rects[:, 0], cover.rects[:, 1]
+        row, rect = np.nonzero(_overlaps(q_ranges, q_rects) & _overlaps(k_ranges, k_rects))
+        queries, keys = _clipped(q_rects[rect], q_ranges[row]), _clipped(k_rects[rect], k_ranges[row])
+        if whole_keys:
+            row, queries = _joined_ranges(row, queries)
+            keys = k_ranges[row]
+        owner, q_boxes = _range_boxes(queries, q_size)
+        k_owner, k_boxes = _range_boxes(keys, k_size)
+        # every box of a rectangle's queries with every box of its keys
+        count = np.bincount(k_owner, minlength=len(row))
+        first, count = (np.cumsum(count) - count)[owner], count[owner]
+        q_at = np.repeat(np.arange(len(owner)), count)
+        k_at = np.arange(len(q_at)) + np.repeat(first - np.cumsum(count) + count, count)
+        row = row[owner[q_at]]
+        q_boxes, k_boxes = q_boxes[q_at] + q_region[:, :1], k_boxes[k_at] + k_region[:, :1]
+    else:
+        chosen = cover.k_boxes + k_region[:, :1]
+        row, box = np.nonzero(_overlaps(k_frames, chosen[:, 0]))
+        k_boxes = chosen[box]
+        if whole_keys:
+            row = np.unique(row)
+            k_boxes = np.repeat(k_region[None], len(row), 0)
+        k_boxes[:, 0] = _clipped(k_boxes[:, 0], k_frames[row])
+        q_boxes = np.repeat(q_region[None], len(row), 0)
+        q_boxes[:, 0] = q_frames[row]
+    row, read = np.unique(row, return_inverse=True)
+    return row, read.reshape(-1), q_boxes, k_boxes
+
+
+def _overlaps(ranges: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """bool ``[n, m]``: which of the ranges ``[n, 2]`` share something with which of ``others`` ``[m, 2]``."""
+    return (ranges[:, :1] < others[:, 1]) & (others[:, 0] < ranges[:, 1:])
+
+
+def _clipped(ranges: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    return np.clip(ranges, limits[:, :1], limits[:, 1:])
+
+
+def _joined_ranges(row: np.ndarray, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The union of the ranges ``[n, 2]`` of each row, as rows and disjoint ranges, both ascending."""
+    order = np.lexsort((ranges[:, 0], row))
+    row, ranges = row[order], ranges[order]
+    # rows one after another on one line, with a gap between them
+    shift = row * (ranges.max(initial=0) + 1)
+    reached = np.maximum.accumulate(ranges[:, 1] + shift)
+    starts = np.flatnonzero(np.append(True, ranges[1:, 0] + shift[1:] > reached[:-1])[: len(row)])
+    stops = np.append(starts[1:], len(row))[: len(starts)] - 1
+    return row[starts], np.stack([ranges[starts, 0], (reached - shift)[stops]], axis=1)
+
+
+def _range_boxes(ranges: np.ndarray, size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(owner, boxes): boxes ``[m, D, 2]`` that hold, in order, the elements of each range ``[n, 2]`` of the row-major
+    list of a box of ``size``; ``owner`` is the range of each."""
+    if len(size) == 1:
+        return np.arange(len(ranges)), ranges[:, None]
+    volume = math.prod(size[1:])
+    low, high = ranges.T
+    first, last = -(-low // volume), high // volume  # the slabs that a range holds whole
+    stop = np.minimum(high, first * volume)
+    before, whole = np.flatnonzero(low < stop), np.flatnonzero(first < last)
+    after = np.flatnonzero((first <= last) & (last * volume < high))
+    owner = np.concatenate([before, after])
+    slab = np.concatenate([low[before] // volume, last[after]])
+    inner = np.stack([np.concatenate([low[before], last[after] * volume]), np.concatenate([stop[before], high[after]])])
+    part, inner_boxes = _range_boxes((inner - slab * volume).T, size[1:])
+    full = np.broadcast_to(np.array([[0, length] for length in size[1:]]), (len(whole), len(size) - 1, 2))
+    slabs = np.concatenate([np.stack([slab, slab + 1], axis=1)[part], np.stack([first, last], axis=1)[whole]])
+    boxes = np.concatenate([slabs[:, None], np.concatenate([inner_boxes, full])], axis=1)
+    owner = np.concatenate([owner[part], whole])
+    order = np.lexsort((slabs[:, 0], owner))
+    return owner[order], boxes[order]
 
 
 class Rect:

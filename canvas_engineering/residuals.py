@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,8 @@ class ResidualAccumulator(nn.Module):
 
     @torch.no_grad()
     def update(self, region: str, error: torch.Tensor, active: torch.Tensor | None = None) -> None:
-        """Takes an error into the region's averages.
+        """Takes an error into the region's averages. What would make an average infinite or NaN is left out, so that
+        one bad step does not silence triggers for ever.
 
         Args:
             region: whose error.
@@ -106,7 +108,8 @@ class ResidualAccumulator(nn.Module):
         new = torch.stack([found[i % len(found)] for i in range(len(self.spec.kinds))]).to(self.values)
         old = self.values[row]
         mixed = self.spec.decay * old + (1.0 - self.spec.decay) * new
-        self.values[row] = mixed if active is None else torch.where(active.to(old.device) > 0, mixed, old)
+        takes = mixed.isfinite() if active is None else mixed.isfinite() & (active.to(old.device) > 0)
+        self.values[row] = torch.where(takes, mixed, old)
 
     def summaries(self) -> dict[str, dict[str, float]]:
         """Region to kind to value, as plain floats: waits for the device."""
@@ -137,7 +140,7 @@ class TriggerFlags(nn.Module):
         triggers: connection number to trigger; connections without one always may.
         n_connections: how many there are.
         accumulator: whose summaries triggers name; a summary that it does not keep makes a trigger false, and so do all
-            without it.
+            without it; of those there is one UserWarning.
 
     Raises:
         ValueError: a trigger of another form.
@@ -153,6 +156,7 @@ class TriggerFlags(nn.Module):
         parsed = [parse_trigger(trigger) for trigger in triggers.values()]
         clauses = [clause for trigger in parsed for clause in trigger]
         known = [clause.region in rows and clause.kind in kinds for clause in clauses]
+        self._warn_of_unkept([clause for clause, kept in zip(clauses, known) if not kept], rows, kinds)
         column = [
             rows[clause.region] * len(kinds) + kinds.index(clause.kind) if kept else 0
             for clause, kept in zip(clauses, known)
@@ -178,6 +182,18 @@ class TriggerFlags(nn.Module):
         }
         for name, tensor in index.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    @staticmethod
+    def _warn_of_unkept(clauses, rows, kinds) -> None:
+        if clauses:
+            names = list(dict.fromkeys(f"{clause.region}.{clause.kind}" for clause in clauses))
+            keeps = f"it keeps {', '.join(kinds)} of {', '.join(rows) or 'no region'}" if kinds else "there is none"
+            warnings.warn(
+                f"triggers name summaries that no residual accumulator keeps, and so never hold: {', '.join(names)}; "
+                f"{keeps}",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def forward(self, summaries: torch.Tensor | None) -> torch.Tensor:
         """(connections,) float32, 1 where the connection has no trigger or one that holds.

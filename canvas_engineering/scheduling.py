@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from canvas_engineering.canvas.layout import checked_int
+from canvas_engineering.clock_formulas import ClockFormulas
 from canvas_engineering.clock_ir import ClockContext, Summaries
 from canvas_engineering.program import CanvasProgram, ClockSpec
 from canvas_engineering.program.checks import check_program
+from canvas_engineering.residuals import ResidualAccumulator
 
-__all__ = ["HybridScheduler", "LearnedScheduler", "RegionScheduler"]
+__all__ = ["DeviceScheduler", "HybridScheduler", "LearnedScheduler", "RegionScheduler"]
 
 
 @dataclass
@@ -30,7 +32,7 @@ class RegionScheduler:
 
     A region without a clock fires at every step. Otherwise, in order: within ``cooldown`` steps after it fired it does
     not; with ``max_silence``, it does if it never fired, or not for that long; then its expression decides, or its
-    mode.
+    mode, in the clock's domain.
 
     Args:
         program: every region of its layout is scheduled.
@@ -49,12 +51,12 @@ class RegionScheduler:
     def __init__(self, program: CanvasProgram):
         check_program(program)
         self.program = program
-        names = dict.fromkeys([*program.schema.layout.regions, *program.regions])
-        programs = {name: program.regions.get(name) for name in names}
+        programs = {name: program.regions.get(name) for name in program.schema.layout.regions}
         self._clocks: dict[str, ClockSpec | None] = {
             name: None if region is None else region.clock for name, region in programs.items()
         }
         self._last_fired: dict[str, int] = {}
+        self._boundary_t = 0
 
     def step(self, external_t: int, summaries: Summaries | None = None, boundary: str | None = None) -> set[str]:
         """Names of the regions that update at this step.
@@ -66,9 +68,12 @@ class RegionScheduler:
         """
         fired = set()
         for name, clock in self._clocks.items():
-            if clock is None or self._fires(clock, self._last_fired.get(name, -1), external_t, summaries, boundary):
+            last_fired = self._last_fired.get(name, -1)
+            context = _NodeCooldowns(external_t, summaries, boundary, last_fired, boundary_t=self._boundary_t)
+            if clock is None or self._fires(clock, context):
                 self._last_fired[name] = external_t
                 fired.add(name)
+        self._boundary_t += boundary is not None
         return fired
 
     def step_plan(
@@ -85,24 +90,88 @@ class RegionScheduler:
         return [fired, *({name for name, count in inner.items() if count > step} for step in steps)]
 
     def reset(self) -> None:
-        """Forgets what has fired."""
+        """Forgets what has fired, and how many lifecycle events there were."""
         self._last_fired.clear()
+        self._boundary_t = 0
 
     @staticmethod
-    def _fires(clock: ClockSpec, last_fired: int, t: int, summaries: Summaries | None, boundary: str | None) -> bool:
-        if last_fired >= 0 and t <= last_fired + clock.cooldown and clock.cooldown:
+    def _fires(clock: ClockSpec, context: _NodeCooldowns) -> bool:
+        if clock.cooldown and context.cools(clock.cooldown):
             return False
-        if clock.max_silence is not None and (last_fired < 0 or t - last_fired >= clock.max_silence):
+        if clock.max_silence is not None and context.silent(clock.max_silence):
             return True
-        context = _NodeCooldowns(t, summaries, boundary, last_fired)
+        now = context.time("boundary" if clock.domain == "boundary" else "external")
+        if now is None:
+            return False
         if clock.expr is not None:
             return clock.expr.evaluate(context)
         if clock.mode == "periodic":
-            return t % clock.period == 0
+            return now % clock.period == 0
         if clock.mode == "on_event":
             return context.summary(clock.event_source) > clock.event_threshold
         assert clock.mode == "boundary", clock.mode
-        return boundary is not None and boundary == clock.event_source
+        return context.boundary is not None and context.boundary == clock.event_source
+
+
+class DeviceScheduler(nn.Module):
+    """The clocks of a program as tensors: fires the regions that `RegionScheduler` does, and waits for no device.
+
+    Summaries are read where the accumulator keeps them, and who fires is a tensor that `AttentionDispatcher` takes as
+    it is: a loop of both runs ahead of its device, and compiles as a whole. When regions fired last is a buffer, saved
+    with the module.
+
+    Args:
+        program: every region of its layout is scheduled.
+        accumulator: whose summaries event clocks read; those that it does not keep read as 0.
+
+    Raises:
+        ValueError: as for `RegionScheduler`.
+
+    >>> from canvas_engineering import CanvasLayout, CanvasSchema, RegionProgram
+    >>> layout = CanvasLayout(T=1, spatial_shape=(2,), d_model=8, regions={"eye": (0, 1, 0, 1), "map": (0, 1, 1, 2)})
+    >>> program = CanvasProgram(CanvasSchema(layout), {"map": RegionProgram(clock=ClockSpec(period=2))})
+    >>> scheduler = DeviceScheduler(program)
+    >>> [scheduler.step(t).tolist() for t in range(3)]
+    [[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
+    """
+
+    def __init__(self, program: CanvasProgram, accumulator: ResidualAccumulator | None = None):
+        super().__init__()
+        check_program(program)
+        self.program, self.accumulator = program, accumulator
+        regions = program.schema.layout.regions
+        clocks = {name: program.regions[name].clock for name in regions if name in program.regions}
+        self.formulas = ClockFormulas([clocks.get(name) for name in regions], accumulator)
+        inner = [0 if c is None or c.domain != "internal" else c.max_inner_steps or 0 for c in map(clocks.get, regions)]
+        self._n_inner = max(inner, default=0)
+        self.register_buffer("_inner", torch.tensor(inner, dtype=torch.int64), persistent=False)
+        self.register_buffer("last_fired", torch.full((len(regions),), -1))
+        self.register_buffer("boundary_t", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def step(self, external_t: int | torch.Tensor, boundary: str | None = None) -> torch.Tensor:
+        """Which regions update at this step: (regions,) float32 of 0 and 1 in the layout's order.
+
+        Args:
+            external_t: the step; under ``torch.compile`` an int64 tensor on the device, so that one graph serves all.
+            boundary: the lifecycle event of this step, if any.
+        """
+        values = None if self.accumulator is None else self.accumulator.values
+        fired = self.formulas(external_t, boundary, self.last_fired, self.boundary_t, values)
+        self.last_fired.copy_(torch.where(fired, external_t, self.last_fired))
+        if boundary is not None:
+            self.boundary_t.add_(1)
+        return fired.float()
+
+    def step_plan(self, external_t: int | torch.Tensor, boundary: str | None = None) -> list[torch.Tensor]:
+        """`step`'s tensor, then one for each inner step that any region may have, 0 where none is left."""
+        fired = self.step(external_t, boundary)
+        return [fired, *(fired * (self._inner > step) for step in range(self._n_inner))]
+
+    def reset(self) -> None:
+        """Forgets what has fired, and how many lifecycle events there were."""
+        self.last_fired.fill_(-1)
+        self.boundary_t.zero_()
 
 
 class LearnedScheduler(nn.Module):
@@ -171,11 +240,13 @@ class HybridScheduler(nn.Module):
         temperature: as for `LearnedScheduler`.
 
     Attributes:
-        declared: the RegionScheduler. learned: the LearnedScheduler over the learned regions in sorted order, fed all
-            summaries in sorted order of region and kind.
+        declared: the RegionScheduler.
+        learned: the LearnedScheduler over the learned regions in sorted order, fed all summaries in sorted order of
+            region and kind.
 
     Raises:
-        KeyError: a learned region that the program does not have. ValueError: none, or what the program is refused for.
+        KeyError: a learned region that the program does not have.
+        ValueError: none, or what the program is refused for.
     """
 
     def __init__(

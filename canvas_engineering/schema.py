@@ -17,6 +17,10 @@ from canvas_engineering.masks import MaskSpec
 
 __all__ = ["CanvasSchema"]
 
+_GRID_FIELDS = ("T", "spatial_shape", "H", "W", "d_model", "t_current")
+_ENTRIES = ("schema_version", "layout", "regions", "topology", "metadata")
+_ENTRIES += ("program_version", "region_programs", "connection_programs")
+
 
 def _plain(value: Any) -> Any:
     if isinstance(value, TemporalFill):
@@ -33,13 +37,14 @@ def declared_fields(declaration: Any) -> dict[str, Any]:
 
 
 def built(cls: type, given: Any, what: str) -> Any:
-    """The dataclass from its `declared_fields` form. ValueError: not a dict, or a field that is missing or unknown."""
+    """The dataclass from its `declared_fields` form.
+
+    Raises:
+        ValueError: not a dict, or a field that is missing or unknown.
+    """
     if not isinstance(given, dict):
         raise ValueError(f"{what} must be a dict of its fields, got {given!r}")
-    known = [f.name for f in fields(cls)]
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise ValueError(f"{what} has unknown fields {unknown}; known are {', '.join(known)}")
+    _refuse_unknown(given, tuple(f.name for f in fields(cls)), what)
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]
     if missing:
         raise ValueError(f"{what} lacks {', '.join(missing)}: {given!r}")
@@ -47,6 +52,12 @@ def built(cls: type, given: Any, what: str) -> Any:
         return cls(**given)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
+
+
+def _refuse_unknown(given: dict[str, Any], known: tuple[str, ...], what: str) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"{what} has unknown fields {unknown}; known are {', '.join(known)}")
 
 
 def _connection_from_dict(given: Any, index: int) -> Connection:
@@ -57,7 +68,11 @@ def _connection_from_dict(given: Any, index: int) -> Connection:
 
 
 def dumped(form: dict[str, Any], metadata: dict[str, Any]) -> bytes:
-    """JSON text of a schema's dict. ValueError: metadata that JSON has no exact form for."""
+    """JSON text of a schema's dict.
+
+    Raises:
+        ValueError: metadata that JSON has no exact form for.
+    """
     try:
         text = json.dumps(form, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -74,6 +89,8 @@ def replace_file(path: str | Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash of the machine may keep the new name and not the content
         # mkstemp makes files that only their owner may read; a declaration is as readable as any other file.
         mask = os.umask(0)
         os.umask(mask)
@@ -144,7 +161,7 @@ class CanvasSchema:
     def from_dict(cls, d: dict[str, Any]) -> CanvasSchema:
         """The schema of a dict as `to_dict` gives it, or with the older layout form of ``H`` and ``W``.
 
-        Further top-level entries, such as those of a program, are left to their owners.
+        The entries of a program are left to :class:`CanvasProgram`.
 
         Raises:
             ValueError: something is missing, unknown or wrong; the message names the entry.
@@ -152,9 +169,8 @@ class CanvasSchema:
         if not isinstance(d, dict) or not isinstance(d.get("layout"), dict):
             raise ValueError(f"a schema must be a dict with a 'layout', got {_shortened(d)}")
         grid = d["layout"]
-        unknown = [name for name in grid if name not in ("T", "spatial_shape", "H", "W", "d_model", "t_current")]
-        if unknown:
-            raise ValueError(f"layout has unknown fields {unknown}: {grid!r}")
+        _refuse_unknown(d, _ENTRIES, "a schema")
+        _refuse_unknown(grid, _GRID_FIELDS, "layout")
         if "spatial_shape" not in grid and "H" not in grid:
             raise ValueError(f"layout needs spatial_shape, or H and W, got {grid!r}")
         missing = [name for name in ("T", "d_model") if name not in grid]

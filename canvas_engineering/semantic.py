@@ -151,7 +151,11 @@ class SemanticConditioner(nn.Module):
         return list(self._names)
 
     def get_conditioning(self, region_name: str) -> torch.Tensor:
-        """The region's vector, ``(d_model,)``. KeyError: no such region."""
+        """The region's vector, ``(d_model,)``.
+
+        Raises:
+            KeyError: no such region.
+        """
         if region_name not in self._row:
             known = ", ".join(map(repr, self._names[:12])) + (", ..." if len(self._names) > 12 else "")
             raise KeyError(f"no semantic embedding for region {region_name!r}; there are {known}")

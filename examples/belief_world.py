@@ -38,6 +38,7 @@ from canvas_engineering import (
 )
 
 TOKENS, D_MODEL, HEADS, BLOCKS = 4, 32, 4, 2
+WINDOW, TIMES = 24, 30
 FORCES = (3.0, 30.0)
 CHANGE_EVERY, SILENCE = 60, 40
 THOUGHT = ("memory", "belief")
@@ -268,10 +269,12 @@ def typical_error(model: Thinker, motion: Motion, quantile: float) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("belief_world", description=__doc__)
     parser.add_argument("--steps", type=int, default=200, help="of training")
-    parser.add_argument("--window", type=int, default=24, help="transitions in the memory")
-    parser.add_argument("--times", type=int, default=20, help="copies of the memory's positions when comparing")
+    parser.add_argument("--window", type=int, default=WINDOW, help="transitions in the memory")
+    parser.add_argument("--times", type=int, default=TIMES, help="copies of the memory's positions when comparing")
     parser.add_argument("--length", type=int, default=200, help="steps of motion to compare on")
+    parser.add_argument("--threads", type=int, default=1, help="more wait for each other in steps as short as a rest's")
     options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     bound, program = declare(options.window)
     motion, spread = Motion.of(8_000, 0, options.window)

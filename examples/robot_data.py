@@ -50,6 +50,9 @@ def record(
 
     CartPole is balanced while it drifts towards a goal; any other environment gets a slowly changing random action. A
     clip lies within one episode.
+
+    Raises:
+        RuntimeError: the environment cannot be made or drawn on this machine, with what it may want.
     """
     for variable, value in (("SDL_VIDEODRIVER", "dummy"), ("SDL_AUDIODRIVER", "dummy"), ("MUJOCO_GL", "egl")):
         os.environ.setdefault(variable, value)
@@ -57,13 +60,26 @@ def record(
     import gymnasium
 
     rng = np.random.default_rng(seed)
-    world = gymnasium.make(environment, render_mode="rgb_array")
+    kind = str(gymnasium.spec(environment).entry_point)
+    try:
+        world = gymnasium.make(environment, render_mode="rgb_array")
+        state, _ = world.reset(seed=seed)
+        world.render()
+    except Exception as error:  # an import, a missing library of the system, a display
+        wanted = (
+            "canvas-engineering[mujoco], and EGL (on Debian: libegl1, libgl1-mesa-dri) or another MUJOCO_GL than "
+            f"{os.environ['MUJOCO_GL']}"
+            if "mujoco" in kind
+            else "what gymnasium's documentation lists for it"
+        )
+        raise RuntimeError(
+            f"{environment} cannot be drawn here ({type(error).__name__}: {error}): it wants {wanted}"
+        ) from error
     discrete = hasattr(world.action_space, "n")
     size = 1 if discrete else int(np.prod(world.action_space.shape))
     pictures = np.empty((clips, frames, height, width, 3), np.uint8)
     actions = np.empty((clips, frames, size), np.float32)
     clip, number = 0, 0
-    state, _ = world.reset(seed=seed)
     goal, drift = rng.uniform(-1.5, 1.5), np.zeros(size, np.float32)
     while clip < clips:
         if environment.startswith("CartPole"):

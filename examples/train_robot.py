@@ -60,7 +60,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.train_robot", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/robot"))
     parser.add_argument("--model", help="CogVideoX weights: a name or a folder with transformer/ and vae/")
-    parser.add_argument("--env", default="CartPole-v1", help="gymnasium environment, such as Pusher-v5 (MuJoCo)")
+    parser.add_argument("--env", default="CartPole-v1", help="gymnasium environment, such as Pusher-v5 (extra mujoco)")
+    size = {"nargs": 3, "type": int, "default": [FRAMES, HEIGHT, WIDTH], "metavar": ("FRAMES", "HEIGHT", "WIDTH")}
+    parser.add_argument("--size", **size, help="of the clips; 49 480 720 is what CogVideoX-2b was trained on")
     parser.add_argument("--latents", type=Path, help="npz with latents (n, T, C, h, w) and actions (n, A), instead")
     parser.add_argument("--prompt-embeds", type=Path, help="torch file, (text tokens, text width); default: zeros")
     parser.add_argument("--clips", type=int, default=64)
@@ -82,45 +84,50 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_data(options: argparse.Namespace, console: Console) -> tuple[Tensor, Tensor]:
+def load_data(options: argparse.Namespace, vae: nn.Module | None, console: Console) -> tuple[Tensor, Tensor]:
     """Latents (n, T, C, h, w) and the mean action of each clip, standardised (n, A)."""
     if options.latents is not None:
         with np.load(options.latents) as arrays:
             latents, actions = (torch.from_numpy(arrays[name]).float() for name in ("latents", "actions"))
     else:
-        path = options.out / f"{options.env}-{options.clips}-{options.seed}.npz"
+        path = options.out / f"{options.env}-{options.clips}-{'x'.join(map(str, options.size))}-{options.seed}.npz"
         if not path.exists():
             with progress(console, "recording", options.clips) as advance:
-                size = (options.clips, FRAMES, HEIGHT, WIDTH)
-                clips = robot_data.record(options.env, *size, options.seed, advance)
+                clips = robot_data.record(options.env, options.clips, *options.size, options.seed, advance)
             robot_data.save(path, frames=clips.frames, actions=clips.actions)
         with np.load(path) as arrays:
             frames, actions = arrays["frames"], torch.from_numpy(arrays["actions"]).mean(1)
-        console.print(f"{path}: {len(frames)} clips of {FRAMES} frames, simulated by {options.env}")
-        vae = load_vae(options)
+        console.print(f"{path}: {len(frames)} clips of {frames.shape[1]} frames, simulated by {options.env}")
         latents = robot_data.pooled_latents(frames) if vae is None else robot_data.vae_latents(vae, frames)
     return latents, (actions - actions.mean(0)) / actions.std(0).clamp_min(1e-6)
 
 
-def load_vae(options: argparse.Namespace) -> nn.Module | None:
-    """The VAE of ``--model``; None without one."""
-    if options.model is None:
-        return None
-    from diffusers import AutoencoderKLCogVideoX
+def load_model(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module | None]:
+    """The transformer, and the VAE on ``device``; without ``--model`` a tiny random one, and none."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
-    return AutoencoderKLCogVideoX.from_pretrained(options.model, subfolder="vae").eval()
+    if options.model is None:
+        return CogVideoXTransformer3DModel(**TINY), None
+    transformer = CogVideoXTransformer3DModel.from_pretrained(options.model, subfolder="transformer")
+    return transformer, AutoencoderKLCogVideoX.from_pretrained(options.model, subfolder="vae").eval().to(device)
+
+
+def fitted(latents: Tensor, config) -> Tensor:
+    """Latents (n, T, C, h, w) whose frames the model's tokens divide: CogVideoX 1.5 joins frames in pairs, and an odd
+    one is helped out by a copy of the first in front. ValueError: another number of channels than the model's."""
+    if latents.shape[2] != config.in_channels:
+        raise ValueError(
+            f"the model takes {config.in_channels} latent channels, the data has {latents.shape[2]}: {latents.shape} "
+            "(image-to-video models take twice as many, and are not trained here)"
+        )
+    missing = -latents.shape[1] % (config.patch_size_t or 1)
+    return torch.cat([*[latents[:, :1]] * missing, latents], dim=1)
 
 
 def build(
-    options: argparse.Namespace, latents: Tensor, n_actions: int
-) -> tuple[nn.Module, list[nn.Module], ActionHead]:
-    """The grafted transformer, its looped blocks and the action head."""
-    from diffusers import CogVideoXTransformer3DModel
-
-    if options.model is None:
-        model = CogVideoXTransformer3DModel(**TINY)
-    else:
-        model = CogVideoXTransformer3DModel.from_pretrained(options.model, subfolder="transformer")
+    options: argparse.Namespace, model: nn.Module, latents: Tensor, n_actions: int
+) -> tuple[list[nn.Module], ActionHead]:
+    """Grafts the transformer; its looped blocks and the action head."""
     topology, (T, channels, h, w) = TOPOLOGIES[options.topology], latents.shape[1:]
     video_frames = (T - 1) * model.config.temporal_compression_ratio + 1
     layout = None if topology is None else cogvideox_layout(model.config, 8 * h, 8 * w, video_frames)
@@ -138,7 +145,7 @@ def build(
     )
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    return model, blocks, head
+    return blocks, head
 
 
 class Conditions:
@@ -154,8 +161,9 @@ class Conditions:
     def __call__(self, noisy: Tensor, steps: Tensor) -> dict:
         text = self.text.to(noisy.device, noisy.dtype).expand(len(noisy), -1, -1)
         rotary = None if self.rotary is None else tuple(table.to(noisy.device) for table in self.rotary)
+        ofs = None if self.ofs is None else self.ofs.to(noisy.device)
         given = {"hidden_states": noisy, "encoder_hidden_states": text, "timestep": steps, "image_rotary_emb": rotary}
-        return {**given, "ofs": self.ofs, "return_dict": False}
+        return {**given, "ofs": ofs, "return_dict": False}
 
 
 def rotary_tables(config, T: int, h: int, w: int) -> tuple[Tensor, Tensor] | None:
@@ -197,11 +205,16 @@ def sample(model, conditions, scheduler, shape: tuple[int, ...], seed: int, step
 
 
 class Checkpoint:
-    """A folder that is replaced as a whole: loops (and what else of the model trains), optimizer, losses."""
+    """A folder that is replaced as a whole: loops (and what else of the model trains), optimizer, losses.
 
-    def __init__(self, folder: Path, model: nn.Module, blocks: list[nn.Module], head: ActionHead, optimizer, log: list):
-        self.folder, self.model, self.blocks, self.head = folder, model, blocks, head
-        self.optimizer, self.log = optimizer, log
+    ``scaler``: the gradient scaler of float16 training, or None.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, blocks: list[nn.Module], head: ActionHead, optimizer, scaler):
+        self.folder, self.previous = folder, folder.with_name(f"{folder.name}.previous")
+        self.model, self.blocks, self.head = model, blocks, head
+        self.stateful = {"optimizer": optimizer} | ({} if scaler is None else {"scaler": scaler})
+        self.log: list[dict] = []
         loop_names = {id(p) for block in blocks for p in block.loop.parameters()}
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.backbone = {name: p for name, p in trainable if id(p) not in loop_names}
@@ -211,23 +224,28 @@ class Checkpoint:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save_loop_checkpoint(self.blocks, self.head, unfinished / "loops.safetensors", {"step": len(self.log)})
-        state = {"optimizer": self.optimizer.state_dict(), "log": self.log}
+        state = {"log": self.log, **{name: part.state_dict() for name, part in self.stateful.items()}}
         state["backbone"] = {name: p.detach().cpu() for name, p in self.backbone.items()}
         torch.save(state, unfinished / "trainer.pt")
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():  # at no time is there neither
+            shutil.rmtree(self.previous, ignore_errors=True)
+            os.replace(self.folder, self.previous)
         os.replace(unfinished, self.folder)
+        shutil.rmtree(self.previous, ignore_errors=True)
 
     def load(self) -> int:
         """The optimizer step to go on with. ValueError: a checkpoint of another model, with what differs."""
-        load_loop_checkpoint(self.blocks, self.head, self.folder / "loops.safetensors")
-        state = torch.load(self.folder / "trainer.pt", map_location="cpu", weights_only=True)
+        folder = self.folder if self.folder.exists() or not self.previous.exists() else self.previous
+        load_loop_checkpoint(self.blocks, self.head, folder / "loops.safetensors")
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         if set(state["backbone"]) != set(self.backbone):
             raise ValueError(f"{self.folder} was trained with another --freeze: other parameters of the backbone")
         with torch.no_grad():
             for name, parameter in self.backbone.items():
                 parameter.copy_(state["backbone"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.log[:] = state["log"]
+        for name, part in self.stateful.items():
+            part.load_state_dict(state[name])
+        self.log = state["log"]
         return len(self.log)
 
 
@@ -235,9 +253,10 @@ def train(options, accelerator, model, blocks, head, conditions, scheduler, data
     """The loop itself; the log has an entry for each optimizer step."""
     parameters = [p for module in (model, head) for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
-    curriculum, log = CurriculumScheduler(options.loops, options.steps), []
-    checkpoint = Checkpoint(options.out / "checkpoint", model, blocks, head, optimizer, log)
+    curriculum = CurriculumScheduler(options.loops, options.steps)
+    checkpoint = Checkpoint(options.out / "checkpoint", model, blocks, head, optimizer, accelerator.scaler)
     first = checkpoint.load() if options.resume else 0
+    log = checkpoint.log
     model, head, optimizer = accelerator.prepare(model, head, optimizer)
     latents, actions = data
     last = options.steps if options.stop_after is None else min(options.steps, options.stop_after)
@@ -306,8 +325,10 @@ def main(argv: list[str] | None = None) -> int:
     precision = options.mixed_precision
     accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=options.accumulate)
     torch.manual_seed(options.seed)
-    latents, actions = load_data(options, console)
-    model, blocks, head = build(options, latents, actions.shape[1])
+    model, vae = load_model(options, accelerator.device)
+    latents, actions = load_data(options, vae, console)
+    latents = fitted(latents, model.config)
+    blocks, head = build(options, model, latents, actions.shape[1])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.print(f"{trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters train, {latents.shape}")
     conditions = Conditions(options, model.config, latents)
@@ -322,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
         save_loop_checkpoint(blocks, head, options.out / "loops.safetensors", {"command": vars_as_text(options)})
         model.eval()
         sampled = sample(model, conditions, scheduler, latents[:1].shape, options.seed)
-        draw(options.out, log, torch.cat([latents[:1], sampled]), load_vae(options))
+        draw(options.out, log, torch.cat([latents[:1], sampled]), vae)
     window = max(1, len(log) // 6)
     means = [statistics.fmean(e["diffusion"] for e in part) for part in (log[:window], log[-window:])]
     console.print(f"diffusion loss, first and last {window} steps: {means[0]:.3f}, {means[1]:.3f}; wrote {options.out}")

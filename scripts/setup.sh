@@ -6,6 +6,9 @@
 #   a machine without a network            installs only this project and uses the packages that it finds
 #   nothing can be installed               the Makefile exports PYTHONPATH=.:kernels, which is enough to run everything
 #
+# .venv/ready means that every package that the dev and data extras want is there. Without it what there is runs, and
+# the next make tries again.
+#
 # With an argument, the names of extras: adds those extras to a .venv that is ready.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,9 +37,7 @@ if [ ! -x .venv/bin/python ]; then
     # With the system's packages: a GPU machine keeps the torch that was built for its driver.
     "$python" -m venv --system-site-packages .venv || {
         rm -rf .venv
-        mkdir .venv
         echo "setup: no virtual environment could be made (on Debian: apt install python3-venv); using $python as it is."
-        touch "$stamp"
         exit 0
     }
 fi
@@ -55,11 +56,17 @@ else
     "$venv" -m pip install --quiet -c "$constraints" torch || echo "setup: torch could not be installed" >&2
 fi
 
+complete=yes
+offline=(--quiet --no-index --no-build-isolation)
 if "$venv" -m pip install --quiet -c "$constraints" -e ".[dev,data]"; then
     echo "setup: installed canvas-engineering with its dev and data extras"
-elif "$venv" -m pip install --quiet --no-index --no-deps --no-build-isolation -e .; then
-    echo "setup: no package index answered; installed canvas-engineering alone, on the packages that are here"
+elif "$venv" -m pip install "${offline[@]}" -e ".[dev,data]"; then
+    echo "setup: no package index answered; installed canvas-engineering on the packages that are here, which suffice"
+elif "$venv" -m pip install "${offline[@]}" --no-deps -e .; then
+    complete=
+    echo "setup: no package index answered and packages are missing; installed canvas-engineering alone"
 else
+    complete=
     echo "setup: nothing could be installed; running from this folder with PYTHONPATH=.:kernels"
 fi
 
@@ -67,4 +74,4 @@ fi
     echo "setup: there is no torch, and none could be installed: install torch>=2.6 for $python and run make again." >&2
     exit 1
 }
-touch "$stamp"
+if [ -n "$complete" ]; then touch "$stamp"; fi

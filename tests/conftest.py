@@ -1,4 +1,4 @@
-"""What every test shares: one thread, reproducible hypothesis runs, Triton's interpreter, and the ``gpu`` marker."""
+"""What every test shares: one thread, reproducible hypothesis runs, Triton's interpreter, and the markers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ settings.register_profile("house", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("house")
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+def pytest_collection_modifyitems(config, items):
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "needs an NVIDIA GPU"
+    if "slow" not in config.option.markexpr:
+        missing["slow"] = "takes minutes: make slow"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for marker, reason in missing.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))

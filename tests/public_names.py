@@ -36,6 +36,7 @@ PUBLIC_NAMES = {
         "CrossAttention",
         "CurriculumScheduler",
         "DEFAULT_WIRING",
+        "DeviceScheduler",
         "FAMILY_DEFAULTS",
         "FamilyCarrierEmbedding",
         "Field",
@@ -111,6 +112,7 @@ PUBLIC_NAMES = {
         "register_attention",
         "resolve_operator_defaults",
         "save_loop_checkpoint",
+        "surviving_state",
         "tile_topology",
         "transfer_distance",
         "ungraft",
@@ -246,6 +248,7 @@ PUBLIC_NAMES = {
     ),
     "canvas_engineering.dispatch": (
         "AttentionDispatcher",
+        "surviving_state",
     ),
     "canvas_engineering.draw": (
         "layout_figure",
@@ -276,6 +279,7 @@ PUBLIC_NAMES = {
         "MaskSpec",
         "PatternCover",
         "Rect",
+        "mask_parts",
         "mask_to_index_pairs",
         "pattern_cover",
         "rect_cover",
@@ -329,6 +333,7 @@ PUBLIC_NAMES = {
         "ResidualSpec",
     ),
     "canvas_engineering.scheduling": (
+        "DeviceScheduler",
         "HybridScheduler",
         "LearnedScheduler",
         "RegionScheduler",

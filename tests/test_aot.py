@@ -79,8 +79,5 @@ def test_small_tiles_float32_and_other_architectures_need_no_wgmma():
 
 
 def test_every_shipped_launch_is_compiled():
-    """fp16 runs the code of bf16 everywhere but on sm_90; all else that ships is in the list."""
-    chosen = set(aot.launches())
-    left_out = set(configs.shipped()) - chosen
-    assert {launch.dtype for launch in left_out} == {torch.float16}
-    assert "sm_90" not in {launch.arch for launch in left_out}
+    assert set(aot.launches()) == set(configs.shipped())
+    assert {launch.dtype for launch in aot.launches(["sm_80"])} == {torch.bfloat16, torch.float16, torch.float32}

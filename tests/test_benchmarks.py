@@ -183,14 +183,38 @@ def test_a_program_that_says_nothing_costs_a_row_of_equal_bits(tmp_path, monkeyp
     monkeypatch.setattr(program, "D_MODEL", D)
     monkeypatch.setattr(program, "HEADS", HEADS)
     monkeypatch.setattr(program, "AT_MOST", 1e9)
-    assert program.main(["--rounds", "2", "--out", str(tmp_path / "rows.jsonl")]) == 0
+    assert program.main(["--rounds", "2", "--case", "small", "--out", str(tmp_path / "rows.jsonl")]) == 0
     (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
     assert row["case"] == "small" and row["ratio_p10"] <= row["ratio_p50"] and row["plain_ms"] > 0
     contestants, x = program.build(case)
     assert contestants["plain"].plan is contestants["program"].plan
     monkeypatch.setattr(program, "AT_MOST", 0.0)
-    assert program.main(["--rounds", "2", "--out", str(tmp_path / "rows.jsonl")]) == 1
+    assert program.main(["--rounds", "2", "--case", "small", "--out", str(tmp_path / "rows.jsonl")]) == 1
     with pytest.raises(dispatcher.Disagreement, match="a program that says nothing changes"):
         torch.nn.init.ones_(contestants["program"].fn_modules["cross_attention"].q_proj.weight)
         monkeypatch.setattr(program, "build", lambda case: (contestants, x))
         program.run_case(case, 1)
+
+
+def test_what_resting_saves_is_a_row_and_the_committed_one_holds(tmp_path, monkeypatch):
+    belief_world = pytest.importorskip("examples.belief_world")
+    monkeypatch.setattr(belief_world, "WINDOW", 3)
+    monkeypatch.setattr(belief_world, "TIMES", 2)
+    out = tmp_path / "rows.jsonl"
+    results = set()
+    for bound in (0.0, 1.0):
+        monkeypatch.setattr(program, "CUT_AT_LEAST", bound)
+        times = {"everything": np.ones(3), "resting": np.full(3, 0.3)}
+        monkeypatch.setattr(measure, "interleave", lambda runs, rounds, times=times: times)
+        results.add((bound, program.main(["--rounds", "3", "--case", "skipping", "--out", str(out)])))
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert results == {(0.0, 0), (1.0, 1)} and row["cut_by_skipping_half"] == pytest.approx(0.35)
+    monkeypatch.setattr(belief_world, "THOUGHT", ("memory",))
+    real = belief_world.AttentionDispatcher.forward
+    monkeypatch.setattr(belief_world.AttentionDispatcher, "forward", lambda self, x, active: real(self, x, None))
+    with pytest.raises(dispatcher.Disagreement, match="resting changes memory"):
+        program.skipping(1)
+    committed = map(json.loads, (measure.RESULTS / "program.json").read_text().splitlines())
+    (row,) = (row for row in committed if row["case"] == "skipping")
+    assert row["cut_by_skipping_half"] == pytest.approx(0.5 * (1 - row["ratio_p50"])) and row["rounds"] >= 60
+    assert row["cut_by_skipping_half"] >= 0.40 and row["positions"] == 3840

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import pickle
 
 import pytest
 import torch
@@ -159,6 +160,37 @@ def test_such_queries_pass_through_or_leave_the_place_to_others():
     # query 1 copies nothing beside its window; those behind it copy nothing at all
     assert torch.equal(both[:, 2:9], torch.zeros(1, 7, D_MODEL, dtype=torch.float64))
     torch.testing.assert_close(both[:, 1], out[:, 1] / 4, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=40)
+@given(canvas=canvases(50, pairs=False, fns=("narrow", "random_fixed", "random_fixed", "copy", None)))
+def test_the_dense_form_of_a_plan_has_the_pairs_that_are_left(canvas):
+    layout, topology = canvas
+    dispatcher = randomised(layout, topology)
+    plan = dispatcher.plan
+    expected = torch.zeros(layout.num_positions, layout.num_positions, dtype=torch.float64)
+    for read in oracle.reads(layout, topology):
+        (keys,), queries = set(read.keys.values()), sorted(read.keys)
+        keys, seen = sorted(keys), torch.ones(len(queries), len(keys), dtype=torch.bool)
+        if plan.fns[read.connection] == "narrow":
+            seen = family_oracle.window(len(queries), len(keys), 2)
+        elif plan.fns[read.connection] == "random_fixed":
+            seed = dispatcher.fn_modules["random_fixed"].seed.item()
+            rows = [family_oracle.draws(seed, i, len(keys)) for i in range(len(queries))]
+            seen = torch.tensor([[j in row for j in range(len(keys))] for row in rows])
+        block = torch.where(seen, read.weight, 0.0)
+        for query, row in zip(queries, block):
+            expected[query, keys] = torch.maximum(expected[query, keys], row.double())
+    torch.testing.assert_close(torch.from_numpy(plan.to_dense()), expected, rtol=1e-6, atol=0)
+    for fn in dispatcher.fn_modules:
+        own = plan.for_fn(fn)
+        assert own is dispatcher._plans[fn] and (own.to_dense() <= plan.to_dense()).all()
+    assert (pickle.loads(pickle.dumps(plan)).to_dense() == plan.to_dense()).all()
+
+
+def test_density_and_the_dense_form_agree_where_reads_do_not_overlap():
+    plan = line(30, 20, "local_attention").plan
+    assert plan.density == (plan.to_dense() > 0).mean() < 0.1
 
 
 def test_blocks_outside_of_the_band_are_never_listed():

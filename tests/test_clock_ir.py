@@ -83,6 +83,16 @@ def test_boundaries_go_by_name():
     assert not fires(BoundaryExpr("reset"), boundary="end") and not fires(BoundaryExpr("reset"))
 
 
+def test_the_domain_boundary_counts_events():
+    counted = Periodic(2, "boundary")
+    assert [fires(counted, external_t=3, boundary="x", boundary_t=n) for n in range(4)] == [True, False, True, False]
+    assert not fires(counted, external_t=4, boundary_t=2)
+    warned = OnEvent("a.k", gt=0.5, domain="boundary")
+    assert [fires(warned, summaries={"a": {"k": 1.0}}, boundary=b) for b in (None, "x")] == [False, True]
+    with pytest.raises(ValueError, match="unknown clock domain 'internal': choose one of external, boundary"):
+        fires(Periodic(1, "internal"))
+
+
 def test_and_or_not():
     yes, no = Periodic(1), BoundaryExpr("never")
     table = {(a, b): (fires(And(a, b)), fires(Or(a, b))) for a in (yes, no) for b in (yes, no)}

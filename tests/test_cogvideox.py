@@ -335,12 +335,13 @@ def test_regional_compilation():
     torch.testing.assert_close(run(model, "5b"), expected)
 
 
-def test_full_graph_compilation_in_training():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_full_graph_compilation_in_training(backend):
     # Inference is compiled in test_cogvideox_attention.
     torch._dynamo.reset()
     model = trained("5b", loops=2, num_layers=1, freeze="none").train()
     out, expected = gradients(model, "5b")
-    again, ours = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), "5b")
+    again, ours = gradients(torch.compile(model, fullgraph=True, backend=backend), "5b")
     torch.testing.assert_close(again, out)
     for name, value in expected.items():
         torch.testing.assert_close(ours[f"_orig_mod.{name}"], value)
@@ -446,21 +447,41 @@ def test_blocks_are_not_split_across_devices():
     assert "LoopedCogVideoXBlock" in looped_class()._no_split_modules
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
-def test_fsdp2(process_group):
+def sharded_gradients(rank, processes, store, folder):
+    """Saves the output of a sharded model, and all its gradients, gathered, as this process finds them."""
+    import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    model = trained("5b", freeze="none").train()
-    out, expected = gradients(model, "5b")
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    for block in model.transformer_blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    again, ours = gradients(model, "5b")
-    torch.testing.assert_close(again, out)
-    assert set(ours) == set(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(ours[name].full_tensor(), value)
+    dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes)
+    try:
+        model = trained("5b", freeze="none").train()
+        mesh = dist.device_mesh.init_device_mesh("cpu", (processes,))
+        for block in model.transformer_blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        # three rows: two processes hold two and one of them
+        assert processes == 1 or len(model.transformer_blocks[0].loop_emb.to_local()) == 2 - rank
+        out, found = gradients(model, "5b")
+        torch.save((out, {name: value.full_tensor() for name, value in found.items()}), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_fsdp2(processes, tmp_path):
+    out, expected = gradients(trained("5b", freeze="none").train(), "5b")
+    options = (processes, str(tmp_path / "store"), str(tmp_path))
+    if processes == 1:
+        sharded_gradients(0, *options)
+    else:
+        torch.multiprocessing.spawn(sharded_gradients, options, processes)
+    for rank in range(processes):
+        again, ours = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(again, out)
+        assert set(ours) == set(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(ours[name], value)
 
 
 # -- another diffusers transformer ------------------------------------------------------------------------------------
@@ -486,3 +507,24 @@ def test_wan_blocks_are_wrapped():
     assert not torch.equal(model(**given)[0], plain(**given)[0])
     ungraft(model, "blocks")
     assert torch.equal(model(**given)[0], plain(**given)[0])
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype")  # Mochi's own
+def test_two_streams_of_mochi_want_a_wrapper_of_their_own():
+    torch.manual_seed(0)
+    model = diffusers.MochiTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=4,
+        text_embed_dim=16, time_embed_dim=8, max_sequence_length=6,
+    ).eval()  # fmt: skip
+    given = {
+        "hidden_states": torch.randn(2, 4, 2, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 6, 16),
+        "timestep": torch.tensor([5, 5]),
+        "encoder_attention_mask": torch.ones(2, 6, dtype=torch.bool),
+        "return_dict": False,
+    }
+    expected = model(**given)[0]
+    graft_looped_blocks(model, 2, loops=2)
+    with pytest.raises(ValueError, match=r"block 0, a MochiTransformerBlock, returns 2 items.*give wrapper_class="):
+        model(**given)
+    assert torch.equal(ungraft(model)(**given)[0], expected)

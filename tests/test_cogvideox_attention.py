@@ -274,6 +274,26 @@ def test_packing_moves_tokens_once_a_model():
     assert counts["index_select"] == 2  # in and out; the rotary tables have two dimensions
 
 
+def test_processors_that_take_another_order_are_refused():
+    model = grafted("5b", "tiles", loops=2)
+    layout, expected = layout_of(model), run(model, "5b")
+    for topology, packed in (("window", False), ("window", True), ("tiles", False)):
+        processor = CanvasAttnProcessor(layout, TOPOLOGIES[topology], packed=packed)
+        with pytest.raises(ValueError, match="tokens in the packed order of its topology, which CanvasAttnProcessor"):
+            model.set_attn_processor(processor)
+        assert torch.equal(run(model, "5b"), expected)
+    with pytest.raises(ValueError, match="tokens in raster order"):
+        grafted("5b", "window").set_attn_processor(CanvasAttnProcessor(layout, TOPOLOGIES["tiles"], packed=True))
+    # one that knows no order may be set, and taken back; so may another topology, by another graft
+    processors = model.attn_processors
+    model.set_attn_processor(CanvasAttnProcessor())
+    model.set_attn_processor(processors)
+    assert torch.equal(run(model, "5b"), expected)
+    with pytest.warns(UserWarning, match="computes"):
+        graft_looped_blocks(model, 3, loops=2, layout=layout, topology=TOPOLOGIES["window"])
+    torch.testing.assert_close(run(model, "5b"), run(grafted("5b", "window", loops=2), "5b"))
+
+
 def test_ungraft_takes_the_hooks_away():
     model = grafted("5b", "tiles", loops=3)
     plain = ungraft(model)
@@ -504,11 +524,12 @@ def test_checkpointing_with_canvas_attention(topology):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_full_graph_compilation_with_canvas_attention(training):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_full_graph_compilation_with_canvas_attention(training, backend):
     torch._dynamo.reset()
     options = {"packed": training, "freeze": "none", "sharpening": [1.0, 1.5, 2.0]}
     model = grafted("5b", "tiles", loops=2, num_layers=1, **options)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     # Compiled first: nothing has made index tensors yet, as after a move to another device.
     if not training:
         with torch.no_grad():

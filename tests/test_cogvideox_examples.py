@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_training_records_learns_and_writes(tmp_path):
     assert log[-1]["diffusion"] < log[0]["diffusion"]
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {
-        "CartPole-v1-2-0.npz", "metrics.jsonl", "loss.png", "samples.png", "loops.safetensors", "checkpoint"
+        "CartPole-v1-2-17x64x96-0.npz", "metrics.jsonl", "loss.png", "samples.png", "loops.safetensors", "checkpoint"
     }  # fmt: skip
 
 
@@ -102,6 +103,23 @@ def test_a_checkpoint_of_another_freeze_is_refused(latents, tmp_path):
         train_robot.main(["--out", str(tmp_path), "--latents", str(latents), "--freeze", "half", "--resume"])
 
 
+def test_a_run_that_ends_amid_its_checkpoint_leaves_the_one_before(latents, tmp_path, monkeypatch):
+    options = ("--steps", "3", "--save-every", "1")
+    whole = run(tmp_path / "a", latents, *options)
+    replace, calls = train_robot.os.replace, []
+
+    def power_cut(source, target):
+        calls.append(Path(target).name)
+        if calls.count("checkpoint") == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_robot.os, "replace", power_cut)
+        run(tmp_path / "b", latents, *options)
+    assert run(tmp_path / "b", latents, *options, "--resume") == whole
+
+
 def test_mixed_precision_and_checkpointing(latents, tmp_path):
     options = ("--mixed-precision", "bf16", "--gradient-checkpointing", "--freeze", "full")
     log = run(tmp_path, latents, *options)
@@ -109,9 +127,12 @@ def test_mixed_precision_and_checkpointing(latents, tmp_path):
     assert [e["diffusion"] for e in log] == pytest.approx([e["diffusion"] for e in exact], rel=0.05)
 
 
-def test_weights_from_a_folder(tmp_path):
+@pytest.mark.parametrize("version", ["1.0", "1.5"])
+def test_weights_from_a_folder(version, tmp_path):
     torch.manual_seed(0)
     config = {**train_robot.TINY, "num_layers": 1, "use_rotary_positional_embeddings": True}
+    if version == "1.5":  # which joins frames in pairs: the 5 latent frames of 17 become 6
+        config |= {"patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 64}
     diffusers.CogVideoXTransformer3DModel(**config).save_pretrained(tmp_path / "model" / "transformer")
     vae = diffusers.AutoencoderKLCogVideoX(
         in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=2, sample_height=64,
@@ -119,10 +140,45 @@ def test_weights_from_a_folder(tmp_path):
         down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
     )  # fmt: skip
     vae.save_pretrained(tmp_path / "model" / "vae")
-    log = run(tmp_path / "out", None, "--model", str(tmp_path / "model"), "--clips", "2", "--topology", "dense")
+    folder = ["--model", str(tmp_path / "model")]
+    topology, size = ("window", ["17", "32", "48"]) if version == "1.5" else ("dense", ["17", "64", "96"])
+    log = run(tmp_path / "out", None, *folder, "--clips", "2", "--topology", topology, "--size", *size)
     assert len(log) == 4
-    folders = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "graft")]
-    assert graft_cogvideox.main([*folders, "--size", "5", "32", "32", "--steps", "3"]) == 0
+    tour = [*folder, "--out", str(tmp_path / "graft")]
+    assert graft_cogvideox.main([*tour, "--size", "5", "32", "32", "--steps", "3"]) == 0
+
+
+def test_latents_are_fitted_to_the_model():
+    latents = torch.randn(2, 5, 4, 2, 3)
+    config = diffusers.configuration_utils.FrozenDict(in_channels=4, patch_size_t=2)
+    fitted = train_robot.fitted(latents, config)
+    assert torch.equal(fitted[:, 0], latents[:, 0]) and torch.equal(fitted[:, 1:], latents)
+    one = diffusers.configuration_utils.FrozenDict(in_channels=4, patch_size_t=None)
+    assert torch.equal(train_robot.fitted(latents, one), latents)
+    with pytest.raises(ValueError, match="the model takes 4 latent channels, the data has 8"):
+        train_robot.fitted(torch.randn(2, 5, 8, 2, 3), config)
+
+
+def test_mujoco_is_drawn():
+    pytest.importorskip("mujoco", reason="MuJoCo's environments need the extra mujoco")
+    clips = robot_data.record("Pusher-v5", 1, 5, 32, 48, seed=1)
+    assert clips.actions.shape == (1, 5, 7) and clips.actions.std() > 0.01
+    assert clips.frames.shape == (1, 5, 32, 48, 3) and clips.frames[0, 0].std() > 1
+    assert (clips.frames[0, 0] != clips.frames[0, -1]).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("Pusher-v5", r"canvas-engineering\[mujoco\], and EGL"), ("CartPole-v1", "gymnasium's")]
+)
+def test_what_cannot_be_drawn_says_what_is_missing(name, wanted, monkeypatch):
+    import gymnasium
+
+    def broken(*_, **__):
+        raise ImportError("no such library")
+
+    monkeypatch.setattr(gymnasium, "make", broken)
+    with pytest.raises(RuntimeError, match=rf"{name} cannot be drawn here \(ImportError: no such library\).*{wanted}"):
+        robot_data.record(name, 1, 5, 32, 48, seed=1)
 
 
 def test_the_tour_holds(tmp_path, capsys):

@@ -103,3 +103,23 @@ def test_a_saved_pipeline_comes_back_with_its_loops(tmp_path):
     assert type(loaded.transformer).__name__ == "LoopedCogVideoXTransformer3DModel"
     assert [block.loops for block in loaded.transformer.transformer_blocks] == [3, 3]
     assert torch.equal(sample(loaded), expected)
+
+
+def test_a_pipeline_loads_plain_lora_files(tmp_path):
+    peft = pytest.importorskip("peft", reason="LoRA files need peft")
+    plain = tiny_model("5b")
+    # a file without alphas is read with alpha = rank
+    plain.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = peft.get_peft_model_state_dict(plain)
+    diffusers.CogVideoXPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    dense, expected = sample(pipeline_of(tiny_model("5b"))), sample(pipeline_of(plain))
+    model = tiny_model("5b")
+    graft_looped_blocks(model, 3, loops=2)
+    pipe = pipeline_of(model)
+    pipe.load_lora_weights(tmp_path)
+    assert torch.equal(sample(pipe), expected) and not torch.equal(expected, dense)
+    pipe.fuse_lora(components=["transformer"])
+    torch.testing.assert_close(sample(pipe), expected, rtol=1e-3, atol=1e-4)
+    pipe.unfuse_lora(components=["transformer"])
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(sample(pipe), dense, rtol=1e-3, atol=1e-4)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +20,14 @@ from canvas_engineering import (
     CanvasTopology,
     Connection,
     ConnectionProgram,
+    IdentitySpec,
     LearningSpec,
     RegionProgram,
     SpatiotemporalCanvas,
 )
+from canvas_engineering import compiler as compiler_module
 from canvas_engineering.compiler import CompiledProgram, ProgramCompiler, load_exported
+from canvas_engineering.dispatch import surviving_state
 from tests import program_oracle
 
 NAMES = ("eye.left", "belief", "memory[0]", "goal", "act")
@@ -177,7 +183,9 @@ def test_exports_are_written_whole_checked_and_frozen(tmp_path):
     assert set(compiled.exported_paths) == {"memory[0]", "eye.left"} == compiled.exported_memories
     assert everything - trainable(model) == names_of("memory_0_") | names_of("eye__left")
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["eye.left.json", "eye.left.safetensors", "memory[0].json", "memory[0].safetensors"]
+    manifest = json.loads((tmp_path / "out/eye.left.json").read_text())
+    other = json.loads((tmp_path / "out/memory[0].json").read_text())
+    assert files == ["eye.left.json", manifest["file"], "memory[0].json", other["file"]]
     for region, key in (("memory[0]", "memory_0_"), ("eye.left", "eye__left")):
         loaded = load_exported(compiled.exported_paths[region])
         wanted = {name: value for name, value in state.items() if f".{key}." in name}
@@ -186,33 +194,97 @@ def test_exports_are_written_whole_checked_and_frozen(tmp_path):
         assert all(
             torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in wanted.items()
         )
-    manifest = json.loads((tmp_path / "out/eye.left.json").read_text())
     assert manifest["region"] == "eye.left" and manifest["program_version"] == "2.0.0"
-    assert manifest["file"] == "eye.left.safetensors" and len(manifest["sha256"]) == 64
+    content = (tmp_path / "out" / manifest["file"]).read_bytes()
+    assert manifest["sha256"] == hashlib.sha256(content).hexdigest()
+    assert manifest["file"] == f"eye.left@{manifest['sha256'][:16]}.safetensors"
     assert manifest["tensors"]["heads.eye__left.0.weight"] == {"dtype": "float32", "shape": [4, 8]}
 
 
 def test_a_damaged_export_is_not_loaded(tmp_path):
     pytest.importorskip("safetensors")
     compiled = ProgramCompiler(program(m="export")).compile(Model(), tmp_path)
-    path = tmp_path / "memory[0].safetensors"
-    content = bytearray(path.read_bytes())
+    path, manifest_path = Path(compiled.exported_paths["memory[0]"]), tmp_path / "memory[0].json"
+    whole, manifest = path.read_bytes(), json.loads(manifest_path.read_text())
+    content = bytearray(whole)
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"memory\[0\].safetensors has the checksum \w{64}, its manifest says \w{64}"):
-        load_exported(compiled.exported_paths["memory[0]"])
-    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match=r"memory\[0\]@\w{16}.safetensors has the checksum \w{64}, its manifest says"):
+        load_exported(path)
+    # one bit is as much a change as nonsense that the manifest vouches for
+    path.write_bytes(b"nonsense")
+    checksum = hashlib.sha256(b"nonsense").hexdigest()
+    manifest_path.write_text(json.dumps({**manifest, "sha256": checksum}))
+    with pytest.raises(ValueError, match="holds no tensors"):
+        load_exported(path)
+    path.write_bytes(whole)
+    lacking = dict(list(manifest["tensors"].items())[1:])
+    for wrong, message in (
+        ({**manifest, "tensors": lacking}, "holds .* its manifest says"),
+        ({**manifest, "tensors": []}, r"no manifest of an exported region: wrong are \['tensors'\]"),
+        ({**manifest, "region": 3}, r"wrong are \['region'\]"),
+        ({**manifest, "file": "../elsewhere.safetensors"}, r"wrong are \['file'\]"),
+        ([], r"wrong are \['region', 'file', 'sha256', 'tensors'\]"),
+    ):
+        manifest_path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=message):
+            load_exported(path)
+    manifest_path.write_text("{")
+    with pytest.raises(ValueError, match=r"memory\[0\].json is no manifest"):
+        load_exported(path)
+    manifest_path.unlink()
     with pytest.raises(FileNotFoundError):
         load_exported(path)
 
 
+@pytest.mark.parametrize("crash", ["before", "between", "cleaning"])
+def test_a_crash_while_exporting_again_leaves_an_export_that_loads(tmp_path, monkeypatch, crash):
+    pytest.importorskip("safetensors")
+    compiler, old, new = ProgramCompiler(program(m="export")), Model(), Model()
+    torch.nn.init.ones_(new.heads["memory_0_"][0].weight)
+    first = compiler.compile(old, tmp_path).exported_paths["memory[0]"]
+    real, calls = compiler_module.replace_file, []
+
+    def crashing(path, content):
+        calls.append(path)
+        if len(calls) == (1 if crash == "before" else 2):
+            raise KeyboardInterrupt
+        real(path, content)
+
+    def not_removed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if crash == "cleaning":
+            patch.setattr(Path, "unlink", not_removed)
+        else:
+            patch.setattr(compiler_module, "replace_file", crashing)
+        with pytest.raises(KeyboardInterrupt):
+            compiler.compile(new, tmp_path)
+    # the manifest decides: old until it is renamed, new from then on, by whatever path
+    present, name = new if crash == "cleaning" else old, "heads.memory_0_.0.weight"
+    for path in (first, tmp_path / "memory[0].json"):
+        assert torch.equal(load_exported(path)[name], present.state_dict()[name])
+    last = compiler.compile(new, tmp_path).exported_paths["memory[0]"]
+    assert torch.equal(load_exported(last)[name], new.state_dict()[name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory[0].json", Path(last).name]
+    # the same again is the same file
+    assert compiler.compile(new, tmp_path).exported_paths["memory[0]"] == last and load_exported(last)
+
+
 def test_names_of_any_kind_become_files(tmp_path):
     pytest.importorskip("safetensors")
-    layout = CanvasLayout(T=1, spatial_shape=(1,), d_model=8, regions={"a/../b c": (0, 1, 0, 1)})
-    made = CanvasProgram(CanvasSchema(layout), {"a/../b c": RegionProgram(compile_mode="export")})
-    paths = ProgramCompiler(made).compile(nn.Linear(2, 2), tmp_path).exported_paths
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a%2F..%2Fb%20c.json", "a%2F..%2Fb%20c.safetensors"]
-    assert load_exported(paths["a/../b c"]) == {}
+    names = {"a/../b c": "a%2F..%2Fb%20c", "a": "a", "a@b": "a%40b"}
+    layout = CanvasLayout(
+        T=1, spatial_shape=(3,), d_model=8, regions={name: (0, 1, i, i + 1) for i, name in enumerate(names)}
+    )
+    made = CanvasProgram(CanvasSchema(layout), {name: RegionProgram(compile_mode="export") for name in names})
+    for _ in range(2):
+        paths = ProgramCompiler(made).compile(nn.Linear(2, 2), tmp_path).exported_paths
+        found = sorted(path.name for path in tmp_path.iterdir())
+        assert found == sorted([f"{stem}.json" for stem in names.values()] + [Path(p).name for p in paths.values()])
+        for name, stem in names.items():
+            assert Path(paths[name]).name.startswith(f"{stem}@") and load_exported(paths[name]) == {}
 
 
 def test_an_export_wants_a_place_and_safetensors(tmp_path, monkeypatch):
@@ -274,7 +346,69 @@ def test_what_is_left_is_a_smaller_plan_with_the_same_outputs():
     torch.testing.assert_close(small(x.double()), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_programs_of_regions_that_the_layout_lacks_are_ignored():
+    ghosts = program([("act", "belief")])
+    ghosts.regions["ghost"] = RegionProgram(compile_mode="export")
+    with pytest.warns(UserWarning, match="1 of 1 region programs are for regions that the layout does not have.*ghost"):
+        compiled = ProgramCompiler(ghosts).compile()
+    assert compiled.all_regions == compiled.active_regions == set(NAMES) and not compiled.exported_memories
+    assert "ghost" not in compiled.program.regions
+
+
 def test_nothing_to_eliminate_leaves_the_program_as_it_is():
     whole = program([("act", "belief")])
     compiled = ProgramCompiler(whole).compile()
     assert compiled.program == whole and compiled.n_eliminated == 0
+
+
+def test_a_checkpoint_of_the_whole_model_goes_into_the_smaller_one():
+    connections = [
+        Connection("eye.left", "memory[0]", write_mode="gate"), Connection("belief", "eye.left"),
+        Connection("belief", "act", fn="linear_attention"), Connection("act", "memory[0]", fn="cosine_attention"),
+        Connection("act", "belief"), Connection("belief", "goal", write_mode="gate"), Connection("belief", "belief"),
+    ]  # fmt: skip
+    programs = {("act", "belief"): ConnectionProgram(write_mode="gate"), ("belief", "act"): ConnectionProgram("write")}
+    whole = program(connections, programs, m="export", g="constant")
+    identities = {name: IdentitySpec(slot_capacity=3) for name in ("memory[0]", "eye.left")}
+    for name, identity in identities.items():
+        spoken = whole.regions.get(name, RegionProgram())
+        whole.regions[name] = dataclasses.replace(spoken, identity=identity)
+    compiled = ProgramCompiler(whole).compile()
+
+    class Network(nn.Module):
+        def __init__(self, program):
+            super().__init__()
+            schema = program.schema
+            self.norm = nn.LayerNorm(8)
+            self.blocks = nn.ModuleList(
+                AttentionDispatcher(schema.topology, schema.layout, 8, program=program) for _ in range(2)
+            )
+            self.other = AttentionDispatcher(CanvasTopology([Connection("act", "act", fn="gated")]), schema.layout, 8)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(self.norm(x))
+            return self.other(x)
+
+    torch.manual_seed(0)
+    full, small = Network(whole), Network(compiled.program)
+    for block in full.blocks:
+        torch.nn.init.normal_(block.edge_gates)
+    with pytest.raises(RuntimeError, match="cosine_attention"):
+        small.load_state_dict(full.state_dict())
+    small.load_state_dict(surviving_state(small, full.state_dict(), compiled))
+    assert compiled.gates == (False, True, False) and small.blocks[0].edge_gates.shape == (1,)
+    for block, source in zip(small.blocks, full.blocks):
+        # of eye.left -> memory[0], act -> belief, belief -> goal, the second survives
+        assert torch.equal(block.edge_gates, source.edge_gates[1:2])
+    # the whole model without the edges that deploy drops, in one step
+    x = torch.randn(1, LAYOUT.num_positions, 8)
+    left = compiled.program
+    expected, _ = program_oracle.step(
+        full.blocks[0].double(), x.double(), 4, LAYOUT,
+        CanvasTopology([dataclasses.replace(c, weight=1.0 if c in left.schema.topology.connections else 0.0)
+                        for c in connections]), whole,
+    )  # fmt: skip
+    torch.testing.assert_close(small.blocks[0].double()(x.double()), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"blocks.0.edge_gates has the shape \(1,\); the whole program has 3 "):
+        surviving_state(small, small.state_dict(), compiled)

@@ -17,6 +17,7 @@ from canvas_engineering.attention import ATTENTION_REGISTRY
 from canvas_engineering.canvas import CanvasLayout, RegionSpec
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.dispatch import AttentionDispatcher
+from canvas_engineering.residuals import ResidualAccumulator, ResidualSpec
 from tests import oracle
 from tests.strategies import canvases
 
@@ -278,6 +279,14 @@ def test_bad_input_is_named(monkeypatch):
         AttentionDispatcher(CanvasTopology([Connection("a", "b", fn="mamba")]), layout, D_MODEL)
     with pytest.raises(ValueError, match=r"x must be a floating-point tensor, got torch\.int64"):
         dispatcher(torch.zeros(1, 36, D_MODEL, dtype=torch.int64))
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        message = rf"x is {dtype} and the dispatcher's parameters are torch.float32.*x.to\(torch.float32\).*autocast"
+        with pytest.raises(ValueError, match=message):
+            dispatcher(torch.zeros(1, 36, D_MODEL, dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dispatcher(torch.zeros(1, 36, D_MODEL, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        with pytest.raises(ValueError, match=r"x is torch.float64 and the dispatcher's parameters are torch.float32"):
+            dispatcher(torch.zeros(1, 36, D_MODEL, dtype=torch.float64))  # autocast leaves float64 alone
 
 
 def gated():
@@ -325,3 +334,35 @@ def test_defaults_of_the_process_change_nothing():
         torch.set_default_dtype(torch.float32)
     with torch.device("meta"):
         assert gated().plan is expected.plan
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_sample():
+    layout, topology = small()
+    dispatcher = randomised(layout, topology, 0)
+    x = torch.randn(3, layout.num_positions, D_MODEL, dtype=torch.float64)
+    parameters = {name: parameter.detach() for name, parameter in dispatcher.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(dispatcher, parameters, (x[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(3):
+        wanted = torch.autograd.grad(dispatcher(x[i : i + 1]).square().sum(), list(dispatcher.parameters()))
+        for (name, _), want in zip(dispatcher.named_parameters(), wanted):
+            torch.testing.assert_close(found[name][i], want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_step_that_is_computed_again_updates_its_summaries_again():
+    """As the dispatcher's docstring says: such steps belong outside of recomputed stretches."""
+    regions = {"a": (0, 1, 0, 1, 0, 2), "e": RegionSpec((0, 1, 1, 2, 0, 2), carrier="residual")}
+    layout = CanvasLayout(T=1, H=2, W=2, d_model=D_MODEL, regions=regions)
+    errors = ResidualAccumulator(["e"], ResidualSpec(decay=0.5))
+    topology = CanvasTopology([Connection("a", "e")])
+    dispatcher = AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS, residual_accumulator=errors)
+    x = torch.randn(1, 4, D_MODEL, requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(dispatcher, x, use_reentrant=False)
+    once = errors.summary_tensor()
+    out.sum().backward()
+    assert float(once) > 0
+    torch.testing.assert_close(errors.summary_tensor(), 1.5 * once)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from canvas_engineering import (
     ATTENTION_REGISTRY,
@@ -16,6 +20,8 @@ from canvas_engineering import (
     CanvasTopology,
     Connection,
     MaskSpec,
+    RegionSpec,
+    TemporalFill,
     create_attention,
 )
 from tests import family_oracle, oracle
@@ -163,6 +169,85 @@ def test_all_functions_mix_freely(backend, canvas, choose):
     check_step(canvas, choose, 1, backend=backend)
 
 
+OFFSETS = [{}, {"t_src": 0, "t_dst": 0}, {"t_src": 0, "t_dst": -1}, {"t_src": 1}, {"t_dst": -1}]
+
+
+def with_every_function(seed):
+    """One edge of each function between three regions of other rates, with its own mode, offsets, fill and mask."""
+    rng = random.Random(seed)
+    regions = {
+        "a": RegionSpec((0, 3, 0, 1, 0, 2)),
+        "b": RegionSpec((0, 2, 1, 2, 0, 3), period=3),
+        "c": RegionSpec((1, 3, 0, 2, 1, 3), period=2),  # shares positions with both
+    }
+    layout = CanvasLayout(T=3, spatial_shape=(2, 3), d_model=D_MODEL, regions=regions)
+    fns = list(EVERY)
+    rng.shuffle(fns)
+    connections = []
+    for fn in fns:
+        src, fill, mask = rng.choice("abc"), rng.choice(list(TemporalFill)), None
+        # frames that every fill finds, so that no function is left without a read
+        dst = rng.choice({TemporalFill.DROP: "a", TemporalFill.HOLD: "ab", TemporalFill.INTERPOLATE: "abc"}[fill])
+        if rng.random() < 0.3:
+            mask = MaskSpec("tile", tile_shape=(1, rng.randint(1, 2)))
+        connections.append(
+            Connection(
+                src, dst, fn=fn, weight=rng.choice([0.5, 1.0, 3.0]), mask=mask,
+                **rng.choice(OFFSETS),
+                temporal_fill=fill, interpolation_order=rng.randint(0, 3),
+                write_mode=rng.choice(["add", "add", "gate", "replace"] if src == "c" else ["add", "gate"]),
+            )
+        )  # fmt: skip
+    return layout, CanvasTopology(connections)
+
+
+@pytest.mark.parametrize("active", [None, ["a", "c"]])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_all_functions_at_once(backend, seed, active):
+    layout, topology = with_every_function(seed)
+    dispatcher = randomised(layout, topology, backend=backend)
+    assert set(dispatcher.fn_modules) == set(EVERY) - {"none"}
+    x = torch.randn(2, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    runs = None if active is None else [c.src in active for c in topology.connections]
+    same(dispatcher(x, active), oracle_step(dispatcher, x, runs), [x, *dispatcher.parameters()], 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_all_functions_at_once_with_kernels_where_there_are_any(monkeypatch, seed):
+    """As on a GPU, where "auto" takes Triton for what has kernels; and for windows too."""
+    pytest.importorskip("triton")
+    layout, topology = with_every_function(seed)
+    dispatcher = randomised(layout, topology)
+    for parameter in dispatcher.fn_modules["mamba"].parameters():
+        nn.init.normal_(parameter, std=0.2)  # of larger ones its states grow beyond what float32 tells apart
+    x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    active = None if seed else [c.src != "b" for c in topology.connections]
+    expected, grad = oracle_step(dispatcher, x, active), torch.randn_like(x)
+    leaves = dict(dispatcher.named_parameters())
+    wanted = torch.autograd.grad(expected, [x, *leaves.values()], grad, allow_unused=True, materialize_grads=True)
+    by_kernels = []
+    for fn, module in dispatcher.float().fn_modules.items():
+        if "triton" in getattr(module, "backends", ()):
+            by_kernels.append(fn)
+            attend = functools.partial(type(module).attend, module)
+            monkeypatch.setattr(
+                module, "attend", lambda *a, attend=attend, **k: attend(*a, **{**k, "backend": "triton"})
+            )
+    assert set(by_kernels) == {*TABLES, *CHOSEN}
+    low = x.detach().float().requires_grad_()
+    out = dispatcher(low, None if seed else ["a", "c"])
+    found = torch.autograd.grad(out, [low, *leaves.values()], grad.float(), allow_unused=True, materialize_grads=True)
+    assert ((out - expected).abs().max() / expected.abs().max()).item() < 2e-5
+    # Gradients that cancel to almost nothing are held to the scale of the others; a key bias, which shifts every score
+    # of a row alike, to that of its weight.
+    sizes = {name: b.abs().max().item() for name, b in zip(["x", *leaves], wanted)}
+    least = 1e-2 * max(sizes.values())
+    for name, a, b in zip(["x", *leaves], found, wanted):
+        scale = max(sizes[name.replace("k_proj.bias", "k_proj.weight")], least)
+        assert (a - b).abs().max().item() < 1e-4 * scale, name
+
+
 def test_every_type_is_registered():
     assert set(EVERY) <= set(ATTENTION_REGISTRY) and set(EVERY) - {"none"} == set(family_oracle.FUNCTIONS)
     assert len(ATTENTION_TYPES) == 17
@@ -298,6 +383,23 @@ def test_functions_with_kernels_mix_on_triton():
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fn", sorted(set(EVERY) - {"none"}))
+def test_the_number_of_calls_does_not_grow_with_edges(fn):
+    counts = []
+    for edges in (3, 40):
+        regions = {f"r{i}": (0, 1, 4 * i, 4 * i + 4) for i in range(edges)}
+        layout = CanvasLayout(T=1, spatial_shape=(4 * edges,), d_model=D_MODEL, regions=regions)
+        connections = [Connection(a, b, fn=fn, write_mode="gate") for a, b in zip(regions, list(regions)[1:])]
+        dispatcher = randomised(layout, CanvasTopology([*connections, Connection("r0", "r0", fn=fn)])).float()
+        x = torch.randn(1, 4 * edges, D_MODEL, requires_grad=True)
+        dispatcher(x).sum().backward()  # what is made once is made
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            dispatcher(x).sum().backward()
+        # those inside of our own operators too
+        counts.append({e.key: e.count for e in profiled.key_averages() if e.key.startswith("aten::")})
+    assert counts[0] == counts[1]
 
 
 def test_keys_that_many_reads_share_are_summed_once():

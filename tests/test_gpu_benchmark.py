@@ -34,6 +34,13 @@ def test_the_pattern_is_one_thing_in_all_its_spellings():
     assert (selects(0, 0, index[:, None], index[None, :]).numpy() == wanted).all()
 
 
+def test_a_tenth_of_cogvideox_5b_is_timed():
+    pattern = next(p for p in gpu_cases.PATTERNS if p.name == "half_frames_cogvideox_d64")
+    assert (pattern.batch, pattern.heads, pattern.head_dim, pattern.positions) == (1, 48, 64, 17_776)
+    pairs = 226 * 17_776 + 17_550 * 226 + (26 + 24) * 675**2
+    assert pattern.table("joint").pairs == pairs and 0.09 < pairs / 17_776**2 <= 0.1
+
+
 @pytest.mark.parametrize(("name", "form"), [("sdpa_mask", "joint"), ("per_edge", "edge")])
 def test_contestants_compute_what_ours_computes(name, form):
     q, k, v = torch.randn(3, 1, 2, TOY.positions, 16, generator=torch.Generator().manual_seed(0)).double()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,8 @@ from canvas_engineering import (
     Connection,
     CrossAttention,
     MaskSpec,
+    RegionSpec,
+    TemporalFill,
     register_attention,
 )
 from canvas_engineering.attention.grouped import is_fused, read_groups
@@ -99,6 +103,40 @@ def test_a_custom_function_runs_with_all_modes_fills_and_masks(canvas, choose, b
     for a, b in zip(found, torch.autograd.grad(expected, leaves, grad, allow_unused=True)):
         a, b = (torch.zeros((), dtype=torch.float64) if g is None else g for g in (a, b))
         torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["add", "replace", "gate"])
+@pytest.mark.parametrize("fill", TemporalFill)
+def test_a_custom_function_under_each_mode_and_fill(mode, fill):
+    """Every edge group: two of equal reads that a fill makes, one dense, one of another function beside them."""
+    regions = {
+        "a": RegionSpec((0, 4, 0, 1, 0, 2)),
+        "b": RegionSpec((0, 3, 1, 2, 0, 2), period=2),
+        "c": RegionSpec((0, 4, 0, 2, 2, 3), period=3),
+    }
+    layout = CanvasLayout(T=4, H=2, W=3, d_model=D_MODEL, regions=regions)
+    edges = [
+        Connection("a", "b", t_src=0, t_dst=offset, temporal_fill=fill, interpolation_order=order, write_mode=mode)
+        for offset, order in ((0, 1), (1, 2), (-1, 3))
+    ]
+    edges = [dataclasses.replace(c, fn="ranked", weight=0.5 + i) for i, c in enumerate(edges)]
+    edges += [
+        Connection("c", "a", fn="ranked", write_mode=mode),
+        Connection("a", "c", fn="ranked", weight=2.0),
+        Connection("a", "a", weight=0.5, write_mode="gate"),
+    ]
+    dispatcher = randomised(layout, CanvasTopology(edges))
+    table = dispatcher.plan.table
+    assert set(table.edge) == set(range(6)) and table.replace.any() == (mode == "replace")
+    x = torch.randn(2, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    for names in (None, ["a"], ["c"]):
+        out = dispatcher(x, names)
+        expected = oracle_step(dispatcher, x, None if names is None else [c.src in names for c in edges])
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+        leaves, grad = [x, *dispatcher.parameters()], torch.randn_like(x)
+        grads = (torch.autograd.grad(y, leaves, grad, materialize_grads=True) for y in (out, expected))
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def fleet(count=6):

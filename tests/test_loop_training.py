@@ -108,6 +108,8 @@ def test_checkpoints_round_trip(name, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters()))
     assert [block.loops for block in others] == [2, 2]
     assert list(path.parent.iterdir()) == [path]
+    (tmp_path / "other").touch()  # and as readable as any other file
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_safetensors_metadata_is_versioned_json(tmp_path):

@@ -66,6 +66,28 @@ def test_fresh_blocks_give_the_bits_of_the_block(dtype, training):
         assert out.dtype == dtype and torch.equal(out, block.original(x))
 
 
+class TwoStreams(nn.Module):
+    """Two streams in and out, in either order, as joint blocks of video and text have them."""
+
+    def __init__(self, swapped=False):
+        super().__init__()
+        self.linear, self.swapped = nn.Linear(6, 6), swapped
+
+    def forward(self, x, text, scale=1.0):
+        return (text, self.linear(x)) if self.swapped else (self.linear(x), text * scale)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_second_stream_is_not_dropped_in_silence(swapped):
+    # A model that unpacks two streams would unpack a batch of two as them.
+    block = LoopedBlockWrapper(TwoStreams(swapped), 3, max_loops=2, embed_dim=6)
+    shapes = r"\[\(2, 4, 6\), \(2, 5, 6\)\]" if swapped else r"\[\(2, 5, 6\), \(2, 4, 6\)\]"
+    message = rf"block 3, a TwoStreams, returns 2 items of shapes {shapes}.* one stream, .*give wrapper_class="
+    for call in (lambda x, text: block(x, text), lambda x, text: block(x, text=text)):
+        with pytest.raises(ValueError, match=message):
+            call(torch.randn(2, 5, 6), torch.randn(2, 4, 6))
+
+
 def test_the_published_mixing_halves_the_block():
     # What the tanh gate is there to avoid: sigmoid(0) = 1/2.
     block = LoopedBlockWrapper(Residual(), max_loops=1, embed_dim=6, gate="sigmoid")
@@ -180,6 +202,23 @@ def test_a_grafted_encoder_is_its_backbone_until_it_learns(dtype, training, loop
     assert head(torch.zeros(1, 2, 16)).shape == (1, 7)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # the plain encoder's
+def test_a_grafted_encoder_takes_padding_in_inference():
+    # torch's encoder would turn padded batches into nested tensors here, and give 0 for the padding.
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 2)}).eval()
+    plain = copy.deepcopy(model)
+    graft_looped_blocks(model, 2, "encoder.layers", loops=2)
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 4 + [True], [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        expected = plain.encoder(x, src_key_padding_mask=padding)
+        out = model.encoder(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(out[~padding], expected[~padding], rtol=1e-5, atol=1e-6)
+        ungraft(model, "encoder.layers")
+        assert vars(model.encoder).keys() == vars(plain.encoder).keys()
+        assert torch.equal(model.encoder(x, src_key_padding_mask=padding), expected)
+
+
 def test_a_graft_is_undone_and_done_once():
     model = encoder()
     model.layers[0].linear1.weight.requires_grad_(False)
@@ -211,6 +250,10 @@ def test_grafts_that_cannot_be_are_refused():
         graft_looped_blocks(encoder())
     with pytest.raises(ValueError, match="freeze must be one of full, half, none; got 'most'"):
         graft_looped_blocks(encoder(), block_attr="layers", freeze="most")
+    with pytest.raises(ValueError, match=r"backend must be one of .*; got 'cuda'"):
+        graft_looped_blocks(encoder(), block_attr="layers", backend="cuda")
+    with pytest.raises(ValueError, match="give layout= and topology= too"):
+        graft_looped_blocks(encoder(), block_attr="layers", measure_on={})
     bare = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(3, 3)])})
     with pytest.raises(ValueError, match="give inner_dim="):
         graft_looped_blocks(bare, block_attr="layers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -12,7 +13,8 @@ pytest.importorskip("rich", reason="the command line prints with rich")
 from typer.testing import CliRunner
 
 from canvas_engineering import CanvasLayout, CanvasSchema, CanvasTopology, Connection, RegionSpec
-from canvas_engineering.__main__ import MAX_ROWS, build_app, connection_table, load_schema, region_table
+from canvas_engineering.__main__ import KEY, MAX_ROWS, build_app, connection_table, load_schema, main, region_table
+from canvas_engineering.plan import compile_attention
 
 
 @pytest.fixture
@@ -63,8 +65,25 @@ def test_connections_to_missing_regions_are_marked(schema):
 def test_inspect_prints_regions_connections_and_the_plan(path):
     done = run("inspect", path)
     assert done.exit_code == 0, done.output
-    for words in ("2 regions", "64 positions", "2 connections", "AttentionPlan", "density"):
+    for words in ("2 regions", "64 positions", "2 connections", "AttentionPlan", "density", KEY):
         assert words in done.output
+
+
+def test_the_key_explains_what_is_printed(schema):
+    columns = [column.header for column in connection_table(schema.layout, schema.topology).columns]
+    explained = {line.split(":")[0] for line in KEY.replace("; ", "\n").splitlines()}
+    assert {"asks", "answers", "frames", "between frames"} == explained & set(columns)
+    printed = compile_attention(schema.layout, schema.topology).summary()
+    for word in ("read", "rectangle", "density", "tile fill", "log-sum-exp slots"):
+        assert word in explained and word in printed
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "typer"])
+def test_what_is_missing_is_named_with_the_extra_that_has_it(path, tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(sys, "argv", ["canvas", "draw", str(path), "--out", str(tmp_path / "p.png")])
+    with pytest.raises(SystemExit, match=rf"{module}.*: install canvas-engineering\[dev\]"):
+        main()
 
 
 def test_inspect_without_a_topology(schema, tmp_path):

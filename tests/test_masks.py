@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from canvas_engineering import CanvasLayout, MaskSpec, Rect, RegionSpec, mask_to_index_pairs, rect_cover
-from canvas_engineering.masks import pattern_cover, split_boxes
+from canvas_engineering.masks import mask_parts, pattern_cover, split_boxes
 
 
 @st.composite
@@ -262,6 +263,71 @@ def test_patterns_that_do_not_fit():
         pattern_cover(MaskSpec("sparse", pattern=((True,) * 3,) * 2), (1, 4), (2, 2))
     with pytest.raises(ValueError, match="kind 'tile' has no pattern"):
         pattern_cover(MaskSpec("tile"), (1, 4), (2, 2))
+
+
+# --- mask_parts
+
+
+def _positions(box):
+    return set(itertools.product(*(range(low, high) for low, high in box.tolist())))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_parts_of_a_pattern_equal_the_definition(seed):
+    rng = np.random.default_rng(seed)
+    sizes = [3, *rng.integers(2, 5, size=rng.integers(1, 4))]
+
+    def ranges(limits):
+        low = [rng.integers(a, b) for a, b in limits]
+        return np.array([[start, rng.integers(start + 1, stop + 1)] for start, (_, stop) in zip(low, limits)])
+
+    q_box, k_box = (ranges([(0, size) for size in sizes]) for _ in range(2))
+    q_frames, k_frames = (ranges([box[0]] * 3) for box in (q_box, k_box))
+    whole_keys, of_pairs, share = seed % 2 == 0, seed % 3 > 0, rng.choice([0.1, 0.5, 0.9])
+    queries, keys = sorted(_positions(q_box)), sorted(_positions(k_box))
+    pattern = rng.random((len(queries), len(keys)) if of_pairs else tuple(np.diff(k_box).ravel())) < share
+    marked = pattern if pattern.shape == (len(queries), len(keys)) else [pattern.ravel()] * len(queries)
+
+    row, read, q_parts, k_parts = mask_parts(
+        MaskSpec("sparse", pattern=pattern), q_box, k_box, q_frames, k_frames, whole_keys
+    )
+    assert (np.diff(row) > 0).all()  # at most one read of each of the three
+    assert read.tolist() == sorted(read.tolist())
+    for number in range(3):
+        (q0, q1), (k0, k1) = q_frames[number].tolist(), k_frames[number].tolist()
+        wanted = {
+            (query, key)
+            for query, marks in zip(queries, marked)
+            for key, mark in zip(keys, marks)
+            if mark and q0 <= query[0] < q1 and k0 <= key[0] < k1
+        }
+        if whole_keys:
+            wanted = {(query, key) for query, _ in wanted for key in keys if k0 <= key[0] < k1}
+        parts = np.flatnonzero(row[read] == number)
+        found = [pair for i in parts for pair in itertools.product(_positions(q_parts[i]), _positions(k_parts[i]))]
+        assert len(found) == len(set(found))
+        assert set(found) == wanted
+        assert (number in row.tolist()) == bool(wanted)
+
+
+@pytest.mark.parametrize("kind", ["tile", "sparse"])
+def test_parts_take_no_python_for_each_frame_or_rectangle(kind):
+    def calls(side, frames):
+        box = np.array([[0, frames], [0, side], [0, 1]])
+        pattern = np.random.default_rng(0).random((frames * side,) * 2) < 0.5
+        spec = MaskSpec("tile") if kind == "tile" else MaskSpec("sparse", pattern=pattern)
+        if kind == "sparse":
+            pattern_cover(spec, (frames, side, 1), (frames, side, 1))  # is kept for every read of the mask
+        each = np.stack([np.arange(frames), np.arange(frames) + 1], axis=1)
+        seen = []
+        sys.setprofile(lambda frame, event, argument: seen.append(event))
+        try:
+            mask_parts(spec, box, box, each, each)
+        finally:
+            sys.setprofile(None)
+        return len(seen)
+
+    assert calls(16, 8) == calls(4, 2)
 
 
 # --- mask_to_index_pairs

@@ -96,6 +96,22 @@ def test_compiles_to_one_graph(table, backend):
         assert error(mine, want.double()) <= 1e-6
 
 
+@pytest.mark.parametrize("form", ["edge", "joint"])
+def test_the_reference_backend_under_compile(request, form):
+    given = request.getfixturevalue("table" if form == "edge" else "joint")
+    active = torch.tensor([1.0, 0.0, 1.0]) if form == "edge" else None
+
+    def step(q, k, v):
+        return 2 * block_attention(q, k, v, given, active=active, backend="reference")
+
+    inputs = qkv()
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"backend 'reference' walks its table in Python.*or compile without fullgraph"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(*inputs)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(step, backend="aot_eager")(*inputs), step(*inputs))
+
+
 def test_a_compiled_function_follows_its_table(table):
     torch._dynamo.reset()
     other = BlockTable.from_rectangles(
@@ -203,6 +219,72 @@ def test_a_pending_backward_keeps_its_table():
     out = run(build(), *inputs)
     found = torch.autograd.grad(out.sum(), inputs[2])[0]
     assert torch.equal(found, torch.autograd.grad(run(build(), *inputs).sum(), inputs[2])[0])
+
+
+# -- torch.func --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_grad_and_vjp_of_torch_func(table, backend):
+    inputs = [*qkv(torch.float64), torch.rand(3, dtype=torch.float64, requires_grad=True)]
+
+    def loss(q, k, v, gain):
+        return block_attention(q, k, v, table, gain=gain, backend=backend).square().sum()
+
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    plain = [x.detach() for x in inputs]
+    found = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*plain)
+    pulled = torch.func.vjp(loss, *plain)[1](torch.ones((), dtype=torch.float64))
+    assert all(error(mine, want) <= 1e-12 for mine, want in zip(found, expected))
+    assert all(error(mine, want) <= 1e-12 for mine, want in zip(pulled, expected))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_vmap_and_gradients_of_each_sample(table, backend):
+    order = torch.randperm(12)
+
+    def attend(q, k, v):
+        out = block_attention(take_rows(q, order), k, v, table, backend=backend)
+        return put_rows(out, order, 12)
+
+    def loss(*each):
+        return attend(*each).square().sum()
+
+    q, k, v = (x.detach().double() for x in qkv())
+    batch = torch.randn(2, 3, 4, 12, 8, dtype=torch.float64)  # samples at dimension 2
+    stacked = torch.func.vmap(attend, in_dims=(2, None, None), out_dims=1)(batch, k, v)
+    each = torch.func.vmap(torch.func.grad(loss, argnums=2), in_dims=(2, None, None))(batch, k, v)
+    for i in range(4):
+        assert error(stacked[:, i], attend(batch[:, :, i], k, v)) <= 1e-12
+        leaf = v.clone().requires_grad_()
+        assert error(each[i], torch.autograd.grad(loss(batch[:, :, i], k, leaf), leaf)[0]) <= 1e-12
+    jacobian = torch.func.jacrev(lambda v: attend(q, k, v)[0, 0, :2, 0])(v)
+    leaf = v.clone().requires_grad_()
+    assert error(jacobian[1], torch.autograd.grad(attend(q, k, leaf)[0, 0, 1, 0], leaf)[0]) <= 1e-12
+
+
+def test_second_derivatives_of_torch_func(table):
+    q, k, v = (x.detach().double() for x in qkv())
+
+    def slope(backend):
+        first = torch.func.grad(lambda q: block_attention(q, k, v, table, backend=backend).square().sum())
+        return lambda q: first(q).square().sum()
+
+    with pytest.raises(RuntimeError, match=r"has no second derivative.*backend='reference'"):
+        torch.func.grad(slope("torch"))(q)
+    second, step = torch.func.grad(slope("reference"))(q), 1e-5 * torch.randn_like(q)
+    moved = (slope("reference")(q + step) - slope("reference")(q - step)) / 2
+    assert float(moved) == pytest.approx(float((second * step).sum()), rel=1e-6)
+
+
+# jvp makes torch compile rules of its own with what it has deprecated
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+def test_what_has_no_transforms_says_so(table):
+    with pytest.raises(ValueError, match=r"activation 'sigmoid' knows transforms.*backend 'reference' only"):
+        torch.func.grad(lambda q: block_attention(q, q, q, table, activation="sigmoid").sum())(zeros())
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda q: run(table, q, q, q), (zeros(),), (zeros(),))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -225,3 +225,14 @@ def test_a_million_positions_compile_in_seconds():
     plan = compile_attention(layout, topology)
     assert time.perf_counter() - start < 10
     assert plan.n_positions == 1 << 20 and len(plan.table.weight) == 127
+
+
+def test_the_cache_can_be_cleared():
+    layout = CanvasLayout(T=1, H=2, W=3, d_model=8, regions={"a": (0, 1, 0, 2, 0, 3)})
+    topology = CanvasTopology.dense(["a"])
+    plan = compile_attention(layout, topology)
+    assert compile_attention(layout, topology) is plan
+    compile_attention.cache_clear()
+    again = compile_attention(layout, topology)
+    assert again is not plan
+    np.testing.assert_array_equal(again.to_dense(), plan.to_dense())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from canvas_engineering import (
     compile_schema,
     default_learning,
 )
-from canvas_engineering.clock_ir import Cooldown, Periodic
+from canvas_engineering.clock_ir import BoundaryExpr, Cooldown, OnEvent, Or, Periodic
 from canvas_engineering.cortex import CortexRegistry, CortexSpec
 from canvas_engineering.program import (
     CARRIERS,
@@ -162,6 +163,69 @@ def test_bad_json_is_named(tmp_path):
         CanvasProgram(schema(), connections={"a": ConnectionProgram()})
     with pytest.raises(ValueError, match="RegionProgram clock must be a ClockSpec, or None, got 3"):
         RegionProgram(clock=3)
+
+
+def paths_of(form, path=()):
+    """Paths of everything in a JSON form."""
+    items = form.items() if isinstance(form, dict) else enumerate(form) if isinstance(form, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from paths_of(item, (*path, key))
+
+
+def test_wrong_json_is_refused_with_its_place_and_nothing_else_is_raised():
+    """Every entry in turn replaced by every kind of JSON value: a program, or a ValueError."""
+    clock = ClockSpec(
+        "internal", "on_event", 2, "a.k", 0.5, 1, 3, 2, Cooldown(Or(OnEvent("a.k", 0.1, 2.0), BoundaryExpr("end")), 4)
+    )
+    region = RegionProgram(
+        "memory", ("x",), "filter", clock, LearningSpec("ssl", ("l1",), "freeze"), "export",
+        ConstraintSpec("rotation", "energy", "acyclic", "non_decreasing"), IdentitySpec("persistent", 3, "x", True),
+    )  # fmt: skip
+    cp = ConnectionProgram("write", "a.k > 1", "gate", MaskSpec("sparse", pattern=((True, False), (False, True))))
+    form = CanvasProgram(schema(AB), {"a": region}, {("a", "b"): cp}).to_dict()
+    parts = {name: form[name] for name in ("program_version", "region_programs", "connection_programs")}
+    paths, refused = list(paths_of(parts)), 0
+    for path in paths:
+        for junk in (None, True, 3, -1, 1.5, 10**400, float("nan"), "", "x", [], [3], [[]], {}, {"type": []}, {"x": 1}):
+            broken = copy.deepcopy(form)
+            place = broken
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = junk
+            try:
+                CanvasProgram.from_dict(broken)
+            except ValueError as error:
+                refused += 1
+                where = "program_version" if path == ("program_version",) else "program"
+                assert where in str(error), (path, junk, error)
+    assert len(paths) > 40 and refused > 8 * len(paths)
+
+
+def test_versions_and_numbers_and_names_are_checked():
+    for version in (3, None, "3.0.0", "2", "x"):
+        with pytest.raises(ValueError, match=r"program_version must be '2\.x\.y'"):
+            CanvasProgram(schema(), version=version)
+    assert CanvasProgram.from_dict({**schema().to_dict(), "program_version": "2.7.1"}).version == "2.7.1"
+    threshold = ClockSpec(event_threshold=np.float32(0.5)).event_threshold
+    assert type(threshold) is float and threshold == 0.5
+    on = OnEvent("a.k", gt=np.float32(0.5), lt=np.float64(0.75))
+    assert json.dumps(on.to_dict()) and type(on.gt) is float
+    for wrong, message in (
+        (lambda: BoundaryExpr(3), "BoundaryExpr name must be a string, got 3"),
+        (lambda: LearningSpec(mode=3), "LearningSpec mode must be a string, got 3"),
+        (lambda: LearningSpec(compile_mode=None), "LearningSpec compile_mode must be a string, got None"),
+        (lambda: LearningSpec(losses=3), "LearningSpec losses must be a tuple of strings, got 3"),
+        (lambda: LearningSpec(losses="task"), "LearningSpec losses must be a tuple of strings, got 'task'"),
+        (lambda: RegionProgram(tags=3), "RegionProgram tags must be a tuple of strings, got 3"),
+        (lambda: Field(tags=3), "Field tags must be a tuple of strings, got 3"),
+        (lambda: ConstraintSpec(equivariance=[]), r"ConstraintSpec equivariance must be a str, or None, got \[\]"),
+        (lambda: IdentitySpec(mode=[]), r"IdentitySpec mode must be a string, got \[\]"),
+        (lambda: ClockSpec(event_threshold="1"), "ClockSpec event_threshold must be a finite number, got '1'"),
+        (lambda: Periodic(domain=3), "Periodic domain must be a string, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
 
 
 def test_the_sets_and_the_families_are_the_published_ones():
@@ -380,6 +444,7 @@ def test_fields_become_region_programs():
         "eye": RegionProgram("observation", ("left",)),
         "error": RegionProgram("residual", carrier="residual"),
         "sample": RegionProgram("state", carrier="diffusive"),
+        "plain": RegionProgram(),
     }
     plain = compile_schema(root, T=2, d_model=8)
     assert bound.layout == plain.layout
@@ -389,6 +454,8 @@ def test_fields_become_region_programs():
     assert [dataclasses.replace(c, operator="attend") for c in bound.topology.connections] == plain.topology.connections
     assert CanvasProgram.from_dict(program.to_dict()) == program
     assert compile_program(root, T=2, d_model=8, H=4, W=8)[0].layout.spatial_shape == (4, 8)
+    _, nested = compile_program(SimpleNamespace(arm=root, goal=Field(attn="gated")), T=2, d_model=8)
+    assert nested.regions["arm"] == nested.regions["goal"] == RegionProgram() and len(nested.regions) == 6
 
 
 def test_summaries_count():

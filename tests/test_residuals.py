@@ -48,6 +48,20 @@ def test_an_inactive_update_changes_nothing():
     assert accumulator.summaries() == {"x": {"prediction": 2.0}}
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+def test_one_bad_error_does_not_spoil_the_averages(bad):
+    accumulator = ResidualAccumulator(["a", "b"], ResidualSpec(("largest", "mean"), decay=0.5))
+    accumulator.update("a", torch.tensor([1.0, 3.0]))
+    accumulator.update("a", torch.tensor([bad, bad, bad, bad]))
+    # of 3e38 the largest is a number, and the mean overflows
+    largest = 1.5 if bad != 3e38 else 0.75 + 0.5 * torch.tensor(3e38).item()
+    assert accumulator.summaries() == {"a": {"largest": pytest.approx(largest), "mean": 1.0},
+                                       "b": {"largest": 0.0, "mean": 0.0}}  # fmt: skip
+    accumulator.update("a", torch.tensor([1.0]), torch.tensor(0.0))
+    accumulator.update("b", torch.tensor([1.0]))
+    assert accumulator.summaries()["b"] == {"largest": 0.5, "mean": 0.5}
+
+
 def test_it_is_buffers_only_and_saved():
     accumulator = ResidualAccumulator(["x"])
     assert not list(accumulator.parameters()) and set(accumulator.state_dict()) == {"values"}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from canvas_engineering import (
     CanvasLayout,
@@ -13,7 +17,8 @@ from canvas_engineering import (
     RegionProgram,
 )
 from canvas_engineering.clock_ir import And, Cooldown, MaxSilence, Not, Or, boundary, on, periodic
-from canvas_engineering.scheduling import HybridScheduler, LearnedScheduler, RegionScheduler
+from canvas_engineering.residuals import ResidualAccumulator, ResidualSpec
+from canvas_engineering.scheduling import DeviceScheduler, HybridScheduler, LearnedScheduler, RegionScheduler
 
 LAYOUT = CanvasLayout(
     T=1, spatial_shape=(4,), d_model=8, regions={name: (0, 1, i, i + 1) for i, name in enumerate("abcd")}
@@ -37,6 +42,32 @@ def fired(clock, steps, events=(), boundaries=()):
 
 
 EVENT = ClockSpec(mode="on_event", event_source="err.or.kind", event_threshold=0.5)
+
+
+EVENTS = {1: "reset", 2: "end", 4: "reset", 5: "end", 6: "end"}
+
+
+@pytest.mark.parametrize(
+    ("clock", "expected"),
+    [
+        # the first event, and every second after it
+        (ClockSpec("boundary", period=2), [1, 4, 6]),
+        (ClockSpec("boundary", mode="on_event", event_source="err.or.kind", event_threshold=0.5), [2, 4]),
+        (ClockSpec("boundary", mode="boundary", event_source="reset"), [1, 4]),
+        (ClockSpec(mode="boundary", event_source="reset"), [1, 4]),
+        # an expression is asked at events only; its own leaves count their own time
+        (ClockSpec("boundary", expr=periodic(2)), [2, 4, 6]),
+        (ClockSpec(expr=periodic(3, domain="boundary")), [1, 5]),
+        (ClockSpec(expr=on("err.or.kind", gt=0.5, domain="boundary")), [2, 4]),
+        # cooldowns and silences go by steps, whatever the domain
+        (ClockSpec("boundary", cooldown=3), [1, 5]),
+        (ClockSpec("boundary", mode="boundary", event_source="x", max_silence=3), [0, 3, 6]),
+        # inner steps aside, "internal" is external time
+        (ClockSpec("internal", period=3), [0, 3, 6]),
+    ],
+)
+def test_domains_say_which_time_counts(clock, expected):
+    assert fired(clock, 8, {2: 1.0, 3: 1.0, 4: 1.0}, EVENTS) == expected
 
 
 @pytest.mark.parametrize(
@@ -102,17 +133,30 @@ def test_reset_forgets():
     assert ["a" in scheduler.step(t) for t in (0, 1)] == [True, False]
     scheduler.reset()
     assert "a" in scheduler.step(1)
+    counting = RegionScheduler(program(a=ClockSpec("boundary", period=2)))
+    assert ["a" in counting.step(t, boundary="end") for t in (0, 1)] == [True, False]
+    counting.step(2, boundary="end")
+    counting.reset()
+    assert "a" in counting.step(3, boundary="end")
+
+
+def test_regions_that_the_layout_lacks_are_told_of_and_never_fire():
+    with pytest.warns(UserWarning, match=r"2 of 3 region programs are for regions that the layout does not have.*'y'"):
+        scheduler = RegionScheduler(program(a=ClockSpec(period=2), y=ClockSpec(), z=None))
+    assert scheduler.step(1) == {"b", "c", "d"}
+    with pytest.warns(UserWarning, match="'y'"), pytest.raises(KeyError, match=r"learned_regions names \['y'\]"):
+        HybridScheduler(program(y=ClockSpec()), ["y"])
 
 
 def test_inner_steps_follow_for_internal_regions_that_fired():
-    scheduler = RegionScheduler(
-        program(
-            a=ClockSpec("internal", period=2, max_inner_steps=3),
-            b=ClockSpec("internal", max_inner_steps=1),
-            c=ClockSpec("external", max_inner_steps=7),
-            d=ClockSpec("internal"),
-        )
+    declared = program(
+        a=ClockSpec("internal", period=2, max_inner_steps=3),
+        b=ClockSpec("internal", max_inner_steps=1),
+        c=ClockSpec("external", max_inner_steps=7),
+        d=ClockSpec("internal"),
     )
+    with pytest.warns(UserWarning, match="1 of 4 region programs have clocks with max_inner_steps in another .*: 'c'"):
+        scheduler = RegionScheduler(declared)
     assert scheduler.step_plan(0) == [{"a", "b", "c", "d"}, {"a", "b"}, {"a"}, {"a"}]
     assert scheduler.step_plan(1) == [{"b", "c", "d"}, {"b"}]
 
@@ -123,6 +167,8 @@ def test_unknown_clocks_are_refused():
         RegionScheduler(program(a=ClockSpec(mode="cron")))
     with pytest.raises(ValueError, match="program of region 'a': unknown clock domain 'lunar'"):
         HybridScheduler(program(a=ClockSpec("lunar")), ["b"])
+    with pytest.raises(ValueError, match=r"domain of Periodic\(.*'internal': choose one of external, boundary"):
+        RegionScheduler(program(a=ClockSpec(expr=Not(periodic(2, domain="internal")))))
 
 
 # -- learned
@@ -219,3 +265,81 @@ def test_mistakes_of_hybrids_are_named():
         HybridScheduler(program(), ["a", "z"])
     with pytest.raises(ValueError, match="learned_regions names no region: use RegionScheduler"):
         HybridScheduler(program(), [])
+
+
+# -- on the device
+
+
+times = st.sampled_from(["external", "boundary"])
+leaves = st.one_of(
+    st.builds(periodic, st.integers(1, 4), times),
+    st.builds(on, st.sampled_from(["a.x", "b.y.x", "b.y.z", "gone.x"]), st.sampled_from([0.0, 0.25, 0.5]),
+              st.none() | st.just(0.75), times),
+    st.builds(on, st.just("a.x"), st.none(), st.sampled_from([0.25, 0.5]), times),
+    st.builds(boundary, st.sampled_from(["reset", "end"])),
+)  # fmt: skip
+trees = st.recursive(
+    leaves,
+    lambda node: st.one_of(
+        st.builds(And, node, node), st.builds(Or, node, node), st.builds(Not, node),
+        st.builds(Cooldown, node, st.integers(0, 3)), st.builds(MaxSilence, node, st.integers(1, 4)),
+    ),
+    max_leaves=6,
+)  # fmt: skip
+clocks = st.builds(
+    ClockSpec,
+    st.sampled_from(["external", "internal", "boundary"]),
+    st.sampled_from(["periodic", "on_event", "boundary"]),
+    st.integers(1, 4),
+    st.just("b.y.x"),
+    st.sampled_from([0.0, 0.25]),
+    st.integers(0, 3),
+    st.none() | st.integers(1, 4),
+    st.none(),
+    st.none() | trees,
+)
+values = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.6, 0.75, 1.0]), min_size=4, max_size=4)
+steps = st.lists(st.tuples(values, st.sampled_from([None, None, "reset", "end", "b.y.x", "other"])), min_size=1,
+                 max_size=12)  # fmt: skip
+
+
+@given(st.lists(st.none() | clocks, min_size=4, max_size=4), steps)
+def test_clocks_on_the_device_fire_as_declared(declared, sequence):
+    made = program(**{name: clock for name, clock in zip("abcd", declared) if clock is not None})
+    accumulator = ResidualAccumulator(["b.y", "a"], ResidualSpec(("x", "z")))
+    plain, tensors = RegionScheduler(made), DeviceScheduler(made, accumulator)
+    for t, (found, event) in enumerate(sequence):
+        accumulator.values.copy_(torch.tensor(found).view(2, 2))
+        if t == 8:
+            plain.reset()
+            tensors.reset()
+        expected = plain.step(t, accumulator.summaries(), event)
+        step = torch.tensor(t) if t % 2 else t
+        assert tensors.step(step, event).tolist() == [float(name in expected) for name in "abcd"], t
+
+
+def test_clocks_on_the_device_save_where_they_are_and_keep_thresholds_in_16_bits():
+    clock = ClockSpec(mode="on_event", event_source="a.prediction", event_threshold=0.1, cooldown=1)
+    made = program(a=clock, b=ClockSpec("boundary", period=2))
+    accumulator = ResidualAccumulator(["a"], ResidualSpec(decay=0.0))
+    scheduler = DeviceScheduler(made, accumulator).half()
+    # between 0.1 and the nearest half-precision number
+    accumulator.update("a", torch.tensor([0.09999]))
+    assert scheduler.step(0, "end").tolist() == [0.0, 1.0, 1.0, 1.0]
+    accumulator.update("a", torch.tensor([0.10001]))
+    assert scheduler.step(1).tolist() == [1.0, 0.0, 1.0, 1.0]
+    twin = DeviceScheduler(made, copy.deepcopy(accumulator))
+    twin.load_state_dict(scheduler.state_dict())
+    assert set(scheduler.state_dict()) == {"last_fired", "boundary_t", "accumulator.values"}
+    for both in (scheduler, twin):
+        assert both.step(2, "end").tolist() == [0.0, 0.0, 1.0, 1.0]
+        assert both.step(3, "end").tolist() == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_inner_steps_on_the_device():
+    made = program(a=ClockSpec("internal", period=2, max_inner_steps=3), b=ClockSpec("internal", max_inner_steps=1))
+    scheduler = DeviceScheduler(made)
+    assert [x.tolist() for x in scheduler.step_plan(0)] == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
+    assert [x.tolist() for x in scheduler.step_plan(1)] == [[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    with pytest.raises(ValueError, match="program of region 'a': unknown clock mode 'cron'"):
+        DeviceScheduler(program(a=ClockSpec(mode="cron")))

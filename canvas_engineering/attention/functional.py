@@ -44,7 +44,8 @@ def canvas_attention(
         activation: "softmax", or in edge form "sigmoid": σ(scale · q·k) for each pair by itself, without a normaliser.
 
     Returns:
-        like q; rows that read nothing are 0.
+        like q; rows that read nothing are 0. Of ``torch.func``, grad, vjp, jacrev and vmap (slice by slice) work;
+        second derivatives and activation "sigmoid" want backend "reference" there, and nothing has jvp.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit the plan or the backend, with what would.

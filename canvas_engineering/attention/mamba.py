@@ -64,14 +64,14 @@ class MambaAttention(MemoryAttention):
         both = self.in_proj(keys)
         return torch.cat([both, self.x_proj(both.chunk(2, dim=-1)[0])], -1)
 
-    def summarise(self, features: torch.Tensor) -> torch.Tensor:
+    def summarise(self, features: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """(B, m, …) → the memory y (B, m, d_model)."""
         d = len(self.D)
         u, z, dt, b, c = features.split([d, d, self.dt_rank, self.state_size, self.state_size], dim=-1)
         wide = torch.promote_types(u.dtype, torch.float32)  # 4,096 steps of a 16-bit state are noise
         dt = F.softplus(self.dt_proj(dt).to(wide))
         u, b, c = (t.to(wide) for t in (u, b, c))
-        y = selective_scan(dt, dt * u, b, c, -torch.exp(self.A_log.to(wide)))
+        y = selective_scan(dt, dt * u, b, c, -torch.exp(self.A_log.to(wide)), backend)
         return (y + self.D * u).to(z.dtype) * F.silu(z)
 
     def query_features(self, queries: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,11 @@ from .softmax import project_out
 
 
 def check_heads(d_model: int, n_heads: int, dropout: float) -> None:
-    """ValueError where heads do not divide the width, or the dropout is no probability below 1."""
+    """Arguments of a constructor.
+
+    Raises:
+        ValueError: heads that do not divide the width, or a dropout that is no probability below 1.
+    """
     if n_heads < 1 or d_model % n_heads:
         raise ValueError(f"n_heads {n_heads} must divide d_model {d_model}")
     check_dropout(dropout)
@@ -46,8 +50,9 @@ class MemoryAttention(nn.Module):
         """(…, d_model), twice → (…, F), position by position."""
         raise NotImplementedError
 
-    def summarise(self, features: torch.Tensor) -> torch.Tensor:
-        """The features of a read's keys, (B, m, F) → its memory (B, rows, M)."""
+    def summarise(self, features: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        """The features of a read's keys, (B, m, F) → its memory (B, rows, M). ``backend`` as for
+        :func:`canvas_attention`."""
         raise NotImplementedError
 
     def query_features(self, queries: torch.Tensor) -> torch.Tensor:
@@ -97,7 +102,7 @@ class MemoryAttention(nn.Module):
         pieces = []
         for group in found.groups:
             features = to_reads(keys[group.start : group.start + group.sets * group.m], group.sets, batch)
-            memory = self.summarise(features[:, : group.longest] if self.causal else features)
+            memory = self.summarise(features[:, : group.longest] if self.causal else features, backend)
             shape = memory.shape[1:]
             memory = memory.reshape(group.sets, -1)  # [sets, B · rows · M]
             for part in group.parts:
@@ -141,8 +146,9 @@ class SharedMemories:
     """A plan's reads by the sets of their keys, and those by length, as index tensors of one device.
 
     Attributes:
-        groups: by m, their parts by n.
-        key_rows: RowMap of the distinct packed rows that are keys; keys: RowMap of the K key places over those.
+        groups: by m; their parts by n.
+        key_rows: RowMap of the distinct packed rows that are keys.
+        keys: RowMap of the K key places over those.
         query_rows, queries: the same of the S query places.
         weight, scale_row, connections: of the query places, as in :class:`.grouped.ReadGroups`.
     """

@@ -45,7 +45,7 @@ class PerceiverAttention(MemoryAttention):
         """What the latents see of each position, (…, 2 · d_model)."""
         return torch.cat([self.compress.k_proj(keys), self.compress.v_proj(values)], -1)
 
-    def summarise(self, features: torch.Tensor) -> torch.Tensor:
+    def summarise(self, features: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """(B, m, 2 · d_model) → what queries see of the latents' findings, (B, n_latents, 2 · d_model)."""
         latents = self.compress.q_proj(self.latents).expand(len(features), -1, -1)
         found = self.compress.out_proj(self._attention(latents, features))

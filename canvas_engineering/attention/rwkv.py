@@ -51,14 +51,14 @@ class RWKVAttention(MemoryAttention):
         """k and v of each position, (…, 2 · d_model)."""
         return torch.cat([self.k_proj(keys), self.v_proj(values)], -1)
 
-    def summarise(self, features: torch.Tensor) -> torch.Tensor:
+    def summarise(self, features: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """(B, m, 2 · d_model) → the averages y (B, m, d_model)."""
         k, v = features.chunk(2, dim=-1)
         wide = torch.promote_types(v.dtype, torch.float32)  # sums of e^10 overflow float16
         a, bonus = k.to(wide).clamp(-10, 10).exp(), self.bonus.flatten().to(wide)
         own = torch.stack([a * v.to(wide), a])  # [2, B, m, d]: what S and what Z gain
         log_keep = -self.decay.flatten().to(wide).clamp(max=FASTEST).exp()
-        past = decayed_sums(own.flatten(0, 1), log_keep).unflatten(0, (2, -1))
+        past = decayed_sums(own.flatten(0, 1), log_keep, backend).unflatten(0, (2, -1))
         # both sides divided by e^bonus where that is large, so that no bonus overflows
         fade = torch.exp(-bonus.clamp_min(0))
         top, bottom = past * fade + own * torch.exp(bonus.clamp(max=0))

@@ -7,7 +7,9 @@ it adds; then, what the chunks before it add up to being known, from its true st
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from . import fla_scans
+from .chunks import by_position, by_step, carry
 
 __all__ = ["decayed_sums", "selective_scan"]
 
@@ -17,7 +19,12 @@ _SHORT, _WIDE = 64, 1 << 16
 
 
 def selective_scan(
-    dt: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rate: torch.Tensor
+    dt: torch.Tensor,
+    x: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    rate: torch.Tensor,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """y_t = Σ_s c_ts h_ts with h_t = exp(rate · dt_t) h_{t−1} + x_t b_tᵀ and h_0 = 0, each batch entry by itself.
 
@@ -29,6 +36,8 @@ def selective_scan(
         x: (batch, length, width), what enters the states.
         b, c: (batch, length, states).
         rate: (width, states), ≤ 0; a constant, without a gradient.
+        backend: "auto" runs float32 on a GPU by :mod:`.fla_scans`, where flash-linear-attention is installed; other
+            names stay with torch.
 
     Returns:
         (batch, length, width). All tensors share one dtype, float32 or float64.
@@ -51,7 +60,7 @@ def selective_scan(
         raise ValueError(f"one dtype, float32 or float64, for all: {_described(dt, x, b, c, rate)}")
     if rate.requires_grad:
         raise ValueError("rate is a constant of the scan: it has no gradient")
-    return _scan(dt, x, b, c, rate)[0]
+    return _scan(dt, x, b, c, rate, backend == "auto")[0]
 
 
 def _described(*tensors: torch.Tensor) -> str:
@@ -66,17 +75,6 @@ def _chunk(length: int, lanes: int) -> int:
     return max(1, min(1 << ((length.bit_length() + 2) // 2), length))
 
 
-def _by_step(x: torch.Tensor, chunk: int) -> torch.Tensor:
-    """(batch, length, D) → (batch · chunks, chunk, D), padded with zeros, which neither decay nor add."""
-    missing = -x.shape[1] % chunk
-    return (F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()).reshape(-1, chunk, x.shape[2])
-
-
-def _by_position(steps: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-    """The inverse of :func:`_by_step`."""
-    return steps.reshape(batch, -1, steps.shape[2])[:, :length].contiguous()
-
-
 def _rows(steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(batch · chunks, 1, D) of every step."""
     return steps[:, :, None].unbind(1)
@@ -87,18 +85,6 @@ def _columns(steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return steps[..., None].unbind(1)
 
 
-def _carry(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """(batch, chunks, states, width): the state before each chunk, from what each adds and what share of its start each
-    keeps: H_k = kept_{k−1} H_{k−1} + added_{k−1}, by doubling."""
-    shift, count = 1, added.shape[1]
-    while shift < count:
-        joined = torch.addcmul(added[:, shift:], kept[:, shift:], added[:, :-shift])
-        added = torch.cat([added[:, :shift], joined], 1)
-        kept = torch.cat([kept[:, :shift], kept[:, shift:] * kept[:, :-shift]], 1)
-        shift *= 2
-    return F.pad(added[:, :-1], (0, 0, 0, 0, 1, 0))
-
-
 # Below, every operation of a step is one pass over (batch · chunks, states, width) in a buffer that is used again:
 # that, and there being few chunks, keeps the working set in the cache of one core. Autocast leaves operations with
 # `out` alone.
@@ -106,13 +92,16 @@ def _carry(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("canvas_engineering::selective_scan", mutates_args=())
 def _scan(
-    dt: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rate: torch.Tensor
+    dt: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rate: torch.Tensor, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, the states at chunk starts)."""
+    """(y, the states at chunk starts, of which there are none by ``kernels``)."""
+    recur = fla_scans.recurrence(dt) if kernels else None
+    if recur is not None:
+        return fla_scans.scan(recur, dt, x, b, c, rate), dt.new_empty(0)
     batch, length, _ = dt.shape
     chunk = _chunk(length, batch * rate.numel())
     rate = rate.t().contiguous()
-    dts, xs, bs, cs = (_by_step(t, chunk) for t in (dt, x, b, c))
+    dts, xs, bs, cs = (by_step(t, chunk) for t in (dt, x, b, c))
     state = dt.new_zeros(len(dts), *rate.shape)
     decay, row, out = torch.empty_like(state), torch.empty_like(xs[:, :1]), torch.empty_like(xs)
     inputs = list(zip(_rows(dts), _rows(xs), _columns(bs)))
@@ -120,16 +109,18 @@ def _scan(
         for dt_j, x_j, b_j in inputs:
             state.mul_(torch.mul(rate, dt_j, out=decay).exp_()).addcmul_(b_j, x_j)
         kept = torch.exp(rate * dts.sum(1, keepdim=True))
-        state = _carry(*(t.unflatten(0, (batch, -1)) for t in (state, kept))).flatten(0, 1).contiguous()
+        state = carry(*(t.unflatten(0, (batch, -1)) for t in (state, kept))).flatten(0, 1).contiguous()
     start = state.clone()
     for (dt_j, x_j, b_j), c_j, out_j in zip(inputs, _rows(cs), _rows(out)):
         state.mul_(torch.mul(rate, dt_j, out=decay).exp_()).addcmul_(b_j, x_j)
         out_j.copy_(torch.bmm(c_j, state, out=row))
-    return _by_position(out, batch, length), start
+    return by_position(out, batch, length), start
 
 
 @_scan.register_fake
-def _(dt, x, b, c, rate):
+def _(dt, x, b, c, rate, kernels):
+    if kernels and fla_scans.recurrence(dt) is not None:
+        return torch.empty_like(dt), dt.new_empty(0)
     batch, length, width = dt.shape
     count = -(-length // _chunk(length, batch * rate.numel()))
     return torch.empty_like(dt), dt.new_empty(batch * count, rate.shape[1], width)
@@ -144,6 +135,7 @@ def _scan_backward(
     c: torch.Tensor,
     rate: torch.Tensor,
     start: torch.Tensor,
+    kernels: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of dt, x, b and c.
 
@@ -151,10 +143,13 @@ def _scan_backward(
     moment, though they run in opposite directions. But e_{t+1} − e_t = Σ_s rate (g_t x_t b_t − h_t c_t grad_t), of
     which each direction has its own half: e is a running sum back from each chunk's end, and no state has to be kept.
     """
+    recur = fla_scans.recurrence(dt) if kernels else None
+    if recur is not None:
+        return fla_scans.scan_backward(recur, grad, dt, x, b, c, rate)
     batch, length, _ = dt.shape
     chunk = _chunk(length, batch * rate.numel())
     rate = rate.t().contiguous()
-    dts, xs, bs, cs, grads = (_by_step(t, chunk) for t in (dt, x, b, c, grad))
+    dts, xs, bs, cs, grads = (by_step(t, chunk) for t in (dt, x, b, c, grad))
     d_dt, d_x, d_b, d_c = (torch.empty_like(t) for t in (dts, xs, bs, cs))
     decay, scaled = torch.empty_like(start), torch.empty_like(start)
     row, column = torch.empty_like(xs[:, :1]), torch.empty_like(bs[:, :1])
@@ -171,7 +166,7 @@ def _scan_backward(
         for (dt_j, _, _, _), (grad_j, _, c_j) in zip(reversed(moves), reversed(pulls)):
             adjoint.addcmul_(c_j, grad_j).mul_(torch.mul(rate, dt_j, out=decay).exp_())
         kept = torch.exp(rate * dts.sum(1, keepdim=True))
-        after = _carry(*(t.unflatten(0, (batch, -1)).flip(1) for t in (adjoint, kept)))
+        after = carry(*(t.unflatten(0, (batch, -1)).flip(1) for t in (adjoint, kept)))
         adjoint = after.flip(1).flatten(0, 1).contiguous()
     change = (state.mul_(rate) * adjoint).sum(1, keepdim=True)
     backwards = [reversed(t) for t in (moves, pulls, halves, _rows(d_x), _rows(d_b))]
@@ -182,24 +177,25 @@ def _scan_backward(
         change.addcmul_(x_j, torch.bmm(b_row, torch.mul(adjoint, rate, out=scaled), out=row), value=-1).add_(half)
         half.copy_(change)
         adjoint.mul_(torch.mul(rate, dt_j, out=decay).exp_())
-    d_dt, d_x, d_b, d_c = (_by_position(t, batch, length) for t in (d_dt, d_x, d_b, d_c))
+    d_dt, d_x, d_b, d_c = (by_position(t, batch, length) for t in (d_dt, d_x, d_b, d_c))
     return d_dt, d_x, d_b, d_c
 
 
 @_scan_backward.register_fake
-def _(grad, dt, x, b, c, rate, start):
+def _(grad, dt, x, b, c, rate, start, kernels):
     return torch.empty_like(dt), torch.empty_like(x), torch.empty_like(b), torch.empty_like(c)
 
 
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    *tensors, ctx.kernels = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return None, None, None, None, None
-    return *_scan_backward(grad.contiguous(), *ctx.saved_tensors), None
+        return (None,) * 6
+    return *_scan_backward(grad.contiguous(), *ctx.saved_tensors, ctx.kernels), None, None
 
 
 _scan.register_autograd(_backward, setup_context=_setup)
@@ -208,10 +204,10 @@ _scan.register_autograd(_backward, setup_context=_setup)
 # -- constant decay ----------------------------------------------------------------------------------------------------
 
 
-def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor) -> torch.Tensor:
+def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """S_t = Σ_{j<t} exp(log_keep)^(t−1−j) x_j along dim 1 of x (batch, length, width); log_keep (width,), ≤ 0.
 
-    float32 or float64; what is kept for backward is the result.
+    float32 or float64; what is kept for backward is the result. ``backend`` as for :func:`selective_scan`.
 
     >>> decayed_sums(torch.ones(1, 4, 1), torch.tensor([0.5]).log()).flatten().tolist()
     [0.0, 1.0, 1.5, 1.75]
@@ -219,18 +215,21 @@ def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor) -> torch.Tensor:
     if x.dim() != 3 or log_keep.shape != x.shape[2:] or log_keep.dtype != x.dtype:
         given = f"x {tuple(x.shape)} {x.dtype} and log_keep {tuple(log_keep.shape)} {log_keep.dtype}"
         raise ValueError(f"wanted x (batch, length, width) and log_keep (width,) of one dtype; got {given}")
-    return _sums(x, log_keep, False)
+    return _sums(x, log_keep, False, backend == "auto")
 
 
 @torch.library.custom_op("canvas_engineering::decayed_sums", mutates_args=())
-def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool) -> torch.Tensor:
+def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: bool) -> torch.Tensor:
     """``backwards``: S_t = Σ_{j>t} exp(log_keep)^(j−1−t) x_j."""
+    recur = fla_scans.recurrence(x) if kernels else None
+    if recur is not None:
+        return fla_scans.sums(recur, x, log_keep, backwards)
     batch, length, width = x.shape
     chunk = _chunk(length, batch * width)
     # S + (x + S · (keep − 1)): a keep close to 1 would be rounded, and its powers with it
     loss = torch.expm1(log_keep)
     # padding stands where a sum has passed all positions
-    steps = _by_step(x.flip(1) if backwards else x, chunk)
+    steps = by_step(x.flip(1) if backwards else x, chunk)
     out = torch.empty_like(steps)
     inputs, outputs = _rows(steps), _rows(out)
     start, change = torch.zeros_like(steps[:, :1]), torch.empty_like(steps[:, :1])
@@ -238,30 +237,30 @@ def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool) -> torch.Ten
         for x_j in inputs:
             start.add_(torch.addcmul(x_j, start, loss, out=change))
         kept = torch.exp(log_keep * chunk).expand_as(start)
-        start = _carry(*(t.unflatten(0, (batch, -1)) for t in (start, kept))).flatten(0, 1)
+        start = carry(*(t.unflatten(0, (batch, -1)) for t in (start, kept))).flatten(0, 1)
     outputs[0].copy_(start)
     for x_j, before, after in zip(inputs, outputs, outputs[1:]):
         torch.addcmul(x_j, before, loss, out=after).add_(before)
-    out = _by_position(out, batch, length)
+    out = by_position(out, batch, length)
     return out.flip(1) if backwards else out
 
 
 @_sums.register_fake
-def _(x, log_keep, backwards):
+def _(x, log_keep, backwards, kernels):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _setup_sums(ctx, inputs, output):
-    _, log_keep, ctx.backwards = inputs
+    _, log_keep, ctx.backwards, ctx.kernels = inputs
     ctx.save_for_backward(log_keep, output)
 
 
 def _sums_backward(ctx, grad):
     log_keep, sums = ctx.saved_tensors
     # what a position adds to the sums beyond it; and S' = w S + x gives dL/dw = Σ S · that
-    d_x = _sums(grad.contiguous(), log_keep, not ctx.backwards)
+    d_x = _sums(grad.contiguous(), log_keep, not ctx.backwards, ctx.kernels)
     d_keep = (d_x * sums).sum((0, 1)) * torch.exp(log_keep)
-    return d_x, d_keep, None
+    return d_x, d_keep, None, None
 
 
 _sums.register_autograd(_sums_backward, setup_context=_setup_sums)

@@ -39,10 +39,14 @@ class SharedKeys:
     """A plan's reads, each distinct set of keys once.
 
     Attributes:
-        key_sets: stretches of the K key places, of equal length each. keys: RowMap of the key places over packed rows.
-        bags: BagMap of the sets, in the same order. set_length: (sets, 1) float32.
-        reads: stretches of the S query places. queries: RowMap of the query places.
-        read_set: RowMap of the reads over key sets. place_read: RowMap of the query places over reads.
+        key_sets: stretches of the K key places, of equal length each.
+        keys: RowMap of the key places over packed rows.
+        bags: BagMap of the sets, in the same order.
+        set_length: (sets, 1) float32.
+        reads: stretches of the S query places.
+        queries: RowMap of the query places.
+        read_set: RowMap of the reads over key sets.
+        place_read: RowMap of the query places over reads.
         weight, scale_row, connections: of the query places, as in :class:`.grouped.ReadGroups`.
     """
 
@@ -60,7 +64,11 @@ class SharedKeys:
 
 
 def shared_keys(plan: AttentionPlan, device: torch.device | str = "cpu") -> SharedKeys:
-    """Made once per plan and device. ValueError where the queries of a read see different keys."""
+    """Made once per plan and device.
+
+    Raises:
+        ValueError: the queries of a read see different keys.
+    """
     key = ("shared keys", str(device))
     if key not in plan.cache:
         sets = plan.sets()
@@ -288,7 +296,11 @@ class Copies:
 
 
 def copies(plan: AttentionPlan, device: torch.device | str = "cpu") -> Copies:
-    """Made once per plan and device. ValueError where the queries of a read see different keys."""
+    """Made once per plan and device.
+
+    Raises:
+        ValueError: the queries of a read see different keys.
+    """
     key = ("copies", str(device))
     if key not in plan.cache:
         sets = plan.sets()

@@ -51,7 +51,7 @@ class SparseAttention(MemoryAttention):
         """k and v of each position, (…, 2 · d_model)."""
         return torch.cat([self.k_proj(keys), self.v_proj(values)], -1)
 
-    def summarise(self, features: torch.Tensor) -> torch.Tensor:
+    def summarise(self, features: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """The keys themselves are what queries choose from."""
         return features
 

@@ -57,14 +57,27 @@ def _checked_ints(values: Any, what: str) -> tuple[int, ...]:
     return tuple(checked_int(value, what, None) for value in values)
 
 
-def _checked_number(value: Any, what: str) -> float:
+def checked_number(value: Any, what: str) -> float:
     try:
         number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{what} must be a finite number, got {value!r}")
     return number
+
+
+def checked_string(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be a string, got {value!r}")
+    return value
+
+
+def checked_strings(values: Any, what: str) -> tuple[str, ...]:
+    several = isinstance(values, Iterable) and not isinstance(values, str)
+    if not several or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{what} must be a tuple of strings, got {values!r}")
+    return tuple(values)
 
 
 class HashedOnce(tuple):
@@ -144,7 +157,7 @@ class RegionSpec:
         put = object.__setattr__
         put(self, "bounds", bounds)
         put(self, "period", checked_int(self.period, f"period of the region at {bounds}", 1))
-        put(self, "loss_weight", _checked_number(self.loss_weight, f"loss_weight of the region at {bounds}"))
+        put(self, "loss_weight", checked_number(self.loss_weight, f"loss_weight of the region at {bounds}"))
         if not isinstance(self.is_output, (bool, np.bool_)):
             raise ValueError(f"is_output of the region at {bounds} must be a bool, got {self.is_output!r}")
         put(self, "is_output", bool(self.is_output))
@@ -356,11 +369,19 @@ class CanvasLayout:
         return raw, box
 
     def region_spec(self, name: str) -> RegionSpec:
-        """The region's RegionSpec, also where it was given as raw bounds. KeyError: no such region."""
+        """The region's RegionSpec, also where it was given as raw bounds.
+
+        Raises:
+            KeyError: no such region.
+        """
         return self._region(name)[1]
 
     def region_box(self, name: str) -> np.ndarray:
-        """The region's half-open ranges, read-only int64 ``[1 + n_spatial_dims, 2]``. KeyError: no such region."""
+        """The region's half-open ranges, read-only int64 ``[1 + n_spatial_dims, 2]``.
+
+        Raises:
+            KeyError: no such region.
+        """
         return self._region(name)[2]
 
     def region_size(self, name: str) -> tuple[int, ...]:

@@ -29,7 +29,9 @@ class LoopedCogVideoXBlock(nn.Module):
         gate: "tanh", or "sigmoid" for checkpoints made with that mixing; see :class:`LoopParameters`.
 
     Attributes:
-        loop_emb, loop_emb_enc: (max_loops, inner_dim). loop_gate: (max_loops, 1).
+        loop_emb: (max_loops, inner_dim), added to the video stream.
+        loop_emb_enc: (max_loops, inner_dim), added to the text stream.
+        loop_gate: (max_loops, 1).
         sharpening: None, or a factor on the attention scale for each loop; needs a :class:`CanvasAttnProcessor`.
 
     Raises:
@@ -119,12 +121,18 @@ class LoopedCogVideoXBlock(nn.Module):
         """What the block computes, looped.
 
         Args:
-            hidden_states: (B, video tokens, inner_dim). encoder_hidden_states: (B, text tokens, inner_dim).
-            temb: (B, time_embed_dim). image_rotary_emb: cos and sin, (video tokens, head_dim) each.
+            hidden_states: (B, video tokens, inner_dim).
+            encoder_hidden_states: (B, text tokens, inner_dim).
+            temb: (B, time_embed_dim).
+            image_rotary_emb: cos and sin, (video tokens, head_dim) each.
             attention_kwargs: handed to the attention processor.
 
         Returns:
             both streams, in their shapes and dtype.
+
+        Raises:
+            ValueError: sharpening that the attention processor cannot do, or ``attention_kwargs`` that canvas attention
+                does not know.
         """
         if self.sharpening is not None and not getattr(self.attn1.processor, "sharpens", False):
             raise ValueError(

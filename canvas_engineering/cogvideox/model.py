@@ -81,6 +81,11 @@ def looped_model_class() -> type[nn.Module]:
             numbers = [block.loops for block in self.transformer_blocks]
             self.register_to_config(loops=numbers[0] if len(set(numbers)) == 1 else numbers)
 
+        @wraps(CogVideoXTransformer3DModel.set_attn_processor)
+        def set_attn_processor(self, processor):
+            packing.check(self, processor.values() if isinstance(processor, dict) else [processor])
+            super().set_attn_processor(processor)
+
         @wraps(CogVideoXTransformer3DModel.save_config)
         def save_config(self, *args, **kwargs):
             self._register_loops()  # blocks and processors may have been set since

@@ -6,6 +6,9 @@ skipped, cached or given another processor meanwhile: whatever is not canvas att
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -39,6 +42,21 @@ def remove(transformer: nn.Module) -> None:
                 if isinstance(hook, _Hook):
                     del hooks[number]
                     module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def check(transformer: nn.Module, processors: Iterable[Any]) -> None:
+    """ValueError if one of ``processors`` takes tokens in another order than the model's hooks leave them in."""
+    hooks = (hook for hook in transformer._forward_pre_hooks.values() if isinstance(hook, _Hook))
+    packs = next((hook.order.processor for hook in hooks), None)
+    for processor in processors:
+        if not isinstance(processor, CanvasAttnProcessor) or processor.plan is None:
+            continue
+        same = packs is not None and (packs.layout, packs.topology) == (processor.layout, processor.topology)
+        if processor.packed != (packs is not None) or (packs is not None and not same):
+            raise ValueError(
+                f"this model keeps its tokens in {'the packed order of its topology' if packs else 'raster order'}, "
+                f"which {processor} does not take: give layout= and topology= to graft_looped_blocks again"
+            )
 
 
 class _Order:

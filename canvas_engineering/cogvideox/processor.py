@@ -77,7 +77,8 @@ class CanvasAttnProcessor:
 
         Args:
             attn: diffusers' ``Attention`` module.
-            hidden_states: (B, video tokens, inner_dim). encoder_hidden_states: (B, text tokens, inner_dim).
+            hidden_states: (B, video tokens, inner_dim).
+            encoder_hidden_states: (B, text tokens, inner_dim).
             attention_mask: not possible.
             image_rotary_emb: cos and sin, (video tokens, head_dim) each.
             sharpness: factor on the attention scale.
@@ -117,7 +118,7 @@ class CanvasAttnProcessor:
         return other
 
     def declaration(self) -> dict[str, Any] | None:
-        """What it computes, as JSON types: the schema, the form and the backend; None for dense attention."""
+        """What it computes, as JSON types: the schema and the form; None for dense attention."""
         if self.plan is None:
             return None
         return {"schema": CanvasSchema(self.layout, self.topology).to_dict(), "form": self.plan.normalize}

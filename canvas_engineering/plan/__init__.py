@@ -53,6 +53,8 @@ class AttentionPlan:
             read uses have no packed place.
         banks: the slots through which regions with an identity are read.
         triggers: connection number to the trigger that has to hold for it to run.
+        by_fn: the plan of each function, where some function leaves out pairs of its reads; else empty.
+        pairs: the table of the pairs that are left, where this is the plan of such a function.
     """
 
     normalize: str
@@ -64,6 +66,8 @@ class AttentionPlan:
     packed: PackedOrder = field(repr=False)
     banks: tuple[Bank, ...] = ()
     triggers: dict[int, str] = field(default_factory=dict)
+    by_fn: Mapping[str, AttentionPlan] = field(default_factory=dict, repr=False)
+    pairs: BlockTable | None = field(default=None, repr=False)
     cache: dict = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo) -> AttentionPlan:
@@ -173,6 +177,8 @@ class AttentionPlan:
             raise KeyError(f"no connection resolves to {fn!r}; the plan has {sorted(set(self.fns))}")
         if self.normalize != "edge":
             raise ValueError("joint form has one softmax over all connections: it cannot be taken apart by function")
+        if fn in self.by_fn:
+            return self.by_fn[fn]
         key = ("fn", fn)
         if key not in self.cache:
             self.cache[key] = self._of(np.array([name == fn for name in self.fns]))
@@ -193,8 +199,7 @@ class AttentionPlan:
         if all(self.for_fn(fn) is plan for fn, plan in by_fn.items()):
             return self
         table = join_tables([plan.table for plan in by_fn.values()])
-        families = {("fn", fn): plan for fn, plan in by_fn.items()}
-        return dataclasses.replace(self, table=table, cache=families)
+        return dataclasses.replace(self, table=table, by_fn=dict(by_fn), cache={})
 
     def sets(self) -> ReadSets:
         """The reads as lists of rows, cached. ValueError where the queries of a read see different keys."""
@@ -216,7 +221,7 @@ class AttentionPlan:
         if len(reads.weight) == len(self.reads.weight):
             return self
         table = edge_table(reads, self.packed, self.n_connections, self.replace)
-        return dataclasses.replace(self, table=table, reads=reads, cache={})
+        return dataclasses.replace(self, table=table, reads=reads, by_fn={}, pairs=None, cache={})
 
     @property
     def replace(self) -> np.ndarray:
@@ -288,9 +293,11 @@ class AttentionPlan:
         return rows
 
     def to_dense(self) -> np.ndarray:
-        """(N, N) float64 in canvas order: the joint matrix M, the largest weight over the reads of each pair. For
-        tests."""
-        table = self.table if self.normalize == "joint" else joint_table(self.reads, self.packed)
+        """(N, N) float64 in canvas order: the joint matrix M, the largest weight over the reads of each pair, without
+        the pairs that a function leaves out. For tests."""
+        if self.by_fn:
+            return np.maximum.reduce([plan.to_dense() for plan in self.by_fn.values()])
+        table = self.table if self.normalize == "joint" else self.pairs or joint_table(self.reads, self.packed)
         dense = np.zeros((self.n_positions, self.n_positions))
         dense[np.ix_(self.order, self.order)] = table.to_dense()
         return dense
@@ -345,11 +352,12 @@ def compile_attention(
         dense_in_time: read every connection as if it had no temporal offsets.
 
     Returns:
-        the plan; a second call with an equal declaration gives the same object.
+        the plan; a second call with an equal declaration gives the same object. ``compile_attention.cache_clear()``
+        forgets all plans; those in use stay valid.
 
     Raises:
-        ValueError: ``normalize`` unknown, a mask that does not fit its connection's regions, a program that cannot be
-            run, or one that wants gates or triggers in joint form.
+        ValueError: ``normalize`` unknown, a mask that does not fit its connection's regions, a program or a cortex that
+            cannot be run, or a program that wants gates or triggers in joint form.
 
     >>> from canvas_engineering import CanvasLayout, CanvasTopology
     >>> layout = CanvasLayout(T=2, H=2, W=2, d_model=8, regions={"a": (0, 2, 0, 1, 0, 2), "b": (0, 2, 1, 2, 0, 2)})
@@ -364,6 +372,8 @@ def compile_attention(
         raise ValueError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")
     if program is not None:
         check_program(program)
+    if cortex is not None:
+        cortex.check(layout)
     topology, triggers = resolve_edges(topology, layout, program, cortex)
     banks = _banks(layout, program)
     if normalize == "joint":
@@ -396,6 +406,14 @@ def compile_attention(
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     return plan
+
+
+def _cache_clear() -> None:
+    with _cache_lock:
+        _cache.clear()
+
+
+compile_attention.cache_clear = _cache_clear
 
 
 def _banks(layout: CanvasLayout, program: CanvasProgram | None) -> tuple[Bank, ...]:

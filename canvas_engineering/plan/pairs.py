@@ -40,20 +40,19 @@ def choose_pairs(plan: AttentionPlan, choice: Choice) -> AttentionPlan:
     read, q_row, k_row = (np.concatenate([np.zeros(0, np.int64), *column]) for column in zip(*parts))
     read, q0, q1, k0, k1 = pair_rectangles(read, q_row, k_row)
     connection = sets.connection[read]
-    table = BlockTable.from_rectangles(
-        "edge",
-        plan.n_packed,
-        plan.n_connections,
-        q_start=q0,
-        q_stop=q1,
-        k_start=k0,
-        k_stop=k1,
-        segment=read,
-        weight=sets.weight[read],
-        edge=connection,
-        replace=plan.replace[connection],
-    )
-    return dataclasses.replace(plan, table=table, cache={})
+    spans = {"q_start": q0, "q_stop": q1, "k_start": k0, "k_stop": k1}
+    kinds = {"segment": read, "edge": connection, "replace": plan.replace[connection]}
+
+    def table_of(weight: np.ndarray) -> BlockTable:
+        return BlockTable.from_rectangles(
+            "edge", plan.n_packed, plan.n_connections, weight=weight[read], **spans, **kinds
+        )
+
+    table = pairs = table_of(sets.weight)
+    if (sets.largest != sets.weight).any():
+        # of equal reads that are one, the matrix M has the largest weight, and not the sum
+        pairs = table_of(sets.largest)
+    return dataclasses.replace(plan, table=table, pairs=pairs, cache={})
 
 
 def pair_rectangles(read: np.ndarray, q_row: np.ndarray, k_row: np.ndarray):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..canvas import CanvasLayout
-from ..connectivity import CanvasTopology, resolve_connections, resolve_frames
-from ..masks import MaskSpec, pattern_cover, split_boxes
+from ..connectivity import CanvasTopology, FrameReads, resolve_connections, resolve_frames
+from ..masks import MaskSpec, mask_parts
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ class Reads:
 
     Attributes:
         boxes: int64 [U, D, 2], half-open, in (t, s0, …).
-        part_read: int64 [P], non-decreasing. part_q, part_k: int64 [P], rows of ``boxes``.
-        weight: float64 [R], > 0. connection: int64 [R], non-decreasing, the connection's place in the topology.
+        part_read: int64 [P], non-decreasing.
+        part_q, part_k: int64 [P], rows of ``boxes``.
+        weight: float64 [R], > 0.
+        connection: int64 [R], non-decreasing, the connection's place in the topology.
     """
 
     boxes: np.ndarray
@@ -123,8 +125,8 @@ class _Collector:
         # of each read between whole regions: its connection, src and dst region, and weight
         self.whole: tuple[list[int], list[int], list[int], list[float]] = ([], [], [], [])
         self.framed: list[tuple] = []
-        # one entry per read of a masked connection: (connection, weight, q boxes [n, D, 2], k boxes [n, D, 2])
-        self.split: list[tuple[int, float, np.ndarray, np.ndarray]] = []
+        # of each masked connection: its number, the weights of its reads, and the read and the boxes of their parts
+        self.split: list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def keys(self, dst: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Boxes [n, D, 2] of what is read in regions ``dst``, their banks where they have one; and where those are."""
@@ -135,37 +137,13 @@ class _Collector:
         boxes[bank >= 0] = self.banks[bank[bank >= 0]]
         return boxes, bank >= 0
 
-    def masked(self, number, src, dst, weight, frames, mask: MaskSpec) -> None:
-        q_region, k_region = self.regions[src], self.regions[dst]
+    def masked(self, number, src, dst, weight, frames: FrameReads, mask: MaskSpec) -> None:
         bank = self.bank_of.get(dst)
-        if mask.kind == "sparse":
-            cover = pattern_cover(mask, tuple(np.diff(q_region).ravel()), tuple(np.diff(k_region).ravel()))
-        for i in range(len(frames)):
-            q_box, k_box = q_region.copy(), k_region.copy()
-            q_box[0] = frames.q_start[i], frames.q_stop[i]
-            k_box[0] = frames.k_start[i], frames.k_stop[i]
-            read_weight = weight * frames.fraction[i]
-            if mask.kind == "tile":
-                for q_tile, k_tile in zip(*split_boxes(mask, q_box, k_box), strict=True):
-                    k_tile = k_tile if bank is None else self.banks[bank]
-                    self.split.append((number, read_weight, q_tile[None], k_tile[None]))
-            elif cover.pair:
-                rects = cover.rects if bank is None else _any_key(cover.rects, k_region, k_box)
-                pairs = list(_pair_boxes(rects, q_region, k_region, q_box, k_box))
-                if pairs and bank is not None:
-                    # one part for each box of queries: all of them see the whole bank
-                    pairs = [(box, self.banks[bank]) for box in {box.tobytes(): box for box, _ in pairs}.values()]
-                if pairs:
-                    q_boxes, k_boxes = zip(*pairs, strict=True)
-                    self.split.append((number, read_weight, np.array(q_boxes), np.array(k_boxes)))
-            else:
-                k_boxes = cover.k_boxes + k_region[:, :1]
-                k_boxes[:, 0] = np.clip(k_boxes[:, 0], *k_box[0])
-                k_boxes = k_boxes[k_boxes[:, 0, 0] < k_boxes[:, 0, 1]]
-                if bank is not None:
-                    k_boxes = self.banks[[bank] if len(k_boxes) else []]
-                if len(k_boxes):
-                    self.split.append((number, read_weight, np.repeat(q_box[None], len(k_boxes), 0), k_boxes))
+        regions = self.regions[src], self.regions[dst]
+        row, read, q, k = mask_parts(mask, *regions, frames.queries, frames.keys, whole_keys=bank is not None)
+        if bank is not None:
+            k[:] = self.banks[bank]
+        self.split.append((number, weight * frames.fraction[row], read, q, k))
 
     def reads(self) -> Reads:
         numbers, weights, q_boxes, k_boxes, owner = [], [], [], [], []
@@ -195,10 +173,8 @@ class _Collector:
             weight = np.repeat(np.array(weight, dtype=np.float64), lengths)
             weight *= np.concatenate([f.fraction for f in frames])
             add(np.repeat(np.array(number), lengths), weight, q, k, np.arange(len(weight)))
-        if self.split:
-            number, weight, q, k = zip(*self.split, strict=True)
-            own = np.repeat(np.arange(len(q)), [len(boxes) for boxes in q])
-            add(np.array(number), np.array(weight), np.concatenate(q), np.concatenate(k), own)
+        for number, weight, read, q, k in self.split:
+            add(np.full(len(weight), number), weight, q, k, read)
         shape = (0, *self.regions.shape[1:])
         number = np.concatenate([np.zeros(0, np.int64), *numbers])
         order = np.argsort(number, kind="stable")
@@ -219,50 +195,3 @@ def _unique_boxes(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = flat.view(np.dtype((np.void, flat.dtype.itemsize * flat.shape[1]))).ravel()
     _, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
     return boxes[first], inverse.reshape(-1)
-
-
-def _any_key(rects: np.ndarray, k_region: np.ndarray, k_box: np.ndarray) -> np.ndarray:
-    """[n, 2, 2]: the queries that have a key in the frames of ``k_box``, as disjoint ranges, and all keys for each."""
-    volume = int(np.prod(np.diff(k_region[1:])))
-    low, high = (k_box[0] - k_region[0, 0]) * volume
-    held = rects[(rects[:, 1, 0] < high) & (rects[:, 1, 1] > low), 0]
-    joined: list[list[int]] = []
-    for start, stop in sorted(held.tolist()):
-        if joined and start <= joined[-1][1]:
-            joined[-1][1] = max(joined[-1][1], stop)
-        else:
-            joined.append([start, stop])
-    return np.array([[queries, [low, high]] for queries in joined], dtype=np.int64).reshape(-1, 2, 2)
-
-
-def _pair_boxes(rects, q_region, k_region, q_box, k_box):
-    """The boxes of a pattern over (src position, dst position) that fall into the frames of one read."""
-    q_volume, k_volume = (int(np.prod(np.diff(region[1:]))) for region in (q_region, k_region))
-    q_low, q_high = (q_box[0] - q_region[0, 0]) * q_volume
-    k_low, k_high = (k_box[0] - k_region[0, 0]) * k_volume
-    for (i0, i1), (j0, j1) in rects.tolist():
-        q_parts = _range_boxes(q_region, max(i0, q_low), min(i1, q_high))
-        k_parts = _range_boxes(k_region, max(j0, k_low), min(j1, k_high))
-        for q_part in q_parts:
-            for k_part in k_parts:
-                yield q_part, k_part
-
-
-def _range_boxes(region: np.ndarray, low: int, high: int) -> list[np.ndarray]:
-    """Boxes that together are the elements ``low … high − 1`` of the region's row-major list."""
-    if low >= high:
-        return []
-    if len(region) == 1:
-        return [np.array([[region[0, 0] + low, region[0, 0] + high]])]
-    volume = int(np.prod(np.diff(region[1:])))
-    first, last = -(-low // volume), high // volume
-    slabs: list[tuple[int, int, np.ndarray]] = []
-    if first > last:  # inside one slab
-        slabs = [(last, last + 1, part) for part in _range_boxes(region[1:], low - last * volume, high - last * volume)]
-    else:
-        slabs += [
-            (first - 1, first, p) for p in _range_boxes(region[1:], low - (first - 1) * volume, volume) if low % volume
-        ]
-        slabs += [(first, last, region[1:])] if first < last else []
-        slabs += [(last, last + 1, p) for p in _range_boxes(region[1:], 0, high - last * volume)]
-    return [np.concatenate([[[region[0, 0] + a, region[0, 0] + b]], inner]) for a, b, inner in slabs]

@@ -19,7 +19,7 @@ class ReadSets:
 
     Set s holds the packed rows ``rows[ptr[s] : ptr[s + 1]]`` in canvas order, (t, s0, s1, …). Read r attends from the
     set ``queries[r]`` over the set ``keys[r]`` with ``weight[r]`` (float64) and belongs to ``connection[r]``. Equal
-    reads of one connection are one read of their summed weight.
+    reads of one connection are one read of their summed weight; ``largest[r]`` (float64) is that of one of them.
     """
 
     ptr: np.ndarray
@@ -28,6 +28,7 @@ class ReadSets:
     keys: np.ndarray
     weight: np.ndarray
     connection: np.ndarray
+    largest: np.ndarray
 
     def lengths(self, sets: np.ndarray) -> np.ndarray:
         """How many rows each of ``sets`` holds."""
@@ -49,7 +50,10 @@ def read_sets(reads: Reads, packed: PackedOrder) -> ReadSets:
     # equal reads of one connection become one
     triple = np.stack([reads.connection, queries, keys], 1)
     triple, inverse = np.unique(triple, axis=0, return_inverse=True)
-    weight = np.bincount(inverse.reshape(-1), weights=reads.weight, minlength=len(triple))
+    inverse = inverse.reshape(-1)
+    weight = np.bincount(inverse, weights=reads.weight, minlength=len(triple))
+    largest = np.zeros(len(triple))
+    np.maximum.at(largest, inverse, reads.weight)
     connection, queries, keys = triple.T
     used, numbers = np.unique(np.concatenate([queries, keys]), return_inverse=True)
     member_set, member_box = members
@@ -64,7 +68,7 @@ def read_sets(reads: Reads, packed: PackedOrder) -> ReadSets:
     row = row[np.lexsort((packed.order[row], owner))]
     ptr = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(used)))])
     numbers = numbers.reshape(-1)
-    return ReadSets(ptr, row, numbers[: len(triple)], numbers[len(triple) :], weight, connection)
+    return ReadSets(ptr, row, numbers[: len(triple)], numbers[len(triple) :], weight, connection, largest)
 
 
 def cell_sets(table: BlockTable) -> ReadSets:
@@ -78,14 +82,15 @@ def cell_sets(table: BlockTable) -> ReadSets:
     key_owner = np.repeat(np.arange(count), np.diff(cells.ptr))[piece]
     lengths = np.concatenate([np.bincount(owner, minlength=count), np.bincount(key_owner, minlength=count)])
     lead = cells.rectangle[cells.ptr[:-1]]
-    number = np.arange(count)
+    number, weight = np.arange(count), table.weight[lead].astype(np.float64)
     return ReadSets(
         np.concatenate([[0], np.cumsum(lengths)]),
         np.concatenate([q_rows, k_rows]),
         number,
         count + number,
-        table.weight[lead].astype(np.float64),
+        weight,
         table.edge[lead].astype(np.int64),
+        weight,
     )
 
 

@@ -31,7 +31,8 @@ _BREAKING = {
 
 
 def check_program(program: CanvasProgram) -> None:
-    """Refuses a program that cannot be run as it stands.
+    """Refuses a program that cannot be run as it stands, and warns of what in it has no effect: programs of regions
+    that the layout lacks, and inner steps outside of the domain "internal".
 
     Raises:
         ValueError: an unknown clock mode or domain, compile mode, write mode or identity mode, with the choices; a
@@ -39,6 +40,7 @@ def check_program(program: CanvasProgram) -> None:
     """
     if not isinstance(program, CanvasProgram):
         raise ValueError(f"program must be a CanvasProgram, got {program!r}")
+    _warn_of_idle_declarations(program)
     for name, region in program.regions.items():
         try:
             choices("compile_mode", region.compile_mode, DEPLOY_MODES)
@@ -56,6 +58,20 @@ def check_program(program: CanvasProgram) -> None:
             parse_trigger(connection.trigger)
         except ValueError as error:
             raise ValueError(f"program of connection {src!r} -> {dst!r}: {error}") from None
+
+
+def _warn_of_idle_declarations(program: CanvasProgram) -> None:
+    missing = [name for name in program.regions if name not in program.schema.layout.regions]
+    clocks = ((name, region.clock) for name, region in program.regions.items() if region.clock is not None)
+    idle = [name for name, clock in clocks if clock.max_inner_steps is not None and clock.domain != "internal"]
+    for names, what in (
+        (missing, "are for regions that the layout does not have, and are ignored"),
+        (idle, "have clocks with max_inner_steps in another domain than 'internal', which runs none"),
+    ):
+        if names:
+            shown = ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
+            message = f"{len(names)} of {len(program.regions)} region programs {what}: {shown}"
+            warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def validate_constraints(program: CanvasProgram) -> list[str]:

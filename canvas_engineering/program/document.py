@@ -35,10 +35,10 @@ class CanvasProgram:
         schema: layout and topology.
         regions: region name to RegionProgram; a region that is not listed always runs.
         connections: (src, dst) to ConnectionProgram, which speaks for every connection of that pair.
-        version: of the JSON form.
+        version: of the JSON form: "2.x.y", whose entries these are.
 
     Raises:
-        ValueError: a part of the wrong kind.
+        ValueError: a part of the wrong kind, or a version of another form.
 
     >>> from canvas_engineering import CanvasLayout, CanvasSchema
     >>> schema = CanvasSchema(CanvasLayout(T=1, spatial_shape=(4,), d_model=8, regions={"eye": (0, 1, 0, 3)}))
@@ -57,6 +57,8 @@ class CanvasProgram:
     def __post_init__(self) -> None:
         if not isinstance(self.schema, CanvasSchema):
             raise ValueError(f"CanvasProgram schema must be a CanvasSchema, got {self.schema!r}")
+        if not isinstance(self.version, str) or not re.fullmatch(r"2\.\d+\.\d+", self.version):
+            raise ValueError(f"CanvasProgram program_version must be '2.x.y', got {self.version!r}")
         for name, region in self.regions.items():
             if not isinstance(name, str) or not isinstance(region, RegionProgram):
                 raise ValueError(f"CanvasProgram regions map names to RegionPrograms, got {name!r}: {region!r}")

@@ -130,7 +130,8 @@ def resolve_edge(
     """The connection as it runs, and its trigger (docs/semantics.md, section 5).
 
     Args:
-        connection: as declared. default_attn: of its src region.
+        connection: as declared.
+        default_attn: of its src region.
         cp: the ConnectionProgram of its pair, if any.
         local_backend: of the cortex that holds both ends, if one does.
     """
@@ -156,8 +157,9 @@ def resolve_edges(
     """The topology as it runs under a program: functions, write modes and masks resolved, and the edges' triggers.
 
     Args:
-        topology, layout: the declaration. program: speaks for every connection of the pairs that it lists; a pair that
-            no connection has gets a UserWarning.
+        topology, layout: the declaration.
+        program: speaks for every connection of the pairs that it lists; a pair that no connection has gets a
+            UserWarning.
         cortex: gives edges inside one cortex its ``local_backend``.
 
     Returns:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from canvas_engineering.canvas.layout import checked_int
-from canvas_engineering.clock_ir import ClockExpr
+from canvas_engineering.canvas.layout import checked_int, checked_number, checked_string, checked_strings
+from canvas_engineering.clock_ir import TIME_DOMAINS, ClockExpr
 from canvas_engineering.identity import IdentitySpec
 from canvas_engineering.learning import LearningSpec, default_learning
 from canvas_engineering.masks import MaskSpec
@@ -52,8 +51,7 @@ def choices(name: str, value: Any, known) -> None:
 
 def _check_strings(spec: Any, *names: str) -> None:
     for name in names:
-        if not isinstance(getattr(spec, name), str):
-            raise ValueError(f"{type(spec).__name__} {name} must be a string, got {getattr(spec, name)!r}")
+        checked_string(getattr(spec, name), f"{type(spec).__name__} {name}")
 
 
 def _check_kinds(spec: Any, **kinds: type) -> None:
@@ -68,16 +66,17 @@ class ClockSpec:
     """When a region updates.
 
     Args:
-        domain: "external" for environment time, "internal" for a region that also runs inner steps, "boundary" for
-            lifecycle events.
+        domain: the time in which the mode or the expression is asked: "external" for every step of the environment,
+            "boundary" for steps with a lifecycle event only, of which "periodic" then counts; "internal" is external
+            time for a region that also runs inner steps.
         mode: "periodic" fires at every ``period``-th step, "on_event" while a residual summary exceeds a threshold,
             "boundary" at a named event.
         period: in steps.
         event_source: for "on_event" the summary, ``"region.kind"``; for "boundary" the event's name.
         event_threshold: for "on_event".
-        cooldown: after firing, silent for this many steps.
-        max_silence: fires anyway after this many steps without; None for never.
-        max_inner_steps: in the domain "internal", inner steps that follow each external one; None for none.
+        cooldown: after firing, silent for this many steps, in every domain.
+        max_silence: fires anyway after this many steps without, in every domain; None for never.
+        max_inner_steps: inner steps that follow each external one, in the domain "internal" only; None for none.
         expr: a clock expression in place of mode, period, event_source and event_threshold.
 
     Raises:
@@ -103,9 +102,8 @@ class ClockSpec:
             if value is not None or name in ("period", "cooldown"):
                 # plain ints, whatever kind was given: JSON has no others
                 object.__setattr__(self, name, checked_int(value, f"ClockSpec {name}", least))
-        threshold = self.event_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
-            raise ValueError(f"ClockSpec event_threshold must be a finite number, got {threshold!r}")
+        threshold = checked_number(self.event_threshold, "ClockSpec event_threshold")
+        object.__setattr__(self, "event_threshold", threshold)
 
     def check(self) -> None:
         """ValueError: an unknown mode or domain, with the choices, or a source that is missing or of no such form."""
@@ -113,7 +111,7 @@ class ClockSpec:
         choices("clock mode", self.mode, CLOCK_MODES)
         for node in () if self.expr is None else self.expr.nodes():
             if hasattr(node, "domain"):
-                choices("clock domain", node.domain, CLOCK_DOMAINS)
+                choices(f"clock domain of {node}", node.domain, TIME_DOMAINS)
         if self.expr is not None or self.mode == "periodic":
             return
         form = "'region.kind'" if self.mode == "on_event" else "the name of an event"
@@ -129,15 +127,22 @@ class ConstraintSpec:
     Args:
         equivariance: "translation", "rotation", "permutation", or None.
         conservation: "capacity", "energy", or None.
-        causal_direction: "acyclic" (no cycle can be reached over the region's reads), "forward_only" (it reads only
-            regions that start at its own time or later), or None.
+        causal_direction: "acyclic" (no cycle can be reached over the region's reads; a region that reads itself is
+            one, at whatever offset in time), "forward_only" (it reads only regions that start at its own time or
+            later), or None.
         monotonicity: "non_decreasing", "non_increasing", or None.
+
+    Raises:
+        ValueError: a field of the wrong kind. Unknown values are reported by `validate_constraints`.
     """
 
     equivariance: str | None = None
     conservation: str | None = None
     causal_direction: str | None = None
     monotonicity: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_kinds(self, equivariance=str, conservation=str, causal_direction=str, monotonicity=str)
 
 
 @dataclass(frozen=True)
@@ -170,9 +175,7 @@ class RegionProgram:
     def __post_init__(self) -> None:
         _check_strings(self, "family", "carrier", "compile_mode")
         _check_kinds(self, clock=ClockSpec, learning=LearningSpec, constraints=ConstraintSpec, identity=IdentitySpec)
-        if isinstance(self.tags, str) or not all(isinstance(tag, str) for tag in self.tags):
-            raise ValueError(f"RegionProgram tags must be a tuple of strings, got {self.tags!r}")
-        object.__setattr__(self, "tags", tuple(self.tags))
+        object.__setattr__(self, "tags", checked_strings(self.tags, "RegionProgram tags"))
 
     def effective_learning(self) -> LearningSpec:
         """``learning``, else the family's default, else a plain LearningSpec.

@@ -108,11 +108,11 @@ def compile_program(
     H: int | None = None,
     W: int | None = None,
 ) -> tuple[BoundSchema, CanvasProgram]:
-    """`compile_schema`, and a program with the family, tags and carrier of every field that declares any of them.
+    """`compile_schema`, and a program with the family, tags and carrier of every field, coarse ones too.
 
-    Connections between two fields that both declare a family get the operator of DEFAULT_WIRING, if it has one for
-    the pair. That alone changes nothing that is computed: ``program.connections`` is empty, for the ConnectionPrograms
-    that are to be executed.
+    A field that says nothing is a "state" of carrier "deterministic". Connections between two fields that both declare
+    a family get the operator of DEFAULT_WIRING, if it has one for the pair. That alone changes nothing that is
+    computed: ``program.connections`` is empty, for the ConnectionPrograms that are to be executed.
 
     Args:
         root, T, spatial_shape, d_model, connectivity, layout_strategy, t_current, H, W: as for `compile_schema`.
@@ -149,7 +149,6 @@ def compile_program(
     regions = {
         path: RegionProgram(field.family or "state", field.tags, bound.region_specs[path].carrier)
         for path, field in declared.items()
-        if field.family is not None or field.tags or field.carrier is not None
     }
     return bound, CanvasProgram(bound.schema, regions)
 

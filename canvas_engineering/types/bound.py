@@ -136,7 +136,11 @@ class BoundSchema:
         return list(self.region_specs)
 
     def __getitem__(self, path: str) -> BoundField:
-        """The field at a path. KeyError: there is none."""
+        """The field at a path.
+
+        Raises:
+            KeyError: there is none.
+        """
         if path not in self.region_specs:
             known = ", ".join(map(repr, list(self.region_specs)[:12]))
             more = f", ... ({len(self.region_specs)} in all)" if len(self.region_specs) > 12 else ""

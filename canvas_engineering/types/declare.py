@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from canvas_engineering.canvas.layout import checked_int
+from canvas_engineering.canvas.layout import checked_int, checked_strings
 
 __all__ = ["ConnectivityPolicy", "Field", "LayoutStrategy"]
 
@@ -70,9 +70,7 @@ class Field:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"Field {name} must be a string, or None, got {value!r}")
-        if isinstance(self.tags, str) or not all(isinstance(tag, str) for tag in self.tags):
-            raise ValueError(f"Field tags must be a tuple of strings, got {self.tags!r}")
-        put(self, "tags", tuple(self.tags))
+        put(self, "tags", checked_strings(self.tags, "Field tags"))
         if self.spatial_shape is not None:
             self._take_spatial_shape()
 

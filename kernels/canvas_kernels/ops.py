@@ -1,9 +1,9 @@
 """The registered operation: ``canvas_kernels::attention`` and its backward.
 
 A table enters the operators as its content digest (:attr:`BlockTable.key`): strings are constants to a compiler, and
-equal digests mean equal tables in every process, so compiled graphs may be cached. Each operator has one
-``autograd.Function`` at its Autograd key, fakes that give the real strides, and the autocast rule of
-``scaled_dot_product_attention``.
+equal digests mean equal tables in every process, so compiled graphs may be cached. Each operator has one autograd
+function at its Autograd key (transforms of torch.func want it called outside of the operator), fakes that give the real
+strides, and the autocast rule of ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from . import dropout, rectangles, reference
 from .sigmoid import sigmoid_attention
 from .table import BlockTable
+from .transforms import Function, transformed
 
 ACTIVATIONS = ("softmax", "sigmoid")
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -73,11 +74,13 @@ def block_attention(
     default 1 / (sum of the weights in force). Returns ``out`` (B, H, n, D) in q's dtype, or ``(out, lse)`` with ``lse``
     (B, H, n_slots), base 2 and without gradient.
 
-    ``backend``: "triton", "torch" (grouped rectangles), "reference" (cell by cell, for tests), or "auto": Triton for
-    tensors on a CUDA or ROCm device without dropout, torch otherwise. A backend that is named never falls back.
+    ``backend``: "triton", "torch" (grouped rectangles), "reference" (cell by cell, for tests; breaks a compiled graph)
+    or "auto": Triton for tensors on a CUDA or ROCm device without dropout, torch otherwise. A backend that is named
+    never falls back.
     ``activation`` "sigmoid": σ(scale · q·k) in place of the softmax, without a normaliser, in edge form; it has no lse.
-    Gradients flow to q, k, v and gain; second derivatives need "reference". Under autocast float32 inputs are cast as
-    ``scaled_dot_product_attention`` casts them.
+    Gradients flow to q, k, v and gain; second derivatives need "reference". Of torch.func, grad, vjp, jacrev and vmap
+    work, vmap slice by slice; sigmoids want "reference" there, and nothing has jvp. Under autocast float32 inputs are
+    cast as ``scaled_dot_product_attention`` casts them.
 
     Raises ValueError for shapes, dtypes, devices or options that do not fit, naming them.
 
@@ -97,6 +100,11 @@ def block_attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "triton":
         _check_triton(q, dropout_p)
+    if backend == "reference" and torch.compiler.is_compiling():
+        raise ValueError(
+            "backend 'reference' walks its table in Python and reads activity on the host, which torch.compile cannot "
+            "trace: use 'torch' or 'triton' there, or compile without fullgraph"
+        )
     if backend == "reference" or dropout_p:
         q, k, v = _autocast(q, k, v)
         execute = reference.attention if backend == "reference" else dropout.attention
@@ -115,13 +123,19 @@ def block_attention(
                 activation=activation,
             )
     elif activation == "sigmoid":
+        if transformed():
+            raise ValueError("activation 'sigmoid' knows transforms of torch.func with backend 'reference' only")
         q, k, v = _autocast(q, k, v)
         # activity may be changed in place before backward runs: this step keeps its own
         active = None if active is None else active.clone()
         return sigmoid_attention(q, k, v, gain, active, row_scale, table.key, scale, backend)
     else:
         executor = TORCH if backend == "torch" else backend
-        out, lse, _ = _attention(q, k, v, gain, active, row_scale, table.key, scale, executor, return_lse, False)
+        options = (gain, active, row_scale, table.key, scale, executor, return_lse)
+        if transformed():
+            out, lse, _ = _Attention.call(*_autocast(q, k, v), *options)
+        else:
+            out, lse, _ = _attention(q, k, v, *options, False)
     return (out, lse) if return_lse else out
 
 
@@ -306,14 +320,16 @@ def _attention_backward_fake(
 # -- attention: autograd -----------------------------------------------------------------------------------------------
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
-    def forward(ctx, q, k, v, gain, active, row_scale, table, scale, backend, need_lse):
-        if active is not None:
-            # activity may be changed in place before backward runs: this step keeps its own
-            active = active.clone()
+    def forward(q, k, v, gain, active, row_scale, table, scale, backend, need_lse):
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse, aux = _attention(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, True)
+            return _attention(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, gain, active, row_scale, table, scale, backend, _ = inputs
+        out, lse, aux = output
         # this call's graph keeps its table alive
         ctx.table = BlockTable.lookup(table)
         # the torch backend keeps what it needs in aux; not holding `out` lets callers write into it
@@ -323,7 +339,6 @@ class _Attention(torch.autograd.Function):
         ctx.mark_non_differentiable(lse, aux)
         # or autograd would make zeros the size of aux
         ctx.set_materialize_grads(False)
-        return out, lse, aux
 
     @staticmethod
     def backward(ctx, grad_out, _grad_lse, _grad_aux):
@@ -331,19 +346,24 @@ class _Attention(torch.autograd.Function):
             return (None,) * 10
         q, k, v, out, lse, aux, gain, active, row_scale = ctx.saved_tensors
         need_gain = gain is not None and ctx.needs_input_grad[3]
-        gradients, dgain = _attention_backward(
+        differentiate = _AttentionBackward.call if transformed() else _attention_backward
+        gradients, dgain = differentiate(
             grad_out, q, k, v, out, lse, aux, gain, active, row_scale, *ctx.options, need_gain
         )
         return *gradients.unbind(), dgain if need_gain else None, None, None, None, None, None, None
 
 
-class _AttentionBackward(torch.autograd.Function):
+class _AttentionBackward(Function):
     """First derivatives as constants: they may be computed under create_graph, but not differentiated."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(*args):
         with torch._C._AutoDispatchBelowAutograd():
             return _attention_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, *grads):
@@ -359,14 +379,16 @@ def _needs_grad(*tensors) -> bool:
 
 def _attention_autograd(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, need_grad):
     if _needs_grad(q, k, v, gain):
-        return _Attention.apply(q, k, v, gain, active, row_scale, table, scale, backend, need_lse)
+        # activity may be changed in place before backward runs: this step keeps its own
+        active = None if active is None else active.clone()
+        return _Attention.call(q, k, v, gain, active, row_scale, table, scale, backend, need_lse)
     with torch._C._AutoDispatchBelowAutograd():
         return _attention(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, need_grad)
 
 
 def _attention_backward_autograd(*args):
     if _needs_grad(*args[:4], args[7]):
-        return _AttentionBackward.apply(*args)
+        return _AttentionBackward.call(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return _attention_backward(*args)
 
@@ -383,6 +405,23 @@ def _attention_autocast(device_type):
     return cast
 
 
+# -- attention: vmap ---------------------------------------------------------------------------------------------------
+
+
+def _by_slice(op):
+    """A batching rule: one call for each slice. What a backend keeps for backward is its own for each."""
+
+    def rule(info, in_dims, *args):
+        slices = [
+            tuple(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims))
+            for i in range(info.batch_size)
+        ]
+        results = [torch.stack(parts) for parts in zip(*(op(*each) for each in slices))]
+        return tuple(results), (0,) * len(results)
+
+    return rule
+
+
 # -- registration ------------------------------------------------------------------------------------------------------
 
 for _key in ("CPU", "CUDA"):
@@ -393,3 +432,5 @@ _LIBRARY.impl("attention", _attention_autograd, "Autograd")
 _LIBRARY.impl("attention_backward", _attention_backward_autograd, "Autograd")
 torch.library.register_fake("canvas_kernels::attention", _attention_fake, lib=_LIBRARY)
 torch.library.register_fake("canvas_kernels::attention_backward", _attention_backward_fake, lib=_LIBRARY)
+for _op in (_attention, _attention_backward):
+    torch.library.register_vmap(_op, _by_slice(_op), lib=_LIBRARY)

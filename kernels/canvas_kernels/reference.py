@@ -52,7 +52,7 @@ def attention(
             row_scale = row_scales(table, active, dtype, q.device)
         row_scale = row_scale.detach().to(dtype)
 
-    lse = torch.full((*q.shape[:2], table.n_slots), math.inf, dtype=dtype, device=q.device)
+    lse = queries.new_full((*q.shape[:2], table.n_slots), math.inf)
     # an empty piece ties the result to every input, so that a table without rectangles gives zero gradients, not none
     rows, pieces = [torch.arange(0, device=q.device)], [queries[:, :, :0] + keys[:, :, :0] + values[:, :, :0]]
     if gain is not None:
@@ -108,7 +108,7 @@ def row_scales(
     owner, position = expand_ranges(cells.q_start, cells.q_stop - cells.q_start)
     np.add.at(steps, (table.replace[lead].astype(np.int64)[owner], position), weight[owner])
     adding, replacing = steps[:, :-1]
-    scale = np.zeros((2, table.n_positions))
-    np.divide(1.0, adding, out=scale[0], where=(adding > 0) & (replacing <= 0))
-    np.divide(1.0, replacing, out=scale[1], where=replacing > 0)
+    in_force = np.stack([np.where(replacing > 0, 0.0, adding), replacing])
+    # without numpy's `where=`, which torch.compile does not know
+    scale = np.where(in_force > 0, 1.0 / np.where(in_force > 0, in_force, 1.0), 0.0)
     return torch.from_numpy(scale).to(device=device, dtype=dtype)

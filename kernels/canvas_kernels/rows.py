@@ -6,64 +6,80 @@ import contextlib
 
 import torch
 
+from .transforms import Function
 
-class _TakeRows(torch.autograd.Function):
+
+class _TakeRows(Function):
     @staticmethod
-    def forward(ctx, x, index, dim):
-        ctx.save_for_backward(index)
-        ctx.dim, ctx.size = dim, x.shape[dim]
+    def forward(x, index, dim):
         return x.index_select(dim, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, index, ctx.dim = inputs
+        ctx.save_for_backward(index)
+        ctx.size = x.shape[ctx.dim]
 
     @staticmethod
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
-        return _PutRows.apply(grad, index, ctx.dim, ctx.size), None, None
+        return _PutRows.call(grad, index, ctx.dim, ctx.size), None, None
 
 
-class _PutRows(torch.autograd.Function):
+class _PutRows(Function):
     @staticmethod
-    def forward(ctx, y, index, dim, size):
-        ctx.save_for_backward(index)
-        ctx.dim = dim
+    def forward(y, index, dim, size):
         shape = list(y.shape)
         shape[dim] = size
         return y.new_zeros(shape).index_copy_(dim, index, y)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, index, ctx.dim, _ = inputs
+        ctx.save_for_backward(index)
+
+    @staticmethod
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
-        return _TakeRows.apply(grad, index, ctx.dim), None, None, None
+        return _TakeRows.call(grad, index, ctx.dim), None, None, None
 
 
-class _SplitRows(torch.autograd.Function):
+class _SplitRows(Function):
     @staticmethod
-    def forward(ctx, x, index, dim):
-        ctx.save_for_backward(index)
-        ctx.dim, ctx.size = dim, x.shape[dim]
-        ctx.set_materialize_grads(False)
+    def forward(x, index, dim):
         return x.index_select(dim, index), x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, index, ctx.dim = inputs
+        ctx.save_for_backward(index)
+        ctx.size = x.shape[ctx.dim]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, rows, rest):
         (index,) = ctx.saved_tensors
         if rest is None:
-            return None if rows is None else _PutRows.apply(rows, index, ctx.dim, ctx.size), None, None
+            return None if rows is None else _PutRows.call(rows, index, ctx.dim, ctx.size), None, None
         if rows is None:
             return rest.index_fill(ctx.dim, index, 0), None, None
         return rest.index_copy(ctx.dim, index, rows), None, None
 
 
-class _JoinRows(torch.autograd.Function):
+class _JoinRows(Function):
     @staticmethod
-    def forward(ctx, rest, index, rows, dim):
-        ctx.save_for_backward(index)
-        ctx.dim = dim
+    def forward(rest, index, rows, dim):
         return rest.index_copy(dim, index, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, index, _, ctx.dim = inputs
+        ctx.save_for_backward(index)
 
     @staticmethod
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
-        return grad, None, _TakeRows.apply(grad, index, ctx.dim), None
+        return grad, None, _TakeRows.call(grad, index, ctx.dim), None
 
 
 def split_rows(x: torch.Tensor, index: torch.Tensor, dim: int = -2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,12 +91,12 @@ def split_rows(x: torch.Tensor, index: torch.Tensor, dim: int = -2) -> tuple[tor
     >>> join_rows(rest, torch.tensor([2, 0]), 10 * rows).tolist()
     [[10.0], [2.0], [30.0]]
     """
-    return _SplitRows.apply(x, index, dim % x.dim())
+    return _SplitRows.call(x, index, dim % x.dim())
 
 
 def join_rows(rest: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, dim: int = -2) -> torch.Tensor:
     """``rest`` of :func:`split_rows` with ``rows`` in the places that were split off, a new tensor."""
-    return _JoinRows.apply(rest, index, rows, dim % rest.dim())
+    return _JoinRows.call(rest, index, rows, dim % rest.dim())
 
 
 def take_rows(x: torch.Tensor, index: torch.Tensor, dim: int = -2) -> torch.Tensor:
@@ -90,7 +106,7 @@ def take_rows(x: torch.Tensor, index: torch.Tensor, dim: int = -2) -> torch.Tens
     >>> take_rows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0])).tolist()
     [[3.0], [1.0]]
     """
-    return _TakeRows.apply(x, index, dim % x.dim())
+    return _TakeRows.call(x, index, dim % x.dim())
 
 
 def put_rows(y: torch.Tensor, index: torch.Tensor, size: int, dim: int = -2) -> torch.Tensor:
@@ -99,13 +115,17 @@ def put_rows(y: torch.Tensor, index: torch.Tensor, size: int, dim: int = -2) -> 
     >>> put_rows(torch.tensor([[1.0], [2.0]]), torch.tensor([2, 0]), 3).tolist()
     [[2.0], [0.0], [1.0]]
     """
-    return _PutRows.apply(y, index, dim % y.dim(), size)
+    return _PutRows.call(y, index, dim % y.dim(), size)
 
 
-class _SplitHeads(torch.autograd.Function):
+class _SplitHeads(Function):
     @staticmethod
-    def forward(ctx, x, parts, heads):
+    def forward(x, parts, heads):
         return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, *grads):
@@ -139,7 +159,7 @@ def split_heads(x: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, 
     >>> split_heads(torch.arange(8.0).view(1, 2, 4), 2, 2)[1].tolist()
     [[[[2.0], [6.0]], [[3.0], [7.0]]]]
     """
-    return _SplitHeads.apply(x, parts, heads)
+    return _SplitHeads.call(x, parts, heads)
 
 
 def lasting() -> contextlib.AbstractContextManager:
