@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from canvas_kernels.costs import processor
+
 RESULTS = Path(__file__).parent / "results"
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -49,7 +51,7 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
 
     commit = git("rev-parse", "--short", "HEAD") or "unknown"
     found = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -63,13 +65,6 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         found["driver"] = done.stdout.split("\n")[0] if done and done.returncode == 0 else "unknown"
         found["cuda"] = str(torch.version.cuda)
     return found
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def console():

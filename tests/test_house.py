@@ -28,8 +28,9 @@ LAYERS = {
     "graft": "looped_block cogvideox graft curriculum sharpening action_heads checkpoint",
     "look": "draw __main__",
 }
-# attention alone executes tables. plan builds them, orders rows and sums weights; dispatch moves rows into that order.
-KERNEL_PARTS = {"plan": ("table.", "tiling.", "rows.", "row_sums."), "dispatch": ("rows.",)}
+# attention alone executes tables. plan builds them, orders rows, sums weights and says what they cost; dispatch moves
+# rows into that order.
+KERNEL_PARTS = {"plan": ("table.", "tiling.", "rows.", "row_sums.", "costs.", "work."), "dispatch": ("rows.",)}
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS.values()) for module in modules.split()}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from canvas_kernels import BlockTable, block_attention, grouping, rectangles, slabs
+from canvas_kernels import BlockTable, block_attention, costs, grouping, rectangles, slabs
 from tests.test_reference import check, dense_oracle, error, random_case, random_table
 
 NEVER, ALWAYS = 1e15, -1e15
@@ -55,12 +55,13 @@ def inputs_for(table, dtype=torch.float64, batch=1, heads=2, head_dim=8, gain=Fa
 )
 def mode(request, monkeypatch):
     """Each way of executing, forced."""
-    monkeypatch.setattr(grouping, "SLAB_NS", ALWAYS if "slabs" in request.param else NEVER)
+    rates = costs.choosing() | dict.fromkeys(("slab", "flash_slab"), ALWAYS if "slabs" in request.param else NEVER)
+    monkeypatch.setattr(costs, "choosing", lambda: rates)
     if request.param == "slabs of products in lanes":
         monkeypatch.setattr(grouping, "THIN_SIDE", 1)
     if request.param == "slabs of flash":
-        monkeypatch.setattr(rectangles, "FLASH_SIDE", 1)
-        monkeypatch.setattr(rectangles, "FLASH_PAIRS", 1)
+        monkeypatch.setattr(grouping, "FLASH_SIDE", 1)
+        monkeypatch.setattr(grouping, "FLASH_PAIRS", 1)
     if request.param == "batches computed again":
         monkeypatch.setattr(rectangles, "KEPT_PAIRS", 0)
     if request.param == "many stages":
@@ -73,7 +74,7 @@ def test_modes_execute_what_they_say(mode):
     built = grouping.group(table)
     assert bool(built.slabs) == ("slabs" in mode) and bool(built.batches) == ("slabs" not in mode)
     assert (len(built.stages) > 1) == (mode == "many stages")
-    choices = rectangles._choices(table, 8)
+    choices = rectangles.choices(table, 8)
     assert all(choices.flash) == (mode == "slabs of flash" or "slabs" not in mode)
     assert choices.keeps == (mode != "batches computed again")
 

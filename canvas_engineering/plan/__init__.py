@@ -22,6 +22,7 @@ from ..cortex import CortexRegistry
 from ..program import CanvasProgram
 from ..program.checks import check_program
 from ..program.edges import resolve_edges
+from .estimate import Estimate, of_plan
 from .order import PackedOrder, pack_positions
 from .reads import Bank, Reads, topology_reads
 from .sets import ReadSets, cell_sets, has_pairs, read_sets
@@ -253,6 +254,37 @@ class AttentionPlan:
     def flops(self, head_dim: int, batch_heads: int = 1, backward: bool = False) -> int:
         """Operations of the selected pairs: 4·head_dim each forward, 10·head_dim backward."""
         return self.table.flops(head_dim, batch_heads, backward)
+
+    def estimate(
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        head_dim: int = 64,
+        dtype: str = "float32",
+        backward: bool = True,
+    ) -> Estimate:
+        """What one call of attention over this plan takes, undisturbed, from the device's measured rates; nothing runs.
+
+        Args:
+            device: "cpu" or "cuda" for this machine's, or the name of a device whose rates were measured.
+            batch, heads, head_dim: of q, k and v (batch, heads, N, head_dim).
+            dtype: theirs: "float32", "float16" or "bfloat16".
+            backward: whether the gradients of q, k and v follow.
+
+        Raises:
+            ValueError: a device without measured rates, which is never guessed at, naming those that have some; sizes
+                below 1; another dtype.
+
+        >>> from canvas_engineering import CanvasLayout, CanvasTopology
+        >>> layout = CanvasLayout(T=2, H=16, W=16, d_model=8, regions={"a": (0, 2, 0, 16, 0, 16)})
+        >>> plan = compile_attention(layout, CanvasTopology.dense(["a"]))
+        >>> plan.estimate("a pocket calculator")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: no rates were measured on a pocket calculator, only on ...
+        """
+        return of_plan(self, device, batch, heads, head_dim, dtype, backward)
 
     def rows_with_keys(self) -> np.ndarray:
         """bool [N], canvas order: positions that some read gives a key; the others pass through."""

@@ -4,7 +4,7 @@ The comments give registers, and in brackets the programs that fit a multiproces
 Triton 3.9 in bfloat16; up to head_dim 128 nothing spills. The rule behind the choices: a dot needs 64 rows for wgmma;
 the edge form holds two accumulators and takes the smaller tile; a pass that fits 128 registers at 8 warps or 168 at 4
 is held there by ``max_registers``, since one more resident program hides more latency than the last registers do. Block
-times are estimates from areas until ``make gpu`` has measured them on a device.
+times are estimates from areas unless :mod:`.costs` has measured ones of the device.
 """
 
 from __future__ import annotations
@@ -245,9 +245,10 @@ def lookup(arch: str, head_dim: int, dtype: torch.dtype, stage: str, form: str) 
 
 
 @functools.lru_cache(maxsize=1024)
-def classes(configs: tuple[Config, ...]) -> tuple[TileClass, ...]:
-    """What a tiling is cut by for these configurations."""
-    return tuple(TileClass(config.block_m, config.block_n, config.cost) for config in configs)
+def classes(configs: tuple[Config, ...], measured: tuple[float, ...] | None = None) -> tuple[TileClass, ...]:
+    """What a tiling is cut by for these configurations: by ``measured`` costs of their blocks, or estimated ones."""
+    found = tuple(config.cost for config in configs) if measured is None else measured
+    return tuple(TileClass(config.block_m, config.block_n, cost) for config, cost in zip(configs, found))
 
 
 def shipped(arch: str | None = None, head_dims: tuple[int, ...] = HEAD_DIMS) -> Iterator[Launch]:

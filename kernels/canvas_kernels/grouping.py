@@ -4,7 +4,7 @@ A *slab* is a row of equal cells at equal distances, so that plain strided views
 keys: one attention call, nothing gathered. Segments of adjacent rows that read the same keys share a cell there. What
 is too small or too scattered for that becomes a *batch*: cells of equal shape whose rows are gathered, segments that
 the same rows read side by side in one product. Rare shapes are padded into a neighbour's batch where that costs less
-than a batch of their own.
+than a batch of their own. What costs less is said by :mod:`.costs`, from rates that were measured.
 """
 
 from __future__ import annotations
@@ -15,38 +15,29 @@ from functools import cached_property
 
 import numpy as np
 
+from . import costs
 from .table import BlockTable
 from .tiling import expand_ranges
 
-# Time model, ns, forward + backward in float32 on one thread with four heads of 64. A pair costs the same everywhere.
-PAIR_NS = 4 * 12.5
-# One slab's calls; a cell; a row with its shares of scaling and adding up. Alone, slab / batch took in µs on a busy
-# machine 713 / 719 (2 cells of 8 × 8), 640 / 719 (one of 16 × 64), 2068 / 2735 (8 of 32 × 32), 5201 / 5706 (50 of 16 ×
-# 16).
-SLAB_NS, SLAB_CELL_NS, SLAB_ROW_NS = 120e3, 4 * 1e3, 4 * 140.0
-# Rows that do not lie in one piece are copied together, thin cells side by side: the calls for each piece more, and a
-# row.
-PIECE_NS, COPY_NS = 20e3, 4 * 60.0
 # How many pieces the rows of a slab may have, for keys of at least THIN_SIDE and for fewer: all are tried. 0: no joins.
 JOINS = ((0, 0), (1, 1), (4, 4), (1, 0), (4, 0))
 # Cells with fewer rows or keys than this are copied side by side, others walked one by one or head by head where
 # several cells and heads meet. µs for a product over 28 (cell, head) of 8 × 256 as it lies 320, copied 253; of 64 × 64
 # alike, so that the copies would be all loss.
 THIN_SIDE = 32
+# Slabs whose cells have at least this many pairs, and at least this many rows and keys, take the flash kernel, which
+# keeps no probabilities. ns per pair and head, forward + backward, flash / products: 64² 25 / 14, 215 × 180 13.4 /
+# 11.9, 512 × 256 15.1 / 13.4, 512² 15.7 / 15.6, 768 × 384 12.2 / 15.2; of 8 × 256 the flash backward takes four times
+# as long.
+FLASH_PAIRS, FLASH_SIDE = 160_000, 192
 # Where more stretches of positions than this are nobody's first write, everything is cleared beforehand.
 MAX_STALE = 8
-# One stage's calls, one batch's, and a gathered row with its shares of gathering, scaling and adding up.
-STAGE_NS, BATCH_NS, BATCH_ROW_NS = 400e3, 60e3, 4 * 280.0
 # With more cells left than this, batches are not weighed against small slabs.
 WEIGH_CELLS = 4096
 # Rows that one stage may gather per (batch, head): 64 MB of float32 at head_dim 64.
 STAGE_ROWS = 1 << 18
 # Pairs of one batch per (batch, head): 8 MB of probabilities where they are not kept.
 BATCH_PAIRS = 1 << 21
-# Softmax over fewer keys than this runs along the middle dimension, keys first, wherever rows are at least as many:
-# over the last one torch does not use its vector units for short rows. ns per element (rows × keys): 256 × 8 27 / 1.3,
-# 16 × 4 37 / 2.0, 180 × 30 3.6 / 1.8, 64 × 64 1.3 / 1.4.
-KEYS_FIRST = 64
 # Above this many distinct shapes, sizes are first rounded up to a ladder.
 MAX_SHAPES = 64
 
@@ -75,7 +66,7 @@ class Slab:
     @cached_property
     def keys_first(self) -> bool:
         """Whether probabilities are stored [keys, rows] rather than [rows, keys]."""
-        return self.keys < KEYS_FIRST and self.keys <= self.rows
+        return self.keys < costs.KEYS_FIRST and self.keys <= self.rows
 
     @cached_property
     def thin(self) -> bool:
@@ -132,7 +123,7 @@ class Batch:
     def keys_first(self) -> bool:
         """Whether probabilities are stored [keys, rows] rather than [rows, keys]."""
         _, rows, _, width = self.shape
-        return width < KEYS_FIRST and width <= rows
+        return width < costs.KEYS_FIRST and width <= rows
 
     @cached_property
     def pairs(self) -> int:
@@ -190,7 +181,7 @@ def build_grouping(table: BlockTable) -> Grouping:
     pieces = _Pieces(table)
     # joining cells makes fewer and taller ones, but may leave them overlapping, no longer in a row
     joins = dict.fromkeys((join if (pieces.keys >= THIN_SIDE).any() else 0, thin) for join, thin in JOINS)
-    slabs, batches = min((_parts(pieces, replace, join) for join in joins), key=_parts_ns)
+    slabs, batches = min((_parts(pieces, replace, join) for join in joins), key=_parts_seconds)
     slabs, stale_rows, stale_keys = _mark_fresh(slabs, table.n_positions)
     return Grouping(_stages(batches), slabs, stale_rows, stale_keys, weight, edge, replace)
 
@@ -200,18 +191,19 @@ def _parts(pieces: _Pieces, replace: np.ndarray, join: tuple[int, int]) -> tuple
     slabs, taken = _slabs(pieces, replace, nothing, join)
     left = (~taken).nonzero()[0]
     batches = _batches(pieces.table, left, replace) if len(left) else []
-    if 0 < len(left) <= WEIGH_CELLS and SLAB_NS <= STAGE_NS + BATCH_NS:
+    if 0 < len(left) <= WEIGH_CELLS:
         # what is left may be too little to be worth the calls of a stage
         small, _ = _slabs(pieces, replace, taken, join, everything=True)
-        if _parts_ns((small, [])) <= _parts_ns(([], batches)):
+        if _parts_seconds((small, [])) <= _parts_seconds(([], batches)):
             slabs, batches = slabs + small, []
     return slabs, batches
 
 
-def _parts_ns(parts: tuple[list[Slab], list[Batch]]) -> float:
+def _parts_seconds(parts: tuple[list[Slab], list[Batch]]) -> float:
     slabs, batches = parts
-    in_batches = STAGE_NS + sum(BATCH_NS + _batch_ns(*batch.shape) for batch in batches) if batches else 0.0
-    return in_batches + sum(_slab_ns(s.cells, s.rows, s.keys, len(s.row_ranges)) for s in slabs)
+    calls = costs.seconds({"stage": bool(batches), "batch": len(batches)}, costs.choosing())
+    in_batches = calls + sum(_batch_seconds(*batch.shape) for batch in batches)
+    return in_batches + sum(_slab_seconds(s.cells, s.rows, s.keys, len(s.row_ranges), len(s.key_ranges)) for s in slabs)
 
 
 def _segments(table: BlockTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -282,6 +274,7 @@ def _slabs(
     lead = order[block_first]
     start, first_key = cells.q_start[lead], pieces.start[pieces.ptr[lead]]
     rows = np.add.reduceat((cells.q_stop - cells.q_start)[order], block_first)
+    key_pieces = np.diff(pieces.ptr)[lead]
     n_pieces = 1 + np.add.reduceat(apart.astype(np.int64), block_first)
     edge = pieces.table.edge[cells.rectangle[cells.ptr[lead]]]
 
@@ -294,7 +287,7 @@ def _slabs(
         if not len(candidates):
             continue
         if key is None:
-            pays = everything | _pays(1, rows[candidates], pieces.keys[lead[candidates]], n_pieces[candidates])
+            pays = everything | _pays(1, *(x[candidates] for x in (rows, pieces.keys[lead], n_pieces, key_pieces)))
             runs = [(candidate,) for candidate in candidates[pays].tolist()]
         else:
             columns = (kind[lead], rows, pieces.lengths[lead], key)
@@ -305,7 +298,10 @@ def _slabs(
             runs = (candidates[low:high] for low, high in _runs(candidates, same, start, rows, lead, pieces))
         for members in runs:
             members = np.asarray(members)
-            if everything or _pays(len(members), rows[members[0]], pieces.keys[lead[members[0]]]):
+            # plain numbers are added up faster than numpy's
+            first = members[0]
+            sizes = (int(size) for size in (rows[first], pieces.keys[lead[first]], n_pieces[first], key_pieces[first]))
+            if everything or _pays(len(members), *sizes):
                 free[members] = False
                 taken[order[expand_ranges(block_first[members], block_count[members])[1]]] = True
                 slabs.append(_slab(pieces, order, block_first[members], block_count[members]))
@@ -328,19 +324,28 @@ def _joins(start: np.ndarray, stop: np.ndarray, kinds: tuple[np.ndarray, ...], l
     return joined | apart, apart
 
 
-def _slab_ns(cells, rows, keys, n_pieces=1):
-    thin = (cells > 1) & (np.minimum(rows, keys) < THIN_SIDE)
-    apart = (n_pieces - 1) * PIECE_NS + (n_pieces > 1) * COPY_NS * rows + thin * cells * COPY_NS * (rows + keys)
-    return SLAB_NS + apart + cells * (SLAB_CELL_NS + SLAB_ROW_NS * (rows + keys) + PAIR_NS * rows * keys)
+def takes_flash(rows, keys):
+    """Whether slabs of such cells take the flash kernel rather than products."""
+    return (rows * keys >= FLASH_PAIRS) & (np.minimum(rows, keys) >= FLASH_SIDE)
 
 
-def _batch_ns(units, rows, segments, keys):
+def _slab_seconds(cells, rows, keys, row_pieces=1, key_pieces=1):
+    def taken(flash):
+        kind = {"thin": np.minimum(rows, keys) < THIN_SIDE, "flash": flash, **costs.TYPICAL}
+        counts = costs.slab_counts(cells, rows, keys, row_pieces=row_pieces, key_pieces=key_pieces, **kind)
+        return costs.seconds(counts, costs.choosing())
+
+    flash = takes_flash(rows, keys)
+    return np.where(flash, taken(True), taken(False)) if np.any(flash) else taken(False)
+
+
+def _batch_seconds(units, rows, segments, keys):
     """Without the calls, which the batch's units share."""
-    return units * (BATCH_ROW_NS * (rows + segments * keys) + PAIR_NS * rows * segments * keys)
+    return costs.seconds(costs.batch_counts(units, rows, segments, keys, **costs.TYPICAL), costs.choosing())
 
 
-def _pays(cells, rows, keys, n_pieces=1):
-    return _slab_ns(cells, rows, keys, n_pieces) < _batch_ns(cells, rows, 1, keys)
+def _pays(cells, rows, keys, row_pieces, key_pieces):
+    return _slab_seconds(cells, rows, keys, row_pieces, key_pieces) < _batch_seconds(cells, rows, 1, keys)
 
 
 def _runs(candidates, same, start, rows, lead, pieces):
@@ -514,7 +519,7 @@ def _assign(shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     def cost(shape, size):
         rows, segments, keys = np.moveaxis(shape, -1, 0)
-        return BATCH_NS + _batch_ns(size, rows, segments, keys)
+        return costs.choosing()["batch"] + _batch_seconds(size, rows, segments, keys)
 
     while len(size) > 1:
         own = cost(shape, size)

@@ -12,7 +12,7 @@ import math
 import torch
 import triton
 
-from . import configs
+from . import configs, costs
 from .backward import dkv_kernel, dq_kernel, edge_delta_kernel, joint_delta_kernel
 from .configs import Config
 from .forward import forward_kernel
@@ -324,7 +324,8 @@ def _walks(table, q, stage, gain, active, form=None):
     if not q.numel():
         return []
     found = configs.lookup(arch_of(q.device), q.shape[3], q.dtype, stage, form or table.form)
-    tilings = table.device_tilings(q.device, configs.classes(found), stage == "dkv")
+    measured = _measured(q.device, stage, form or table.form, q.shape[3], q.dtype)
+    tilings = table.device_tilings(q.device, configs.classes(found, measured), stage == "dkv")
     config_of = {(config.block_m, config.block_n): config for config in found}
     return [(config_of[tiling.block_m, tiling.block_n], walk(tiling, table, gain, active)) for tiling in tilings]
 
@@ -386,6 +387,17 @@ def arch_of(device: torch.device) -> str:
     if torch.version.hip:
         return configs.arch_of_hip(torch.cuda.get_device_properties(device).gcnArchName)
     return configs.arch_of_cuda(torch.cuda.get_device_capability(device))
+
+
+@functools.lru_cache(maxsize=1024)
+def _measured(device: torch.device, stage: str, form: str, head_dim: int, dtype: torch.dtype):
+    """Costs of the blocks of :func:`configs.lookup`'s configurations; None where the device's rates lack one."""
+    rates = costs.all_rates().get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if rates is None:
+        return None
+    found = configs.lookup(arch_of(device), head_dim, dtype, stage, form)
+    blocks = costs.blocks(rates, stage, form, configs.block_d(head_dim), dtype.itemsize, found)
+    return None if blocks is None else tuple(block.cost for block in blocks)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .batches import backward_stage, forward_stage
-from .grouping import Grouping, group
+from .grouping import Grouping, group, takes_flash
 from .indices import Step, indices_of
 from .slabs import backward_slab, forward_slab, saved_parts
 from .table import BlockTable
@@ -20,11 +20,6 @@ from .table import BlockTable
 # Probabilities of the batches are kept for backward up to this many per position and head_dim element (16: four times
 # the bytes of q, k, v and out); above it backward computes them again, which costs a fifth more time.
 KEPT_PAIRS = 16
-# Slabs whose cells have at least this many pairs, and at least this many rows and keys, take the flash kernel, which
-# keeps no probabilities. ns per pair and head, forward + backward, flash / products: 64² 25 / 14, 215 × 180 13.4 /
-# 11.9, 512 × 256 15.1 / 13.4, 512² 15.7 / 15.6, 768 × 384 12.2 / 15.2; of 8 × 256 the flash backward takes four times
-# as long.
-FLASH_PAIRS, FLASH_SIDE = 160_000, 192
 
 
 def forward(
@@ -55,7 +50,7 @@ def forward(
     step = Step(indices, gain, active, row_scale)
     if own_activity and need_grad and not step.joint:
         saved[-2 * table.n_positions :] = step.row_scale.reshape(-1)
-    flash = _choices(table, dim).flash
+    flash = choices(table, dim).flash
     kept, slab_parts = _saved_parts(saved, table, batch * heads, dim) if need_grad else (None, None)
     # inactive slabs are not run, so nothing may count on their writing first
     writes, total = step.live is None, rows.new_empty(rows.shape)
@@ -103,7 +98,7 @@ def backward(
         row_scale = saved[-2 * table.n_positions :].view(2, -1)
     step = Step(indices, gain, active, row_scale)
     per_segment = rows.new_zeros(len(grouping.weight)) if need_gain else None
-    flash = _choices(table, dim).flash
+    flash = choices(table, dim).flash
     kept, slab_parts = _saved_parts(saved, table, batch * heads, dim)
     writes = step.live is None
     gradients = rows.new_empty(rows.shape[0], 3, *rows.shape[1:])
@@ -142,7 +137,7 @@ def empty_gradients(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(n, 3, batch, heads, dim).permute(1, 2, 3, 0, 4)
 
 
-class _Choices(NamedTuple):
+class Choices(NamedTuple):
     """``flash`` per slab, whether the batches' probabilities are kept, and elements kept in all per batch · head."""
 
     flash: tuple[bool, ...]
@@ -150,20 +145,18 @@ class _Choices(NamedTuple):
     size: int
 
 
-def _choices(table: BlockTable, head_dim: int) -> _Choices:
+def choices(table: BlockTable, head_dim: int) -> Choices:
     key = ("rectangles", "choices", head_dim)
     if key not in table.cache:
         grouping = group(table)
         budget = KEPT_PAIRS * table.n_positions * head_dim
-        flash = tuple(
-            slab.rows * slab.keys >= FLASH_PAIRS and min(slab.rows, slab.keys) >= FLASH_SIDE for slab in grouping.slabs
-        )
+        flash = tuple(bool(takes_flash(slab.rows, slab.keys)) for slab in grouping.slabs)
         if sum(slab.pairs for slab, is_flash in zip(grouping.slabs, flash) if not is_flash) > budget:
             flash = (True,) * len(flash)
         keeps = sum(batch.pairs for batch in grouping.batches) <= budget
         size = sum(batch.pairs for batch in grouping.batches) if keeps else 0
         size += sum(sum(saved_parts(*slab, 1, head_dim)) for slab in zip(grouping.slabs, flash))
-        table.cache[key] = _Choices(flash, keeps, size)
+        table.cache[key] = Choices(flash, keeps, size)
     return table.cache[key]
 
 
@@ -173,22 +166,22 @@ def saved_size(table: BlockTable, heads: int, head_dim: int, own_activity: bool)
     ``own_activity``: the row scale follows from this call's ``active`` and is kept too.
     """
     row_scale = 2 * table.n_positions if own_activity and table.form == "edge" else 0
-    return heads * _choices(table, head_dim).size + row_scale
+    return heads * choices(table, head_dim).size + row_scale
 
 
 def _saved_parts(saved: torch.Tensor, table: BlockTable, heads: int, dim: int):
     """Flat pieces of ``saved``: probabilities per stage and batch, or None if they are not kept; those of each slab."""
-    grouping, choices = group(table), _choices(table, dim)
-    key = ("rectangles", "parts", heads, dim, choices)
+    grouping, chosen = group(table), choices(table, dim)
+    key = ("rectangles", "parts", heads, dim, chosen)
     if key not in table.cache:
-        sizes = [heads * batch.pairs for batch in grouping.batches] if choices.keeps else []
-        for slab, flash in zip(grouping.slabs, choices.flash):
+        sizes = [heads * batch.pairs for batch in grouping.batches] if chosen.keeps else []
+        for slab, flash in zip(grouping.slabs, chosen.flash):
             sizes += saved_parts(slab, flash, heads, dim)
         table.cache[key] = sizes
     sizes = table.cache[key]
     parts = iter(saved[: sum(sizes)].split_with_sizes(sizes))
-    kept = [[next(parts) for _ in stage] for stage in grouping.stages] if choices.keeps else None
-    return kept, [(next(parts), next(parts)) if flash else (next(parts),) for flash in choices.flash]
+    kept = [[next(parts) for _ in stage] for stage in grouping.stages] if chosen.keeps else None
+    return kept, [(next(parts), next(parts)) if flash else (next(parts),) for flash in chosen.flash]
 
 
 def _clear(total: torch.Tensor, grouping: Grouping, stale: tuple[tuple[int, int], ...] | None) -> None:

@@ -1,0 +1,339 @@
+"""Measures what :mod:`canvas_kernels.costs` counts on this machine's processor, and how well that predicts the cases.
+
+    python -m benchmarks.rates                measures synthetic tables, fits, writes the entry of this processor
+    python -m benchmarks.rates --check        predicts and measures the cases of ``cases.py``; rows to results/
+
+Times are the thread's own processor time, on one thread, and each is divided by that of a reference made around it,
+relative to the reference's quiet moments: what is meant is this device, undisturbed. The fit sees no case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks import cases, measure
+from canvas_engineering.attention import canvas_attention
+from canvas_engineering.plan import AttentionPlan, compile_attention
+from canvas_kernels import BlockTable, block_attention, costs
+from canvas_kernels.rows import put_rows, take_rows
+from canvas_kernels.work import Work
+
+SECONDS = 100.0
+CHECKED_CASES = tuple(case for case in cases.CPU if case.name not in ("video_262144", "video_1048576"))
+"""The longest take more memory than this machine gives to one of several."""
+BOUND = 0.25
+# quantile of the reference's times that counts as undisturbed
+QUIET = 0.1
+ROUNDS = 3
+SHORT_SECONDS = 4e-3
+RUN = 16
+RESULTS = measure.RESULTS / "estimate.json"
+
+
+class Timed(NamedTuple):
+    """A call that is timed. ``step`` gives seconds of a forward and of a backward; ``work`` what they do."""
+
+    step: Callable[[], tuple[float, float]]
+    work: Work | None
+
+
+# -- synthetic tables --------------------------------------------------------------------------------------------------
+
+
+def beside(cells: int, rows: int, keys: int) -> BlockTable:
+    """Cells in a row, each its rows and then its keys."""
+    start = np.arange(cells) * (rows + keys)
+    return _table(cells * (rows + keys), start, rows, start + rows, keys)
+
+
+def frames(cells: int, size: int) -> BlockTable:
+    """Frames that read themselves."""
+    start = np.arange(cells) * size
+    return _table(cells * size, start, size, start, size)
+
+
+def different(cells: int, rows: int, keys: int) -> BlockTable:
+    """Cells of slightly different shapes, so that each is its own slab."""
+    number = np.arange(cells)
+    rows, keys = rows + number % 3, keys + number
+    start = np.cumsum(rows + keys) - rows - keys
+    return _table(int((rows + keys).sum()), start, rows, start + rows, keys)
+
+
+def scattered(cells: int, rows: int, keys: int, n: int, shapes: int = 1) -> BlockTable:
+    """Cells at no regular distance, which makes them a batch for each of their ``shapes``."""
+    generator = np.random.default_rng(0)
+    wide = 3 ** (shapes - 1) * max(rows, keys)
+    grow = 3 ** (np.arange(cells) % shapes)
+    places = [generator.choice(n // size, cells, replace=cells > n // size) * size for size in (rows, keys)]
+    if shapes > 1:
+        places = [generator.choice(n // wide, cells, replace=False) * wide for _ in range(2)]
+    return _table(n, np.sort(places[0]), rows * grow, places[1], keys * grow)
+
+
+def apart(pieces: int, rows: int, keys: int) -> BlockTable:
+    """One read of scattered pieces of keys by scattered pieces of rows."""
+    step = 2 * max(rows, keys)
+    q_start, k_start = (x.reshape(-1) for x in np.meshgrid(*2 * [np.arange(pieces) * step], indexing="ij"))
+    return _table(pieces * step, q_start, rows, k_start + rows, keys, np.zeros(pieces**2, np.int64))
+
+
+def weighted(cells: int, rows: int, keys: int) -> BlockTable:
+    """Joint form, keys of two weights: addends to the logits."""
+    start = np.repeat(np.arange(cells) * (rows + 2 * keys), 2)
+    k_start = start + rows + np.tile([0, keys], cells)
+    places = {"q_start": start, "q_stop": start + rows, "k_start": k_start, "k_stop": k_start + keys}
+    weight = np.tile(np.array([1.0, 0.5], np.float32), cells)
+    return BlockTable.from_rectangles("joint", cells * (rows + 2 * keys), 0, **places, weight=weight)
+
+
+def _table(n, q_start, rows, k_start, keys, segment=None) -> BlockTable:
+    number = np.arange(len(q_start)) if segment is None else segment
+    places = {"q_start": q_start, "q_stop": q_start + rows, "k_start": k_start, "k_stop": k_start + keys}
+    weight, edge = np.ones(len(q_start), np.float32), np.zeros(len(q_start), np.int64)
+    return BlockTable.from_rectangles("edge", n, 1, **places, weight=weight, edge=edge, segment=number)
+
+
+def synthetic() -> list[Timed]:
+    """Calls that differ in what they do."""
+    tables = [beside(*shape) for shape in ((1, 8, 8), (1, 64, 64), (1, 256, 256), (1, 180, 30), (1, 30, 180))]
+    tables += [beside(*shape) for shape in ((1, 8, 512), (1, 512, 8), (1, 1024, 1024), (2, 2048, 256), (4, 300, 700))]
+    tables += [beside(*shape) for shape in ((16, 64, 64), (50, 16, 16), (200, 8, 8), (16, 8, 128), (16, 128, 8))]
+    tables += [beside(*shape) for shape in ((8, 1, 64), (64, 4, 20), (16, 40, 200), (16, 200, 40))]
+    tables += [frames(*shape) for shape in ((50, 84), (100, 42), (16, 256), (8, 512), (2, 1500))]
+    tables += [different(*shape) for shape in ((4, 16, 16), (12, 40, 40), (8, 64, 64), (16, 100, 100), (16, 256, 512))]
+    tables += [scattered(*shape) for shape in ((20, 8, 8, 400), (100, 8, 8, 2000), (400, 4, 4, 4000))]
+    tables += [scattered(*shape) for shape in ((30, 32, 32, 2000), (50, 16, 64, 4000), (200, 2, 16, 4000))]
+    tables += [scattered(*shape) for shape in ((60, 2, 8, 6000, 3), (30, 8, 4, 4000, 3), (100, 4, 4, 4000, 2))]
+    tables += [apart(*shape) for shape in ((2, 40, 40), (3, 100, 60), (5, 64, 20), (2, 400, 400))]
+    tables += [weighted(*shape) for shape in ((1, 60, 40), (16, 64, 64), (4, 400, 300), (2, 1000, 500))]
+    found = [_timed(table, heads) for table in tables for heads in (1, 4)]
+    found += [_timed(table, 2, head_dim) for table in tables[1::3] for head_dim in (32, 128)]
+    found += [_timed(table, 4, moved=True) for table in tables[1::4]]
+    found += [_timed(table, 4, dtype=torch.bfloat16) for table in tables[1::6]]
+    # whatever else is done, large tensors wait for their memory
+    return found + [_timed(frames(256, 256), 1), _timed(frames(512, 128), 2), _timed(frames(1000, 40), 4, moved=True)]
+
+
+def _timed(table: BlockTable, heads: int, head_dim: int = 64, moved: bool = False, dtype=torch.float32) -> Timed:
+    n = table.n_positions
+    # packed order moves runs of rows, not single ones
+    runs = torch.randperm(-(-n // RUN), generator=torch.Generator().manual_seed(0))
+    order = (runs[:, None] * RUN + torch.arange(RUN)).flatten()
+    order = order[order < n]
+
+    def call(q, k, v):
+        if moved:
+            q, k, v = (take_rows(x, order) for x in (q, k, v))
+        out = block_attention(q, k, v, table, backend="torch")
+        return put_rows(out, order, n) if moved else out
+
+    work = Work(table, heads, head_dim, n if moved else None, dtype != torch.float32, dtype.itemsize)
+    return Timed(_step(call, n, heads, head_dim, dtype), work)
+
+
+def _step(call, n: int, heads: int, head_dim: int, dtype=torch.float32) -> Callable[[], tuple[float, float]]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, n, heads, head_dim)
+    *leaves, upstream = (torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for _ in range(4))
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def step() -> tuple[float, float]:
+        start = time.thread_time()
+        out = call(*leaves)
+        middle = time.thread_time()
+        torch.autograd.grad(out, leaves, upstream)
+        return middle - start, time.thread_time() - middle
+
+    return step
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def measured(calls: list[Timed], seconds: float, what: str, quiet: float | None = None) -> tuple[np.ndarray, float]:
+    """[calls, 2], median seconds of forward and backward in about ``seconds`` of rounds in which all take turns, and
+    the seconds of the reference that they are relative to: ``quiet``, or what it takes in this run's quiet moments."""
+    from rich.progress import Progress
+
+    reference, times = reference_call(), [[] for _ in calls]
+    for call in calls:
+        call.step()
+    with Progress(console=measure.console()) as bar:
+        task = bar.add_task(what, total=seconds)
+        began = time.perf_counter()
+        while (past := time.perf_counter() - began) < seconds or len(times[-1]) < ROUNDS:
+            bar.update(task, completed=min(past, seconds))
+            for call, own in zip(calls, times):
+                before, several = reference(), []
+                while not several or np.sum(several) < SHORT_SECONDS:
+                    several.append(call.step())
+                own.append([*np.median(several, 0), (before + reference()) / 2])
+    quiet = quiet or float(np.quantile([row[2] for own in times for row in own], QUIET))
+    return np.array([np.median(np.array(own)[:, :2] / np.array(own)[:, 2:] * quiet, 0) for own in times]), quiet
+
+
+def reference_call() -> Callable[[], float]:
+    """Gives the seconds of something of everything that attention does: products, softmaxes, the flash kernel, copies
+    and calls."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(shape, generator=generator) for shape in ((1, 4, 256, 64), (32, 64, 64)))
+    pairs, rows, copy = torch.randn(32, 128, 128, generator=generator), torch.randn(1 << 20, generator=generator), None
+
+    def call() -> float:
+        nonlocal copy
+        start = time.thread_time()
+        F.scaled_dot_product_attention(q, q, q)
+        torch.bmm(k, k)
+        torch.softmax(pairs, -1)
+        copy = rows.clone()
+        for _ in range(100):
+            k[0].add(1.0)
+        return time.thread_time() - start
+
+    return call
+
+
+# -- fitting -----------------------------------------------------------------------------------------------------------
+
+
+def fit(counts: list[dict], seconds: np.ndarray) -> dict[str, float]:
+    """Seconds of each count, none negative, that give ``seconds`` with the least relative errors; large ones weigh
+    less."""
+    names = list(costs.COUNTS)
+    matrix = np.array([[float(row.get(name, 0)) for name in names] for row in counts]) / seconds[:, None]
+    scale = np.where(matrix.any(0), matrix.max(0), 1.0)
+    weight = np.ones(len(seconds))
+    for _ in range(20):
+        rates = non_negative(matrix / scale * weight[:, None], weight) / scale
+        weight = 1 / np.sqrt(np.maximum(np.abs(matrix @ rates - 1), 0.05) / 0.05)
+    return {name: float(f"{rate:.4g}") for name, rate in zip(names, rates)}
+
+
+def non_negative(matrix: np.ndarray, target: np.ndarray, sweeps: int = 3000) -> np.ndarray:
+    """x ≥ 0 with the least ‖matrix x − target‖, column by column."""
+    gram, goal, x = matrix.T @ matrix, matrix.T @ target, np.zeros(matrix.shape[1])
+    for _ in range(sweeps):
+        for j in np.flatnonzero(gram.diagonal()):
+            x[j] = max(0.0, x[j] + (goal[j] - gram[j] @ x) / gram[j, j])
+    return x
+
+
+def entry(seconds: float) -> dict:
+    """The rates of this processor."""
+    calls = synthetic()
+    times, quiet = measured(calls, seconds, "synthetic tables")
+    found = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
+    found["how"] = f"python -m benchmarks.rates: {len(calls)} synthetic tables, float32, one thread"
+    found["reference_seconds"] = quiet
+    for part, name in enumerate(("forward", "backward")):
+        counts = [call.work.counts(bool(part)) for call in calls]
+        found[name] = fit(counts, times[:, part])
+        error = np.abs(np.array([costs.seconds(row, found[name]) for row in counts]) / times[:, part] - 1)
+        print(f"{name}: half of the fit is off by up to {np.median(error):.1%}, 90 % by {np.quantile(error, 0.9):.1%}")
+    return found
+
+
+# -- checking ----------------------------------------------------------------------------------------------------------
+
+
+def check(seconds: float) -> list[dict]:
+    """Rows of every case in both forms: what is predicted and what is measured."""
+    rates, rows = costs.all_rates()[costs.processor_key(1)], []
+    for case in CHECKED_CASES:
+        plans = {form: plan_of(case, form) for form in ("joint", "edge")}
+        calls = [_case_call(case, plan) for plan in plans.values()]
+        times, _ = measured(calls, seconds / len(CHECKED_CASES), case.name, rates["reference_seconds"])
+        for (form, plan), measured_seconds in zip(plans.items(), times):
+            predicted = plan.estimate("cpu", **shape_of(case))
+            rows.append({"case": case.name, "form": form})
+            found = [*measured_seconds, peak_bytes(case, plan)]
+            for name, value in zip(("forward_seconds", "backward_seconds", "peak_bytes"), found):
+                rows[-1][name] = float(f"{value:.4g}")
+                rows[-1][f"predicted_{name}"] = float(f"{getattr(predicted, name):.4g}")
+        gc.collect()
+    return rows
+
+
+def plan_of(case: cases.Case, form: str) -> AttentionPlan:
+    """The case's plan over its tokens."""
+    layout, topology = case.declare()
+    plan = compile_attention(layout, topology, normalize=form)
+    if not case.sequence:
+        return plan
+    return plan.over(np.concatenate([layout.region_index(region).numpy() for region in case.sequence]))
+
+
+def shape_of(case: cases.Case) -> dict[str, int]:
+    """What :meth:`AttentionPlan.estimate` wants to know of the tensors."""
+    return {"batch": case.batch, "heads": case.heads, "head_dim": case.head_dim}
+
+
+def _case_call(case: cases.Case, plan: AttentionPlan) -> Timed:
+    def call(q, k, v):
+        return canvas_attention(q, k, v, plan)
+
+    return Timed(_step(call, plan.n_positions, case.heads, case.head_dim), None)
+
+
+def peak_bytes(case: cases.Case, plan: AttentionPlan) -> int:
+    """The most that tensors hold during a forward and backward, beyond the inputs, as the profiler sees it."""
+    step = _case_call(case, plan).step
+    # what is made once for a table is no part of a call
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(held.max())
+
+
+def show(rows: list[dict]) -> None:
+    """A table of the errors."""
+    from rich.table import Table
+
+    table = Table("case", "form")
+    for what in ("forward, ms", "backward, ms", "peak, MiB"):
+        for column in (what, "predicted", "error"):
+            table.add_column(column, justify="right")
+    for row in rows:
+        cells = []
+        for name, unit in (("forward_seconds", 1e-3), ("backward_seconds", 1e-3), ("peak_bytes", 2**20)):
+            found, predicted = row[name], row[f"predicted_{name}"]
+            cells += [f"{found / unit:.2f}", f"{predicted / unit:.2f}", f"{predicted / found - 1:+.0%}"]
+        table.add_row(row["case"], row["form"], *cells)
+    measure.console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.check:
+        rows = check(options.seconds)
+        show(rows)
+        measure.write_rows([row | measure.environment() for row in rows], RESULTS)
+        return
+    rates = json.loads(costs.RATES.read_text())
+    rates[costs.processor_key(1)] = entry(options.seconds)
+    unfinished = costs.RATES.with_suffix(".partial")
+    unfinished.write_text(json.dumps(rates, indent=1) + "\n")
+    os.replace(unfinished, costs.RATES)
+    print(f"{costs.processor_key(1)}: written to {costs.RATES}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What a plan costs on a device: seconds and bytes, from counts of its work and the device's measured rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from canvas_kernels.costs import all_rates, processor_key, total
+from canvas_kernels.work import GpuWork, Work
+
+if TYPE_CHECKING:
+    from . import AttentionPlan
+
+DTYPES = ("float32", "float16", "bfloat16")
+MEASURE = "python -m benchmarks.rates"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one attention call over a plan costs on a device that does nothing else.
+
+    Attributes:
+        device: the entry of the measured rates that this is made of.
+        forward_seconds, backward_seconds: of the call and of its gradients; 0 for a backward that was not asked for.
+        peak_bytes: the most that is held at once beyond q, k, v and the gradient of the output.
+        breakdown: seconds, forward and backward together, by what takes them, the longest first.
+    """
+
+    device: str
+    forward_seconds: float
+    backward_seconds: float
+    peak_bytes: int
+    breakdown: dict[str, float] = field(repr=False)
+
+    @property
+    def seconds(self) -> float:
+        return self.forward_seconds + self.backward_seconds
+
+    def __str__(self) -> str:
+        most = ", ".join(f"{name} {value / self.seconds:.0%}" for name, value in list(self.breakdown.items())[:4])
+        return (
+            f"{1e3 * self.forward_seconds:.3g} ms forward, {1e3 * self.backward_seconds:.3g} ms backward, "
+            f"{self.peak_bytes / 2**20:.3g} MiB on {self.device}\n  {most}"
+        )
+
+
+def of_plan(
+    plan: AttentionPlan, device: torch.device | str, batch: int, heads: int, head_dim: int, dtype: str, backward: bool
+) -> Estimate:
+    """:meth:`AttentionPlan.estimate`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"rates are measured for {', '.join(DTYPES)}, got {dtype!r}")
+    if min(batch, heads, head_dim) < 1:
+        raise ValueError(f"batch, heads and head_dim must be at least 1, got {batch}, {heads} and {head_dim}")
+    name = device_name(device)
+    rates = all_rates().get(name)
+    if rates is None:
+        known = ", ".join(all_rates())
+        raise ValueError(f"no rates were measured on {name}, only on {known}; {MEASURE} measures them on a processor")
+    outside = None if plan.in_canvas_order else plan.n_positions
+    itemsize = getattr(torch, dtype).itemsize
+    kind = GpuWork if "blocks" in rates else Work
+    done = kind(plan.table, batch * heads, head_dim, outside, itemsize < 4 or batch > 1, itemsize)
+    passes = [done.seconds(rates, is_backward) for is_backward in (False, True)[: 1 + backward]]
+    breakdown = total(passes)
+    return Estimate(
+        name,
+        sum(passes[0].values()),
+        sum(passes[1].values()) if backward else 0.0,
+        done.peak_bytes(backward),
+        dict(sorted(breakdown.items(), key=lambda item: -item[1])),
+    )
+
+
+def device_name(device: torch.device | str) -> str:
+    """The name under which a device's rates stand: "cpu" and "cuda" are this machine's, other names are taken as they
+    are."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        return str(device)
+    if found.type == "cpu":
+        return processor_key(torch.get_num_threads())
+    if found.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(found)
+    raise ValueError(f"there is no {found} here: name the device that is meant, one of {', '.join(all_rates())}")

@@ -1,0 +1,151 @@
+"""What the torch executor's work costs on a processor: counts of work times measured seconds of each.
+
+The rates are data, ``rates.json`` beside this file: an entry per device, written by ``python -m benchmarks.rates``. The
+same numbers choose how cells are grouped and predict how long that takes. Plain arithmetic: counts may be numpy arrays,
+X is batch · heads and D is head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+RATES = Path(__file__).with_name("rates.json")
+COUNTS = {
+    "call": "calls of the operation",
+    "element": "elements of one canvas tensor, n · X · D, that are cleared, written and read whatever is attended over",
+    "order": "calls that put positions into packed order and back",
+    "moved": "elements of one canvas tensor in such calls",
+    "converted": "elements of one canvas tensor where inputs are cast or copied first",
+    "fresh": "bytes of tensors so large that their memory comes from the system, page by page",
+    "slab": "slabs computed by products",
+    "lane": "lanes of such slabs after the first",
+    "piece": "ranges of rows or keys after a slab's first",
+    "matrix": "matrices of batched products",
+    "product": "pairs · D of batched products",
+    "pair": "probabilities of batched products",
+    "short": "those in softmaxes over short rows",
+    "bias": "those with an addend of their own",
+    "row": "elements of slabs' queries and keys",
+    "copied": "elements of slabs that are copied side by side first",
+    "flash_slab": "slabs computed by the flash kernel",
+    "flash_matrix": "their (cell, head)s",
+    "flash_product": "their pairs · D",
+    "flash_pair": "their probabilities",
+    "stage": "stages",
+    "batch": "batches",
+    "gathered": "elements of rows gathered for batches",
+}
+"""What is counted, by name, each for a forward and for a backward pass."""
+LARGE_BYTES = 32 << 20
+"""Tensors above this many bytes are mapped and unmapped by malloc every time."""
+# Softmax over fewer keys than this runs along the middle dimension, keys first, wherever rows are at least as many:
+# over the last one torch does not use its vector units for short rows. ns per element (rows × keys): 256 × 8 27 / 1.3,
+# 16 × 4 37 / 2.0, 180 × 30 3.6 / 1.8, 64 × 64 1.3 / 1.4.
+KEYS_FIRST = 64
+TYPICAL = {"heads": 4, "head_dim": 64}
+"""What groupings are chosen for: one serves all numbers of heads."""
+
+
+def slab_counts(
+    cells, rows, keys, *, heads: int, head_dim: int, thin, flash=False, bias=False, row_pieces=1, key_pieces=1
+) -> dict:
+    """Counts of a slab of ``cells`` cells, ``rows`` × ``keys`` each; ``thin`` as a Slab says."""
+    pairs, own = heads * cells * rows * keys, heads * cells * (rows + keys) * head_dim
+    joined = heads * cells * head_dim * ((row_pieces > 1) * rows + (key_pieces > 1) * keys)
+    counts = {"row": own, "piece": row_pieces + key_pieces - 2, "bias": pairs * bias}
+    if flash:
+        counts |= {"flash_slab": 1, "flash_matrix": heads * cells, "flash_product": pairs * head_dim}
+        return counts | {"flash_pair": pairs, "copied": joined}
+    several = (cells > 1) * (heads > 1)
+    # the fewer of cells and heads are walked one by one
+    lanes = several * (1 - thin) * (np.minimum(cells, heads) - 1)
+    counts |= {"slab": 1, "lane": lanes, "copied": joined + several * thin * own}
+    return counts | _products(pairs, head_dim, heads * cells, rows, keys)
+
+
+def batch_counts(
+    units, rows, segments, keys, *, heads: int, head_dim: int, bias=False, again=False
+) -> dict:
+    """Counts of ``units`` units of a batch: ``rows`` × ``segments`` · ``keys`` each; the batch itself is one more.
+    ``again``: backward computes the probabilities once more, which is one product after four."""
+    pairs = heads * units * rows * segments * keys
+    counts = {"gathered": heads * units * (rows + segments * keys) * head_dim, "bias": pairs * bias}
+    computed = 1.25 * pairs if again else pairs
+    return counts | _products(computed, head_dim, heads * units, rows, keys)
+
+
+def _products(pairs, head_dim, matrices, rows, keys) -> dict:
+    short = (keys < KEYS_FIRST) & (keys > rows)
+    return {"matrix": matrices, "product": pairs * head_dim, "pair": pairs, "short": pairs * short}
+
+
+def total(parts: Iterable[dict]) -> dict:
+    """Counts added up."""
+    found: dict = {}
+    for part in parts:
+        for name, count in part.items():
+            found[name] = found.get(name, 0) + count
+    return found
+
+
+def seconds(counts: dict, rates: dict):
+    """What counts take at ``rates``, the seconds of each."""
+    return sum(rates[name] * count for name, count in counts.items())
+
+
+@functools.cache
+def all_rates() -> dict[str, dict]:
+    """The entries of ``rates.json`` by device."""
+    return json.loads(RATES.read_text())
+
+
+@functools.cache
+def processor() -> str:
+    """This machine's processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def processor_key(threads: int) -> str:
+    """The name under which this machine's rates stand."""
+    return f"{processor()}, {threads} thread{'s' * (threads != 1)}"
+
+
+@functools.cache
+def choosing() -> dict[str, float]:
+    """Seconds of each count, forward and backward together, by which cells are grouped: one thread's of this
+    processor, or of the first one measured."""
+    rates = all_rates()
+    entry = rates.get(processor_key(1)) or next(entry for entry in rates.values() if "backward" in entry)
+    return {name: entry["forward"][name] + entry["backward"][name] for name in COUNTS}
+
+
+# -- GPUs --------------------------------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """A block of a kernel's walk: ``seconds`` in one program, of which ``resident`` share a multiprocessor."""
+
+    seconds: float
+    resident: int
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a multiprocessor."""
+        return self.seconds / self.resident
+
+
+def blocks(rates: dict, stage: str, form: str, block_d: int, itemsize: int, configs) -> list[Block] | None:
+    """Measured blocks of the configurations of a pass, in a GPU's entry; None where one of them was not measured."""
+    keys = [f"{stage} {form} {block_d} {8 * itemsize} {config.block_m} {config.block_n}" for config in configs]
+    found = [rates["blocks"].get(key) for key in keys]
+    return None if None in found else [Block(*block) for block in found]

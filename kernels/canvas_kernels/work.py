@@ -1,0 +1,182 @@
+"""What the executors do for one table: its counts (:mod:`.costs`), blocks and bytes, and what they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import configs, costs, rectangles, slabs
+from .grouping import Slab, group
+from .table import BlockTable
+
+
+@dataclass(frozen=True)
+class Work:
+    """The torch executor's, of one call on (batch, heads, positions, head_dim), ``heads`` being batch · heads.
+
+    ``outside``: positions of tensors that are put into the table's order and back, None where they come in it.
+    ``converted``: inputs are cast, or copied because there are several canvases; ``itemsize``: bytes of an element
+    outside.
+    """
+
+    table: BlockTable
+    heads: int
+    head_dim: int
+    outside: int | None = None
+    converted: bool = False
+    itemsize: int = 4
+
+    def counts(self, backward: bool) -> dict[str, float]:
+        """Counts of the forward or of the backward pass."""
+        grouping, shape = group(self.table), {"heads": self.heads, "head_dim": self.head_dim}
+        element = self.table.n_positions * self.heads * self.head_dim
+        made = (*self._lasting(backward), *(size for sizes in self._passing(backward) for size in sizes))
+        large = sum(size for size in made if size > costs.LARGE_BYTES)
+        parts = [{"call": 1, "element": element, "fresh": large, "converted": element * self.converted}]
+        if self.outside is not None:
+            parts += [{"order": 1, "moved": self.outside * self.heads * self.head_dim}]
+        parts += [{"stage": len(grouping.stages), "batch": len(grouping.batches)}]
+        for slab, flash in self._slabs():
+            lies = {"thin": slab.thin, "flash": flash, "bias": slab.bias is not None}
+            pieces = {"row_pieces": len(slab.row_ranges), "key_pieces": len(slab.key_ranges)}
+            parts.append(costs.slab_counts(slab.cells, slab.rows, slab.keys, **lies, **pieces, **shape))
+        for batch in grouping.batches:
+            again = backward and not rectangles.choices(self.table, self.head_dim).keeps
+            parts.append(costs.batch_counts(*batch.shape, bias=batch.bias is not None, again=again, **shape))
+        return costs.total(parts)
+
+    def seconds(self, rates: dict, backward: bool) -> dict[str, float]:
+        """What each count of a pass takes at an entry of the rates."""
+        own = rates["backward" if backward else "forward"]
+        return {name: own[name] * count for name, count in self.counts(backward).items() if own[name] * count}
+
+    def peak_bytes(self, backward: bool) -> int:
+        """The most that a forward, and with ``backward`` a backward after it, hold beyond q, k, v and grad_out."""
+        packed = self.outside is not None
+        result, inside = self._outside(), self._inside() * self.itemsize // 4
+        # what computing in float32 adds to inputs and results
+        cast = self._inside() * self.converted
+        kept = self._kept() if backward else 0
+        held = 3 * inside * packed + kept
+        passing = max(map(sum, self._passing(False, backward)), default=0)
+        forward = held + max(self._inside() + 3 * cast + passing, inside + packed * result)
+        if not backward:
+            return forward
+        passing = max(map(sum, self._passing(True)), default=0)
+        inside_op = held + result + inside * packed + 3 * self._inside() + 4 * cast + passing
+        return max(forward, inside_op, result + 3 * inside + 3 * packed * result)
+
+    # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    def _slabs(self) -> list[tuple[Slab, bool]]:
+        return list(zip(group(self.table).slabs, rectangles.choices(self.table, self.head_dim).flash))
+
+    def _inside(self) -> int:
+        """Of one canvas tensor as it is computed with."""
+        return 4 * self.heads * self.head_dim * self.table.n_positions
+
+    def _outside(self) -> int:
+        n = self.table.n_positions if self.outside is None else self.outside
+        return self.itemsize * self.heads * self.head_dim * n
+
+    def _kept(self) -> int:
+        return 4 * rectangles.saved_size(self.table, self.heads, self.head_dim, False)
+
+    def _lasting(self, backward: bool) -> list[int]:
+        """Tensors that a pass makes and holds to its end."""
+        inputs, results = (4, 3) if backward else (3, 1)
+        made = [self._inside() * results]
+        if self.converted:
+            made += [self._inside()] * inputs
+        if self.converted and self.itemsize < 4:
+            made += [self._inside() * results * self.itemsize // 4]
+        if self.outside is not None:
+            made += [self._inside() * self.itemsize // 4] * (1 if backward else 3) + [self._outside()] * results
+        return made if backward else [*made, self._kept()]
+
+    def _passing(self, backward: bool, kept: bool = True) -> list[list[int]]:
+        """Tensors that each slab and stage makes and drops; ``kept``: a backward follows or runs."""
+        choices, row = rectangles.choices(self.table, self.head_dim), 4 * self.heads * self.head_dim
+        found = [self._slab_bytes(slab, flash, backward, kept) for slab, flash in self._slabs()]
+        for stage in group(self.table).stages:
+            queries, keys = sum(row * batch.rows.size for batch in stage), sum(row * batch.keys.size for batch in stage)
+            pairs = [max(4 * self.heads * batch.pairs for batch in stage)] * (backward + (not (kept and choices.keeps)))
+            found.append(pairs + ([queries] * 3 + [keys] * 4 if backward else [queries, keys] * 2))
+        return found
+
+    def _slab_bytes(self, slab: Slab, flash: bool, backward: bool, kept: bool) -> list[int]:
+        row, pairs = 4 * self.heads * self.head_dim * slab.cells, 4 * self.heads * slab.pairs
+        queries, keys = row * slab.rows, row * slab.keys
+        copied = slab.thin and slab.cells > 1 and self.heads > 1 and not flash
+        inputs = [queries] * ((1 + backward) * (copied or len(slab.row_ranges) > 1))
+        inputs += [keys] * (2 * (copied or len(slab.key_ranges) > 1))
+        if flash:
+            return [*inputs, queries] + [keys, keys] * backward
+        lanes = 1 if slab.thin else min(slab.cells, self.heads)
+        direct = (slab.cells == 1 or lanes > 1) and min(slab.rows, slab.keys) * self.head_dim >= slabs.DIRECT_ELEMENTS
+        product = 0 if direct else max(queries, keys * backward) // lanes
+        if backward:
+            # of two lanes, one after the other
+            return [*inputs, product] + [pairs // lanes] * min(lanes, 2)
+        return [*inputs, product] + [pairs] * (not kept)
+
+
+@dataclass(frozen=True)
+class GpuWork:
+    """The Triton executor's, described as :class:`Work`. A launch takes as long as its blocks on all multiprocessors,
+    as its longest tile, or as its tensors moved once, whichever is longest, and its launching."""
+
+    table: BlockTable
+    heads: int
+    head_dim: int
+    outside: int | None = None
+    converted: bool = False
+    itemsize: int = 2
+
+    def seconds(self, rates: dict, backward: bool) -> dict[str, float]:
+        """What each stage of a pass takes on the GPU of an entry of the rates."""
+        joint, found = self.table.form == "joint", {}
+        if self.outside is not None:
+            # read, permuted, written
+            found["moved"] = (4 * 2 * self._canvas()) / rates["bandwidth"] + 4 * rates["launch"]
+        if backward and joint:
+            found["delta"] = 2 * self._canvas() / rates["bandwidth"] + rates["launch"]
+        for stage, tensors in _STAGES[backward]:
+            if stage != "delta" or not joint:
+                found[stage] = self._stage(rates, stage, tensors * self._canvas() / rates["bandwidth"])
+        return found
+
+    def _stage(self, rates: dict, stage: str, moving: float) -> float:
+        dtype = torch.float32 if self.itemsize == 4 else torch.bfloat16
+        found = configs.lookup(rates["arch"], self.head_dim, dtype, stage, self.table.form)
+        measured = costs.blocks(rates, stage, self.table.form, configs.block_d(self.head_dim), self.itemsize, found)
+        if measured is None:
+            what = f"{stage} in {self.table.form} form, head_dim {self.head_dim}, {dtype}"
+            raise ValueError(f"not every block time was measured of {what}")
+        classes = configs.classes(found, tuple(block.cost for block in measured))
+        block_of = {(config.block_m, config.block_n): block for config, block in zip(found, measured)}
+        taken = 0.0
+        for tiling in self.table.device_tilings("cpu", classes, stage == "dkv"):
+            block, blocks = block_of[tiling.block_m, tiling.block_n], tiling.tiles[:, 3]
+            spread = int(blocks.sum()) * self.heads * block.cost / rates["multiprocessors"]
+            taken += max(spread, int(blocks.max()) * block.seconds, moving) + rates["launch"]
+        return taken
+
+    def peak_bytes(self, backward: bool) -> int:
+        """The most that a forward, and with ``backward`` a backward after it, hold beyond q, k, v and grad_out."""
+        moved, lse = self.outside is not None, 4 * self.heads * self.table.n_slots
+        outside = self.itemsize * self.heads * self.head_dim * (self.outside or self.table.n_positions)
+        forward = self._canvas() + lse + moved * (3 * self._canvas() + outside)
+        if not backward:
+            return forward
+        # lse in another form, and δ: of slots, or in joint form of rows
+        delta = 4 * self.heads * self.table.n_positions if self.table.form == "joint" else 2 * lse
+        return forward + delta + 3 * self._canvas() + moved * (self._canvas() + 3 * outside)
+
+    def _canvas(self) -> int:
+        return self.itemsize * self.heads * self.head_dim * self.table.n_positions
+
+
+# Stages of forward and backward, and canvas tensors that each reads or writes.
+_STAGES = ((("forward", 4),), (("delta", 4), ("dq", 5), ("dkv", 6)))

@@ -1,0 +1,226 @@
+"""AttentionPlan.estimate: by hand from made-up rates, and against what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import cases, measure, rates
+from canvas_engineering import CanvasLayout, CanvasTopology, Connection
+from canvas_engineering.plan import compile_attention
+from canvas_kernels import costs, grouping
+from canvas_kernels.work import GpuWork, Work
+
+BY_NAME = {case.name: case for case in cases.CPU}
+
+
+def frames(count: int, size: int, normalize: str = "edge"):
+    """Frames that read themselves."""
+    layout = CanvasLayout(T=count, d_model=8, spatial_shape=(size,), regions={"a": (0, count, 0, size)})
+    topology = CanvasTopology([Connection("a", "a", t_src=0, t_dst=0)])
+    return compile_attention(layout, topology, normalize=normalize)
+
+
+def invent(monkeypatch, **entries):
+    """Puts made-up entries beside the measured ones."""
+    found = costs.all_rates() | entries
+    monkeypatch.setattr("canvas_engineering.plan.estimate.all_rates", lambda: found)
+
+
+def only(**known: float) -> dict[str, float]:
+    return dict.fromkeys(costs.COUNTS, 0.0) | known
+
+
+# -- on a processor ----------------------------------------------------------------------------------------------------
+
+
+def test_seconds_are_counts_times_rates(monkeypatch):
+    plan = frames(3, 40)
+    entry = {"forward": only(call=1.0, product=1e-3), "backward": only(slab=2.0, row=1e-4)}
+    invent(monkeypatch, abacus=entry)
+    (slab,) = grouping.group(plan.table).slabs
+    assert (slab.cells, slab.rows, slab.keys) == (3, 40, 40)
+    found = plan.estimate("abacus", heads=2, head_dim=16)
+    # 3 frames × 2 heads × 40 × 40 pairs × 16; 40 + 40 rows
+    assert found.forward_seconds == pytest.approx(1.0 + 1e-3 * 3 * 2 * 40 * 40 * 16, rel=1e-12)
+    assert found.backward_seconds == pytest.approx(2.0 + 1e-4 * 3 * 2 * 80 * 16, rel=1e-12)
+    assert found.seconds == found.forward_seconds + found.backward_seconds
+    assert found.seconds == pytest.approx(sum(found.breakdown.values()))
+    assert list(found.breakdown) == ["product", "slab", "call", "row"]
+    assert "abacus" in str(found) and "product 99%" in str(found)
+    without = plan.estimate("abacus", heads=2, head_dim=16, backward=False)
+    assert without.backward_seconds == 0 and without.forward_seconds == found.forward_seconds
+
+
+def test_every_measured_processor_has_every_rate():
+    for name, entry in costs.all_rates().items():
+        if "backward" in entry:
+            for part in ("forward", "backward"):
+                assert set(entry[part]) == set(costs.COUNTS), f"{name}, {part}"
+                assert all(rate >= 0 for rate in entry[part].values()) and entry[part]["call"] > 0
+
+
+def test_counts_of_lanes_thin_cells_and_pieces():
+    shape = {"heads": 4, "head_dim": 8}
+    walked = costs.slab_counts(10, 64, 64, thin=False, **shape)
+    assert walked["lane"] == 3 and walked["copied"] == 0 and walked["matrix"] == 40
+    thin = costs.slab_counts(10, 8, 64, thin=True, **shape)
+    assert thin["lane"] == 0 and thin["copied"] == thin["row"] == 10 * 4 * 72 * 8
+    assert thin["short"] == 0 and costs.slab_counts(10, 8, 63, thin=True, **shape)["short"] == 10 * 4 * 8 * 63
+    assert costs.slab_counts(1, 63, 8, thin=True, **shape)["short"] == 0, "keys come first"
+    pieces = costs.slab_counts(1, 64, 32, thin=False, row_pieces=3, key_pieces=1, **shape)
+    assert pieces["piece"] == 2 and pieces["copied"] == 4 * 64 * 8
+    once, again = (costs.batch_counts(2, 3, 4, 5, again=again, **shape) for again in (False, True))
+    assert once["pair"] == 4 * 2 * 3 * 4 * 5 and again["pair"] == 1.25 * once["pair"]
+    assert once["gathered"] == again["gathered"] == 4 * 2 * (3 + 4 * 5) * 8
+
+
+def test_canvases_in_another_order_and_several_of_them_cost_more(monkeypatch):
+    packed = rates.plan_of(BY_NAME["robot"], "edge")
+    assert not packed.in_canvas_order
+    invent(monkeypatch, abacus={"forward": only(order=1.0, moved=1e-3, converted=1.0), "backward": only()})
+    assert packed.estimate("abacus", head_dim=1).forward_seconds == pytest.approx(1.0 + 1e-3 * packed.n_positions)
+    assert frames(3, 40).estimate("abacus", head_dim=1).forward_seconds == 0
+    assert frames(3, 40).estimate("abacus", head_dim=1, batch=2).forward_seconds == 240
+    assert frames(3, 40).estimate("abacus", head_dim=1, dtype="bfloat16").forward_seconds == 120
+
+
+def test_a_device_without_rates_is_refused(monkeypatch):
+    plan = frames(2, 8)
+    with pytest.raises(ValueError, match=r"no rates were measured on abacus, only on .*benchmarks\.rates"):
+        plan.estimate("abacus")
+    monkeypatch.setattr("canvas_engineering.plan.estimate.processor_key", lambda threads: f"abacus, {threads} hands")
+    with pytest.raises(ValueError, match="no rates were measured on abacus, 1 hands"):
+        plan.estimate("cpu")
+    with pytest.raises(ValueError, match="no rates were measured on abacus, 1 hands"):
+        plan.estimate(torch.device("cpu"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no cuda here"):
+            plan.estimate("cuda")
+    for wrong in ({"dtype": "float64"}, {"heads": 0}, {"batch": 0}, {"head_dim": -1}):
+        with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+            plan.estimate("cpu", **wrong)
+
+
+@pytest.mark.parametrize("form", ["joint", "edge"])
+@pytest.mark.parametrize(
+    "name", ["robot", "multi_rate", "surgical_robot", "causal_video", "frames_20_d64", "video_4096"]
+)
+def test_bytes_are_those_that_tensors_hold(name, form):
+    case = BY_NAME[name]
+    plan = rates.plan_of(case, form)
+    work = Work(plan.table, case.heads, case.head_dim, None if plan.in_canvas_order else plan.n_positions)
+    assert work.peak_bytes(True) == pytest.approx(rates.peak_bytes(case, plan), rel=0.12)
+
+
+# -- against measurements ----------------------------------------------------------------------------------------------
+
+
+def committed() -> list[dict]:
+    return measure.read_rows(rates.RESULTS)
+
+
+def test_measured_cases_were_predicted_within_a_quarter():
+    rows = committed()
+    assert {(row["case"], row["form"]) for row in rows} == {
+        (case.name, form) for case in rates.CHECKED_CASES for form in ("joint", "edge")
+    }
+    for row in rows:
+        for name in ("forward_seconds", "backward_seconds", "peak_bytes"):
+            error = row[f"predicted_{name}"] / row[name] - 1
+            assert abs(error) <= rates.BOUND, f"{row['case']}, {row['form']} form, {name}: {error:+.0%}"
+
+
+@pytest.mark.parametrize("name", ["robot", "multi_rate", "surgical_robot", "frames_10_d64", "video_16384"])
+def test_committed_rates_give_the_committed_predictions(name):
+    rows = [row for row in committed() if row["case"] == name]
+    assert len(rows) == 2
+    for row in rows:
+        plan, device = rates.plan_of(BY_NAME[name], row["form"]), f"{row['device']}, 1 thread"
+        found = plan.estimate(device, **rates.shape_of(BY_NAME[name]))
+        for part in ("forward_seconds", "backward_seconds", "peak_bytes"):
+            assert getattr(found, part) == pytest.approx(row[f"predicted_{part}"], rel=1e-3), f"{name}, {part}"
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_fit_finds_the_rates_that_made_the_times():
+    generator = np.random.default_rng(0)
+    counts = [{"call": 1, "pair": n, "row": m} for n, m in generator.integers(1, 1000, (40, 2)).tolist()]
+    seconds = np.array([3e-4 + 2e-6 * row["pair"] + 5e-6 * row["row"] for row in counts])
+    found = rates.fit(counts, seconds)
+    assert found["call"] == pytest.approx(3e-4, rel=1e-2)
+    assert found["pair"] == pytest.approx(2e-6, rel=1e-2) and found["row"] == pytest.approx(5e-6, rel=1e-2)
+    assert found["slab"] == 0.0 and set(found) == set(costs.COUNTS)
+    # what would have to be negative is left out
+    found = rates.fit(counts, np.array([1e-3 - 1e-9 * row["pair"] for row in counts]))
+    assert found["pair"] == 0.0 and found["call"] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_an_entry_is_measured_and_written_in_one_step(monkeypatch, tmp_path, capsys):
+    few = rates.synthetic()[::40]
+    target = tmp_path / "rates.json"
+    target.write_text('{"abacus": {}}')
+    monkeypatch.setattr(rates, "synthetic", lambda: few)
+    monkeypatch.setattr(costs, "RATES", target)
+    monkeypatch.setattr("sys.argv", ["rates", "--seconds", "0.1"])
+    rates.main()
+    written = json.loads(target.read_text())
+    assert list(tmp_path.iterdir()) == [target] and "abacus" in written
+    entry = written[costs.processor_key(1)]
+    assert set(entry["forward"]) == set(entry["backward"]) == set(costs.COUNTS)
+    assert entry["reference_seconds"] > 0 and sum(entry["forward"].values()) > 0
+    assert "of the fit" in capsys.readouterr().out
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def gpu(**changes) -> dict:
+    """Made up: seconds of a block in one program, and how many programs share a multiprocessor."""
+    entry = {"arch": "sm_90", "multiprocessors": 100, "bandwidth": 1e13, "launch": 5e-6, "blocks": {}}
+    for stage, form, size in (("forward", "joint", (128, 64)), ("dq", "joint", (64, 64)), ("dkv", "joint", (64, 64))):
+        entry["blocks"][f"{stage} {form} 64 16 {size[0]} {size[1]}"] = [4e-6, 2]
+        entry["blocks"][f"{stage} {form} 64 16 16 16"] = [1e-6, 4]
+    return entry | changes
+
+
+def test_a_gpu_takes_as_long_as_its_blocks_or_its_longest_tile_or_its_memory():
+    table = frames(2, 128, "joint").table
+    # two tiles of two blocks of 128 × 64; 256 blocks of 16 × 16 would take longer
+    many = GpuWork(table, 1000, 64).seconds(gpu(), False)
+    assert many == {"forward": pytest.approx(4 * 1000 * 2e-6 / 100 + 5e-6, rel=1e-12)}
+    few = GpuWork(table, 1, 64).seconds(gpu(), False)
+    assert few == {"forward": pytest.approx(2 * 4e-6 + 5e-6, rel=1e-12)}
+    slow = GpuWork(table, 1000, 64).seconds(gpu(bandwidth=1e9), False)
+    # q, k, v and out: 256 rows of 128 bytes, of 1000 heads
+    assert slow == {"forward": pytest.approx(4 * 256 * 128 * 1000 / 1e9 + 5e-6, rel=1e-12)}
+    backward = GpuWork(table, 1000, 64).seconds(gpu(), True)
+    # tiles of 64 rows: eight blocks
+    assert backward["dq"] == backward["dkv"] == pytest.approx(8 * 1000 * 2e-6 / 100 + 5e-6, rel=1e-12)
+    assert backward["delta"] == pytest.approx(2 * 256 * 128 * 1000 / 1e13 + 5e-6, rel=1e-12)
+
+
+def test_measured_block_times_pick_the_tile_classes():
+    table, entry = frames(2, 128, "joint").table, gpu()
+    entry["blocks"]["forward joint 64 16 16 16"] = [1e-8, 4]
+    found = GpuWork(table, 1000, 64).seconds(entry, False)
+    # 2 × 8 tiles of 8 blocks of 16 × 16
+    assert found == {"forward": pytest.approx(max(128 * 1000 * 2.5e-9 / 100, 4 * 256 * 128 * 1000 / 1e13) + 5e-6)}
+    del entry["blocks"]["forward joint 64 16 16 16"]
+    with pytest.raises(ValueError, match="not every block time was measured of forward in joint form"):
+        GpuWork(table, 1000, 64).seconds(entry, False)
+
+
+def test_bytes_on_a_gpu(monkeypatch):
+    invent(monkeypatch, **{"toy GPU": gpu()})
+    canvas, plan = 256 * 128 * 10, frames(2, 128, "joint")
+    found = plan.estimate("toy GPU", heads=10, dtype="bfloat16")
+    # out, lse, δ of every row, and three gradients
+    assert found.peak_bytes == 4 * canvas + 2 * 4 * 256 * 10
+    assert plan.estimate("toy GPU", heads=10, dtype="bfloat16", backward=False).peak_bytes == canvas + 4 * 256 * 10
+    assert next(iter(found.breakdown)) == "forward" and found.forward_seconds == pytest.approx(13e-6)
