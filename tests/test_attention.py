@@ -23,7 +23,7 @@ from canvas_engineering.attention import (
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.connectivity import CanvasTopology
 from canvas_engineering.plan import compile_attention
-from canvas_kernels import grouping
+from canvas_kernels import costs, grouping
 from tests import oracle
 from tests.strategies import canvases, videos
 
@@ -115,7 +115,8 @@ def test_slabs_of_whatever_can_be_one_are_the_oracle(form, canvas, seed):
     inputs, grad = tensors(layout, torch.float64, seed)
     plan = compile_attention(layout, topology, normalize=form)
     plan = dataclasses.replace(plan, table=dataclasses.replace(plan.table, cache={}), cache={})
-    with mock.patch.object(grouping, "SLAB_NS", -1e15):
+    free = costs.choosing() | {"slab": -1e15, "flash_slab": -1e15}
+    with mock.patch.object(costs, "choosing", lambda: free):
         assert not grouping.group(plan.table).batches
     if form == "edge":
         reads, classes = oracle.reads(layout, topology), [c.write_mode == "replace" for c in topology.connections]
