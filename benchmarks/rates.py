@@ -118,15 +118,16 @@ def synthetic() -> list[Timed]:
     tables += [scattered(*shape) for shape in ((60, 2, 8, 6000, 3), (30, 8, 4, 4000, 3), (100, 4, 4, 4000, 2))]
     tables += [apart(*shape) for shape in ((2, 40, 40), (3, 100, 60), (5, 64, 20), (2, 400, 400))]
     tables += [weighted(*shape) for shape in ((1, 60, 40), (16, 64, 64), (4, 400, 300), (2, 1000, 500))]
-    found = [_timed(table, heads) for table in tables for heads in (1, 4)]
-    found += [_timed(table, 2, head_dim) for table in tables[1::3] for head_dim in (32, 128)]
-    found += [_timed(table, 4, moved=True) for table in tables[1::4]]
-    found += [_timed(table, 4, dtype=torch.bfloat16) for table in tables[1::6]]
+    found = [timed(table, heads) for table in tables for heads in (1, 4)]
+    found += [timed(table, 2, head_dim) for table in tables[1::3] for head_dim in (32, 128)]
+    found += [timed(table, 4, moved=True) for table in tables[1::4]]
+    found += [timed(table, 4, dtype=torch.bfloat16) for table in tables[1::6]]
     # whatever else is done, large tensors wait for their memory
-    return found + [_timed(frames(256, 256), 1), _timed(frames(512, 128), 2), _timed(frames(1000, 40), 4, moved=True)]
+    return found + [timed(frames(256, 256), 1), timed(frames(512, 128), 2), timed(frames(1000, 40), 4, moved=True)]
 
 
-def _timed(table: BlockTable, heads: int, head_dim: int = 64, moved: bool = False, dtype=torch.float32) -> Timed:
+def timed(table: BlockTable, heads: int, head_dim: int = 64, moved: bool = False, dtype=torch.float32) -> Timed:
+    """Attention over the table, on random inputs."""
     n = table.n_positions
     # packed order moves runs of rows, not single ones
     runs = torch.randperm(-(-n // RUN), generator=torch.Generator().manual_seed(0))

@@ -162,7 +162,8 @@ def test_the_fit_finds_the_rates_that_made_the_times():
 
 
 def test_an_entry_is_measured_and_written_in_one_step(monkeypatch, tmp_path, capsys):
-    few = rates.synthetic()[::40]
+    tables = (rates.frames(3, 40), rates.beside(1, 8, 8), rates.scattered(9, 4, 4, 99))
+    few = [rates.timed(table, 2) for table in tables]
     target = tmp_path / "rates.json"
     target.write_text('{"abacus": {}}')
     monkeypatch.setattr(rates, "synthetic", lambda: few)
