@@ -60,8 +60,8 @@ def chosen(options: argparse.Namespace, device: str) -> list[cases.Case]:
     return [case for case in known if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.case)]
 
 
-def measured(found: list[cases.Case], settings: suite.Settings) -> list[dict]:
-    """Rows of all cases, shown as they come."""
+def measured(found: list[cases.Case], settings: suite.Settings, save: Path) -> list[dict]:
+    """Rows of all cases, shown and saved as they come."""
     console, rows = measure.console(), []
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
@@ -69,13 +69,15 @@ def measured(found: list[cases.Case], settings: suite.Settings) -> list[dict]:
     task = progress.add_task(found[0].name, total=len(found))
     if not console.is_terminal:
         for case, new in zip(found, suite.run(found, settings)):
-            console.print(f"{case.name}: gate passed, {new[0].get('rounds', 0)} rounds")
             rows += new
+            measure.write_rows(rows, save)
+            console.print(f"{case.name}: {new[0].get('rounds', 'no')} rounds")
         console.print(table_of(rows))
         return rows
     with Live(Group(progress), console=console, refresh_per_second=4) as live:
         for case, new in zip(found, suite.run(found, settings)):
             rows += new
+            measure.write_rows(rows, save)
             following = found.index(case) + 1
             progress.update(task, advance=1, description=found[following].name if following < len(found) else "done")
             live.update(Group(table_of(rows), progress))
@@ -112,8 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     if rows is None:
         dtype = DTYPES[options.dtype or ("float32" if options.device == "cpu" else "bfloat16")]
         settings = suite.Settings(options.device, dtype, options.seconds, only=frozenset(options.contestant or ()))
-        rows = measured(found, settings)
-        measure.write_rows(rows, options.save or options.out / "rows.json")
+        rows = measured(found, settings, options.save or options.out / "rows.json")
     if not report.is_aot(rows):
         console.print(f"report: {report.write(rows, options.out)}", highlight=False)
     faults = [] if report.is_aot(rows) else suite.faults(rows)

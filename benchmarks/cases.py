@@ -150,7 +150,7 @@ SPARSE_TILES = CanvasTopology(
 form is to take at most 0.96 ms forward and 3.24 ms backward."""
 FRAMES = (2, 4, 10, 20, 50, 100)
 """Of :func:`separate_frames`: densities 50 %, 25 %, 10 %, 5 %, 2 %, 1 %."""
-LENGTHS = tuple(1024 * 4**i for i in range(6))
+LENGTHS = (2**10, 2**12, 2**14, 2**16, 2**20)
 SWEPT_TOKENS = 4200
 TOO_LONG = {name: "minutes at this length" for name in ("per_edge_loop", "grouped")}
 

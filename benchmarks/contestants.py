@@ -222,6 +222,8 @@ def grouped(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     by_shape: dict[tuple[int, int], list] = {}
     for read in _shares(problem, device):
         by_shape.setdefault((len(read[0]), len(read[1])), []).append(read)
+    if len(by_shape) == len(problem.reads):
+        raise Unavailable("no two reads are of one shape: this is the loop")
     groups = [
         tuple(torch.stack(column) for column in zip(*reads)) for reads in by_shape.values()
     ]  # (G, queries), (G, keys), (G, queries, 1)

@@ -106,6 +106,7 @@ def run(cases: list[Case] | tuple[Case, ...], settings: Settings) -> Iterator[li
         if time.perf_counter() > settings.deadline:
             return
         yield [row | settings.environment for row in run_case(case, settings)]
+        torch.compiler.reset()  # FlexAttention is compiled for each case; after eight torch would run it uncompiled
         gc.collect()
         if settings.device == "cuda":
             torch.cuda.empty_cache()
