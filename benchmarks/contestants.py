@@ -121,7 +121,7 @@ def flex(problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | 
     compiled = device == "cuda"
     mask = create_block_mask(_selector(kinds, weight > 0), None, None, n, n, device=device, _compile=compiled)
     score = _log_weights(kinds, weight.log()) if problem.weighted else None
-    attend = torch.compile(flex_attention, dynamic=False)
+    attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)  # never uncompiled without a word
     return lambda q, k, v: attend(q, k, v, score_mod=score, block_mask=mask)
 
 
@@ -211,8 +211,8 @@ def per_edge_loop(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     def attend(q, k, v):
         total = torch.zeros_like(q)
         for queries, keys, share in reads:
-            out = F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys])
-            total = total.index_add(2, queries, out * share)
+            parts = (x.index_select(2, at) for x, at in ((q, queries), (k, keys), (v, keys)))
+            total.index_add_(2, queries, F.scaled_dot_product_attention(*parts) * share)
         return total
 
     return attend
@@ -225,18 +225,20 @@ def grouped(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     if len(by_shape) == len(problem.reads):
         raise Unavailable("no two reads are of one shape: this is the loop")
     groups = [
-        tuple(torch.stack(column) for column in zip(*reads)) for reads in by_shape.values()
-    ]  # (G, queries), (G, keys), (G, queries, 1)
+        (torch.stack(queries), torch.stack(keys), torch.stack(share)[:, None].to(dtype))
+        for queries, keys, share in (zip(*reads) for reads in by_shape.values())
+    ]  # (G, queries), (G, keys), (G, 1, queries, 1)
 
     def attend(q, k, v):
         batch, heads, _, dim = q.shape
         total = torch.zeros_like(q)
         for queries, keys, share in groups:
             # (B, H, G, rows, D) → (B, G, H, rows, D): one batched call for all reads of a shape
-            parts = (x[:, :, at].transpose(1, 2).flatten(0, 1) for x, at in ((q, queries), (k, keys), (v, keys)))
-            out = F.scaled_dot_product_attention(*parts).view(batch, len(queries), heads, -1, dim)
-            out = (out * share[:, None].to(q.dtype)).transpose(1, 2)
-            total = total.index_add(2, queries.flatten(), out.flatten(2, 3))
+            rows = ((q, queries), (k, keys), (v, keys))
+            parts = (x.index_select(2, at.flatten()).unflatten(2, at.shape).transpose(1, 2) for x, at in rows)
+            out = F.scaled_dot_product_attention(*(part.flatten(0, 1) for part in parts))
+            out = (out.view(batch, len(queries), heads, -1, dim) * share).transpose(1, 2)
+            total.index_add_(2, queries.flatten(), out.flatten(2, 3))
         return total
 
     return attend
@@ -259,7 +261,7 @@ def varlen(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     def attend(q, k, v):
         total = []
         for parts in zip(q, k, v):
-            rows = [x.transpose(0, 1)[at] for x, at in zip(parts, (queries, keys, keys))]
+            rows = [x.transpose(0, 1).index_select(0, at) for x, at in zip(parts, (queries, keys, keys))]
             out = varlen_attn(*rows, *starts, *longest) * share
             empty = torch.zeros(q.shape[2], *out.shape[1:], dtype=q.dtype, device=q.device)
             total.append(empty.index_add(0, queries, out).transpose(0, 1))

@@ -267,9 +267,12 @@ def test_a_slow_down_beyond_noise_is_seen(rows):
 
 def test_a_kernel_that_spills_or_loses_wgmma_is_seen():
     row = {"arch": "sm_90", "stage": "dq", "form": "edge", "signed": False, "head_dim": 64, "dtype": "bf16"}
-    row |= {"registers": 168, "spilled": 0, "shared": 1024, "wgmma": 3, "resident": 3}
+    row |= {"tile": "64x64", "registers": 168, "spilled": 0, "shared": 1024, "wgmma": 3, "resident": 3}
     assert report.compare([row], [row]) == (["1 configurations, 0 changed, 0 of the earlier ones gone"], False)
     assert report.compare([row], [row | {"registers": 160}])[1] is False
+    committed = measure.read_rows(measure.RESULTS / "aot.json")
+    same = f"{len(committed)} configurations, 0 changed, 0 of the earlier ones gone"
+    assert len(committed) > 1200 and report.compare(committed, committed) == ([same], False)
     for change in ({"spilled": 8}, {"wgmma": 2}, {"resident": 2, "registers": 255}):
         lines, worse = report.compare([row], [row | change])
         assert worse and "WORSE" in lines[0] and "sm_90 dq edge" in lines[0]
