@@ -109,7 +109,14 @@ def run(cases: list[Case] | tuple[Case, ...], settings: Settings) -> Iterator[li
     for case in cases:
         if time.perf_counter() > settings.deadline:
             return
-        yield [row | settings.environment for row in run_case(case, settings)]
+        try:
+            rows = run_case(case, settings)
+        except Exception as cause:
+            # too large for the device, say: the other cases still run
+            why = f"{type(cause).__name__}: {str(cause).strip()[:300]}"
+            names = {"case": case.name, "group": case.group, "form": "joint", "contestant": "ours"}
+            rows = [names | {"failed": f"the whole case: {why}"}]
+        yield [row | settings.environment for row in rows]
         torch.compiler.reset()  # FlexAttention is compiled for each case; after eight torch would run it uncompiled
         gc.collect()
         if settings.device == "cuda":

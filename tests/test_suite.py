@@ -179,6 +179,15 @@ def test_who_fails_or_is_left_out_is_a_row(monkeypatch):
         contestants.sdpa_mask(Problem(SMALL), "cpu", torch.float32)
 
 
+def test_a_case_that_cannot_be_made_is_a_row_and_the_next_one_runs():
+    def fails():
+        raise MemoryError("too large")
+
+    found = list(suite.run([cases.Case("huge", fails), SMALL], copy.copy(QUICK)))
+    assert suite.faults(found[0]) == ["huge, joint form: the whole case: MemoryError: too large"]
+    assert suite.faults(found[1]) == [] and "step_seconds" in found[1][0]
+
+
 def test_after_the_deadline_only_ours_runs_and_no_case_begins():
     settings = copy.copy(QUICK)
     settings.deadline = -math.inf
