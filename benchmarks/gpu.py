@@ -65,6 +65,7 @@ class Session:
         self.environment = measure.environment(self.device) | {"triton": triton.__version__}
         self.dtype = torch.float32 if interpret else torch.bfloat16
         self.began = time.perf_counter()
+        self.written: dict[str, list[dict]] = {}
 
     def say(self, text: str) -> None:
         print(f"[{time.perf_counter() - self.began:6.1f} s] {text}", flush=True)
@@ -72,6 +73,7 @@ class Session:
     def write(self, phase: str, rows: list[dict]) -> None:
         from benchmarks import measure
 
+        self.written[phase] = rows
         measure.write_rows([row | self.environment for row in rows], self.out / f"{phase}.jsonl")
 
     def seconds(self, call) -> dict[str, float]:
@@ -140,7 +142,7 @@ def timings(session: Session) -> list[dict]:
     settings.deadline = session.began + TIMINGS_UNTIL
     if session.interpret:
         settings.backend, settings.reference_tokens, settings.seconds = "triton", 16, 0.0
-        settings.only = frozenset({"sdpa_mask", "per_edge_loop", "grouped"})
+        settings.only = frozenset({"ours_torch", "sdpa_mask", "per_edge_loop", "grouped"})
     rows = []
     for new in suite.run(session.cases, settings):
         rows += new
@@ -175,19 +177,15 @@ def attention(case, form: str, session: Session):
 
 
 def profile(session: Session) -> list[dict]:
-    """Where the time of our slowest timed case goes, kernel by kernel."""
-    import json
-
+    """Where the time of our slowest case that this run has timed goes, kernel by kernel; without one, of the first."""
     import torch
     from torch.profiler import ProfilerActivity
 
-    name, form = session.cases[0].name, "edge"
-    timed = session.out / "timings.jsonl"
-    if timed.exists():
-        rows = [json.loads(line) for line in timed.read_text().splitlines()]
-        rows = [row for row in rows if row["contestant"] == "ours" and "step_seconds" in row]
-        slowest = max(rows, key=lambda row: row["step_seconds"]["p50"], default={"case": name, "form": form})
-        name, form = slowest["case"], slowest["form"]
+    rows = session.written.get("timings", [])
+    rows = [row for row in rows if row["contestant"] == "ours" and "step_seconds" in row]
+    first = {"case": session.cases[0].name, "form": "edge"}
+    slowest = max(rows, key=lambda row: row["step_seconds"]["p50"], default=first)
+    name, form = slowest["case"], slowest["form"]
     call, leaves, grad_out = attention(next(case for case in session.cases if case.name == name), form, session)
     torch.autograd.grad(call(), leaves, grad_out)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if session.device == "cuda" else [])

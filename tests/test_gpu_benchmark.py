@@ -72,20 +72,33 @@ def test_the_command_runs_at_toy_size(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
     assert [(row["contestant"], row["form"]) for row in rows] == [
         ("ours", "joint"),
+        ("ours_torch", "joint"),
         ("sdpa_mask", "joint"),
         ("ours", "edge"),
+        ("ours_torch", "edge"),
         ("per_edge_loop", "edge"),
         ("grouped", "edge"),
         ("sdpa_unmasked", "reference"),
     ]
     assert all(row["commit"] and row["triton"] and row["forward_seconds"]["p50"] > 0 for row in rows)
-    for row in rows[:5]:
+    for row in rows[:7]:
         assert set(row["errors"]) == {"out", "dq", "dk", "dv"} and max(row["errors"].values()) < 1e-5
     assert "canvas_kernels::attention" in (tmp_path / "profile.txt").read_text()
     for name, count in (("correctness", 5), ("sweep", 7)):
         found = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert len(found) == count and not any(row.get("faults") or row.get("failed") for row in found)
     assert len((tmp_path / "dispatcher.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_profile_knows_nothing_of_earlier_runs(tmp_path, capsys):
+    stale = {"case": "gone", "form": "joint", "contestant": "ours", "step_seconds": {"p50": 9.0}}
+    (tmp_path / "timings.jsonl").write_text(json.dumps(stale))
+    session = gpu.Session(tmp_path, interpret=True)
+    gpu.profile(session)
+    assert "profile of toy, edge form" in capsys.readouterr().out
+    session.write("timings", [stale | {"case": "toy"}])
+    gpu.profile(session)
+    assert "profile of toy, joint form" in capsys.readouterr().out
 
 
 def test_a_phase_that_does_not_exist_is_refused(tmp_path):
