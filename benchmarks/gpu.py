@@ -21,8 +21,6 @@ import os
 import sys
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 PHASES = ("correctness", "timings", "profile", "dispatcher", "sweep")
@@ -43,8 +41,8 @@ SWEEP = {
 }
 REGISTER_BOUNDS = (None, 168, 128)
 SWEPT_CASES = ("frames_2_d64", "frames_2_d128", "cogvideox_5b_previous_frame")
-TIMINGS_UNTIL = 420.0
-"""Seconds after the start at which timings stop taking up contestants: the whole has ten minutes."""
+CORRECTNESS_UNTIL, TIMINGS_UNTIL = 270.0, 420.0
+"""Seconds after the start at which checks end, and timings stop taking up contestants: the whole has ten minutes."""
 
 
 class Wrong(Exception):
@@ -98,7 +96,7 @@ class Session:
 
 
 def correctness(session: Session) -> list[dict]:
-    """Tasks in parallel processes: compiling takes most of the time, and a device fault ends one process only."""
+    """Every task in a process of several; a fault of the device, or a kernel that hangs, ends only one of them."""
     import torch
 
     from benchmarks import gpu_checks
@@ -107,14 +105,9 @@ def correctness(session: Session) -> list[dict]:
         chosen = gpu_checks.tasks(40, (16,), (torch.float32,))
         rows = [gpu_checks.run_task(task, "cpu") for task in chosen]
     else:
-        chosen = gpu_checks.tasks(1600)
         workers = min(14, os.cpu_count() or 1)
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(gpu_checks.run_task, task, "cuda") for task in chosen]
-            rows = [
-                future.result() if not future.exception() else failure(task, future.exception())
-                for task, future in zip(chosen, futures)
-            ]
+        until = session.began + CORRECTNESS_UNTIL
+        rows = gpu_checks.run_apart(gpu_checks.tasks(1600), "cuda", workers, until)
     for row in rows:
         worst = max((row["errors"][name] / row["budgets"][name] for name in row["errors"]), default=math.nan)
         name = f"D {row['head_dim']} {row['dtype']} {row['form']}{' with gains' if row['gained'] else ''}"
@@ -123,12 +116,6 @@ def correctness(session: Session) -> list[dict]:
     if any(row["faults"] for row in rows):
         raise Wrong(f"{sum(bool(row['faults']) for row in rows)} of {len(rows)} tasks have faults")
     return rows
-
-
-def failure(task, error: BaseException) -> dict:
-    """The row of a task that did not end."""
-    described = task._asdict() | {"dtype": str(task.dtype).removeprefix("torch."), "errors": {}, "budgets": {}}
-    return described | {"faults": [f"{type(error).__name__}: {str(error)[:300]}"]}
 
 
 # -- timings ---------------------------------------------------------------------------------------------------------
@@ -150,8 +137,9 @@ def timings(session: Session) -> list[dict]:
         for row in new:
             name = f"{row['case']:24} {row['form']:9} {row['contestant']:14}"
             why = row.get("skipped") or row.get("failed")
-            if why or "forward_tflops" not in row:
-                session.say(f"{name} {why or ''}")
+            if why or row["form"] == "reference":
+                rate = why or f"{row['step_tflops']:.1f} TFLOP/s"
+                session.say(" ".join([name, rate, *row.get("kernels", ())]))
                 continue
             parts = (part for part in ("forward", "backward") if f"{part}_tflops" in row)
             rates = (f"{part} {row[f'{part}_tflops']:7.1f}" for part in parts)
@@ -235,7 +223,7 @@ def dispatcher(session: Session) -> list[dict]:
         ratio = medians["per_edge"]["p50"] / medians["ours"]["p50"]
         gaps = f", {100 * rows[-2]['launch_gaps']:.0f} % of it between kernels" if "launch_gaps" in rows[-2] else ""
         session.say(f"{case.name}: {1e3 * medians['ours']['p50']:.2f} ms{gaps}, {ratio:.2f} times as fast as the loop")
-    session.write("dispatcher", rows)
+        session.write("dispatcher", rows)
     return rows
 
 

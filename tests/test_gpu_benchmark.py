@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,31 @@ def test_a_wrong_result_is_a_fault(monkeypatch):
     assert any(fault.startswith("out: error") for fault in faults)
     monkeypatch.setattr(gpu_checks.launch, "forward", lambda *a, **k: (right(*a, **k)[0] * math.nan, right(*a, **k)[1]))
     assert any(fault.startswith("out: error inf") for fault in gpu_checks.run_task(task, "cpu")["faults"])
+
+
+def misbehave(task: gpu_checks.Task, device: str) -> dict:
+    if task.form == "raise":
+        raise RuntimeError("an illegal memory access")
+    if task.form == "die":
+        os._exit(3)
+    if task.form == "hang":
+        time.sleep(600)
+    return {"form": task.form, "process": os.getpid(), "faults": []}
+
+
+def test_a_task_that_raises_dies_or_hangs_takes_no_other_with_it():
+    def apart(forms: list[str], seconds: float) -> list[dict]:
+        chosen = [gpu_checks.Task(16, torch.bfloat16, form, False, 30) for form in forms]
+        return gpu_checks.run_apart(chosen, "cpu", 1, time.perf_counter() + seconds, misbehave)
+
+    rows = apart(["one", "two", "raise", "three", "die", "four"], 600)
+    faults = [row["faults"] for row in rows]
+    assert faults == [[], [], ["RuntimeError: an illegal memory access"], [], ["its process died"], []]
+    processes = [row["process"] for row in rows if "process" in row]
+    assert processes[0] == processes[1] and len(set(processes)) == 3
+    assert rows[2]["dtype"] == "bfloat16" and rows[2]["errors"] == rows[2]["budgets"] == {}
+    rows = apart(["hang", "late"], 2)
+    assert [row["faults"] for row in rows] == [["no result after 2 s"], ["not checked: no time was left"]]
 
 
 def test_every_configuration_of_every_architecture_is_run_by_the_checks(monkeypatch):
