@@ -144,6 +144,7 @@ class Problem:
         k, v = (x.detach().flatten(0, 1).to(dtype) for x in tensors[1:3])
         found = {name: torch.zeros_like(x) for name, x in (("out", q), ("dq", q), ("dk", k), ("dv", v))}
         for queries, keys, weight in self._softmaxes(form, rows):
+            keys = torch.from_numpy(keys).to(device) if form == "edge" else keys
             own_k, own_v = k[:, keys], v[:, keys]
             sums = [torch.zeros_like(x, dtype=torch.float64) for x in (own_k, own_v)]
             for low in range(0, len(queries), CHUNK_ROWS):

@@ -216,7 +216,9 @@ class BlockSparse:
 def test_flashinfer_gets_a_batch_as_heads_in_both_orders(monkeypatch):
     installed(monkeypatch, "flashinfer.sparse", VariableBlockSparseAttentionWrapper=BlockSparse)
     for problem in (EQUAL, STRIPED):
-        agrees(problem, "joint", contestants.flashinfer(problem, "cpu", torch.float32), trains=False)
+        attend = contestants.flashinfer(problem, "cpu", torch.float32)
+        agrees(problem, "joint", attend, trains=False)
+    assert all(attend.pack(x).is_contiguous() for x in STRIPED.inputs("cpu", torch.float32))  # no call copies them
     in_canvas_order = BlockSparse.blocks
     agrees(STRIPED, "joint", contestants.flashinfer_packed(STRIPED, "cpu", torch.float32), trains=False)
     assert BlockSparse.blocks == 3 < in_canvas_order == 20
