@@ -8,8 +8,9 @@ profile      torch.profiler on the slowest of ours
 dispatcher   AttentionDispatcher against the per-edge loop, forward and backward, and how long kernels wait for launches
 sweep        (not by default) tile candidates per pass, for ``configs.py``
 
-Rows go to ``DIR/<phase>.jsonl`` as each phase ends. A phase that fails is reported, the next one still runs, and the
-program ends with status 1: time on a device is scarce. A case is timed only after its results have been found right.
+Rows go to ``DIR/<phase>.jsonl`` as they come. A phase that fails is reported, the next one still runs (in a new process
+if a kernel's fault has cost this one the device), and the program ends with status 1: time on a device is scarce. A
+case is timed only after its results have been found right.
 ``--interpret`` runs the same code at toy size in Triton's interpreter.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -84,6 +86,17 @@ class Session:
 
         times = do_bench(call, warmup=20, rep=80, quantiles=[0.1, 0.5, 0.9])
         return dict(zip(("p10", "p50", "p90"), (milliseconds / 1e3 for milliseconds in times)))
+
+    def usable(self) -> bool:
+        """Whether the device still answers this process: after a fault in a kernel it does not."""
+        import torch
+
+        try:
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
 
     @property
     def cases(self):
@@ -324,13 +337,18 @@ def main(argv=None) -> int:
     session = Session(arguments.out, arguments.interpret)
     session.say(", ".join(f"{name} {value}" for name, value in session.environment.items()))
     failed = []
-    for phase in phases:
+    for number, phase in enumerate(phases, 1):
         session.say(f"== {phase}")
         try:
             globals()[phase](session)
         except Exception:
             failed.append(phase)
             session.say(traceback.format_exc())
+            if phases[number:] and not session.usable():
+                session.say(f"failed: {', '.join(failed)}; the device answers no more, the rest runs in a new process")
+                command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(arguments.out)]
+                subprocess.run([*command, "--phases", ",".join(phases[number:])], check=False)
+                return 1
     session.say(f"failed: {', '.join(failed)}" if failed else "done")
     return 1 if failed else 0
 

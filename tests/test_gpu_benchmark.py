@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks
+from benchmarks import gpu, gpu_checks, measure
 from canvas_kernels import reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +114,32 @@ def test_the_command_runs_at_toy_size(tmp_path):
         found = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert len(found) == count and not any(row.get("faults") or row.get("failed") for row in found)
     assert len((tmp_path / "dispatcher.jsonl").read_text().splitlines()) == 2
+
+
+def test_phases_after_a_device_fault_run_in_a_new_process(tmp_path, monkeypatch):
+    ran, commands = [], []
+    monkeypatch.setattr(gpu, "correctness", lambda session: ran.append("correctness"))
+    monkeypatch.setattr(gpu, "timings", lambda session: 1 / 0)
+    monkeypatch.setattr(gpu, "profile", lambda session: ran.append("profile"))
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(measure, "environment", lambda device: {})
+    arguments = ["--out", str(tmp_path), "--interpret", "--phases", "correctness,timings,profile"]
+    assert gpu.main(arguments) == 1 and ran == ["correctness", "profile"] and commands == []
+    monkeypatch.setattr(gpu.Session, "usable", lambda session: False)
+    assert gpu.main(arguments) == 1 and ran == ["correctness", "profile", "correctness"]
+    assert [command[1:] for command in commands] == [
+        ["-m", "benchmarks.gpu", "--out", str(tmp_path), "--phases", "profile"]
+    ]
+
+    def fault():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.undo()
+    session = gpu.Session(tmp_path, interpret=True)
+    assert session.usable()
+    session.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    assert not session.usable()
 
 
 def test_the_profile_knows_nothing_of_earlier_runs(tmp_path, capsys):
