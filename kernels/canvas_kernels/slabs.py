@@ -122,7 +122,7 @@ def _views(x: torch.Tensor, slab: Slab, ranges) -> list[torch.Tensor]:
 
 def _gather(x: torch.Tensor, slab: Slab, ranges) -> torch.Tensor:
     """The rows of ``ranges`` in ``x`` (n, X, D): [G, X, length, D], a view where there is one range."""
-    if len(ranges) > 1 and slab.cells == 1:
+    if len(ranges) > 1 and slab.cells == 1 and x.stride(0) > x.stride(1):
         # position by position, as it lies in memory: a fifth of the time of head by head
         pieces = [x[first : first + length] for first, length, _ in ranges]
         return torch.cat(pieces).transpose(0, 1)[None]
