@@ -206,7 +206,7 @@ def _backward_flash(number, step: Step, inputs, scale, saved, totals, need_delta
 def _lanes(x: torch.Tensor, slab: Slab) -> tuple[torch.Tensor, ...]:
     """[G, X, …] as lanes: itself where the slab has one, else [Y, …] each."""
     cells, heads = x.shape[:2]
-    if cells == 1 or heads == 1 or slab.thin:
+    if cells == 1 or slab.thin:
         return (x,)
     return x.unbind(0 if cells <= heads else 1)
 
