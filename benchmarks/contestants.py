@@ -137,9 +137,10 @@ def additive_mask(problem: Problem, device: str, dtype: torch.dtype) -> tuple[Te
     n, wide = problem.tokens, -(-problem.tokens // 8) * 8
     _fits(n * wide * dtype.itemsize, device)
     mask = torch.empty(n, wide, dtype=dtype, device=device)[:, :n]
-    for low in range(0, n, 1024):
-        rows = np.arange(low, min(low + 1024, n))
-        mask[low : low + len(rows)] = problem.weights(rows, device).log().to(dtype)
+    kinds = torch.from_numpy(problem.kinds).to(device)
+    logs = torch.from_numpy(problem.weight_of_kinds).log().to(device, dtype)
+    for rows in torch.arange(n, device=device).split(1024):
+        mask[rows[0] : rows[-1] + 1] = logs[kinds[rows]].index_select(1, kinds)
     empty = mask.isneginf().all(1, keepdim=True)
     if not empty.any():
         return mask, None
@@ -178,20 +179,15 @@ def _log_weights(kinds: Tensor, log_weight: Tensor) -> Callable:
 
 
 def flex(problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | None = None) -> Attend:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    n = problem.tokens
-    on_cpu = device == "cpu"
-    _fits(n**2 if on_cpu else CELL_BYTES * (-(-n // FLEX_BLOCK)) ** 2, device)
+    _fits(CELL_BYTES * (-(-problem.tokens // FLEX_BLOCK)) ** 2, device)
     kinds = torch.from_numpy(problem.kinds if order is None else problem.kinds[order]).to(device)
     count = -(-len(problem.weight_of_kinds) // KINDS) * KINDS
     weight = torch.zeros(count, count, device=device)
     known = torch.from_numpy(problem.weight_of_kinds)
     weight[: len(known), : len(known)] = known
-    if on_cpu:
-        mask = create_block_mask(_selector(kinds, weight > 0), None, None, n, n, device=device)
-    else:
-        mask = block_mask(kinds, weight > 0)
+    mask = block_mask(kinds, weight > 0)
     score = _log_weights(kinds, weight.log()) if problem.weighted else None
     attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)  # never uncompiled without a word
     return lambda q, k, v: attend(q, k, v, score_mod=score, block_mask=mask)

@@ -39,7 +39,8 @@ EAGER_ERRORS = 2.0
 """Errors are the largest difference over the largest exact value. In 16 bits they may be this many times those of plain
 dense attention in the same dtype, and a correct rounding of the result is always let through."""
 REFERENCE_TOKENS = {"cpu": 1024, "cuda": 16384}
-ROUNDS = (1, 31)
+REPEATED_SECONDS = 3.0
+"""Steps that take longer are taken once where the case's time is up; what is compared with them is far from a tie."""
 GATED_HEADS = 4
 
 
@@ -49,12 +50,14 @@ class Wrong(Exception):
 
 @dataclass
 class Settings:
-    """How a run is made. ``seconds``: of timed rounds per case, within ROUNDS. ``only``: contestants; ours always run.
-    ``deadline``, of ``time.perf_counter``: after it others than ours are skipped, and cases not begun."""
+    """How a run is made. ``seconds``: of timed rounds per case, at least and at most so many ``rounds``. ``only``:
+    contestants; ours always run. ``deadline``, of ``time.perf_counter``: after it others than ours are skipped, and
+    cases not begun."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     seconds: float = 6.0
+    rounds: tuple[int, int] = (3, 31)
     backend: str = "auto"
     reference_tokens: int | None = None
     only: frozenset[str] = frozenset()
@@ -72,6 +75,16 @@ class Runner:
     row: dict
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
+
+    def times(self, part: str) -> np.ndarray:
+        """Seconds of each round's "forward", "backward" or "step"."""
+        sides = {"forward": (self.forward,), "backward": (self.backward,), "step": (self.forward, self.backward)}
+        return sum(np.array(side) for side in sides[part])
+
+    @property
+    def seconds(self) -> float:
+        """Of all rounds so far."""
+        return sum(self.forward) + sum(self.backward)
 
     def step(self, device: str) -> None:
         """One round: a forward, and the backward where there is one."""
@@ -186,12 +199,8 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
                 torch.cuda.empty_cache()
     del gate
     reference = Reference(case, settings)
-    rounds = _rounds(runners, reference, settings)
-    while len(reference.times) < rounds:
-        for runner in runners:
-            runner.step(settings.device)
-        reference.step()
-    _finish(runners, reference, problem, rounds)
+    _take_turns(runners, reference, settings)
+    _finish(runners, reference, problem)
     reference_row = described | {"form": "reference", "contestant": "sdpa_unmasked"} | reference.row()
     return [*rows, reference_row]
 
@@ -419,24 +428,24 @@ def kernels(call: Callable[[], None], device: str) -> list[str]:
     return [name for name, spent in times.most_common() if spent >= 0.05 * times.total()]
 
 
-def _rounds(runners: list[Runner], reference: Reference, settings: Settings) -> int:
-    """As many rounds as fit ``settings.seconds``. Each runs once first, to tell; that is the one round where it took
-    longer than that."""
-    total = sum(reference.once()) * 2
+def _take_turns(runners: list[Runner], reference: Reference, settings: Settings) -> None:
+    """As many rounds as fit ``settings.seconds``, within ``settings.rounds``. Steps over REPEATED_SECONDS are in the first one only,
+    unless all fit."""
+    start = time.perf_counter()
     for runner in runners:
         runner.step(settings.device)
-        total += sum(runner.forward) + sum(runner.backward)
-    # what took long is not run a second time
-    if total > settings.seconds:
+    reference.step()
+    seconds = time.perf_counter() - start
+    rounds = int(np.clip(settings.seconds / seconds, *settings.rounds))
+    if rounds * seconds > settings.seconds:
+        runners = [runner for runner in runners if runner.seconds <= REPEATED_SECONDS]
+    for _ in range(rounds - 1):
+        for runner in runners:
+            runner.step(settings.device)
         reference.step()
-        return 1
-    for runner in runners:
-        runner.forward.clear()
-        runner.backward.clear()
-    return int(np.clip(settings.seconds / total, *ROUNDS))
 
 
-def _finish(runners: list[Runner], reference: Reference, problem: Problem, rounds: int) -> None:
+def _finish(runners: list[Runner], reference: Reference, problem: Problem) -> None:
     """Times, rates and ratios into the rows."""
     ours = {r.contestant.form: r for r in runners if r.contestant.name == "ours"}
     for runner in runners:
@@ -444,25 +453,23 @@ def _finish(runners: list[Runner], reference: Reference, problem: Problem, round
         table = problem.plan(runner.contestant.form).table
         batch_heads = case.batch * case.heads
         flops = {"forward": table.flops(case.head_dim, batch_heads)}
-        times = {"forward": np.array(runner.forward)}
         if not runner.contestant.forward_only:
             flops["backward"] = table.flops(case.head_dim, batch_heads, backward=True)
             flops["step"] = flops["forward"] + flops["backward"]
-            times["backward"] = np.array(runner.backward)
-            times["step"] = times["forward"] + times["backward"]
+        rounds = len(runner.forward)
         row |= {"rounds": rounds, "pairs": table.pairs, "density": table.pairs / problem.tokens**2}
         own = ours.get(runner.contestant.form)
-        for part, seconds in times.items():
+        for part in flops:
+            seconds = runner.times(part)
             row[f"{part}_seconds"] = measure.quantiles(seconds)
             row[f"{part}_tflops"] = flops[part] / float(np.median(seconds)) / 1e12
             # paired, round by round: the rate of the reference in this very round
             factor = 1.0 if part == "forward" else 2.5 if part == "backward" else 3.5
-            rate = factor * reference.flops / reference.seconds(part).mean(1)
+            rate = factor * reference.flops / reference.seconds(part)[:rounds].mean(1)
             row[f"{part}_roofline"] = measure.quantiles(flops[part] / seconds / rate)
             if own is not None and runner is not own:
-                own_seconds = {"forward": own.forward, "backward": own.backward}.get(part)
-                own_seconds = np.array(own.forward) + own.backward if own_seconds is None else np.array(own_seconds)
-                row[f"{part}_ratio"] = measure.quantiles(seconds / own_seconds)
+                both = min(rounds, len(own.forward))
+                row[f"{part}_ratio"] = measure.quantiles(seconds[:both] / own.times(part)[:both])
 
 
 def faults(rows: list[dict]) -> list[str]:

@@ -176,7 +176,7 @@ def test_flex_attention_holds_n_squared_pairs_on_a_cpu_only(monkeypatch):
     for device in ("cpu", "cuda"):
         with pytest.raises(contestants.Unavailable):
             contestants.flex(Problem(cases.Case("long", cases.multi_rate)), device, torch.float32)
-    assert asked == [1536**2, 40 * 12**2]
+    assert asked == [40 * 12**2] * 2
     assert contestants.MOST_BYTES["cuda"] > 40 * (2**20 // 128) ** 2  # a million tokens run
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import time
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def tangled():
 
 
 SMALL = cases.Case("tangled", tangled, heads=HEADS, head_dim=DIM, batch=2)
-QUICK = suite.Settings(seconds=0.0, reference_tokens=16, only=frozenset({"sdpa_mask", "per_edge_loop", "grouped"}))
+PLAIN = frozenset({"sdpa_mask", "per_edge_loop", "grouped"})
+QUICK = suite.Settings(seconds=0.0, rounds=(1, 31), reference_tokens=16, only=PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -443,3 +445,42 @@ def test_the_command_measures_reports_and_compares(tmp_path, monkeypatch, capsys
     assert "SLOWER" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bench.main(["--case", "no such case"])
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+
+class Sleeper:
+    """A runner whose steps take so long, and a reference that takes no time."""
+
+    def __init__(self, seconds: float):
+        self.each, self.taken = seconds, []
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.taken)
+
+    def step(self, device: str = "cpu") -> None:
+        time.sleep(self.each)
+        self.taken.append(self.each)
+
+
+def test_what_takes_long_is_timed_once(monkeypatch):
+    monkeypatch.setattr(suite, "REPEATED_SECONDS", 0.05)
+    quick, slow = Sleeper(0.01), Sleeper(0.1)
+    suite._take_turns([quick, slow], Sleeper(0), suite.Settings(seconds=0.05))
+    assert (len(quick.taken), len(slow.taken)) == (3, 1)
+    # nothing is left out where all rounds fit
+    quick, slow = Sleeper(0.01), Sleeper(0.1)
+    suite._take_turns([quick, slow], Sleeper(0), suite.Settings(seconds=0.5))
+    assert len(quick.taken) == len(slow.taken) >= 3
+
+
+def test_a_single_round_is_compared_with_its_own(monkeypatch):
+    long = property(lambda runner: 10.0 * (runner.contestant.name == "sdpa_mask"))
+    monkeypatch.setattr(suite.Runner, "seconds", long)
+    rows = suite.run_case(SMALL, dataclasses.replace(QUICK, rounds=(3, 3)))
+    rounds = {(row["form"], row["contestant"]): row["rounds"] for row in rows if "rounds" in row}
+    assert rounds.pop(("joint", "sdpa_mask")) == 1 and set(rounds.values()) == {3}
+    (once,) = (row for row in rows if row["contestant"] == "sdpa_mask")
+    assert once["step_ratio"]["p10"] == once["step_ratio"]["p90"] > 0
