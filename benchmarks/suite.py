@@ -429,8 +429,8 @@ def kernels(call: Callable[[], None], device: str) -> list[str]:
 
 
 def _take_turns(runners: list[Runner], reference: Reference, settings: Settings) -> None:
-    """As many rounds as fit ``settings.seconds``, within ``settings.rounds``. Steps over REPEATED_SECONDS are in the first one only,
-    unless all fit."""
+    """As many rounds as fit ``settings.seconds``, within ``settings.rounds``. Steps over REPEATED_SECONDS are in the
+    first one only, unless all fit."""
     start = time.perf_counter()
     for runner in runners:
         runner.step(settings.device)
