@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from benchmarks import measure, report
@@ -23,18 +24,25 @@ WORDS = {
     "cogvideox_tiles": "CogVideoX, spatial tiles",
 }
 ATTENTION = (("joint", "sdpa_mask"), ("joint", "flex"), ("edge", "per_edge_loop"), ("edge", "grouped"))
-NAMES = ("dispatcher", "suite", "plan_cost", "cogvideox")
+NAMES = ("dispatcher", "fleet", "suite", "plan_cost", "cogvideox")
 
 
-def measured(dispatcher: list[dict], suite: list[dict], plan_cost: list[dict], cogvideox: list[dict]) -> str:
+def measured(
+    dispatcher: list[dict], fleet: list[dict], suite: list[dict], plan_cost: list[dict], cogvideox: list[dict]
+) -> str:
     """The Markdown between README's marks, from the rows of the benchmarks of those names."""
     ratio = {(row["case"], row["contestant"]): row["ratio"] for row in dispatcher}
     seconds = {row["case"]: row["seconds"]["p50"] for row in plan_cost}
     forward, backward = (row for row in cogvideox if row["case"].startswith("attention"))
-    first = dispatcher[0]
+    steps = {row["contestant"]: row for row in fleet if "contestant" in row}
+    first, loop = dispatcher[0], steps["per_edge_loop"]
     lines = [
-        f"{first['device']}, {first['cores']} cores, torch {first['torch']}, commit {first['commit']}; medians of",
-        f"{first['rounds']} paired rounds, the 10 % and 90 % quantiles in brackets.",
+        *_paragraph(
+            f"A layer: the dispatcher, with its projections. {_where(first)}; medians of {first['rounds']} paired rounds, "
+            f"the 10 % and 90 % quantiles in brackets; the fleet in {loop['rounds']}, commit {loop['commit']}. Before "
+            "anything is timed, outputs and all gradients agree with the loop in float64 to 1e-5 of the largest (the "
+            "fleet's with three vehicles)."
+        ),
         "",
         "| canvas | positions | times faster than the loop | than the dense mask |",
         "|---|---|---|---|",
@@ -44,10 +52,14 @@ def measured(dispatcher: list[dict], suite: list[dict], plan_cost: list[dict], c
             cells = (_ratio(ratio[row["case"], name]) for name in ("per_edge_loop", "dense_mask"))
             lines.append(f"| {WORDS[row['case']]} | {row['positions']:,} | {' | '.join(cells)} |")
     lines += [
+        f"| {WORDS['fleet']} | {loop['positions']:,} | {loop['ratio_of_medians']:.0f} | – |",
         "",
-        "Attention alone, on q, k and v: the time of others over ours, within one form; medians. All cases, rates,",
-        "memory and figures are in [the report](docs/benchmarks/report.md). FlexAttention has no backward on a CPU and",
-        "is compared forward only.",
+        *_paragraph(
+            f"Attention alone, on q, k and v: the time of others over ours, within one form; medians. {_where(suite[0])}. "
+            "Each contestant's outputs and gradients agree with float64 to 1e-5 of the largest in the run that times it. "
+            "All cases, rates, memory and figures are in [the report](docs/benchmarks/report.md). FlexAttention has no "
+            "backward on a CPU and is compared forward only."
+        ),
         "",
         "| canvas | tokens | density | dense mask | FlexAttention | loop over edges | grouped by hand |",
         "|---|---|---|---|---|---|---|",
@@ -55,20 +67,35 @@ def measured(dispatcher: list[dict], suite: list[dict], plan_cost: list[dict], c
     for row in report.timed(suite, form="joint", contestant="ours"):
         if row["case"] in WORDS:
             others = (report.one(suite, case=row["case"], form=form, contestant=name) for form, name in ATTENTION)
-            cells = ("–" if x is None else f"{x[f'{report.part_of(x)}_ratio']['p50']:.1f}" for x in others)
+            cells = ("–" if x is None else _short(x[f"{report.part_of(x)}_ratio"]["p50"]) for x in others)
             first_cells = f"{WORDS[row['case']]} | {row['tokens']:,} | {100 * row['density']:.1f} %"
             lines.append(f"| {first_cells} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Compiling the plan, cold: {1e3 * seconds['computer_use']:.0f} ms for a computer-use canvas of 16,384",
-        f"positions, {seconds['video of 256 frames']:.2f} s for a causal video of 1,048,576.",
+        *_paragraph(
+            f"Compiling the plan, cold: {1e3 * seconds['computer_use']:.0f} ms for a computer-use canvas of 16,384 "
+            f"positions, {seconds['video of 256 frames']:.2f} s for a causal video of 1,048,576."
+        ),
         "",
-        f"Attention of a CogVideoX block ({forward['tokens']:,} tokens; same frame + previous frame + text, "
-        f"{100 * forward['density']:.0f} % of all",
-        f"pairs) takes {_ratio(forward['ratio'], 2)} times its share of dense attention's time forward,",
-        f"{_ratio(backward['ratio'], 2)} times backward.",
+        *_paragraph(
+            f"Attention of a CogVideoX block ({forward['tokens']:,} tokens; same frame + previous frame + text, "
+            f"{100 * forward['density']:.0f} % of all pairs) takes {_ratio(forward['ratio'], 2)} times its share of dense "
+            f"attention's time forward, {_ratio(backward['ratio'], 2)} times backward."
+        ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _paragraph(text: str) -> list[str]:
+    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _where(row: dict) -> str:
+    return f"{row['device']}, {row['cores']} cores, torch {row['torch']}, commit {row['commit']}"
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio >= 9.95 else f"{ratio:.2f}"
 
 
 def _ratio(quantiles: dict[str, float], digits: int = 1) -> str:
