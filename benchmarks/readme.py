@@ -38,8 +38,8 @@ def measured(
     first, loop = dispatcher[0], steps["per_edge_loop"]
     lines = [
         *_paragraph(
-            f"A layer: the dispatcher, with its projections. {_where(first)}; medians of {first['rounds']} paired rounds, "
-            f"the 10 % and 90 % quantiles in brackets; the fleet in {loop['rounds']}, commit {loop['commit']}. Before "
+            f"A layer: the dispatcher, with its projections. {_where(first)}; medians of {first['rounds']} paired "
+            f"rounds, the 10 % and 90 % quantiles in brackets; the fleet in {loop['rounds']}, commit {loop['commit']}. Before "
             "anything is timed, outputs and all gradients agree with the loop in float64 to 1e-5 of the largest (the "
             "fleet's with three vehicles)."
         ),
@@ -55,9 +55,9 @@ def measured(
         f"| {WORDS['fleet']} | {loop['positions']:,} | {loop['ratio_of_medians']:.0f} | – |",
         "",
         *_paragraph(
-            f"Attention alone, on q, k and v: the time of others over ours, within one form; medians. {_where(suite[0])}. "
-            "Each contestant's outputs and gradients agree with float64 to 1e-5 of the largest in the run that times it. "
-            "All cases, rates, memory and figures are in [the report](docs/benchmarks/report.md). FlexAttention has no "
+            f"Attention alone, on q, k and v: the time of others over ours, within one form; medians. "
+            f"{_where(suite[0])}. Each contestant's outputs and gradients agree with float64 to 1e-5 of the largest in "
+            "the run that times it. All cases, rates, memory and figures are in [the report](docs/benchmarks/report.md). FlexAttention has no "
             "backward on a CPU and is compared forward only."
         ),
         "",
@@ -79,8 +79,8 @@ def measured(
         "",
         *_paragraph(
             f"Attention of a CogVideoX block ({forward['tokens']:,} tokens; same frame + previous frame + text, "
-            f"{100 * forward['density']:.0f} % of all pairs) takes {_ratio(forward['ratio'], 2)} times its share of dense "
-            f"attention's time forward, {_ratio(backward['ratio'], 2)} times backward."
+            f"{100 * forward['density']:.0f} % of all pairs) takes {_ratio(forward['ratio'], 2)} times its share of "
+            f"dense attention's time forward, {_ratio(backward['ratio'], 2)} times backward."
         ),
     ]
     return "\n".join(lines) + "\n"
