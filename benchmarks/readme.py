@@ -39,9 +39,9 @@ def measured(
     lines = [
         *_paragraph(
             f"A layer: the dispatcher, with its projections. {_where(first)}; medians of {first['rounds']} paired "
-            f"rounds, the 10 % and 90 % quantiles in brackets; the fleet in {loop['rounds']}, commit {loop['commit']}. Before "
-            "anything is timed, outputs and all gradients agree with the loop in float64 to 1e-5 of the largest (the "
-            "fleet's with three vehicles)."
+            f"rounds, the 10 % and 90 % quantiles in brackets; the fleet in {loop['rounds']}, commit {loop['commit']}. "
+            "Before anything is timed, outputs and all gradients agree with the loop in float64 to 1e-5 of the largest "
+            "(the fleet's with three vehicles)."
         ),
         "",
         "| canvas | positions | times faster than the loop | than the dense mask |",
@@ -57,8 +57,8 @@ def measured(
         *_paragraph(
             f"Attention alone, on q, k and v: the time of others over ours, within one form; medians. "
             f"{_where(suite[0])}. Each contestant's outputs and gradients agree with float64 to 1e-5 of the largest in "
-            "the run that times it. All cases, rates, memory and figures are in [the report](docs/benchmarks/report.md). FlexAttention has no "
-            "backward on a CPU and is compared forward only."
+            "the run that times it. All cases, rates, memory and figures are in [the report]"
+            "(docs/benchmarks/report.md). FlexAttention has no backward on a CPU and is compared forward only."
         ),
         "",
         "| canvas | tokens | density | dense mask | FlexAttention | loop over edges | grouped by hand |",
