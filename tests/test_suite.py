@@ -270,8 +270,54 @@ def test_a_slow_down_beyond_noise_is_seen(rows):
 
     assert report.compare(rows, scaled(0.97))[1] is False
     lines, slower = report.compare(rows, scaled(0.8))
+    assert "1 round: judged by medians and 2 × noise = 10 %" in lines[-1]
     assert slower and ["SLOWER" in line for line in lines] == ["tangled, edge" in line for line in lines]
     assert "0.80" in lines[-1]
+
+
+def run_of(shares: dict[str, float], noise: dict[str, float], rounds: int = 9, **changes) -> list[dict]:
+    """Rows of ours and of the reference line, a case each; rounds vary by 2 % around ``shares``."""
+    found = []
+    for name, share in shares.items():
+        case = {"case": name, "tokens": 64, "batch": 1, "heads": 2, "head_dim": 8, "dtype": "float32", "device": "a"}
+        quantiles = {"p25": 0.99 * share, "p50": share, "p75": 1.01 * share}
+        ours = {"form": "edge", "contestant": "ours", "rounds": rounds, "step_roofline": quantiles}
+        reference = {"form": "reference", "contestant": "sdpa_unmasked", "noise": noise.get(name, 0.02)}
+        found += [case | row | {"forward_seconds": {}} | changes for row in (ours, reference)]
+    return found
+
+
+def test_a_case_is_judged_by_its_own_noise():
+    before = run_of({"quiet": 0.5, "noisy": 0.5}, {"noisy": 0.6})
+    for name, slower in (("quiet", True), ("noisy", False)):
+        after = run_of({"quiet": 0.5, "noisy": 0.5} | {name: 0.5 / 1.3}, {})
+        lines, found = report.compare(before, after)
+        assert found is slower, "the larger noise of both runs"
+        assert [line for line in lines if "SLOWER" in line] == [
+            "quiet, edge, float32: 0.500 → 0.385, 0.77, noise 2 % SLOWER"
+        ] * slower
+
+
+@pytest.mark.parametrize(("noise", "share", "slower"), [(0.02, 0.38, True), (0.2, 0.38, False), (0.2, 0.3, True)])
+def test_few_rounds_are_judged_by_twice_the_noise_of_all(noise, share, slower):
+    before = run_of({"few": 0.5, "other": 0.5}, {"other": noise})
+    after = run_of({"few": share}, {}, rounds=1) + run_of({"other": 0.5}, {"other": noise})
+    lines, found = report.compare(before, after)
+    assert found is slower and lines[-2].endswith("SLOWER") is slower
+    assert "of 1 round: judged by medians and 2 × noise" in lines[-2] and "judged" not in lines[-1]
+
+
+def test_what_only_one_run_has_is_named_and_nothing_in_common_fails():
+    before = run_of({"robot": 0.5, "fleet": 0.5}, {})
+    lines, failed = report.compare(before, run_of({"robot": 0.5, "video": 0.5}, {}))
+    assert not failed and lines[0] == "not in the later rows: fleet, edge, float32"
+    assert lines[1] == "only there: video, edge, float32"
+    others = (run_of({"video": 0.5}, {}), run_of({"robot": 0.5}, {}, dtype="bfloat16"), [], before[1::2])
+    for after in others:
+        for pair in ((before, after), (after, before)):
+            lines, failed = report.compare(*pair)
+            assert failed and lines[0].startswith("nothing to compare")
+    assert report.compare([], [])[1] is True
 
 
 def test_a_kernel_that_spills_or_loses_wgmma_is_seen():
@@ -302,5 +348,8 @@ def test_the_command_measures_reports_and_compares(tmp_path, monkeypatch, capsys
     assert bench.main([*rows, "--compare", str(tmp_path / "rows.json")]) == 0
     assert bench.main([*rows, "--compare", str(tmp_path / "faster.json")]) == 1
     assert "SLOWER" in capsys.readouterr().out
+    measure.write_rows([row | {"dtype": "bfloat16"} for row in found], tmp_path / "others.json")
+    assert bench.main([*rows, "--compare", str(tmp_path / "others.json")]) == 1
+    assert "nothing to compare" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bench.main(["--case", "no such case"])
