@@ -30,6 +30,8 @@ ENOUGH_ROUNDS = 3
 FEW_ROUNDS_MARGIN = 2
 """Noise is exceeded by one pair in ten; of forty cases that are judged by one pair each, none should be, by chance."""
 RESOURCES = ("arch", "stage", "form", "signed", "head_dim", "dtype", "tile")
+REPORTED, AT_MOST, AT_LEAST = ("registers", "shared"), ("spilled",), ("wgmma", "copies", "resident")
+"""What is compared of a kernel: what is only shown, what may not grow, what may not fall."""
 
 
 def is_aot(rows: list[dict]) -> bool:
@@ -240,6 +242,8 @@ def compare(earlier: list[dict], later: list[dict]) -> tuple[list[str], bool]:
     quartiles, its median of the earlier median by more than ``FEW_ROUNDS_MARGIN`` times the noise. Rows that only one
     side has are named, and do not fail.
     """
+    if not (earlier and later):
+        return ["nothing to compare: one side has no rows"], True
     if is_aot(earlier) != is_aot(later):
         return ["rows of compiled kernels can only be compared with such"], True
     if is_aot(earlier):
@@ -289,20 +293,24 @@ def _judged(old: dict, new: dict, noise: float, pooled: float) -> tuple[bool, st
 
 
 def _compare_aot(earlier: list[dict], later: list[dict]) -> tuple[list[str], bool]:
-    new = {tuple(row[key] for key in RESOURCES): row for row in later}
-    lines, worse = [], False
-    for old in earlier:
-        found = new.get(tuple(old[key] for key in RESOURCES))
-        if found is None:
-            continue
-        keys = ("registers", "spilled", "shared", "wgmma")
-        changed = {key: (old[key], found[key]) for key in keys if old[key] != found[key]}
-        if changed:
-            lost = found["spilled"] > old["spilled"] or found["wgmma"] < old["wgmma"]
-            lost |= found.get("resident", 0) < old.get("resident", 0)
-            worse |= lost
-            what = ", ".join(f"{key} {a} → {b}" for key, (a, b) in changed.items())
-            lines.append(f"{' '.join(str(old[key]) for key in RESOURCES)}: {what}{' WORSE' if lost else ''}")
-    missing = len(earlier) - len({tuple(row[key] for key in RESOURCES) for row in earlier} & new.keys())
-    lines.append(f"{len(later)} configurations, {len(lines)} changed, {missing} of the earlier ones gone")
-    return lines, worse
+    """As the docstring of :mod:`benchmarks.aot` says."""
+    old, new = ({tuple(row[key] for key in RESOURCES): row for row in rows} for rows in (earlier, later))
+    tritons = [" and ".join(sorted({row.get("triton", "unknown") for row in rows.values()})) for rows in (old, new)]
+    lines, same, changed, worse = [], tritons[0] == tritons[1], 0, 0
+    if not same:
+        lines.append(f"Triton {tritons[0]} before, {tritons[1]} now: what has become worse is shown, and does not fail")
+    for key in (key for key in old if key in new):
+        pairs = {name: (old[key].get(name, 0), new[key].get(name, 0)) for name in (*REPORTED, *AT_MOST, *AT_LEAST)}
+        is_worse = any(pairs[name][1] > pairs[name][0] for name in AT_MOST)
+        is_worse |= any(pairs[name][1] < pairs[name][0] for name in AT_LEAST)
+        is_changed = any(a != b for a, b in pairs.values())
+        changed, worse = changed + is_changed, worse + is_worse
+        if is_worse or (is_changed and same):
+            what = ", ".join(f"{name} {a} → {b}" for name, (a, b) in pairs.items() if a != b)
+            lines.append(f"{' '.join(map(str, key))}: {what}{' WORSE' * is_worse}")
+    gone = [" ".join(map(str, key)) for key in old if key not in new]
+    lines += [f"{name}: GONE" for name in gone]
+    if gone or (worse and same):
+        lines.append("if that is meant: python -m benchmarks.aot --save benchmarks/results/aot.json")
+    lines.append(f"{len(new)} configurations, {changed} changed, {len(gone)} of the earlier ones gone")
+    return lines, bool(gone) or (same and worse > 0)

@@ -333,6 +333,31 @@ def test_a_kernel_that_spills_or_loses_wgmma_is_seen():
         assert worse and "WORSE" in lines[0] and "sm_90 dq edge" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("change", "worse"),
+    [({"registers": 255, "shared": 999}, False), ({"copies": 1}, True), ({"resident": 1}, True), ({"wgmma": 4}, False)],
+)
+def test_a_kernel_may_need_more_while_as_many_programs_fit(change, worse):
+    rows = (row for row in measure.read_rows(measure.RESULTS / "aot.json") if row["arch"] == "gfx942")
+    row = next(row for row in rows if row["resident"] > 1) | {"wgmma": 3, "copies": 2}
+    lines, failed = report.compare([row], [row | change])
+    assert failed is worse and ("WORSE" in lines[0]) is worse and ("--save" in lines[1]) is worse
+    lines, failed = report.compare([row], [row | change | {"triton": "9.9"}])
+    assert not failed and lines[0].startswith(f"Triton {row['triton']} before, 9.9 now: what has become worse is shown")
+    assert ("WORSE" in lines[1]) is worse and len(lines) == 2 + worse
+
+
+@pytest.mark.parametrize("triton", ["3.9.0", "9.9"])
+def test_a_configuration_that_is_gone_fails(triton):
+    committed = measure.read_rows(measure.RESULTS / "aot.json")
+    lines, failed = report.compare(committed, [row | {"triton": triton} for row in committed[1:]])
+    assert failed and lines[-3].endswith(f"{committed[0]['tile']}: GONE") and "1 of the earlier ones gone" in lines[-1]
+    assert "--save benchmarks/results/aot.json" in lines[-2]
+    assert report.compare(committed[1:], committed)[1] is False
+    lines, failed = report.compare([], committed)
+    assert failed and lines == ["nothing to compare: one side has no rows"]
+
+
 def test_the_command_measures_reports_and_compares(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib")
     monkeypatch.setattr(cases, "CPU", (SMALL,))
