@@ -251,14 +251,15 @@ def entry(seconds: float) -> dict:
 
 def check(seconds: float) -> list[dict]:
     """Rows of every case in both forms: what is predicted and what is measured."""
-    rates, rows = costs.all_rates()[costs.processor_key(1)], []
+    key, rows = costs.processor_key(1), []
+    rates = costs.all_rates()[key]
     for case in CHECKED_CASES:
         plans = {form: plan_of(case, form) for form in ("joint", "edge")}
         calls = [_case_call(case, plan) for plan in plans.values()]
         times, _ = measured(calls, seconds / len(CHECKED_CASES), case.name, rates["reference_seconds"])
         for (form, plan), measured_seconds in zip(plans.items(), times):
             predicted = plan.estimate("cpu", **shape_of(case))
-            rows.append({"case": case.name, "form": form})
+            rows.append({"case": case.name, "form": form, "rates": key})
             found = [*measured_seconds, peak_bytes(case, plan)]
             for name, value in zip(("forward_seconds", "backward_seconds", "peak_bytes"), found):
                 rows[-1][name] = float(f"{value:.4g}")

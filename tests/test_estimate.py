@@ -17,6 +17,18 @@ from canvas_kernels.work import GpuWork, Work
 BY_NAME = {case.name: case for case in cases.CPU}
 
 
+MEASURED = next(name for name, entry in costs.all_rates().items() if "backward" in entry)
+
+
+@pytest.fixture(autouse=True)
+def grouped_by_committed_rates(monkeypatch):
+    """Cells are grouped by the first measured processor's rates, whatever machine this is; no plan is left over."""
+    compile_attention.cache_clear()
+    monkeypatch.setattr(costs, "choosing", lambda: costs.both_passes(costs.all_rates()[MEASURED]))
+    yield
+    compile_attention.cache_clear()
+
+
 def frames(count: int, size: int, normalize: str = "edge"):
     """Frames that read themselves."""
     layout = CanvasLayout(T=count, d_model=8, spatial_shape=(size,), regions={"a": (0, count, 0, size)})
@@ -53,6 +65,40 @@ def test_seconds_are_counts_times_rates(monkeypatch):
     assert "abacus" in str(found) and "product 98%" in str(found)
     without = plan.estimate("abacus", heads=2, head_dim=16, backward=False)
     assert without.backward_seconds == 0 and without.forward_seconds == found.forward_seconds
+
+
+def test_what_takes_no_time_is_said_in_words(monkeypatch):
+    invent(monkeypatch, abacus={"forward": only(), "backward": only()})
+    found = str(frames(3, 40).estimate("abacus"))
+    assert found.startswith("0 ms forward, 0 ms backward") and found.endswith("on abacus\n  nothing takes time")
+
+
+X86 = "processor : 0\nvendor_id : GenuineIntel\ncpu family : 6\nmodel : 167\nmodel name : Xeon\nstepping : 8\n"
+ARM = "processor : 0\nCPU implementer : 0x41\nCPU variant : 0x1\nCPU part : 0xd40\nCPU revision : 1\n"
+
+
+@pytest.mark.parametrize(
+    ("info", "key"),
+    [
+        (X86, "Xeon (GenuineIntel, family 6, model 167, stepping 8)"),
+        (X86 + "\n" + X86.replace("167", "85"), "Xeon (GenuineIntel, family 6, model 167, stepping 8)"),
+        (X86.replace("167", "85"), "Xeon (GenuineIntel, family 6, model 85, stepping 8)"),
+        (ARM, "armchair (implementer 0x41, part 0xd40, variant 0x1, revision 1)"),
+        (None, "armchair (arm64)"),
+    ],
+)
+def test_processors_of_one_name_have_their_own_rates(info, key, monkeypatch, tmp_path):
+    monkeypatch.setattr(costs.platform, "processor", lambda: "armchair")
+    monkeypatch.setattr(costs.platform, "machine", lambda: "arm64")
+    if info is not None:
+        (tmp_path / "cpuinfo").write_text(info)
+    monkeypatch.setattr(costs, "CPUINFO", tmp_path / "cpuinfo")
+    costs.cpuinfo.cache_clear()
+    try:
+        assert costs.processor_key(1) == f"{key}, 1 thread" and costs.processor_key(3) == f"{key}, 3 threads"
+        assert costs.processor() == key.split(" (")[0]
+    finally:
+        costs.cpuinfo.cache_clear()
 
 
 def test_every_measured_processor_has_every_rate():
@@ -139,8 +185,8 @@ def test_committed_rates_give_the_committed_predictions(name):
     rows = [row for row in committed() if row["case"] == name]
     assert len(rows) == 2
     for row in rows:
-        plan, device = rates.plan_of(BY_NAME[name], row["form"]), f"{row['device']}, 1 thread"
-        found = plan.estimate(device, **rates.shape_of(BY_NAME[name]))
+        plan = rates.plan_of(BY_NAME[name], row["form"])
+        found = plan.estimate(row["rates"], **rates.shape_of(BY_NAME[name]))
         for part in ("forward_seconds", "backward_seconds", "peak_bytes"):
             assert getattr(found, part) == pytest.approx(row[f"predicted_{part}"], rel=1e-3), f"{name}, {part}"
 

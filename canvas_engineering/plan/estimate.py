@@ -39,10 +39,11 @@ class Estimate:
         return self.forward_seconds + self.backward_seconds
 
     def __str__(self) -> str:
-        most = ", ".join(f"{name} {value / self.seconds:.0%}" for name, value in list(self.breakdown.items())[:4])
+        longest = list(self.breakdown.items())[:4] if self.seconds else ()
+        most = ", ".join(f"{name} {value / self.seconds:.0%}" for name, value in longest)
         return (
             f"{1e3 * self.forward_seconds:.3g} ms forward, {1e3 * self.backward_seconds:.3g} ms backward, "
-            f"{self.peak_bytes / 2**20:.3g} MiB on {self.device}\n  {most}"
+            f"{self.peak_bytes / 2**20:.3g} MiB on {self.device}\n  {most or 'nothing takes time'}"
         )
 
 
@@ -72,6 +73,14 @@ def of_plan(
         done.peak_bytes(backward),
         dict(sorted(breakdown.items(), key=lambda item: -item[1])),
     )
+
+
+def in_words(plan: AttentionPlan) -> str:
+    """What attention over the plan takes on one thread of this machine, or why that is not known."""
+    try:
+        return f"one head of 64 in float32: {plan.estimate(processor_key(1))}"
+    except ValueError as cause:
+        return f"its time is not known: {cause}"
 
 
 def device_name(device: torch.device | str) -> str:
