@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import cases, measure, rates
 from canvas_engineering import CanvasLayout, CanvasTopology, Connection
+from canvas_engineering.attention import canvas_attention
 from canvas_engineering.plan import compile_attention
 from canvas_kernels import costs, grouping
 from canvas_kernels.work import GpuWork, Work
@@ -160,6 +161,35 @@ def test_bytes_are_those_that_tensors_hold(name, form):
     plan = rates.plan_of(case, form)
     work = Work(plan.table, case.heads, case.head_dim, None if plan.in_canvas_order else plan.n_positions)
     assert work.peak_bytes(True) == pytest.approx(rates.peak_bytes(case, plan), rel=0.12)
+
+
+@pytest.mark.parametrize("form", ["joint", "edge"])
+@pytest.mark.parametrize("name", ["frames_4_d64", "frames_20_d64", "video_4096"])
+def test_bytes_of_large_tensors_are_those_that_are_made(name, form, monkeypatch):
+    case = BY_NAME[name]
+    plan = rates.plan_of(case, form)
+    work = Work(plan.table, case.heads, case.head_dim)
+    # as if the system mapped every tensor of more than half a canvas
+    monkeypatch.setattr(costs, "LARGE_BYTES", 2 * case.heads * case.head_dim * plan.n_positions)
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 1, plan.n_positions, case.heads, case.head_dim)
+    *leaves, upstream = torch.randn(shape, generator=generator).transpose(2, 3).unbind()
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def made(call) -> tuple[object, int]:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            result = call()
+        events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+        return result, sum(event.nbytes() for event in events if event.nbytes() > costs.LARGE_BYTES)
+
+    # what is made once for a table is no part of a call
+    torch.autograd.grad(canvas_attention(*leaves, plan), leaves, upstream)
+    out, forward = made(lambda: canvas_attention(*leaves, plan))
+    _, backward = made(lambda: torch.autograd.grad(out, leaves, upstream))
+    assert work.counts(False)["fresh"] == pytest.approx(forward, rel=0.01)
+    # one more in edge form where coefficients differ from row to row
+    assert work.counts(True)["fresh"] == pytest.approx(backward, rel=0.06)
 
 
 # -- against measurements ----------------------------------------------------------------------------------------------

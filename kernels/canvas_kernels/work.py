@@ -31,7 +31,10 @@ class Work:
         """Counts of the forward or of the backward pass."""
         grouping, shape = group(self.table), {"heads": self.heads, "head_dim": self.head_dim}
         element = self.table.n_positions * self.heads * self.head_dim
-        made = (*self._lasting(backward), *(size for sizes in self._passing(backward) for size in sizes))
+        made = [*self._lasting(backward), *(size for sizes in self._passing(backward) for size in sizes)]
+        if backward:
+            # dropped before the next of a slab's three products is made: no part of the most that is held
+            made += [self._product_bytes(slab, True) for slab, flash in self._slabs() if not flash] * 2
         large = sum(size for size in made if size > costs.LARGE_BYTES)
         parts = [{"call": 1, "element": element, "fresh": large, "converted": element * self.converted}]
         if self.outside is not None:
@@ -105,6 +108,15 @@ class Work:
             found.append(pairs + ([queries] * 3 + [keys] * 4 if backward else [queries, keys] * 2))
         return found
 
+    def _lanes(self, slab: Slab) -> int:
+        return 1 if slab.thin else min(slab.cells, self.heads)
+
+    def _product_bytes(self, slab: Slab, backward: bool) -> int:
+        """Of the result of a product that is not added in place."""
+        lanes, row = self._lanes(slab), 4 * self.heads * self.head_dim * slab.cells
+        direct = (slab.cells == 1 or lanes > 1) and min(slab.rows, slab.keys) * self.head_dim >= slabs.DIRECT_ELEMENTS
+        return 0 if direct else row * max(slab.rows, slab.keys * backward) // lanes
+
     def _slab_bytes(self, slab: Slab, flash: bool, backward: bool, kept: bool) -> list[int]:
         row, pairs = 4 * self.heads * self.head_dim * slab.cells, 4 * self.heads * slab.pairs
         queries, keys = row * slab.rows, row * slab.keys
@@ -113,9 +125,7 @@ class Work:
         inputs += [keys] * (2 * (copied or len(slab.key_ranges) > 1))
         if flash:
             return [*inputs, queries] + [keys, keys] * backward
-        lanes = 1 if slab.thin else min(slab.cells, self.heads)
-        direct = (slab.cells == 1 or lanes > 1) and min(slab.rows, slab.keys) * self.head_dim >= slabs.DIRECT_ELEMENTS
-        product = 0 if direct else max(queries, keys * backward) // lanes
+        lanes, product = self._lanes(slab), self._product_bytes(slab, backward)
         if backward:
             # of two lanes, one after the other
             return [*inputs, product] + [pairs // lanes] * min(lanes, 2)
