@@ -60,6 +60,10 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         "commit": commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
     }
     if device == "cuda":
+        from canvas_kernels.launch import arch_of
+
+        found["architecture"] = arch_of(torch.device("cuda"))
+        found["multiprocessors"] = torch.cuda.get_device_properties("cuda").multi_processor_count
         ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which(ask[0]) else None
         found["driver"] = done.stdout.split("\n")[0] if done and done.returncode == 0 else "unknown"

@@ -59,7 +59,10 @@ def of_plan(
     rates = all_rates().get(name)
     if rates is None:
         known = ", ".join(all_rates())
-        raise ValueError(f"no rates were measured on {name}, only on {known}; {MEASURE} measures them on a processor")
+        raise ValueError(
+            f"no rates were measured on {name}, only on {known}; {MEASURE} measures them on a processor, "
+            "and with --rows fits them to what `make gpu` wrote"
+        )
     outside = None if plan.in_canvas_order else plan.n_positions
     itemsize = getattr(torch, dtype).itemsize
     kind = GpuWork if "blocks" in rates else Work

@@ -168,8 +168,18 @@ class Block(NamedTuple):
         return self.seconds / self.resident
 
 
+def block_key(stage: str, form: str, block_d: int, itemsize: int, config) -> str:
+    """The name of a configuration's block in a GPU's entry."""
+    return f"{stage} {form} {block_d} {8 * itemsize} {config.block_m} {config.block_n}"
+
+
 def blocks(rates: dict, stage: str, form: str, block_d: int, itemsize: int, configs) -> list[Block] | None:
     """Measured blocks of the configurations of a pass, in a GPU's entry; None where one of them was not measured."""
-    keys = [f"{stage} {form} {block_d} {8 * itemsize} {config.block_m} {config.block_n}" for config in configs]
-    found = [rates["blocks"].get(key) for key in keys]
+    found = [rates["blocks"].get(block_key(stage, form, block_d, itemsize, config)) for config in configs]
     return None if None in found else [Block(*block) for block in found]
+
+
+def gpu_seconds(rates: dict) -> dict[str, float]:
+    """Seconds of each block, of a byte that is moved and of a launch, of a GPU's entry."""
+    each = {key: block[0] for key, block in rates["blocks"].items()}
+    return each | {"byte": 1 / rates["bandwidth"], "launch": rates["launch"]}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -132,6 +134,14 @@ class Work:
         return [*inputs, product] + [pairs] * (not kept)
 
 
+class Launch(NamedTuple):
+    """Kernels of one stage. Each of ``bounds`` counts block times by name (:func:`.costs.block_key`), bytes that are
+    moved ("byte") and launches ("launch"); the kernels take as long as the longest of them."""
+
+    stage: str
+    bounds: tuple[dict[str, float], ...]
+
+
 @dataclass(frozen=True)
 class GpuWork:
     """The Triton executor's, described as :class:`Work`. A launch takes as long as its blocks on all multiprocessors,
@@ -146,32 +156,40 @@ class GpuWork:
 
     def seconds(self, rates: dict, backward: bool) -> dict[str, float]:
         """What each stage of a pass takes on the GPU of an entry of the rates."""
-        joint, found = self.table.form == "joint", {}
-        if self.outside is not None:
-            # read, permuted, written
-            found["moved"] = (4 * 2 * self._canvas()) / rates["bandwidth"] + 4 * rates["launch"]
-        if backward and joint:
-            found["delta"] = 2 * self._canvas() / rates["bandwidth"] + rates["launch"]
-        for stage, tensors in _STAGES[backward]:
-            if stage != "delta" or not joint:
-                found[stage] = self._stage(rates, stage, tensors * self._canvas() / rates["bandwidth"])
+        each, found = costs.gpu_seconds(rates), {}
+        for launch in self.launches(rates, rates, backward):
+            taken = max(costs.seconds(bound, each) for bound in launch.bounds)
+            found[launch.stage] = found.get(launch.stage, 0.0) + taken
         return found
 
-    def _stage(self, rates: dict, stage: str, moving: float) -> float:
+    def launches(self, gpu: dict, tiled: dict, backward: bool) -> Iterator[Launch]:
+        """The launches of a pass on the GPU of an entry, of which seconds are not read; ``tiled``: the entry whose
+        block times choose the tiles."""
+        joint, canvas = self.table.form == "joint", self._canvas()
+        if self.outside is not None:
+            # read, permuted, written
+            yield Launch("moved", ({"byte": 4 * 2 * canvas, "launch": 4},))
+        if backward and joint:
+            yield Launch("delta", ({"byte": 2 * canvas, "launch": 1},))
+        for stage, tensors in _STAGES[backward]:
+            if stage != "delta" or not joint:
+                yield from self._stage(gpu, tiled, stage, {"byte": tensors * canvas, "launch": 1})
+
+    def _stage(self, gpu: dict, tiled: dict, stage: str, moving: dict[str, float]) -> Iterator[Launch]:
         dtype = torch.float32 if self.itemsize == 4 else torch.bfloat16
-        found = configs.lookup(rates["arch"], self.head_dim, dtype, stage, self.table.form)
-        measured = costs.blocks(rates, stage, self.table.form, configs.block_d(self.head_dim), self.itemsize, found)
-        if measured is None:
-            what = f"{stage} in {self.table.form} form, head_dim {self.head_dim}, {dtype}"
+        block_d, form = configs.block_d(self.head_dim), self.table.form
+        found = configs.lookup(gpu["arch"], self.head_dim, dtype, stage, form)
+        key_of = {(c.block_m, c.block_n): costs.block_key(stage, form, block_d, self.itemsize, c) for c in found}
+        if not set(key_of.values()) <= gpu["blocks"].keys():
+            what = f"{stage} in {form} form, head_dim {self.head_dim}, {dtype}"
             raise ValueError(f"not every block time was measured of {what}")
-        classes = configs.classes(found, tuple(block.cost for block in measured))
-        block_of = {(config.block_m, config.block_n): block for config, block in zip(found, measured)}
-        taken = 0.0
+        measured = costs.blocks(tiled, stage, form, block_d, self.itemsize, found)
+        classes = configs.classes(found, measured and tuple(block.cost for block in measured))
         for tiling in self.table.device_tilings("cpu", classes, stage == "dkv"):
-            block, blocks = block_of[tiling.block_m, tiling.block_n], tiling.tiles[:, 3]
-            spread = int(blocks.sum()) * self.heads * block.cost / rates["multiprocessors"]
-            taken += max(spread, int(blocks.max()) * block.seconds, moving) + rates["launch"]
-        return taken
+            key, blocks = key_of[tiling.block_m, tiling.block_n], tiling.tiles[:, 3]
+            share = self.heads / (gpu["blocks"][key][1] * gpu["multiprocessors"])
+            spread, longest = int(blocks.sum()) * share, int(blocks.max())
+            yield Launch(stage, ({key: spread, "launch": 1}, {key: longest, "launch": 1}, moving))
 
     def peak_bytes(self, backward: bool) -> int:
         """The most that a forward, and with ``backward`` a backward after it, hold beyond q, k, v and grad_out."""
