@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases, measure, rates
+from benchmarks import cases, measure, rates, report
 from canvas_engineering import CanvasLayout, CanvasTopology, Connection
 from canvas_engineering.attention import canvas_attention
 from canvas_engineering.plan import compile_attention
@@ -18,6 +18,8 @@ from canvas_kernels.work import GpuWork, Work
 BY_NAME = {case.name: case for case in cases.CPU}
 
 
+# one round of a million positions is slowed by memory that the system has to find first: benchmarks/LOG.md
+PREDICTED = {case.name for case in cases.CPU} - {"video_1048576"}
 MEASURED = next(name for name, entry in costs.all_rates().items() if "backward" in entry)
 
 
@@ -210,7 +212,7 @@ def test_measured_cases_were_predicted_within_a_quarter():
             assert abs(error) <= rates.BOUND, f"{row['case']}, {row['form']} form, {name}: {error:+.0%}"
 
 
-@pytest.mark.parametrize("name", ["robot", "multi_rate", "surgical_robot", "frames_10_d64", "video_16384"])
+@pytest.mark.parametrize("name", [case.name for case in rates.CHECKED_CASES])
 def test_committed_rates_give_the_committed_predictions(name):
     rows = [row for row in committed() if row["case"] == name]
     assert len(rows) == 2
@@ -219,6 +221,40 @@ def test_committed_rates_give_the_committed_predictions(name):
         found = plan.estimate(row["rates"], **rates.shape_of(BY_NAME[name]))
         for part in ("forward_seconds", "backward_seconds", "peak_bytes"):
             assert getattr(found, part) == pytest.approx(row[f"predicted_{part}"], rel=1e-3), f"{name}, {part}"
+
+
+def undisturbed(row: dict, reference: dict, entry: dict, part: str) -> float:
+    """Seconds of a part of a row, relative to how long attention without a mask took in the same rounds: by the rates,
+    one call of the flash kernel."""
+    n = reference["reference_tokens"]
+    counts = costs.slab_counts(1, n, n, heads=row["heads"], head_dim=row["head_dim"], thin=False, flash=True)
+    kernel = {name: counts[name] for name in ("flash_matrix", "flash_product", "flash_pair")}
+    slow = reference[f"{part}_seconds"]["p50"] / costs.seconds(kernel, entry[part])
+    return row[f"{part}_seconds"]["p50"] / slow
+
+
+def test_the_suites_rows_are_predicted_within_a_quarter_where_their_noise_allows():
+    """Forward and backward together. A row may be off by its case's noise more; where one round is all there is, as
+    between two equal calls, by all cases' noise, twice."""
+    rows = measure.read_rows(measure.RESULTS / "suite.json")
+    if not MEASURED.startswith(rows[0]["device"]):
+        pytest.skip(f"the rows are of {rows[0]['device']}, the rates of {MEASURED}")
+    noises = {row["case"]: row["noise"] for row in rows if "noise" in row}
+    pooled, entry, errors = float(np.quantile(list(noises.values()), 0.9)), costs.all_rates()[MEASURED], {}
+    ours = [row for row in report.timed(rows, contestant="ours") if row["case"] in PREDICTED]
+    assert {row["case"] for row in ours} == PREDICTED and len(ours) == 2 * len(PREDICTED)
+    for row in ours:
+        reference = report.one(rows, contestant="sdpa_unmasked", case=row["case"])
+        case = BY_NAME[row["case"]]
+        found = rates.plan_of(case, row["form"]).estimate(MEASURED, **rates.shape_of(case))
+        seconds = sum(undisturbed(row, reference, entry, part) for part in ("forward", "backward"))
+        own = noises[row["case"]]
+        allowed = own if row["rounds"] >= report.ENOUGH_ROUNDS else report.FEW_ROUNDS_MARGIN * max(own, pooled)
+        errors[row["case"], row["form"]] = (found.seconds / seconds - 1, rates.BOUND + allowed)
+    worst = sorted(errors.items(), key=lambda item: -abs(item[1][0]))
+    print("\n".join(f"{case}, {form} form: {error:+.0%}" for (case, form), (error, _) in worst[:5]))
+    assert [key for key, (error, allowed) in errors.items() if abs(error) > allowed] == []
+    assert np.quantile([abs(error) for error, _ in errors.values()], 0.9) <= rates.BOUND
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
