@@ -249,8 +249,8 @@ def compare(earlier: list[dict], later: list[dict]) -> tuple[list[str], bool]:
     if is_aot(earlier):
         return _compare_aot(earlier, later)
     before, after = ({tuple(row.get(key) for key in SHAPE): row for row in _shares(rows)} for rows in (earlier, later))
-    alone = [("not in the later rows", before.keys() - after.keys()), ("only there", after.keys() - before.keys())]
-    lines = [f"{what}: {', '.join(sorted(map(_named, keys)))}" for what, keys in alone if keys]
+    alone = {"later": before.keys() - after.keys(), "earlier": after.keys() - before.keys()}
+    lines = [f"not in the {side} rows: {', '.join(sorted(map(_named, keys)))}" for side, keys in alone.items() if keys]
     if not before.keys() & after.keys():
         return ["nothing to compare: no case of ours is in both, with equal shapes and dtype", *lines], True
     devices = [" and ".join(dict.fromkeys(row["device"] for row in rows.values())) for rows in (before, after)]

@@ -311,7 +311,7 @@ def test_what_only_one_run_has_is_named_and_nothing_in_common_fails():
     before = run_of({"robot": 0.5, "fleet": 0.5}, {})
     lines, failed = report.compare(before, run_of({"robot": 0.5, "video": 0.5}, {}))
     assert not failed and lines[0] == "not in the later rows: fleet, edge, float32"
-    assert lines[1] == "only there: video, edge, float32"
+    assert lines[1] == "not in the earlier rows: video, edge, float32"
     others = (run_of({"video": 0.5}, {}), run_of({"robot": 0.5}, {}, dtype="bfloat16"), [], before[1::2])
     for after in others:
         for pair in ((before, after), (after, before)):
