@@ -52,6 +52,19 @@ def test_opcheck_edge(table, grad, need_lse):
     assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
 
 
+@pytest.mark.parametrize("order", [(2, 0, 1, 3), (1, 0, 2, 3)], ids=["positions first", "heads first"])
+def test_opcheck_of_other_layouts(table, order):
+    back = [order.index(dim) for dim in range(4)]
+    inputs = [x.permute(order).contiguous().permute(back) for x in qkv(grad=False)]
+    options = (None, None, None, table.key, 0.3, ops.TORCH, True)
+    attention = torch.ops.canvas_kernels.attention.default
+    assert torch.library.opcheck(attention, (*inputs, *options, False)) == dict.fromkeys(OPCHECKS, "SUCCESS")
+    _, lse, aux = attention(*inputs, *options, True)
+    args = (torch.randn(2, 3, 12, 8), *inputs, None, lse, aux, *options[:-1], False)
+    result = torch.library.opcheck(torch.ops.canvas_kernels.attention_backward.default, args)
+    assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
+
+
 def test_opcheck_joint(joint):
     options = (None, None, None, joint.key, 0.3, ops.TORCH, False, False)
     result = torch.library.opcheck(torch.ops.canvas_kernels.attention.default, (*qkv(torch.bfloat16), *options))

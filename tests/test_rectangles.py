@@ -390,3 +390,32 @@ def test_inactive_rows_of_a_joined_slab_are_not_computed(monkeypatch):
             grad = torch.randn_like(out)
             found, wanted = (torch.autograd.grad(o, [q, k, v, gain], grad) for o in (out, expected))
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def laid_out(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """``x`` with its dimensions in ``order`` in memory, the outermost first."""
+    back = [order.index(dim) for dim in range(4)]
+    return x.permute(order).contiguous().permute(back)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_any_layout_in_memory_gives_the_same_numbers(mode, batch):
+    table = frames([6, 4], 3, [(0, 0, 0), (0, 0, -1), (0, 1, 0), (1, 0, 0)], weight=lambda edge, t: 1.0 + edge)
+    gain = torch.rand(table.n_edges, dtype=torch.float64)
+    torch.manual_seed(0)
+    shape = (batch, 3, table.n_positions, 8)
+    q, k, v, upstream = (torch.randn(shape, dtype=torch.float64) for _ in range(4))
+
+    def results(orders):
+        inputs = [laid_out(x, order).requires_grad_() for x, order in zip((q, k, v), orders)]
+        weights = gain.clone().requires_grad_()
+        out, lse = block_attention(*inputs, table, gain=weights, backend="torch", return_lse=True)
+        found = torch.autograd.grad(out, [*inputs, weights], laid_out(upstream, orders[-1]))
+        assert out.permute(orders[0]).is_contiguous()
+        return [out.detach(), lse, *found]
+
+    plain, positions, heads = (0, 1, 2, 3), (2, 0, 1, 3), (1, 0, 2, 3)
+    expected = results([plain] * 4)
+    for orders in ([positions] * 4, [heads] * 4, (heads, plain, positions, plain), (positions, heads, plain, heads)):
+        for mine, want in zip(results(orders), expected):
+            assert torch.allclose(mine, want, rtol=1e-12, atol=1e-12)

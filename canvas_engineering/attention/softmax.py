@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from canvas_kernels.rows import split_heads
+from canvas_kernels.projections import linear_of_heads, project_heads, split_heads
 
 from ..plan import AttentionPlan
 from .functional import BACKENDS, canvas_attention
@@ -31,6 +31,8 @@ class CrossAttention(nn.Module):
     # of q·k: head_dim^−½ for None
     _scale: float | None = None
     _activation = "softmax"
+    # on a CPU; where rows are gathered, all heads of a position together are the faster
+    _heads_first = True
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
@@ -88,9 +90,9 @@ class CrossAttention(nn.Module):
         row_scale: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> torch.Tensor:
-        """What :meth:`attend` gives before ``out_proj``."""
+        """What :meth:`attend` gives before ``out_proj``: (B, heads, n, head_dim)."""
         q, k, v = self._project(x)
-        out = canvas_attention(
+        return canvas_attention(
             q,
             k,
             v,
@@ -104,13 +106,15 @@ class CrossAttention(nn.Module):
             packed=True,
             activation=self._activation,
         )
-        return out.transpose(1, 2).flatten(2)
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v (B, heads, n, head_dim) of x (B, n, d_model), by one product, as the logits take them."""
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
-        q, k, v = split_heads(F.linear(x, weight, bias), 3, self.n_heads)
+        if self._heads_first:
+            q, k, v = project_heads(x, weight, bias, 3, self.n_heads)
+        else:
+            q, k, v = split_heads(F.linear(x, weight, bias), 3, self.n_heads)
         return self._logit_factors(q, k) + (v,)
 
     def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
@@ -129,14 +133,15 @@ def project_out(
     out_proj: nn.Linear, out: torch.Tensor, bias_share: torch.Tensor | None, factor: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``factor`` (a scalar tensor, or None for 1) times ``out_proj`` after the weighted sum over reads: ``out`` (B, n,
-    d), with ``bias_share`` (n,) of its bias for each row, or all of it for None."""
+    d) or (B, heads, n, head_dim), with ``bias_share`` (n,) of its bias for each row, or all of it for None."""
     weight, bias = out_proj.weight, out_proj.bias
     if factor is not None:
         # on d² numbers rather than on all rows
         weight, bias = factor * weight, factor * bias
+    linear = F.linear if out.dim() == 3 else linear_of_heads
     if bias_share is None:
-        return F.linear(out, weight, bias)
-    out = F.linear(out, weight)
+        return linear(out, weight, bias)
+    out = linear(out, weight)
     return out + bias_share[:, None].to(out.dtype) * bias
 
 
@@ -177,6 +182,7 @@ class SigmoidAttention(CrossAttention):
     """
 
     _activation = "sigmoid"
+    _heads_first = False
 
     def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
         p = torch.sigmoid(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5)

@@ -153,6 +153,8 @@ class LocalAttention(ChosenKeys):
     [[0, 0, 1, 1, 1, 2, 2], [0, 1, 0, 1, 2, 1, 2]]
     """
 
+    _heads_first = False
+
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0, window_size: int = 8):
         super().__init__(d_model, n_heads, dropout)
         if window_size < 0:
@@ -218,8 +220,8 @@ class LocalAttention(ChosenKeys):
         dropout_p = self.dropout if self.training else 0.0
         places = (found.groups, found.queries, found.keys)
         out = attend_blocks(q, k, v, *places, factor, q.shape[-1] ** -0.5, dropout_p)
-        # (n, B, heads, D) → (B, n, d)
-        return out.flatten(2).transpose(0, 1).to(v.dtype)
+        # (n, B, heads, D) → (B, heads, n, D)
+        return out.permute(1, 2, 0, 3).to(v.dtype)
 
     def _bounds(self, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [n]: the keys [low, high) of each query."""

@@ -121,23 +121,31 @@ def backward_stage(
 
 def _gather(x: torch.Tensor, indices: Indices, number: int, side: int) -> torch.Tensor:
     """The stage's rows of ``x`` (n, X, D), whose rows are D apart in memory."""
+    flat, strides = _flat_rows(x)
+    return flat.index_select(0, indices.gather(number, side, strides))
+
+
+def _flat_rows(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    """x (n, X, D) as all rows of D elements in its memory, and how many of them positions and lanes are apart."""
     n, heads, dim = x.shape
     strides = (x.stride(0) // dim, x.stride(1) // dim)
     count = 1 + (n - 1) * strides[0] + (heads - 1) * strides[1]
-    return x.as_strided((count, dim), (dim, 1)).index_select(0, indices.gather(number, side, strides))
+    return x.as_strided((count, dim), (dim, 1)), strides
 
 
 def _accumulate(total: torch.Tensor, rows: torch.Tensor, indices: Indices, number: int, side: int) -> None:
-    n, heads, dim = total.shape
-    spread = total.stride(0) // (heads * dim)
-    index, offset, target = indices.reduce(number, side, spread)
+    flat, strides = _flat_rows(total)
+    index, offset, target = indices.reduce(number, side, strides)
     reduced = _gather_reduce(rows, index, offset, False, 0, False, None, True)[0]
     if target is None:
-        total.copy_(reduced.view(n, heads, dim))
+        n, heads, dim = total.shape
+        if strides[1] > strides[0]:
+            total.copy_(reduced.view(heads, n, dim).transpose(0, 1))
+        else:
+            total.copy_(reduced.view(n, heads, dim))
         return
     # targets are distinct: additions happen in the order of slabs and stages
-    count = ((n - 1) * spread + 1) * heads
-    total.as_strided((count, dim), (dim, 1)).index_add_(0, target, reduced)
+    flat.index_add_(0, target, reduced)
 
 
 def _walk(indices: Indices, number: int, dim: int):

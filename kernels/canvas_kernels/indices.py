@@ -30,8 +30,8 @@ class Side(NamedTuple):
 
 
 class Reduce(NamedTuple):
-    """Gather-reduce of a stage's rows to canvas rows in (position, x) order: bags of ``index`` rows from ``offset`` on.
-    ``target`` names the canvas rows, None where the stage alone makes all of them."""
+    """Gather-reduce of a stage's rows to canvas rows, in the order of their memory: bags of ``index`` rows from
+    ``offset`` on. ``target`` names the canvas rows, None where the stage alone makes all of them."""
 
     index: torch.Tensor
     offset: torch.Tensor
@@ -74,11 +74,11 @@ class Indices:
             lambda: self._spread(self.sides[stage][side].position, by_head, by_position),
         )
 
-    def reduce(self, stage: int, side: int, spread: int) -> Reduce:
-        """For canvas rows whose positions lie ``spread`` · X rows apart."""
-        return self._cached(("reduce", stage, side, spread), lambda: self._reduce(stage, side, spread))
+    def reduce(self, stage: int, side: int, strides: tuple[int, int]) -> Reduce:
+        """For canvas rows whose positions and heads lie ``strides`` rows apart."""
+        return self._cached(("reduce", stage, side, strides), lambda: self._reduce(stage, side, *strides))
 
-    def _reduce(self, stage: int, side: int, spread: int) -> Reduce:
+    def _reduce(self, stage: int, side: int, by_position: int, by_head: int) -> Reduce:
         # entry e of canvas row (position[e], x) is gathered row first[e] + x · stride[e]
         first, stride, position, begin = [], [], [], 0
         for part, valid in zip(*self.sides[stage][side]):
@@ -94,14 +94,20 @@ class Indices:
         if len(self.grouping.stages) > 1 or self.grouping.slabs:
             touched = count.nonzero()[0]
             count = count[touched]
-            target = self.tensor((touched[:, None] * (spread * self.heads) + x).reshape(-1))
-        # the bag of (position p, x) starts at X · start[p] + x · count[p]
-        start = np.cumsum(count) - count
-        bag = np.repeat(np.arange(len(count)), count)
-        place = self.heads * start[bag] + x[:, None] * count[bag] + np.arange(len(first)) - start[bag]
+            target = touched[:, None] * by_position + x * by_head
+            target = self.tensor((target.T if by_head > by_position else target).reshape(-1))
         index = np.empty(self.heads * len(first), np.int64)
-        index[place] = first + x[:, None] * stride
-        offset = np.concatenate([[0], np.cumsum(np.repeat(count, self.heads))])
+        if by_head > by_position:
+            index[:] = (first + x[:, None] * stride).reshape(-1)
+            counts = np.tile(count, self.heads)
+        else:
+            # the bag of (position p, x) starts at X · start[p] + x · count[p]
+            start = np.cumsum(count) - count
+            bag = np.repeat(np.arange(len(count)), count)
+            place = self.heads * start[bag] + x[:, None] * count[bag] + np.arange(len(first)) - start[bag]
+            index[place] = first + x[:, None] * stride
+            counts = np.repeat(count, self.heads)
+        offset = np.concatenate([[0], np.cumsum(counts)])
         dtype = np.int64 if max(begin, len(index)) >= 2**31 else np.int32
         return Reduce(self.tensor(index.astype(dtype)), self.tensor(offset.astype(dtype)), target)
 

@@ -20,7 +20,7 @@ import torch
 from . import dropout, rectangles, reference
 from .sigmoid import sigmoid_attention
 from .table import BlockTable
-from .transforms import Function, transformed
+from .transforms import Function, autocast, autocast_dtype, transformed
 
 ACTIVATIONS = ("softmax", "sigmoid")
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -106,7 +106,7 @@ def block_attention(
             "trace: use 'torch' or 'triton' there, or compile without fullgraph"
         )
     if backend == "reference" or dropout_p:
-        q, k, v = _autocast(q, k, v)
+        q, k, v = autocast(q, k, v)
         execute = reference.attention if backend == "reference" else dropout.attention
         # the products inside are the operation's own: it computes 16-bit inputs in float32
         with torch.autocast(q.device.type, enabled=False):
@@ -125,7 +125,7 @@ def block_attention(
     elif activation == "sigmoid":
         if transformed():
             raise ValueError("activation 'sigmoid' knows transforms of torch.func with backend 'reference' only")
-        q, k, v = _autocast(q, k, v)
+        q, k, v = autocast(q, k, v)
         # activity may be changed in place before backward runs: this step keeps its own
         active = None if active is None else active.clone()
         return sigmoid_attention(q, k, v, gain, active, row_scale, table.key, scale, backend)
@@ -133,7 +133,7 @@ def block_attention(
         executor = TORCH if backend == "torch" else backend
         options = (gain, active, row_scale, table.key, scale, executor, return_lse)
         if transformed():
-            out, lse, _ = _Attention.call(*_autocast(q, k, v), *options)
+            out, lse, _ = _Attention.call(*autocast(q, k, v), *options)
         else:
             out, lse, _ = _attention(q, k, v, *options, False)
     return (out, lse) if return_lse else out
@@ -155,7 +155,7 @@ def _check_inputs(q, k, v, table, scale, dropout_p) -> float:
         raise ValueError(f"q, k, v {tuple(shape)} hold {shape[2]} positions, the table {table.n_positions}")
     if q.device != k.device or q.device != v.device:
         raise ValueError(f"q, k and v must be on one device: q {q.device}, k {k.device}, v {v.device}")
-    if not q.dtype == k.dtype == v.dtype and len({_autocast_dtype(x) for x in (q, k, v)}) > 1:
+    if not q.dtype == k.dtype == v.dtype and len({autocast_dtype(x) for x in (q, k, v)}) > 1:
         raise ValueError(f"q, k and v must have one dtype: q {q.dtype}, k {k.dtype}, v {v.dtype}")
     if not q.is_floating_point():
         raise ValueError(f"q, k and v must be floating-point tensors, got {q.dtype}")
@@ -230,18 +230,6 @@ def _triton_refusal(device_type: str, dtype: torch.dtype) -> str:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which autocast lets ``x`` take part: float64 and integers stay as they are."""
-    kind = x.device.type
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(x.to(_autocast_dtype(x)) for x in tensors)
 
 
 # -- attention: kernels ------------------------------------------------------------------------------------------------
@@ -398,7 +386,7 @@ def _attention_autocast(device_type):
     keys = torch._C.DispatchKeySet(key)
 
     def cast(q, k, v, *rest):
-        q, k, v = _autocast(q, k, v)
+        q, k, v = autocast(q, k, v)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return _attention(q, k, v, *rest)
 

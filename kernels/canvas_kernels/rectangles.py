@@ -39,13 +39,14 @@ def forward(
     2, without slots unless ``need_lse``; saved, what :func:`backward` wants, is empty unless ``need_grad``."""
     grouping = group(table)
     batch, heads, _, dim = q.shape
-    inputs = tuple(_rows(x) for x in (q, k, v))
+    lanes = _lanes_of(q)
+    inputs = tuple(_rows(x, lanes) for x in (q, k, v))
     rows = inputs[0]
     own_activity = active is not None and row_scale is None
     saved = rows.new_empty(saved_size(table, batch * heads, dim, own_activity) if need_grad else 0)
     lse = rows.new_full((batch * heads, table.n_slots if need_lse else 0), math.inf)
     if q.numel() == 0 or not (grouping.stages or grouping.slabs):
-        return _canvas(rows.new_zeros(rows.shape), q), lse.view(batch, heads, lse.shape[1]), saved
+        return empty_like(q).zero_(), lse.view(batch, heads, lse.shape[1]), saved
     indices = indices_of(table, rows)
     step = Step(indices, gain, active, row_scale)
     if own_activity and need_grad and not step.joint:
@@ -53,7 +54,8 @@ def forward(
     flash = choices(table, dim).flash
     kept, slab_parts = _saved_parts(saved, table, batch * heads, dim) if need_grad else (None, None)
     # inactive slabs are not run, so nothing may count on their writing first
-    writes, total = step.live is None, rows.new_empty(rows.shape)
+    writes, out = step.live is None, empty_like(q, rows.dtype)
+    total = _rows(out, lanes)
     _clear(total, grouping, grouping.stale_rows if writes else None)
     for number, slab in enumerate(grouping.slabs):
         part = None if slab_parts is None else slab_parts[number]
@@ -67,7 +69,7 @@ def forward(
         forward_stage(number, step, inputs, scale, None if kept is None else kept[number], lse, total)
     if need_lse and active is not None:
         lse.masked_fill_((active == 0).repeat_interleave(table.slot_layout(q.device).per_edge), math.inf)
-    return _canvas(total, q), lse.view(batch, heads, lse.shape[1]), saved
+    return out.to(q.dtype), _by_batch(lse, lanes, batch, heads), saved
 
 
 def backward(
@@ -89,7 +91,8 @@ def backward(
     ``need_gain``."""
     grouping = group(table)
     batch, heads, _, dim = q.shape
-    inputs = tuple(_rows(x) for x in (q, k, v, grad_out))
+    lanes = _lanes_of(q)
+    inputs = tuple(_rows(x, lanes) for x in (q, k, v, grad_out))
     rows = inputs[0]
     if q.numel() == 0 or not (grouping.stages or grouping.slabs):
         return empty_gradients(q).zero_(), rows.new_zeros(table.n_edges) if need_gain else None
@@ -101,8 +104,8 @@ def backward(
     flash = choices(table, dim).flash
     kept, slab_parts = _saved_parts(saved, table, batch * heads, dim)
     writes = step.live is None
-    gradients = rows.new_empty(rows.shape[0], 3, *rows.shape[1:])
-    totals = gradients.unbind(1)
+    gradients = empty_gradients(q, rows.dtype)
+    totals = [_rows(part, lanes) for part in gradients]
     for total, stale in zip(totals, (grouping.stale_rows, grouping.stale_keys, grouping.stale_keys)):
         _clear(total, grouping, stale if writes else None)
     for number, slab in enumerate(grouping.slabs):
@@ -120,21 +123,45 @@ def backward(
         )
         if active is not None:
             dgain = dgain * (active != 0).to(dgain.dtype)
-    return _canvas(gradients, q), dgain
+    return gradients.to(q.dtype), dgain
 
 
-def empty_like(x: torch.Tensor) -> torch.Tensor:
-    """An empty (B, H, n, D) tensor as this executor lays out its results: (n, B, H, D) in memory, which for one canvas
-    is what a projection reads and writes."""
-    batch, heads, n, dim = x.shape
-    return x.new_empty(n, batch, heads, dim).permute(1, 2, 0, 3)
+def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An empty (B, H, n, D) tensor as this executor lays out its results: dense, dimensions in ``x``'s order."""
+    return torch.empty_strided(x.shape, _strides(x), dtype=dtype or x.dtype, device=x.device)
 
 
-def empty_gradients(x: torch.Tensor) -> torch.Tensor:
-    """Empty (3, B, H, n, D) as this executor lays out gradients: (n, 3, B, H, D) in memory, which for one canvas is
-    what a joint projection of q, k and v reads."""
-    batch, heads, n, dim = x.shape
-    return x.new_empty(n, 3, batch, heads, dim).permute(1, 2, 3, 0, 4)
+def empty_gradients(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Empty (3, B, H, n, D) as this executor lays out gradients: three of :func:`empty_like`, one after the other."""
+    strides = (x.numel(), *_strides(x))
+    return torch.empty_strided((3, *x.shape), strides, dtype=dtype or x.dtype, device=x.device)
+
+
+# The order of a tensor's dimensions in memory, the outermost first.
+POSITIONS, BATCH, HEADS = (2, 0, 1), (0, 1, 2), (1, 0, 2)
+
+
+def _lanes_of(x: torch.Tensor) -> tuple[int, int, int]:
+    by_batch, by_head, by_position, _ = x.stride()
+    batch, heads, _, _ = x.shape
+    if by_position > (by_head if heads > 1 else by_batch):
+        return POSITIONS
+    return HEADS if batch > 1 and by_head > by_batch else BATCH
+
+
+def _strides(x: torch.Tensor) -> tuple[int, ...]:
+    found, size = [1] * 4, x.shape[3]
+    for dim in reversed(_lanes_of(x)):
+        found[dim] = size
+        size *= x.shape[dim]
+    return tuple(found)
+
+
+def _by_batch(lse: torch.Tensor, lanes: tuple[int, int, int], batch: int, heads: int) -> torch.Tensor:
+    """``lse`` (X, n_slots) as (B, H, n_slots)."""
+    if lanes == HEADS:
+        return lse.view(heads, batch, lse.shape[1]).transpose(0, 1).contiguous()
+    return lse.view(batch, heads, lse.shape[1])
 
 
 class Choices(NamedTuple):
@@ -194,23 +221,17 @@ def _clear(total: torch.Tensor, grouping: Grouping, stale: tuple[tuple[int, int]
             total[start:stop].zero_()
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x (B, H, n, D) as (n, B · H, D) in the dtype computed in; a copy only if B > 1 or rows are not D apart."""
+def _rows(x: torch.Tensor, lanes: tuple[int, int, int]) -> torch.Tensor:
+    """x (B, H, n, D) as (n, X, D) in the dtype computed in, X being batch · heads, heads outermost for HEADS; a copy
+    only where lanes are not equally far apart or rows are not whole."""
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
-    batch, heads, n, dim = x.shape
-    if batch == 1:
-        _, by_head, by_position, by_element = x.stride()
-        if by_element == 1 and dim and by_head % dim == 0 and by_position % dim == 0:
-            return x.as_strided((n, heads, dim), (by_position, by_head, 1))
-        return x[0].transpose(0, 1).contiguous()
-    return x.permute(2, 0, 1, 3).reshape(n, batch * heads, dim).contiguous()
-
-
-def _canvas(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Rows (n, B · H, D) as (B, H, n, D) in x's dtype; (n, 3, B · H, D) as (3, B, H, n, D)."""
-    batch, heads, n, dim = x.shape
-    rows = rows.to(x.dtype)
-    if rows.dim() == 3:
-        return rows.view(n, batch, heads, dim).permute(1, 2, 0, 3)
-    return rows.view(n, 3, batch, heads, dim).permute(1, 2, 3, 0, 4)
+    if lanes == HEADS:
+        x = x.transpose(0, 1)
+    outer, inner, n, dim = x.shape
+    by_outer, by_inner, by_position, by_element = x.stride()
+    by_lane = by_inner if inner > 1 else by_outer
+    even = outer == 1 or inner == 1 or by_outer == inner * by_inner
+    if even and by_element == 1 and dim and by_lane % dim == 0 and by_position % dim == 0:
+        return x.as_strided((n, outer * inner, dim), (by_position, by_lane, 1))
+    return x.permute(2, 0, 1, 3).reshape(n, outer * inner, dim).contiguous()

@@ -118,50 +118,6 @@ def put_rows(y: torch.Tensor, index: torch.Tensor, size: int, dim: int = -2) -> 
     return _PutRows.call(y, index, dim % y.dim(), size)
 
 
-class _SplitHeads(Function):
-    @staticmethod
-    def forward(x, parts, heads):
-        return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        whole = _one_piece(grads)
-        if whole is None:
-            whole = torch.cat([grad.transpose(1, 2).flatten(2) for grad in grads], 2)
-        return whole, None, None
-
-
-def _one_piece(parts: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-    """(B, n, parts · heads · D) if that is how ``parts``, each (B, heads, n, D), lie in memory."""
-    first = parts[0]
-    batch, heads, n, dim = first.shape
-    # a compiler sees no memory, and derivatives of derivatives do not go through it
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or batch != 1:
-        return None
-    width, start = heads * dim, first.storage_offset()
-    lies = (dim, len(parts) * width, 1)
-    memory = first.untyped_storage()._cdata
-    for number, part in enumerate(parts):
-        same = part.untyped_storage()._cdata == memory and part.storage_offset() == start + number * width
-        if not same or part.stride()[1:] != lies:
-            return None
-    return first.as_strided((1, n, len(parts) * width), (n * len(parts) * width, len(parts) * width, 1), start)
-
-
-def split_heads(x: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
-    """x (B, n, parts · heads · D) as ``parts`` views (B, heads, n, D). Its gradient is no copy where those of the parts
-    lie in memory as x does.
-
-    >>> split_heads(torch.arange(8.0).view(1, 2, 4), 2, 2)[1].tolist()
-    [[[[2.0], [6.0]], [[3.0], [7.0]]]]
-    """
-    return _SplitHeads.call(x, parts, heads)
-
-
 def lasting() -> contextlib.AbstractContextManager:
     """Where cached tensors are made: what is made under ``torch.inference_mode`` could not be saved for a later
     backward.

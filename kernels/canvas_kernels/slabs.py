@@ -122,7 +122,7 @@ def _views(x: torch.Tensor, slab: Slab, ranges) -> list[torch.Tensor]:
 
 def _gather(x: torch.Tensor, slab: Slab, ranges) -> torch.Tensor:
     """The rows of ``ranges`` in ``x`` (n, X, D): [G, X, length, D], a view where there is one range."""
-    if len(ranges) > 1 and slab.cells == 1:
+    if len(ranges) > 1 and slab.cells == 1 and x.stride(0) > x.stride(1):
         # position by position, as it lies in memory: a fifth of the time of head by head
         pieces = [x[first : first + length] for first, length, _ in ranges]
         return torch.cat(pieces).transpose(0, 1)[None]
@@ -206,7 +206,7 @@ def _backward_flash(number, step: Step, inputs, scale, saved, totals, need_delta
 def _lanes(x: torch.Tensor, slab: Slab) -> tuple[torch.Tensor, ...]:
     """[G, X, …] as lanes: itself where the slab has one, else [Y, …] each."""
     cells, heads = x.shape[:2]
-    if cells == 1 or heads == 1 or slab.thin:
+    if cells == 1 or slab.thin:
         return (x,)
     return x.unbind(0 if cells <= heads else 1)
 

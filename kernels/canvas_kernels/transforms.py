@@ -1,4 +1,4 @@
-"""Autograd functions that the transforms of torch.func see through, at no cost to calls without them."""
+"""What operators share: autograd functions that transforms of torch.func see through, and autocast."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ import torch
 def transformed() -> bool:
     """Whether a transform of torch.func is at work. It sees autograd functions, but none inside of an operator."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which autocast lets ``x`` take part: float64 and integers stay as they are."""
+    kind = x.device.type
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Tensors as autocast lets them take part."""
+    return tuple(None if x is None else x.to(autocast_dtype(x)) for x in tensors)
 
 
 class Function(torch.autograd.Function):
