@@ -10,6 +10,7 @@ import torch
 
 from . import configs, costs, rectangles, slabs
 from .grouping import Slab, group
+from .indices import indices_of
 from .table import BlockTable
 
 
@@ -36,13 +37,13 @@ class Work:
         made = [*self._lasting(backward), *(size for sizes in self._passing(backward) for size in sizes)]
         if backward:
             # dropped before the next of a slab's three products is made: no part of the most that is held
-            made += [self._product_bytes(slab, True) for slab, flash in self._slabs() if not flash] * 2
+            made += [self._product_bytes(slab, True, True) for slab, flash, _ in self._slabs() if not flash] * 2
         large = sum(size for size in made if size > costs.LARGE_BYTES)
         parts = [{"call": 1, "element": element, "fresh": large, "converted": element * self.converted}]
         if self.outside is not None:
             parts += [{"order": 1, "moved": self.outside * self.heads * self.head_dim}]
         parts += [{"stage": len(grouping.stages), "batch": len(grouping.batches)}]
-        for slab, flash in self._slabs():
+        for slab, flash, _ in self._slabs():
             lies = {"thin": slab.thin, "flash": flash, "bias": slab.bias is not None}
             pieces = {"row_pieces": len(slab.row_ranges), "key_pieces": len(slab.key_ranges)}
             parts.append(costs.slab_counts(slab.cells, slab.rows, slab.keys, **lies, **pieces, **shape))
@@ -74,8 +75,12 @@ class Work:
 
     # -- bytes ---------------------------------------------------------------------------------------------------------
 
-    def _slabs(self) -> list[tuple[Slab, bool]]:
-        return list(zip(group(self.table).slabs, rectangles.choices(self.table, self.head_dim).flash))
+    def _slabs(self) -> list[tuple[Slab, bool, bool]]:
+        """Slabs; whether the flash kernel runs them; whether one coefficient serves all of their rows."""
+        slabs, joint = group(self.table).slabs, self.table.form == "joint"
+        indices = indices_of(self.table, torch.empty(0, self.heads, self.head_dim))
+        even = (joint or isinstance(indices.own_slab_rows(number), float) for number in range(len(slabs)))
+        return list(zip(slabs, rectangles.choices(self.table, self.head_dim).flash, even))
 
     def _inside(self) -> int:
         """Of one canvas tensor as it is computed with."""
@@ -103,7 +108,7 @@ class Work:
     def _passing(self, backward: bool, kept: bool = True) -> list[list[int]]:
         """Tensors that each slab and stage makes and drops; ``kept``: a backward follows or runs."""
         choices, row = rectangles.choices(self.table, self.head_dim), 4 * self.heads * self.head_dim
-        found = [self._slab_bytes(slab, flash, backward, kept) for slab, flash in self._slabs()]
+        found = [self._slab_bytes(slab, flash, even, backward, kept) for slab, flash, even in self._slabs()]
         for stage in group(self.table).stages:
             queries, keys = sum(row * batch.rows.size for batch in stage), sum(row * batch.keys.size for batch in stage)
             pairs = [max(4 * self.heads * batch.pairs for batch in stage)] * (backward + (not (kept and choices.keeps)))
@@ -113,21 +118,23 @@ class Work:
     def _lanes(self, slab: Slab) -> int:
         return 1 if slab.thin else min(slab.cells, self.heads)
 
-    def _product_bytes(self, slab: Slab, backward: bool) -> int:
-        """Of the result of a product that is not added in place."""
+    def _product_bytes(self, slab: Slab, even: bool, backward: bool) -> int:
+        """Of the result of a product that is not added in place. Uneven coefficients keep forward's from that; backward
+        has them in the upstream gradient."""
         lanes, row = self._lanes(slab), 4 * self.heads * self.head_dim * slab.cells
-        direct = (slab.cells == 1 or lanes > 1) and min(slab.rows, slab.keys) * self.head_dim >= slabs.DIRECT_ELEMENTS
+        large = min(slab.rows, slab.keys) * self.head_dim >= slabs.DIRECT_ELEMENTS
+        direct = large and (slab.cells == 1 or not slab.thin) and (even or backward)
         return 0 if direct else row * max(slab.rows, slab.keys * backward) // lanes
 
-    def _slab_bytes(self, slab: Slab, flash: bool, backward: bool, kept: bool) -> list[int]:
+    def _slab_bytes(self, slab: Slab, flash: bool, even: bool, backward: bool, kept: bool) -> list[int]:
         row, pairs = 4 * self.heads * self.head_dim * slab.cells, 4 * self.heads * slab.pairs
         queries, keys = row * slab.rows, row * slab.keys
         copied = slab.thin and slab.cells > 1 and self.heads > 1 and not flash
         inputs = [queries] * ((1 + backward) * (copied or len(slab.row_ranges) > 1))
-        inputs += [keys] * (2 * (copied or len(slab.key_ranges) > 1))
+        inputs += [keys] * (2 * (copied or len(slab.key_ranges) > 1)) + [queries] * (backward and not even)
         if flash:
             return [*inputs, queries] + [keys, keys] * backward
-        lanes, product = self._lanes(slab), self._product_bytes(slab, backward)
+        lanes, product = self._lanes(slab), self._product_bytes(slab, even, backward)
         if backward:
             # of two lanes, one after the other
             return [*inputs, product] + [pairs // lanes] * min(lanes, 2)
