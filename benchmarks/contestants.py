@@ -1,16 +1,18 @@
 """Who is compared: functions of (q, k, v) for a problem, each within one form. What they need is built before timing.
 
-Joint form (one softmax per query): "ours", "sdpa_mask" (scaled_dot_product_attention under a dense additive mask),
-"flex" and "flex_packed" (compiled FlexAttention with a BlockMask, tokens in canvas order or in our packed order), and
-where installed "xformers" and "flashinfer". Edge form (one softmax per read, averaged by weight): "ours",
-"per_edge_loop" (gather, attend, scatter, read by read), "grouped" (reads of equal shape in one batched call, by hand),
-and on GPUs "varlen" (all reads as one batch of variable lengths through FlashAttention).
+Joint form (one softmax per query): "ours" and on GPUs "ours_torch" (the torch backend, which is ours on a CPU),
+"sdpa_mask" (scaled_dot_product_attention under a dense additive mask), "flex" and "flex_packed" (compiled FlexAttention
+with a BlockMask, tokens in canvas order or in our packed order), and on GPUs where installed "xformers", "flashinfer"
+and "flashinfer_packed". Edge form (one softmax per read, averaged by weight): "ours", "ours_torch", "per_edge_loop"
+(gather, attend, scatter, read by read), "grouped" (reads of equal shape in one batched call, by hand), and on GPUs
+"varlen" (all reads of all entries of the batch as one batch of variable lengths through FlashAttention).
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +26,11 @@ from canvas_engineering.attention import canvas_attention
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 MOST_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}
 """What a contestant may hold for its mask."""
+FLEX_BLOCK = 128
+CELL_BYTES = 40
+"""What a pair of FlexAttention's blocks takes: four int32 tables, and as much again and more while they are sorted."""
+INDEX_BYTES = 32
+"""What a key of a block row takes in FlashInfer's plan: an int32, and several int64 while it is made."""
 KINDS = 64
 """FlexAttention's table of kinds is padded to a multiple of this, so that one compilation serves many patterns."""
 
@@ -41,63 +48,126 @@ class Unavailable(Exception):
     """The contestant cannot run this case here; the text says why."""
 
 
-def of(problem: Problem, device: str, backend: str = "auto") -> list[Contestant]:
-    """Everyone who may run on ``device`` ("cpu" or "cuda"), ours first in each form."""
+def of(device: str, backend: str = "auto") -> list[Contestant]:
+    """Everyone, ours first in each form. Who cannot run on ``device`` ("cpu" or "cuda") says so when it is built."""
+    on_cpu = device == "cpu"
+    ours_is_torch = backend == "torch" or (backend == "auto" and on_cpu)
 
-    def ours(form: str):
+    def ours(form: str, backend: str = backend, name: str = "ours"):
         def build(problem, device, dtype):
+            if name != "ours" and ours_is_torch:
+                raise Unavailable("ours runs the torch backend here")
             plan = problem.plan(form).to(device)
             return lambda q, k, v: canvas_attention(q, k, v, plan, backend=backend)
 
-        return Contestant(form, "ours", build)
+        return Contestant(form, name, build)
 
-    on_cpu = device == "cpu"
-    found = [
+    def on_gpus(build):
+        def refuse(problem, device, dtype):
+            raise Unavailable("it needs a GPU")
+
+        return refuse if on_cpu else build
+
+    return [
         ours("joint"),
+        ours("joint", "torch", "ours_torch"),
         Contestant("joint", "sdpa_mask", sdpa_mask),
         Contestant("joint", "flex", flex, on_cpu),
         Contestant("joint", "flex_packed", flex_packed, on_cpu),
-        Contestant("joint", "xformers", xformers),
-        Contestant("joint", "flashinfer", flashinfer, True),
+        Contestant("joint", "xformers", on_gpus(xformers)),
+        Contestant("joint", "flashinfer", on_gpus(flashinfer), True),
+        Contestant("joint", "flashinfer_packed", on_gpus(flashinfer_packed), True),
         ours("edge"),
+        ours("edge", "torch", "ours_torch"),
         Contestant("edge", "per_edge_loop", per_edge_loop),
         Contestant("edge", "grouped", grouped),
-        Contestant("edge", "varlen", varlen),
+        Contestant("edge", "varlen", on_gpus(varlen)),
     ]
-    if on_cpu:
-        gone = {"xformers", "flashinfer", "varlen"}
-    else:
-        gone = {name for name in ("xformers", "flashinfer") if importlib.util.find_spec(name) is None}
-    return [contestant for contestant in found if contestant.name not in gone]
 
 
-def _fits(problem: Problem, device: str, bytes_per_pair: int) -> None:
-    needed = problem.tokens**2 * bytes_per_pair
+def _fits(needed: int, device: str, what: str = "a mask") -> None:
     if needed > MOST_BYTES[device]:
-        raise Unavailable(f"a mask of {needed / 2**30:.0f} GiB")
+        raise Unavailable(f"{what} of {needed / 2**30:.0f} GiB")
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as cause:
+        raise Unavailable(f"cannot import {name}: {cause}") from cause
+
+
+class Packed:
+    """A contestant whose tokens lie in another order: :meth:`pack` its inputs, :meth:`unpack` its results.
+
+    Tokens are packed before timing: a user may stay in that order from layer to layer. Packed tensors are laid out as
+    before, one token's heads beside each other; with ``heads_first`` one head's tokens.
+    """
+
+    def __init__(self, attend: Attend, order: np.ndarray, device: str, heads_first: bool = False):
+        self.attend, self.order, self.heads_first = attend, torch.from_numpy(order).to(device), heads_first
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attend(q, k, v)
+
+    def pack(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)[:, self.order].transpose(1, 2)
+        return x.contiguous() if self.heads_first else x
+
+    def unpack(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x).index_copy_(2, self.order, x)
+
+
+def _packed_order(problem: Problem) -> np.ndarray:
+    order = problem.plan("joint").order
+    order = np.concatenate([order, np.setdiff1d(np.arange(problem.tokens), order)])
+    if (order == np.arange(problem.tokens)).all():
+        raise Unavailable("packed order is canvas order")
+    return order
 
 
 # -- joint form --------------------------------------------------------------------------------------------------------
 
 
-def additive_mask(problem: Problem, device: str, dtype: torch.dtype) -> Tensor:
-    """(n, n): ln of the joint weights, −inf where a query does not read a key."""
-    mask = torch.empty(problem.tokens, problem.tokens, dtype=dtype, device=device)
-    for low in range(0, problem.tokens, 1024):
-        rows = np.arange(low, min(low + 1024, problem.tokens))
-        mask[low : low + len(rows)] = problem.weights(rows, device).log().to(dtype)
-    return mask
+def additive_mask(problem: Problem, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(n, n): ln of the joint weights, −inf where a query does not read a key; (n, 1): the rows that read nothing, None
+    where all read. A softmax over no key is NaN: such rows read themselves here, and are to be cleared."""
+    # Rows start at multiples of eight elements. Otherwise torch copies all of the mask into such rows at each call of
+    # the memory-efficient kernel, and xformers refuses it.
+    n, wide = problem.tokens, -(-problem.tokens // 8) * 8
+    _fits(n * wide * dtype.itemsize, device)
+    mask = torch.empty(n, wide, dtype=dtype, device=device)[:, :n]
+    kinds = torch.from_numpy(problem.kinds).to(device)
+    logs = torch.from_numpy(problem.weight_of_kinds).log().to(device, dtype)
+    for rows in torch.arange(n, device=device).split(1024):
+        mask[rows[0] : rows[-1] + 1] = logs[kinds[rows]].index_select(1, kinds)
+    empty = mask.isneginf().all(1, keepdim=True)
+    if not empty.any():
+        return mask, None
+    mask.diagonal()[empty[:, 0]] = 0
+    return mask, empty
 
 
 def sdpa_mask(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
-    _fits(problem, device, dtype.itemsize)
-    mask = additive_mask(problem, device, dtype)
-    empty = mask.isneginf().all(1, keepdim=True)
-    if not empty.any():
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # a softmax over no key is NaN: such rows read themselves and are then cleared
-    mask.diagonal()[empty[:, 0]] = 0
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(empty, 0)
+    mask, empty = additive_mask(problem, device, dtype)
+    return _cleared(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), empty)
+
+
+def xformers(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
+    """https://facebookresearch.github.io/xformers/components/ops.html: (B, n, H, D), and a bias (B, H, n, n)."""
+    ops = _package("xformers.ops")
+    mask, empty = additive_mask(problem, device, dtype)
+
+    def attend(q, k, v):
+        bias = mask.expand(*q.shape[:2], -1, -1)
+        out = ops.memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=bias)
+        return out.transpose(1, 2)
+
+    return _cleared(attend, empty)
+
+
+def _cleared(attend: Attend, empty: Tensor | None) -> Attend:
+    return attend if empty is None else lambda q, k, v: attend(q, k, v).masked_fill(empty, 0)
 
 
 def _selector(kinds: Tensor, allowed: Tensor) -> Callable:
@@ -109,86 +179,88 @@ def _log_weights(kinds: Tensor, log_weight: Tensor) -> Callable:
 
 
 def flex(problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | None = None) -> Attend:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    _fits(problem, device, 1)
-    n = problem.tokens
+    _fits(CELL_BYTES * (-(-problem.tokens // FLEX_BLOCK)) ** 2, device)
     kinds = torch.from_numpy(problem.kinds if order is None else problem.kinds[order]).to(device)
     count = -(-len(problem.weight_of_kinds) // KINDS) * KINDS
     weight = torch.zeros(count, count, device=device)
     known = torch.from_numpy(problem.weight_of_kinds)
     weight[: len(known), : len(known)] = known
-    compiled = device == "cuda"
-    mask = create_block_mask(_selector(kinds, weight > 0), None, None, n, n, device=device, _compile=compiled)
+    mask = block_mask(kinds, weight > 0)
     score = _log_weights(kinds, weight.log()) if problem.weighted else None
     attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)  # never uncompiled without a word
     return lambda q, k, v: attend(q, k, v, score_mod=score, block_mask=mask)
 
 
+def block_mask(kinds: Tensor, allowed: Tensor):
+    """What ``create_block_mask`` gives for tokens of these kinds (int [n]; bool [kinds, kinds]), without its n² pairs.
+
+    Compiled, it would hold none either, but compiling it takes minutes at some lengths
+    (https://github.com/pytorch/pytorch/issues/182060).
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    n, count = len(kinds), -(-len(kinds) // FLEX_BLOCK)
+    holds = torch.zeros(count, len(allowed), device=kinds.device)
+    holds[torch.arange(n, device=kinds.device) // FLEX_BLOCK, kinds.long()] = 1
+    some, not_all = (holds @ which.float() @ holds.T > 0 for which in (allowed, ~allowed))
+    full = some & ~not_all
+    if n % FLEX_BLOCK:
+        full[-1] = full[:, -1] = False  # what is padded is not full
+    tables = []
+    for cells in (some & ~full, full):
+        cells = cells[None, None].int()
+        tables += [cells.sum(-1, dtype=torch.int32), cells.argsort(dim=-1, descending=True, stable=True).int()]
+    return BlockMask.from_kv_blocks(
+        *tables, BLOCK_SIZE=FLEX_BLOCK, mask_mod=_selector(kinds, allowed), seq_lengths=(n, n)
+    )
+
+
 def flex_packed(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
-    """Tokens are packed once, before timing: a user may stay in that order from layer to layer."""
-    plan = problem.plan("joint")
-    rest = np.setdiff1d(np.arange(problem.tokens), plan.order)
-    order = np.concatenate([plan.order, rest])
-    if (order == np.arange(problem.tokens)).all():
-        raise Unavailable("packed order is canvas order")
-    return Packed(flex(problem, device, dtype, order), torch.from_numpy(order).to(device))
+    order = _packed_order(problem)
+    return Packed(flex(problem, device, dtype, order), order, device)
 
 
-class Packed:
-    """A contestant whose tokens lie in another order: :meth:`pack` its inputs, :meth:`unpack` its results."""
+def flashinfer(problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | None = None) -> Attend:
+    """Blocks of variable size: stretches of tokens of one kind, the same for all heads of all entries of the batch.
 
-    def __init__(self, attend: Attend, order: Tensor):
-        self.attend, self.order = attend, order
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.attend(q, k, v)
-
-    def pack(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2)[:, self.order].transpose(1, 2)  # laid out as before: one compilation serves both
-
-    def unpack(self, x: Tensor) -> Tensor:
-        return torch.empty_like(x).index_copy_(2, self.order, x)
-
-
-def xformers(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
-    from xformers.ops import memory_efficient_attention
-
-    _fits(problem, device, dtype.itemsize)
-    # rows of a bias must start at multiples of eight elements
-    n, wide = problem.tokens, -(-problem.tokens // 8) * 8
-    mask = torch.zeros(n, wide, dtype=dtype, device=device)
-    mask[:, :n] = additive_mask(problem, device, dtype)
-
-    def attend(q, k, v):
-        bias = mask[None, None, :, :n].expand(q.shape[0], q.shape[1], n, n)
-        return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=bias).transpose(1, 2)
-
-    return attend
-
-
-def flashinfer(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
-    """Blocks of variable size: stretches of tokens of one kind (https://docs.flashinfer.ai/api/sparse.html)."""
-    from flashinfer.sparse import VariableBlockSparseAttentionWrapper
-
-    if problem.weighted or problem.case.batch > 1:
-        raise Unavailable("FlashInfer's variable blocks take neither weights nor a batch")
-    kinds = problem.kinds
+    https://docs.flashinfer.ai/api/sparse.html: a map of blocks per head, tensors (heads, n, D), which packing lays out.
+    """
+    sparse = _package("flashinfer.sparse")
+    if problem.weighted:
+        raise Unavailable("FlashInfer's variable blocks take no weights")
+    order = np.arange(problem.tokens) if order is None else order
+    kinds = problem.kinds[order]
     first = np.flatnonzero(np.append(True, kinds[1:] != kinds[:-1]))
-    sizes = torch.from_numpy(np.diff(np.append(first, len(kinds)))).to(torch.int32)
-    allowed = torch.from_numpy(problem.weight_of_kinds[np.ix_(kinds[first], kinds[first])] > 0)
-    heads, dim = problem.case.heads, problem.case.head_dim
-    wrapper = VariableBlockSparseAttentionWrapper(torch.empty(512 << 20, dtype=torch.uint8, device=device))
+    sizes = np.diff(np.append(first, len(kinds)))
+    allowed = problem.weight_of_kinds[np.ix_(kinds[first], kinds[first])] > 0
+    heads, dim = problem.case.batch * problem.case.heads, problem.case.head_dim
+    indices = int((allowed @ sizes).sum())
+    _fits(heads * (INDEX_BYTES * indices + allowed.size), device, "an index of keys")
+    workspaces = (torch.empty(megabytes << 20, dtype=torch.uint8, device=device) for megabytes in (512, 64))
+    floats, integers = workspaces
+    wrapper = sparse.VariableBlockSparseAttentionWrapper(floats)
+    wrapper.reset_workspace_buffer(floats, integers)  # its own integers are 8 MiB, too few for many blocks
+    blocks, lengths = torch.from_numpy(allowed).to(device), torch.from_numpy(sizes).to(device, torch.int32)
     wrapper.plan(
-        block_mask_map=allowed.expand(heads, -1, -1).contiguous().to(device),
-        block_row_sz=sizes.expand(heads, -1).contiguous().to(device),
-        block_col_sz=sizes.expand(heads, -1).contiguous().to(device),
+        block_mask_map=blocks.expand(heads, -1, -1).contiguous(),
+        block_row_sz=lengths.expand(heads, -1).contiguous(),
+        block_col_sz=lengths.expand(heads, -1).contiguous(),
         num_qo_heads=heads,
         num_kv_heads=heads,
         head_dim=dim,
         q_data_type=dtype,
     )
-    return lambda q, k, v: wrapper.run(*(x[0].contiguous() for x in (q, k, v)))[None]
+
+    def attend(q, k, v):
+        return wrapper.run(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, q.shape[:2])
+
+    return Packed(attend, order, device, heads_first=True)
+
+
+def flashinfer_packed(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
+    return flashinfer(problem, device, dtype, _packed_order(problem))
 
 
 # -- edge form ---------------------------------------------------------------------------------------------------------
@@ -245,26 +317,22 @@ def grouped(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
 
 
 def varlen(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
-    """https://docs.pytorch.org/docs/stable/nn.attention.varlen.html"""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as cause:
-        raise Unavailable(f"torch {torch.__version__} has no varlen_attn") from cause
-
+    """https://docs.pytorch.org/docs/stable/nn.attention.varlen.html: (tokens, H, D), where each sequence starts."""
+    varlen_attn = _package("torch.nn.attention.varlen").varlen_attn
+    n, batch = problem.tokens, problem.case.batch
     reads = _shares(problem, device)
     queries, keys, share = (torch.cat(column) for column in zip(*reads))
-    share = share[:, None].to(dtype)
-    sizes = [torch.tensor([0, *(len(read[side]) for read in reads)]) for side in (0, 1)]
+    queries, keys = ((at + n * torch.arange(batch, device=device)[:, None]).flatten() for at in (queries, keys))
+    share = share.to(dtype).repeat(batch, 1)[:, None]
+    sizes = [torch.tensor([0] + [len(read[side]) for read in reads] * batch) for side in (0, 1)]
     starts = [size.cumsum(0).to(device, torch.int32) for size in sizes]
     longest = [int(size.max()) for size in sizes]
 
     def attend(q, k, v):
-        total = []
-        for parts in zip(q, k, v):
-            rows = [x.transpose(0, 1).index_select(0, at) for x, at in zip(parts, (queries, keys, keys))]
-            out = varlen_attn(*rows, *starts, *longest) * share
-            empty = torch.zeros(q.shape[2], *out.shape[1:], dtype=q.dtype, device=q.device)
-            total.append(empty.index_add(0, queries, out).transpose(0, 1))
-        return torch.stack(total)
+        tokens = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B · n, H, D)
+        rows = (x.index_select(0, at) for x, at in zip(tokens, (queries, keys, keys)))
+        out = varlen_attn(*rows, *starts, *longest) * share
+        total = torch.zeros(batch * n, *out.shape[1:], dtype=q.dtype, device=q.device)
+        return total.index_add_(0, queries, out).unflatten(0, (batch, n)).transpose(1, 2)
 
     return attend

@@ -8,8 +8,9 @@ profile      torch.profiler on the slowest of ours
 dispatcher   AttentionDispatcher against the per-edge loop, forward and backward, and how long kernels wait for launches
 sweep        (not by default) tile candidates per pass, for ``configs.py``
 
-Rows go to ``DIR/<phase>.jsonl`` as each phase ends. A phase that fails is reported, the next one still runs, and the
-program ends with status 1: time on a device is scarce. A case is timed only after its results have been found right.
+Rows go to ``DIR/<phase>.jsonl`` as they come. A phase that fails is reported, the next one still runs (in a new process
+if a kernel's fault has cost this one the device), and the program ends with status 1: time on a device is scarce. A
+case is timed only after its results have been found right.
 ``--interpret`` runs the same code at toy size in Triton's interpreter.
 """
 
@@ -18,11 +19,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 PHASES = ("correctness", "timings", "profile", "dispatcher", "sweep")
@@ -43,8 +43,8 @@ SWEEP = {
 }
 REGISTER_BOUNDS = (None, 168, 128)
 SWEPT_CASES = ("frames_2_d64", "frames_2_d128", "cogvideox_5b_previous_frame")
-TIMINGS_UNTIL = 420.0
-"""Seconds after the start at which timings stop taking up contestants: the whole has ten minutes."""
+CORRECTNESS_UNTIL, TIMINGS_UNTIL = 270.0, 420.0
+"""Seconds after the start at which checks end, and timings stop taking up contestants: the whole has ten minutes."""
 
 
 class Wrong(Exception):
@@ -65,6 +65,7 @@ class Session:
         self.environment = measure.environment(self.device) | {"triton": triton.__version__}
         self.dtype = torch.float32 if interpret else torch.bfloat16
         self.began = time.perf_counter()
+        self.written: dict[str, list[dict]] = {}
 
     def say(self, text: str) -> None:
         print(f"[{time.perf_counter() - self.began:6.1f} s] {text}", flush=True)
@@ -72,6 +73,7 @@ class Session:
     def write(self, phase: str, rows: list[dict]) -> None:
         from benchmarks import measure
 
+        self.written[phase] = rows
         measure.write_rows([row | self.environment for row in rows], self.out / f"{phase}.jsonl")
 
     def seconds(self, call) -> dict[str, float]:
@@ -85,6 +87,17 @@ class Session:
         times = do_bench(call, warmup=20, rep=80, quantiles=[0.1, 0.5, 0.9])
         return dict(zip(("p10", "p50", "p90"), (milliseconds / 1e3 for milliseconds in times)))
 
+    def usable(self) -> bool:
+        """Whether the device still answers this process: after a fault in a kernel it does not."""
+        import torch
+
+        try:
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
     @property
     def cases(self):
         from benchmarks import cases
@@ -96,7 +109,7 @@ class Session:
 
 
 def correctness(session: Session) -> list[dict]:
-    """Tasks in parallel processes: compiling takes most of the time, and a device fault ends one process only."""
+    """Every task in a process of several; a fault of the device, or a kernel that hangs, ends only one of them."""
     import torch
 
     from benchmarks import gpu_checks
@@ -105,14 +118,9 @@ def correctness(session: Session) -> list[dict]:
         chosen = gpu_checks.tasks(40, (16,), (torch.float32,))
         rows = [gpu_checks.run_task(task, "cpu") for task in chosen]
     else:
-        chosen = gpu_checks.tasks(1600)
         workers = min(14, os.cpu_count() or 1)
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(gpu_checks.run_task, task, "cuda") for task in chosen]
-            rows = [
-                future.result() if not future.exception() else failure(task, future.exception())
-                for task, future in zip(chosen, futures)
-            ]
+        until = session.began + CORRECTNESS_UNTIL
+        rows = gpu_checks.run_apart(gpu_checks.tasks(1600), "cuda", workers, until)
     for row in rows:
         worst = max((row["errors"][name] / row["budgets"][name] for name in row["errors"]), default=math.nan)
         name = f"D {row['head_dim']} {row['dtype']} {row['form']}{' with gains' if row['gained'] else ''}"
@@ -121,12 +129,6 @@ def correctness(session: Session) -> list[dict]:
     if any(row["faults"] for row in rows):
         raise Wrong(f"{sum(bool(row['faults']) for row in rows)} of {len(rows)} tasks have faults")
     return rows
-
-
-def failure(task, error: BaseException) -> dict:
-    """The row of a task that did not end."""
-    described = task._asdict() | {"dtype": str(task.dtype).removeprefix("torch."), "errors": {}, "budgets": {}}
-    return described | {"faults": [f"{type(error).__name__}: {str(error)[:300]}"]}
 
 
 # -- timings ---------------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def timings(session: Session) -> list[dict]:
     settings.deadline = session.began + TIMINGS_UNTIL
     if session.interpret:
         settings.backend, settings.reference_tokens, settings.seconds = "triton", 16, 0.0
-        settings.only = frozenset({"sdpa_mask", "per_edge_loop", "grouped"})
+        settings.only = frozenset({"ours_torch", "sdpa_mask", "per_edge_loop", "grouped"})
     rows = []
     for new in suite.run(session.cases, settings):
         rows += new
@@ -148,8 +150,9 @@ def timings(session: Session) -> list[dict]:
         for row in new:
             name = f"{row['case']:24} {row['form']:9} {row['contestant']:14}"
             why = row.get("skipped") or row.get("failed")
-            if why or "forward_tflops" not in row:
-                session.say(f"{name} {why or ''}")
+            if why or row["form"] == "reference":
+                rate = why or f"{row['step_tflops']:.1f} TFLOP/s"
+                session.say(" ".join([name, rate, *row.get("kernels", ())]))
                 continue
             parts = (part for part in ("forward", "backward") if f"{part}_tflops" in row)
             rates = (f"{part} {row[f'{part}_tflops']:7.1f}" for part in parts)
@@ -175,19 +178,15 @@ def attention(case, form: str, session: Session):
 
 
 def profile(session: Session) -> list[dict]:
-    """Where the time of our slowest timed case goes, kernel by kernel."""
-    import json
-
+    """Where the time of our slowest case that this run has timed goes, kernel by kernel; without one, of the first."""
     import torch
     from torch.profiler import ProfilerActivity
 
-    name, form = session.cases[0].name, "edge"
-    timed = session.out / "timings.jsonl"
-    if timed.exists():
-        rows = [json.loads(line) for line in timed.read_text().splitlines()]
-        rows = [row for row in rows if row["contestant"] == "ours" and "step_seconds" in row]
-        slowest = max(rows, key=lambda row: row["step_seconds"]["p50"], default={"case": name, "form": form})
-        name, form = slowest["case"], slowest["form"]
+    rows = session.written.get("timings", [])
+    rows = [row for row in rows if row["contestant"] == "ours" and "step_seconds" in row]
+    first = {"case": session.cases[0].name, "form": "edge"}
+    slowest = max(rows, key=lambda row: row["step_seconds"]["p50"], default=first)
+    name, form = slowest["case"], slowest["form"]
     call, leaves, grad_out = attention(next(case for case in session.cases if case.name == name), form, session)
     torch.autograd.grad(call(), leaves, grad_out)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if session.device == "cuda" else [])
@@ -237,7 +236,7 @@ def dispatcher(session: Session) -> list[dict]:
         ratio = medians["per_edge"]["p50"] / medians["ours"]["p50"]
         gaps = f", {100 * rows[-2]['launch_gaps']:.0f} % of it between kernels" if "launch_gaps" in rows[-2] else ""
         session.say(f"{case.name}: {1e3 * medians['ours']['p50']:.2f} ms{gaps}, {ratio:.2f} times as fast as the loop")
-    session.write("dispatcher", rows)
+        session.write("dispatcher", rows)
     return rows
 
 
@@ -338,13 +337,18 @@ def main(argv=None) -> int:
     session = Session(arguments.out, arguments.interpret)
     session.say(", ".join(f"{name} {value}" for name, value in session.environment.items()))
     failed = []
-    for phase in phases:
+    for number, phase in enumerate(phases, 1):
         session.say(f"== {phase}")
         try:
             globals()[phase](session)
         except Exception:
             failed.append(phase)
             session.say(traceback.format_exc())
+            if phases[number:] and not session.usable():
+                session.say(f"failed: {', '.join(failed)}; the device answers no more, the rest runs in a new process")
+                command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(arguments.out)]
+                subprocess.run([*command, "--phases", ",".join(phases[number:])], check=False)
+                return 1
     session.say(f"failed: {', '.join(failed)}" if failed else "done")
     return 1 if failed else 0
 

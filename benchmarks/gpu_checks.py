@@ -7,6 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import numpy as np
@@ -99,8 +105,62 @@ def run_task(task: Task, device: str) -> dict:
         budgets[name] = FLOAT32_BUDGET if plain is None else max(2 * _error(plain[name], wanted), floor)
         if not errors[name] <= budgets[name]:
             faults.append(f"{name}: error {errors[name]:.2e} over {budgets[name]:.2e}")
-    described = task._asdict() | {"dtype": str(task.dtype).removeprefix("torch.")}
-    return described | {"errors": errors, "budgets": budgets, "faults": faults}
+    return _described(task) | {"errors": errors, "budgets": budgets, "faults": faults}
+
+
+def _described(task: Task) -> dict:
+    return task._asdict() | {"dtype": str(task.dtype).removeprefix("torch.")}
+
+
+def run_apart(
+    chosen: list[Task], device: str, workers: int, until: float, run: Callable[[Task, str], dict] = run_task
+) -> list[dict]:
+    """The tasks' rows, from that many processes at a time: compiling takes most of the time.
+
+    A process ends with a task that raises, for the device may be of no more use to it, dies, or has no result by
+    ``until`` (of ``time.perf_counter``). Such a task's row has that fault; the next one gets a new process.
+    """
+    context, own, started = get_context("spawn"), threading.local(), []
+
+    def fault(task: Task, what: str) -> dict:
+        return _described(task) | {"errors": {}, "budgets": {}, "faults": [what]}
+
+    def row_of(task: Task) -> dict:
+        left = until - time.perf_counter()
+        if left <= 0:
+            return fault(task, "not checked: no time was left")
+        if getattr(own, "process", None) is None:
+            own.pipe, other = context.Pipe()
+            own.process = context.Process(target=_serve, args=(other, device, run), daemon=True)
+            own.process.start()
+            other.close()
+            started.append(own.process)
+        try:
+            own.pipe.send(task)
+            row = own.pipe.recv() if own.pipe.poll(left) else f"no result after {left:.0f} s"
+        except (EOFError, OSError):
+            row = "its process died"
+        if isinstance(row, str):
+            own.process.kill()
+            own.process, row = None, fault(task, row)
+        return row
+
+    with ThreadPoolExecutor(workers) as threads:
+        rows = list(threads.map(row_of, chosen))
+    for process in started:
+        process.kill()
+    return rows
+
+
+def _serve(pipe: Connection, device: str, run: Callable[[Task, str], dict]) -> None:
+    """Answers tasks with rows, and the first one that raises with what it raised."""
+    while True:
+        task = pipe.recv()
+        try:
+            pipe.send(run(task, device))
+        except Exception as cause:
+            pipe.send(f"{type(cause).__name__}: {str(cause)[:300]}")
+            return
 
 
 def _unused(table: BlockTable, task: Task, device: str) -> list[str]:

@@ -79,7 +79,7 @@ class PerEdgeLoop(nn.Module):
         for index, (fn, weight) in enumerate(self.reads):
             queries, keys = getattr(self, f"queries_{index}"), getattr(self, f"keys_{index}")
             out = self.fn_modules[fn](x[:, queries], x[:, keys])
-            total = total.index_add(1, queries, out * weight)
+            total = total.index_add(1, queries, (out * weight).to(total.dtype))  # which differ under autocast
         return torch.where(self.covered, total / self.total_weight, x)
 
 

@@ -6,6 +6,7 @@ the compiler cannot hide. Nothing is of size N²: exact results are computed for
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -128,46 +129,58 @@ class Problem:
         rest = np.setdiff1d(order, chosen)
         return np.sort(np.concatenate([chosen, generator.choice(rest, count - len(chosen), replace=False)]))
 
-    def exact(self, form: str, tensors: list[Tensor], rows: np.ndarray) -> dict[str, Tensor]:
-        """Output at ``rows``, and the gradients of q (at ``rows``), k and v when the upstream gradient is zero at all
-        other rows; float64, (H, …, D), of the first of the batch and ``tensors``' heads."""
-        q, k, v, upstream = (x[0].detach().double() for x in tensors)
-        found = {"out": torch.zeros_like(q), "dq": torch.zeros_like(q), "dk": torch.zeros_like(k)}
-        found["dv"] = torch.zeros_like(v)
-        scale = self.case.head_dim**-0.5
+    def exact(
+        self, form: str, tensors: list[Tensor], rows: np.ndarray, dtype: torch.dtype = torch.float64
+    ) -> dict[str, Tensor]:
+        """Output at ``rows`` (ascending), and the gradients of q (at ``rows``), k and v when the upstream gradient is
+        zero at all other rows: (B, H, …, D) of ``tensors``' entries and heads.
+
+        In float64 these are the exact results, in another dtype what plain dense attention makes of the same inputs: it
+        rounds scores, probabilities and results, not the sums within a product.
+        """
+        lead, device, scale = tensors[0].shape[:2], tensors[0].device, self.case.head_dim**-0.5
+        at = torch.from_numpy(rows).to(device)
+        q, upstream = (x.detach()[:, :, at].flatten(0, 1).to(dtype) for x in (tensors[0], tensors[3]))
+        k, v = (x.detach().flatten(0, 1).to(dtype) for x in tensors[1:3])
+        found = {name: torch.zeros_like(x) for name, x in (("out", q), ("dq", q), ("dk", k), ("dv", v))}
+        for queries, keys, weight in self._softmaxes(form, rows):
+            keys = torch.from_numpy(keys).to(device) if form == "edge" else keys
+            own_k, own_v = k[:, keys], v[:, keys]
+            sums = [torch.zeros_like(x, dtype=torch.float64) for x in (own_k, own_v)]
+            for low in range(0, len(queries), CHUNK_ROWS):
+                part = queries[low : low + CHUNK_ROWS]
+                slots = torch.from_numpy(np.searchsorted(rows, part)).to(device)
+                columns, bias, share = slice(None), 0.0, 1.0
+                if form == "joint":
+                    weights = self.weights(part, device)
+                    columns = weights.any(0).nonzero()[:, 0]
+                    # rows that read nothing would have no softmax; their output is 0
+                    share = weights.any(1, keepdim=True).to(dtype)
+                    bias = weights[:, columns].masked_fill(share == 0, 1.0).log().to(dtype)
+                else:
+                    share = torch.from_numpy(weight / self.total_weight[part]).to(device, dtype)[:, None]
+                product = (q[:, slots] @ own_k[:, columns].transpose(-1, -2)).requires_grad_()
+                with torch.enable_grad():
+                    p = (scale * product + bias).softmax(-1)
+                    read = p @ own_v[:, columns]
+                    out = read * share
+                    d_product, d_read = torch.autograd.grad(out, (product, read), upstream[:, slots])
+                found["out"][:, slots] += out.detach()
+                found["dq"][:, slots] += d_product @ own_k[:, columns]
+                for total, a, b in zip(sums, (d_product, p.detach()), (q[:, slots], d_read)):
+                    total[:, columns] += a.double().transpose(-1, -2) @ b.double()
+            for name, total in zip(("dk", "dv"), sums):
+                found[name][:, keys] += total.to(dtype)
+        return {name: x.unflatten(0, lead) for name, x in found.items()}
+
+    def _softmaxes(self, form: str, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray | slice, float]]:
+        """Query rows among ``rows``, keys and weight of each softmax: one in joint form, in edge form one per read."""
         if form == "joint":
-            for low in range(0, len(rows), CHUNK_ROWS):
-                part = rows[low : low + CHUNK_ROWS]
-                weights = self.weights(part, q.device)
-                keys = weights.any(0).nonzero()[:, 0]
-                _softmax(found, q, k, v, upstream, part, keys, scale, weights[:, keys])
-        else:
-            chosen = np.zeros(self.tokens, bool)
-            chosen[rows] = True
-            for read in self.reads:
-                part = read.queries[chosen[read.queries]]
-                for low in range(0, len(part), CHUNK_ROWS):
-                    piece = part[low : low + CHUNK_ROWS]
-                    share = torch.from_numpy(read.weight / self.total_weight[piece]).to(q.device)
-                    keys = torch.from_numpy(read.keys).to(q.device)
-                    _softmax(found, q, k, v, upstream, piece, keys, scale, None, share[:, None])
-        at = torch.from_numpy(rows).to(q.device)
-        return found | {name: found[name][:, at] for name in ("out", "dq")}
-
-
-def _softmax(found, q, k, v, upstream, rows, keys, scale, weights=None, share=1.0) -> None:
-    """Adds softmax attention of some rows over some keys, and its gradients, to ``found``."""
-    rows = torch.from_numpy(rows).to(q.device)
-    q, k, v, grad = q[:, rows], k[:, keys], v[:, keys], upstream[:, rows] * share
-    scores = scale * (q @ k.transpose(-1, -2))
-    if weights is not None:
-        scores = scores + weights.log()
-    # rows that read nothing have no softmax: their output is 0
-    p = scores.softmax(-1).nan_to_num(0.0)
-    out = p @ v
-    found["out"].index_add_(1, rows, share * out)
-    grad_scores = scale * p * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True))
-    found["dq"].index_add_(1, rows, grad_scores @ k)
-    found["dk"].index_add_(1, keys, grad_scores.transpose(-1, -2) @ q)
-    found["dv"].index_add_(1, keys, p.transpose(-1, -2) @ grad)
-
+            yield rows, slice(None), 1.0
+            return
+        chosen = np.zeros(self.tokens, bool)
+        chosen[rows] = True
+        for read in self.reads:
+            queries = read.queries[chosen[read.queries]]
+            if len(queries):
+                yield queries, read.keys, read.weight

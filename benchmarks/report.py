@@ -13,11 +13,13 @@ from benchmarks import measure
 FIGURES = ("speedup", "roofline", "scaling")
 LABELS = {
     "ours": "ours",
+    "ours_torch": "ours, torch backend",
     "sdpa_mask": "SDPA, dense mask",
     "flex": "FlexAttention",
     "flex_packed": "FlexAttention, packed order",
     "xformers": "xformers",
     "flashinfer": "FlashInfer",
+    "flashinfer_packed": "FlashInfer, packed order",
     "per_edge_loop": "loop over edges",
     "grouped": "grouped by hand",
     "varlen": "FlashAttention, varlen",

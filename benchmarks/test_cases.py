@@ -22,7 +22,7 @@ def test_case(benchmark, case, form, name):
         pytest.skip(case.without[name])
     torch.set_num_threads(1)
     problem, settings = Problem(case), suite.Settings()
-    found = next(c for c in contestants.of(problem, "cpu") if (c.form, c.name) == (form, name))
+    found = next(c for c in contestants.of("cpu") if (c.form, c.name) == (form, name))
     inputs = problem.inputs("cpu", settings.dtype)
     try:
         runner = suite.prepare(found, problem, inputs, suite.Gate(problem, inputs, settings), settings, {})

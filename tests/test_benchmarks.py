@@ -69,6 +69,17 @@ def test_the_loop_is_the_oracle():
     assert 0 < covered.sum() < layout.num_positions
 
 
+def test_the_loop_runs_under_autocast():
+    layout, topology = small_multi_rate()
+    torch.manual_seed(0)
+    loop = PerEdgeLoop(topology, layout, D, HEADS)
+    x = torch.randn(1, layout.num_positions, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loop(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, loop(x), rtol=0, atol=0.02)
+
+
 def test_the_dense_mask_is_the_oracle():
     layout, topology = small_multi_rate()
     torch.manual_seed(0)

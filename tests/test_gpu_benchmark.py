@@ -7,12 +7,13 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks
+from benchmarks import gpu, gpu_checks, measure
 from canvas_kernels import reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,31 @@ def test_a_wrong_result_is_a_fault(monkeypatch):
     assert any(fault.startswith("out: error inf") for fault in gpu_checks.run_task(task, "cpu")["faults"])
 
 
+def misbehave(task: gpu_checks.Task, device: str) -> dict:
+    if task.form == "raise":
+        raise RuntimeError("an illegal memory access")
+    if task.form == "die":
+        os._exit(3)
+    if task.form == "hang":
+        time.sleep(600)
+    return {"form": task.form, "process": os.getpid(), "faults": []}
+
+
+def test_a_task_that_raises_dies_or_hangs_takes_no_other_with_it():
+    def apart(forms: list[str], seconds: float) -> list[dict]:
+        chosen = [gpu_checks.Task(16, torch.bfloat16, form, False, 30) for form in forms]
+        return gpu_checks.run_apart(chosen, "cpu", 1, time.perf_counter() + seconds, misbehave)
+
+    rows = apart(["one", "two", "raise", "three", "die", "four"], 600)
+    faults = [row["faults"] for row in rows]
+    assert faults == [[], [], ["RuntimeError: an illegal memory access"], [], ["its process died"], []]
+    processes = [row["process"] for row in rows if "process" in row]
+    assert processes[0] == processes[1] and len(set(processes)) == 3
+    assert rows[2]["dtype"] == "bfloat16" and rows[2]["errors"] == rows[2]["budgets"] == {}
+    rows = apart(["hang", "late"], 2)
+    assert [row["faults"] for row in rows] == [["no result after 2 s"], ["not checked: no time was left"]]
+
+
 def test_every_configuration_of_every_architecture_is_run_by_the_checks(monkeypatch):
     from canvas_kernels import configs
 
@@ -72,20 +98,59 @@ def test_the_command_runs_at_toy_size(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
     assert [(row["contestant"], row["form"]) for row in rows] == [
         ("ours", "joint"),
+        ("ours_torch", "joint"),
         ("sdpa_mask", "joint"),
         ("ours", "edge"),
+        ("ours_torch", "edge"),
         ("per_edge_loop", "edge"),
         ("grouped", "edge"),
         ("sdpa_unmasked", "reference"),
     ]
     assert all(row["commit"] and row["triton"] and row["forward_seconds"]["p50"] > 0 for row in rows)
-    for row in rows[:5]:
+    for row in rows[:7]:
         assert set(row["errors"]) == {"out", "dq", "dk", "dv"} and max(row["errors"].values()) < 1e-5
     assert "canvas_kernels::attention" in (tmp_path / "profile.txt").read_text()
     for name, count in (("correctness", 5), ("sweep", 7)):
         found = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert len(found) == count and not any(row.get("faults") or row.get("failed") for row in found)
     assert len((tmp_path / "dispatcher.jsonl").read_text().splitlines()) == 2
+
+
+def test_phases_after_a_device_fault_run_in_a_new_process(tmp_path, monkeypatch):
+    ran, commands = [], []
+    monkeypatch.setattr(gpu, "correctness", lambda session: ran.append("correctness"))
+    monkeypatch.setattr(gpu, "timings", lambda session: 1 / 0)
+    monkeypatch.setattr(gpu, "profile", lambda session: ran.append("profile"))
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(measure, "environment", lambda device: {})
+    arguments = ["--out", str(tmp_path), "--interpret", "--phases", "correctness,timings,profile"]
+    assert gpu.main(arguments) == 1 and ran == ["correctness", "profile"] and commands == []
+    monkeypatch.setattr(gpu.Session, "usable", lambda session: False)
+    assert gpu.main(arguments) == 1 and ran == ["correctness", "profile", "correctness"]
+    assert [command[1:] for command in commands] == [
+        ["-m", "benchmarks.gpu", "--out", str(tmp_path), "--phases", "profile"]
+    ]
+
+    def fault():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.undo()
+    session = gpu.Session(tmp_path, interpret=True)
+    assert session.usable()
+    session.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    assert not session.usable()
+
+
+def test_the_profile_knows_nothing_of_earlier_runs(tmp_path, capsys):
+    stale = {"case": "gone", "form": "joint", "contestant": "ours", "step_seconds": {"p50": 9.0}}
+    (tmp_path / "timings.jsonl").write_text(json.dumps(stale))
+    session = gpu.Session(tmp_path, interpret=True)
+    gpu.profile(session)
+    assert "profile of toy, edge form" in capsys.readouterr().out
+    session.write("timings", [stale | {"case": "toy"}])
+    gpu.profile(session)
+    assert "profile of toy, joint form" in capsys.readouterr().out
 
 
 def test_a_phase_that_does_not_exist_is_refused(tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import time
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def tangled():
 
 
 SMALL = cases.Case("tangled", tangled, heads=HEADS, head_dim=DIM, batch=2)
-QUICK = suite.Settings(seconds=0.0, reference_tokens=16, only=frozenset({"sdpa_mask", "per_edge_loop", "grouped"}))
+PLAIN = frozenset({"sdpa_mask", "per_edge_loop", "grouped"})
+QUICK = suite.Settings(seconds=0.0, rounds=(1, 31), reference_tokens=16, only=PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +53,9 @@ def rows():
 
 
 def expected(form: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Output and gradients (H, N, D) of the first of the batch by the tests' oracle and autograd."""
+    """Output and gradients (B, H, N, D) by the tests' oracle and autograd."""
     layout, topology = tangled()
-    q, k, v, upstream = (x[:1].detach().double() for x in tensors)
+    q, k, v, upstream = (x.detach().double() for x in tensors)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     if form == "edge":
         out = oracle.edge_attention(*leaves, oracle.reads(layout, topology), DIM**-0.5)
@@ -61,7 +63,7 @@ def expected(form: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         matrix = torch.as_tensor(oracle.joint_matrix(layout, topology))
         out = oracle.joint_attention(*leaves, matrix, DIM**-0.5)
     gradients = torch.autograd.grad(out, leaves, upstream)
-    return {name: x.detach()[0] for name, x in zip(("out", "dq", "dk", "dv"), (out, *gradients))}
+    return {name: x.detach() for name, x in zip(("out", "dq", "dk", "dv"), (out, *gradients))}
 
 
 # -- problems ----------------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def test_exact_results_are_the_oracles(form):
     tensors[3] = upstream
     found = problem.exact(form, tensors, rows)
     for name, wanted in expected(form, tensors).items():
-        wanted = wanted[:, rows] if name in ("out", "dq") else wanted
+        wanted = wanted[:, :, rows] if name in ("out", "dq") else wanted
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-12, msg=name)
 
 
@@ -154,8 +156,7 @@ def test_the_gate_sees_a_wrong_scale(name, monkeypatch):
 
         return call
 
-    everyone = contestants.of(Problem(SMALL), "cpu")
-    chosen = [c for c in everyone if c.name in ("ours", "sdpa_mask")]
+    chosen = [c for c in contestants.of("cpu") if c.name in ("ours", "sdpa_mask")]
     built = [c._replace(build=lambda *args, c=c: wrong(c.build(*args))) for c in chosen]
     monkeypatch.setattr(contestants, "of", lambda *args: built)
     found = next(suite.run([SMALL], copy.copy(QUICK)))
@@ -168,7 +169,7 @@ def test_who_fails_or_is_left_out_is_a_row(monkeypatch):
     def fails(problem, device, dtype):
         raise RuntimeError("out of memory")
 
-    ours, mask = contestants.of(Problem(SMALL), "cpu")[:2]
+    ours, _, mask = contestants.of("cpu")[:3]
     monkeypatch.setattr(contestants, "of", lambda *args: [ours, mask._replace(build=fails)])
     found = next(suite.run([SMALL], copy.copy(QUICK)))
     assert found[1]["failed"] == "RuntimeError: out of memory" and "step_seconds" in found[0]
@@ -191,9 +192,131 @@ def test_a_case_that_cannot_be_made_is_a_row_and_the_next_one_runs():
 def test_after_the_deadline_only_ours_runs_and_no_case_begins():
     settings = copy.copy(QUICK)
     settings.deadline = -math.inf
-    assert list(suite.run([SMALL], settings)) == []
-    found = suite.run_case(SMALL, settings)
-    assert ["skipped" in row for row in found] == [False, True, False, True, True, False]
+    ((*begun, reference),) = [suite.run_case(SMALL, settings)]
+    assert ["skipped" in row for row in begun] == [False, True, False, True, True] and "noise" in reference
+    found = list(suite.run([SMALL, SMALL], settings))
+    assert [[row["skipped"] for row in rows] for rows in found] == [["no time was left"] * 5] * 2
+    names = [(row["case"], row["form"], row["contestant"]) for row in found[0]]
+    assert names == [(row["case"], row["form"], row["contestant"]) for row in begun]
+    assert all(row["commit"] for row in found[1]) and suite.faults(found[0]) == []
+
+
+def test_who_cannot_run_here_is_a_row():
+    settings = copy.copy(QUICK)
+    settings.only = frozenset({"ours_torch", "xformers", "flashinfer", "flashinfer_packed", "varlen"})
+    rows = suite.run_case(SMALL, settings)
+    torch_too, gpus_only = "ours runs the torch backend here", "it needs a GPU"
+    assert [(row["contestant"], row.get("skipped")) for row in rows[:-1]] == [
+        ("ours", None),
+        ("ours_torch", torch_too),
+        ("xformers", gpus_only),
+        ("flashinfer", gpus_only),
+        ("flashinfer_packed", gpus_only),
+        ("ours", None),
+        ("ours_torch", torch_too),
+        ("varlen", gpus_only),
+    ]
+    assert all(row["contestant"] in report.LABELS for row in rows)
+
+
+def eager(form: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Dense attention of ``tangled`` in the dtype of q, k and v."""
+    layout, topology = tangled()
+    if form == "joint":
+        weight = oracle.joint_matrix(layout, topology)
+        filled = (weight > 0).any(1)[:, None]
+        scores = DIM**-0.5 * (q @ k.transpose(-1, -2))
+        out = (scores + torch.where(filled, weight, 1.0).log().to(q.dtype)).softmax(-1) @ v
+        return out.masked_fill(~filled, 0)
+    reads, total = oracle.reads(layout, topology), torch.zeros(q.shape[2], dtype=torch.float64)
+    for read in reads:
+        total[list(read.keys)] += read.weight
+    out = torch.zeros_like(q)
+    for read in reads:
+        rows, columns = list(read.keys), list(next(iter(read.keys.values())))
+        scores = DIM**-0.5 * (q[:, :, rows] @ k[:, :, columns].transpose(-1, -2))
+        found = scores.softmax(-1) @ v[:, :, columns]
+        share = (read.weight / total[rows]).to(q.dtype)[:, None]
+        out = out.index_add(2, torch.tensor(rows), found * share)
+    return out
+
+
+@pytest.mark.parametrize("form", ["joint", "edge"])
+def test_in_16_bits_a_result_may_be_twice_as_far_off_as_eagers(form):
+    problem = Problem(SMALL)
+    tensors = problem.inputs("cpu", torch.bfloat16)
+    gate = suite.Gate(problem, tensors, suite.Settings(dtype=torch.bfloat16))
+    gate.expect(form)
+    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+    out = eager(form, *leaves)
+    found = (out, *torch.autograd.grad(out, leaves, gate.upstream))
+    ratios = []
+    for name, value in zip(("out", "dq", "dk", "dv"), found):
+        error, budget = suite.error(value.detach(), gate.exact[form][name]), gate.budgets[form][name]
+        assert budget >= 2**-8
+        if budget > 2**-8:
+            ratios.append(budget / error)
+    least, most = (1.9, 2.1) if form == "joint" else (1.0, 3.0)  # autograd sums over reads in another order
+    assert ratios and all(least < ratio < most for ratio in ratios), ratios
+    exact = suite.Gate(problem, tensors, suite.Settings())
+    exact.expect(form)
+    assert set(exact.budgets[form].values()) == {1e-5}
+
+
+everyone = contestants.of
+
+
+def changed(names, change):
+    """What :func:`contestants.of` gives, with the results of those of ``names`` changed; only they are left."""
+
+    def build(contestant, problem, device, dtype):
+        attend = contestant.build(problem, device, dtype)
+        return lambda q, k, v: change(attend(q, k, v))
+
+    chosen = [c for c in everyone("cpu") if c.name in names]
+    return lambda *args: [c._replace(build=lambda *a, c=c: build(c, *a)) for c in chosen]
+
+
+@pytest.mark.parametrize(("factor", "right"), [(1.0, True), (1.02, False)])
+def test_the_gate_in_16_bits_sees_two_percent(factor, right, monkeypatch):
+    monkeypatch.setattr(contestants, "of", changed({"ours", "sdpa_mask", "grouped"}, lambda out: out * factor))
+    settings = copy.copy(QUICK)
+    settings.dtype = torch.bfloat16
+    *rows, _ = suite.run_case(SMALL, settings)
+    assert ["failed" not in row for row in rows] == [right] * 4
+    for row in rows:
+        assert all(2**-8 <= budget < 0.015 for budget in row["budgets"].values()) if right else "Wrong" in row["failed"]
+
+
+def test_the_gate_sees_the_last_of_the_batch(monkeypatch):
+    def change(out):
+        return torch.cat([out[:-1], out[-1:].roll(1, 2)])
+
+    monkeypatch.setattr(contestants, "of", changed({"ours"}, change))
+    case = dataclasses.replace(SMALL, batch=3)
+    *rows, _ = suite.run_case(case, copy.copy(QUICK))
+    assert ["Wrong" in row["failed"] for row in rows] == [True, True]
+    monkeypatch.setattr(contestants, "of", changed({"ours"}, lambda out: out))
+    *rows, _ = suite.run_case(case, copy.copy(QUICK))
+    assert not suite.faults(rows)
+    assert suite.Gate(Problem(SMALL), Problem(SMALL).inputs("cpu", torch.float32), QUICK).entries == [0, 1]
+
+
+def test_the_last_case_names_the_reference_s_kernels(monkeypatch):
+    stages = []
+    monkeypatch.setattr(suite, "run_case", lambda case, settings: stages.append("timed") or run_case(case, settings))
+    monkeypatch.setattr(suite, "kernels", lambda *args: stages.append("named") or kernels(*args))
+    wide = dataclasses.replace(SMALL, heads=4)
+    first, second = suite.run([SMALL, wide], copy.copy(QUICK))
+    assert stages == ["timed", "timed", "named", "named"]
+    for row in (first[-1], second[-1]):
+        assert any("scaled_dot_product" in name for name in row["kernels"]), row["kernels"]
+    monkeypatch.setattr(suite, "kernels", lambda *args: 1 / 0)
+    (rows,) = suite.run([SMALL], copy.copy(QUICK))
+    assert rows[-1]["kernels"] == ["not known: ZeroDivisionError: division by zero"] and "noise" in rows[-1]
+
+
+run_case, kernels = suite.run_case, suite.kernels
 
 
 def test_flex_attention_agrees_in_both_orders():
@@ -209,13 +332,31 @@ def test_flex_attention_agrees_in_both_orders():
 
 
 def test_memory_counts_what_is_held_at_once():
-    memory = suite.Memory("cpu")
-    if memory.before is None:
-        pytest.skip("/proc/self/clear_refs cannot be written here")
-    for _ in range(3):
-        torch.ones(4 << 20)  # 16 MiB, gone at once
-    held = torch.ones(4 << 20)
-    assert 15 << 20 < memory.peak() < 40 << 20 and held.numel()
+    with suite.allocations_mapped("cpu"):
+        memory = suite.Memory("cpu")
+        if memory.before is None:
+            pytest.skip("/proc/self/clear_refs cannot be written here")
+        for _ in range(3):
+            torch.ones(4 << 20)  # 16 MiB, gone at once
+        held = torch.ones(4 << 20)
+        assert 15 << 20 < memory.peak() < 40 << 20 and held.numel()
+
+
+def test_tensors_are_mapped_while_memory_is_measured_and_kept_while_times_are(monkeypatch):
+    settings = []
+    monkeypatch.setattr(suite, "_set_malloc", lambda mapped_from, kept: settings.append((mapped_from, kept)))
+    suite.Memory("cpu").peak()
+    assert settings == []
+    measured, timed = (1 << 20, 1 << 17), (1 << 25, 1 << 26)
+    calls = []
+    monkeypatch.setattr(contestants, "of", changed({"ours"}, lambda out: calls.append(settings[-1]) or out))
+    suite.run_case(SMALL, copy.copy(QUICK))
+    assert settings == [measured, timed] * 2 and calls == [measured] * 2 + [timed] * 2
+    with pytest.raises(ValueError), suite.allocations_mapped("cpu"):
+        raise ValueError
+    assert settings[-2:] == [measured, timed]
+    with suite.allocations_mapped("cuda"):
+        assert len(settings) == 6
 
 
 # -- cases -------------------------------------------------------------------------------------------------------------
@@ -378,3 +519,42 @@ def test_the_command_measures_reports_and_compares(tmp_path, monkeypatch, capsys
     assert "nothing to compare" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bench.main(["--case", "no such case"])
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+
+class Sleeper:
+    """A runner whose steps take so long, and a reference that takes no time."""
+
+    def __init__(self, seconds: float):
+        self.each, self.taken = seconds, []
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.taken)
+
+    def step(self, device: str = "cpu") -> None:
+        time.sleep(self.each)
+        self.taken.append(self.each)
+
+
+def test_what_takes_long_is_timed_once(monkeypatch):
+    monkeypatch.setattr(suite, "REPEATED_SECONDS", 0.05)
+    quick, slow = Sleeper(0.01), Sleeper(0.1)
+    suite._take_turns([quick, slow], Sleeper(0), suite.Settings(seconds=0.05))
+    assert (len(quick.taken), len(slow.taken)) == (3, 1)
+    # nothing is left out where all rounds fit
+    quick, slow = Sleeper(0.01), Sleeper(0.1)
+    suite._take_turns([quick, slow], Sleeper(0), suite.Settings(seconds=0.5))
+    assert len(quick.taken) == len(slow.taken) >= 3
+
+
+def test_a_single_round_is_compared_with_its_own(monkeypatch):
+    long = property(lambda runner: 10.0 * (runner.contestant.name == "sdpa_mask"))
+    monkeypatch.setattr(suite.Runner, "seconds", long)
+    rows = suite.run_case(SMALL, dataclasses.replace(QUICK, rounds=(3, 3)))
+    rounds = {(row["form"], row["contestant"]): row["rounds"] for row in rows if "rounds" in row}
+    assert rounds.pop(("joint", "sdpa_mask")) == 1 and set(rounds.values()) == {3}
+    (once,) = (row for row in rows if row["contestant"] == "sdpa_mask")
+    assert once["step_ratio"]["p10"] == once["step_ratio"]["p90"] > 0
