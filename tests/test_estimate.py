@@ -166,7 +166,7 @@ def test_bytes_are_those_that_tensors_hold(name, form):
 
 
 @pytest.mark.parametrize("form", ["joint", "edge"])
-@pytest.mark.parametrize("name", ["frames_4_d64", "frames_20_d64", "video_4096"])
+@pytest.mark.parametrize("name", ["frames_20_d64", "frames_50_d64", "video_4096"])
 def test_bytes_of_large_tensors_are_those_that_are_made(name, form, monkeypatch):
     case = BY_NAME[name]
     plan = rates.plan_of(case, form)
@@ -174,8 +174,8 @@ def test_bytes_of_large_tensors_are_those_that_are_made(name, form, monkeypatch)
     # as if the system mapped every tensor of more than half a canvas
     monkeypatch.setattr(costs, "LARGE_BYTES", 2 * case.heads * case.head_dim * plan.n_positions)
     generator = torch.Generator().manual_seed(0)
-    shape = (4, 1, plan.n_positions, case.heads, case.head_dim)
-    *leaves, upstream = torch.randn(shape, generator=generator).transpose(2, 3).unbind()
+    shape = (4, 1, case.heads, plan.n_positions, case.head_dim)
+    *leaves, upstream = torch.randn(shape, generator=generator).unbind()
     leaves = [x.requires_grad_() for x in leaves]
 
     def made(call) -> tuple[object, int]:
