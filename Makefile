@@ -57,7 +57,7 @@ oldest: $(READY) ## CogVideoX's tests against the oldest diffusers that is suppo
 lint: $(READY) ## ruff
 	@$(RUN) -m ruff check .
 
-aot: $(READY) ## compile every shipped kernel configuration for every architecture, without a GPU; none may need more than before
+aot: $(READY) ## compile every shipped kernel configuration for every architecture, without a GPU; none may be worse than before
 	@$(RUN) -m benchmarks.aot --compare benchmarks/results/aot.json --save out/aot.json
 
 # No set-up here: a GPU machine is measured with its own torch and Triton, and may have no network.

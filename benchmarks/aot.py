@@ -7,6 +7,11 @@ Checked, and any failure ends the program with status 1:
 - shared memory within the architecture's limit (sm_80: that of its consumer relatives);
 - sm_90: every dot of a 16-bit kernel whose tile has at least 64 rows is a wgmma;
 - sm_80, sm_90, sm_100: the loads of both walked tensors are asynchronous copies inside the loop, that is, pipelined.
+
+With ``--compare`` also, against earlier rows of what was compiled: no configuration is gone, spills more, has fewer
+wgmma dots or asynchronous copies, or leaves a multiprocessor room for fewer programs. Registers and shared memory count
+through the last alone. Where the rows are another Triton's, what has become worse is printed, but only what is gone
+fails. A change that is meant is written over the committed rows: ``--save benchmarks/results/aot.json``.
 """
 
 from __future__ import annotations
@@ -49,6 +54,23 @@ def launches(archs=configs.ARCHITECTURES, head_dims=configs.HEAD_DIMS, dtypes=tu
     return sorted(chosen, key=lambda launch: -launch.head_dim)
 
 
+def resident(arch: str, registers: int, shared: int, num_warps: int) -> int:
+    """Programs that fit a multiprocessor at once: each of ``num_warps`` warps, ``registers`` per lane and ``shared``
+    bytes.
+
+    >>> resident("sm_90", 168, 65536, 4), resident("gfx942", 168, 17408, 4)
+    (3, 3)
+    """
+    lane = -(-registers // 8) * 8
+    if arch == "gfx942":
+        # four SIMDs, each with 512 registers per lane and at most 8 waves of 64 lanes
+        warps, shared_by_all = 4 * min(512 // lane, 8), SHARED_LIMIT[arch]
+    else:
+        # four partitions, each with 16,384 registers for warps of 32 lanes; CUDA keeps 1 KiB for each program
+        warps, shared, shared_by_all = 4 * (16384 // (32 * lane)), shared + 1024, SHARED_LIMIT[arch] + 1024
+    return min(warps // num_warps, shared_by_all // max(shared, 1))
+
+
 def compile_launch(launch: Launch) -> dict:
     """What the compiler made of a launch: registers, bytes spilled, shared memory, wgmmas, copies, seconds, faults."""
     import triton
@@ -63,6 +85,7 @@ def compile_launch(launch: Launch) -> dict:
     kernel = triton.compile(source, target=_target(launch.arch), options=options)
     row = describe(launch) | {"seconds": round(time.perf_counter() - began, 2), "shared": kernel.metadata.shared}
     row |= _amd_resources(kernel) if launch.arch == "gfx942" else _nvidia_resources(kernel, launch)
+    row["resident"] = resident(launch.arch, row["registers"], row["shared"], launch.config.num_warps)
     row["faults"] = faults(launch, row)
     return row
 
@@ -153,16 +176,11 @@ def _nvidia_resources(kernel, launch: Launch) -> dict:
     ttgir = kernel.asm["ttgir"]
     tile = f"<{launch.config.block_n}x{configs.block_d(launch.head_dim)}x!tt.ptr"
     loop = ttgir[ttgir.index("scf.for") :].splitlines()
-    threads = launch.config.num_warps * 32
-    resident = min(
-        65536 // (-(-registers // 8) * 8 * threads), SHARED_LIMIT[launch.arch] // (kernel.metadata.shared + 1024)
-    )
     return {
         "registers": registers,
         "spilled": spilled,
         "wgmma": len(re.findall(r"ttng\.warp_group_dot ", ttgir)) if "wgmma.mma_async" in kernel.asm["ptx"] else 0,
         "copies": len([line for line in loop if "async_copy_global_to_local" in line and tile in line]),
-        "resident": resident,
     }
 
 
@@ -204,7 +222,7 @@ def main(argv=None) -> int:
     parser.add_argument("--dtype", default=",".join(DTYPES), help="comma-separated")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--save", type=Path, metavar="ROWS", help="where to write the rows")
-    parser.add_argument("--compare", type=Path, metavar="ROWS", help="exit with 1 where these took fewer resources")
+    parser.add_argument("--compare", type=Path, metavar="ROWS", help="exit with 1 where these were better")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
@@ -214,7 +232,12 @@ def main(argv=None) -> int:
     from rich.table import Table
 
     head_dims = [int(head_dim) for head_dim in arguments.head_dim.split(",")]
-    chosen = launches(arguments.arch.split(","), head_dims, arguments.dtype.split(","))
+    archs, dtypes = arguments.arch.split(","), arguments.dtype.split(",")
+    chosen = launches(archs, head_dims, dtypes)
+    # before --save may write over them, and of what is compiled only
+    earlier = measure.read_rows(arguments.compare) if arguments.compare else []
+    asked = {"arch": archs, "head_dim": head_dims, "dtype": dtypes}
+    earlier = [row for row in earlier if all(row[key] in values for key, values in asked.items())]
     console = Console(width=None if sys.stdout.isatty() else 140)
     with Progress(console=console, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("compiling", total=len(chosen))
@@ -234,17 +257,9 @@ def main(argv=None) -> int:
     rows = [row | {"triton": triton.__version__} for row in rows]
     if arguments.save:
         measure.write_rows(rows, arguments.save)
-    return int(bool(failed) | _larger(arguments.compare, rows, console))
-
-
-def _larger(path: Path | None, rows: list[dict], console) -> bool:
-    """Whether a kernel spills more, has fewer wgmmas or leaves room for fewer programs than in the rows at ``path``."""
-    earlier = measure.read_rows(path) if path else []
-    if not earlier or earlier[0]["triton"] != rows[0]["triton"]:
-        return False  # another compiler gives other registers
-    lines, worse = report.compare(earlier, rows)
+    lines, worse = report.compare(earlier, rows) if arguments.compare else ([], False)
     console.print("\n".join(lines), highlight=False)
-    return worse
+    return int(bool(failed) | worse)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Times every case of ``cases.py`` in both forms against whoever can run it here (:mod:`benchmarks.suite`), writes rows,
 and from the rows a Markdown report with figures. With ``--compare ROWS`` it exits with 1 where ours has become slower
-than those rows by more than noise, or where a kernel takes more registers, spills or shared memory.
+than those rows by more than noise, or where they have no case in common (:func:`benchmarks.report.compare`). Rows of
+``benchmarks.aot`` are compared by what their kernels need.
 """
 
 from __future__ import annotations

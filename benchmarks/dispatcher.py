@@ -74,15 +74,8 @@ def run_case(case: Case, rounds: int) -> list[dict]:
     upstream = torch.randn(x.shape)
     x.requires_grad_()
 
-    def step(module: nn.Module):
-        def run() -> None:
-            x.grad = None
-            module.zero_grad(set_to_none=True)
-            module(x).backward(upstream)
-
-        return run
-
-    times = measure.interleave({name: step(module) for name, module in contestants.items()}, rounds)
+    steps = {name: measure.step(module, x, upstream=upstream) for name, module in contestants.items()}
+    times = measure.interleave(steps, rounds)
     ours = times["ours"]
     return [
         {

@@ -78,20 +78,6 @@ def functions() -> list[str]:
     return [fn for fn in CLAIMS if fn in ATTENTION_REGISTRY]
 
 
-def step(module: nn.Module, *inputs: torch.Tensor) -> Callable[[], None]:
-    """One forward and backward, gradients thrown away before."""
-    with torch.no_grad():
-        upstream = torch.randn_like(module(*inputs))
-
-    def run() -> None:
-        for x in inputs:
-            x.grad = None
-        module.zero_grad(set_to_none=True)
-        module(*inputs).backward(upstream)
-
-    return run
-
-
 def seconds_of(run: Callable[[], None], budget: float = SECONDS_PER_CASE) -> np.ndarray:
     """CPU seconds of as many calls as the budget holds, at least 2 and at most 30, after one to warm up. A first call
     that takes more than the budget is the only one."""
@@ -165,7 +151,7 @@ def scaling_rows(fn: str, sizes: tuple[int, ...] = SIZES) -> list[dict]:
             torch.manual_seed(0)
             dispatcher = one_read(fn, queries, size)
             x = torch.randn(1, dispatcher.plan.n_positions, SCALING_WIDTH, requires_grad=True)
-            run = step(dispatcher, x)
+            run = measure.step(dispatcher, x)
             found.append((measure.quantiles(seconds_of(run)), peak_bytes(run)))
         half = len(sizes) // 2
         times, bytes_ = [f[0]["p10"] for f in found], [f[1] for f in found]
@@ -260,7 +246,7 @@ def loop_rows(
 
         reads = {name: Read(module) for name, module in contestants.items()}
         error = gate(reads["ours"], reads["cut loop"], (x_q, x_k))
-        runs = {name: step(read, x_q, x_k) for name, read in reads.items()}
+        runs = {name: measure.step(read, x_q, x_k) for name, read in reads.items()}
         times = {"ours": seconds_of(runs["ours"], 1.0)}
         if (fn, queries) == ("mamba", length):
             times[PRODUCTS] = seconds_of(readout_products(queries, length, width), 1.0)
@@ -317,12 +303,12 @@ def edge_row(fn: str, edges: int = EDGES, size: int = EDGE_SIZE, width: int = WI
     error = float((x.grad - apart.grad.view_as(x)).abs().max() / x.grad.abs().max())
     if not error <= TOLERANCE:
         raise Disagreement(f"{fn}: gradients of {edges} edges differ from those of one by {error:.1e}")
-    runs = {"many": step(many, x), "batch": step(batch, apart)}
+    runs = {"many": measure.step(many, x), "batch": measure.step(batch, apart)}
     keys = None if fn in PAIRS_AND_KEYS else size if CLAIMS[fn] == "O(NM)" else n
     if keys is not None:
         long = dispatcher_of(fn, {"all": (0, 1, 0, n), "keys": (0, 1, 0, keys)}, [("all", "keys")], n, width)
         long.load_state_dict(many.state_dict())
-        runs["long"] = step(long, x)
+        runs["long"] = measure.step(long, x)
     times = measure.interleave(runs, rounds)
     return {
         "question": "edges",

@@ -66,17 +66,10 @@ def step_times(n_vehicles: int, rounds: int) -> list[dict]:
     upstream = torch.randn(x.shape)
     x.requires_grad_()
 
-    def step(module: torch.nn.Module):
-        def run() -> None:
-            x.grad = None
-            module.zero_grad(set_to_none=True)
-            module(x).backward(upstream)
-
-        return run
-
-    step(modules["ours"])()
+    steps = {name: measure.step(module, x, upstream=upstream) for name, module in modules.items()}
+    steps["ours"]()
     # The loop's minutes need no warm-up of their own.
-    times = measure.interleave({name: step(module) for name, module in modules.items()}, rounds, warm_up=0)
+    times = measure.interleave(steps, rounds, warm_up=0)
     return [
         {
             "case": f"fleet of {n_vehicles}",

@@ -34,6 +34,21 @@ def interleave(contestants: dict[str, Callable[[], object]], rounds: int, warm_u
     return times
 
 
+def step(module: torch.nn.Module, *inputs: torch.Tensor, upstream: torch.Tensor | None = None) -> Callable[[], None]:
+    """One forward and backward, from ``upstream`` or random gradients; earlier gradients are thrown away before."""
+    if upstream is None:
+        with torch.no_grad():
+            upstream = torch.randn_like(module(*inputs))
+
+    def run() -> None:
+        for x in inputs:
+            x.grad = None
+        module.zero_grad(set_to_none=True)
+        module(*inputs).backward(upstream)
+
+    return run
+
+
 def quantiles(values: np.ndarray) -> dict[str, float]:
     """The quantiles that rows hold, keyed "p10" to "p90"."""
     return {f"p{int(100 * q)}": float(np.quantile(values, q)) for q in QUANTILES}
@@ -60,6 +75,10 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         "commit": commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
     }
     if device == "cuda":
+        from canvas_kernels.launch import arch_of
+
+        found["architecture"] = arch_of(torch.device("cuda"))
+        found["multiprocessors"] = torch.cuda.get_device_properties("cuda").multi_processor_count
         ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which(ask[0]) else None
         found["driver"] = done.stdout.split("\n")[0] if done and done.returncode == 0 else "unknown"

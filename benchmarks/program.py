@@ -66,15 +66,8 @@ def run_case(case: Case, rounds: int) -> dict:
         raise Disagreement(f"a program that says nothing changes {differing}")
     x.requires_grad_()
 
-    def step(module: nn.Module):
-        def run() -> None:
-            x.grad = None
-            module.zero_grad(set_to_none=True)
-            module(x).backward(upstream)
-
-        return run
-
-    times = measure.interleave({name: step(module) for name, module in contestants.items()}, rounds)
+    steps = {name: measure.step(module, x, upstream=upstream) for name, module in contestants.items()}
+    times = measure.interleave(steps, rounds)
     return {
         "case": case.name,
         "rounds": rounds,

@@ -2,6 +2,7 @@
 
     python -m benchmarks.rates                measures synthetic tables, fits, writes the entry of this processor
     python -m benchmarks.rates --check        predicts and measures the cases of ``cases.py``; rows to results/
+    python -m benchmarks.rates --rows ROWS    writes the entry of the GPU that made the rows (:mod:`.gpu_rates`)
 
 Times are the thread's own processor time, on one thread, and each is divided by that of a reference made around it,
 relative to the reference's quiet moments: what is meant is this device, undisturbed. The fit sees no case.
@@ -15,7 +16,8 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -209,10 +211,9 @@ def reference_call() -> Callable[[], float]:
 # -- fitting -----------------------------------------------------------------------------------------------------------
 
 
-def fit(counts: list[dict], seconds: np.ndarray) -> dict[str, float]:
+def fit(counts: list[dict], seconds: np.ndarray, names: Iterable = tuple(costs.COUNTS)) -> dict:
     """Seconds of each count, none negative, that give ``seconds`` with the least relative errors; large ones weigh
     less."""
-    names = list(costs.COUNTS)
     matrix = np.array([[float(row.get(name, 0)) for name in names] for row in counts]) / seconds[:, None]
     scale = np.where(matrix.any(0), matrix.max(0), 1.0)
     weight = np.ones(len(seconds))
@@ -223,11 +224,15 @@ def fit(counts: list[dict], seconds: np.ndarray) -> dict[str, float]:
 
 
 def non_negative(matrix: np.ndarray, target: np.ndarray, sweeps: int = 3000) -> np.ndarray:
-    """x ≥ 0 with the least ‖matrix x − target‖, column by column."""
+    """x ≥ 0 with the least ‖matrix x − target‖, column by column until nothing changes."""
     gram, goal, x = matrix.T @ matrix, matrix.T @ target, np.zeros(matrix.shape[1])
+    columns = np.flatnonzero(gram.diagonal())
     for _ in range(sweeps):
-        for j in np.flatnonzero(gram.diagonal()):
+        before = x.copy()
+        for j in columns:
             x[j] = max(0.0, x[j] + (goal[j] - gram[j] @ x) / gram[j, j])
+        if np.abs(x - before).max() <= 1e-9 * x.max():
+            break
     return x
 
 
@@ -251,14 +256,15 @@ def entry(seconds: float) -> dict:
 
 def check(seconds: float) -> list[dict]:
     """Rows of every case in both forms: what is predicted and what is measured."""
-    rates, rows = costs.all_rates()[costs.processor_key(1)], []
+    key, rows = costs.processor_key(1), []
+    rates = costs.all_rates()[key]
     for case in CHECKED_CASES:
         plans = {form: plan_of(case, form) for form in ("joint", "edge")}
         calls = [_case_call(case, plan) for plan in plans.values()]
         times, _ = measured(calls, seconds / len(CHECKED_CASES), case.name, rates["reference_seconds"])
         for (form, plan), measured_seconds in zip(plans.items(), times):
             predicted = plan.estimate("cpu", **shape_of(case))
-            rows.append({"case": case.name, "form": form})
+            rows.append({"case": case.name, "form": form, "rates": key})
             found = [*measured_seconds, peak_bytes(case, plan)]
             for name, value in zip(("forward_seconds", "backward_seconds", "peak_bytes"), found):
                 rows[-1][name] = float(f"{value:.4g}")
@@ -321,6 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--rows", type=Path, help="fit the GPU that made these rows: OUT/timings.jsonl of `make gpu`")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.check:
@@ -328,12 +335,25 @@ def main() -> None:
         show(rows)
         measure.write_rows([row | measure.environment() for row in rows], RESULTS)
         return
-    rates = json.loads(costs.RATES.read_text())
-    rates[costs.processor_key(1)] = entry(options.seconds)
+    if options.rows:
+        from benchmarks import gpu_rates
+
+        try:
+            name, found, told = gpu_rates.entry(measure.read_rows(options.rows))
+        except (ValueError, OSError) as cause:
+            parser.error(str(cause))
+        gpu_rates.show(told)
+    else:
+        name, found = costs.processor_key(1), entry(options.seconds)
+    save(name, found)
+
+
+def save(name: str, found: dict) -> None:
+    """Writes a device's entry."""
     unfinished = costs.RATES.with_suffix(".partial")
-    unfinished.write_text(json.dumps(rates, indent=1) + "\n")
+    unfinished.write_text(json.dumps(json.loads(costs.RATES.read_text()) | {name: found}, indent=1) + "\n")
     os.replace(unfinished, costs.RATES)
-    print(f"{costs.processor_key(1)}: written to {costs.RATES}")
+    print(f"{name}: written to {costs.RATES}")
 
 
 if __name__ == "__main__":

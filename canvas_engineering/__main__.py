@@ -99,6 +99,7 @@ def build_app():
     def inspect(schema: Path) -> None:
         """Print regions, connections and what the compiled plan costs."""
         from canvas_engineering.plan import compile_attention
+        from canvas_engineering.plan.estimate import in_words
 
         found = open_schema(schema)
         console = Console()
@@ -108,7 +109,7 @@ def build_app():
             return
         console.print(connection_table(found.layout, found.topology))
         plan = compile_attention(found.layout, found.topology)
-        console.print(f"{plan}\n{KEY}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{plan}\n{in_words(plan)}\n{KEY}", highlight=False, markup=False, soft_wrap=True)
 
     @app.command()
     def draw(schema: Path, out: Path = out_option) -> None:

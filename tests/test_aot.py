@@ -24,9 +24,11 @@ def compiled(tmp_path_factory) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     command = [sys.executable, "-m", "benchmarks.aot", "--arch", "sm_90", "--head-dim", "64,128", "--dtype", "bf16"]
-    command += ["--save", str(file)]
+    command += ["--save", str(file), "--compare", str(measure.RESULTS / "aot.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    # of all that are committed, those that were asked for
+    assert " changed, 0 of the earlier ones gone" in done.stdout
     return measure.read_rows(file)
 
 
@@ -65,6 +67,32 @@ def test_faults_are_seen(change, complaint):
     sound = {"spilled": 0, "wgmma": 4, "copies": 2, "shared": 66560}
     assert aot.faults(launch, sound) == []
     assert complaint in " ".join(aot.faults(launch, sound | change))
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "num_warps", "programs"),
+    [
+        ("sm_90", 168, 0, 4, 3),
+        ("sm_90", 169, 0, 4, 2),
+        ("sm_90", 184, 0, 1, 8),  # two warps in each of four partitions, though 65,536 registers would do for eleven
+        ("sm_90", 32, 227 * 1024, 4, 1),
+        ("sm_90", 32, 113 * 1024, 4, 2),
+        ("sm_80", 32, 49 * 1024, 4, 2),
+        ("gfx942", 128, 0, 4, 4),
+        ("gfx942", 129, 0, 4, 3),
+        ("gfx942", 20, 0, 4, 8),
+        ("gfx942", 20, 32 * 1024, 4, 2),
+        ("gfx942", 400, 0, 8, 0),
+    ],
+)
+def test_programs_that_fit_a_multiprocessor(arch, registers, shared, num_warps, programs):
+    assert aot.resident(arch, registers, shared, num_warps) == programs
+
+
+def test_the_committed_rows_hold_what_fits():
+    for row in measure.read_rows(measure.RESULTS / "aot.json"):
+        resources = (row[name] for name in ("arch", "registers", "shared", "num_warps"))
+        assert row["resident"] == aot.resident(*resources) >= 1, row
 
 
 def test_small_tiles_float32_and_other_architectures_need_no_wgmma():

@@ -176,6 +176,18 @@ def test_plan_cost_holds_nothing_quadratic():
     assert row["cached_seconds"] < row["seconds"]["p50"]
 
 
+def test_a_step_is_a_forward_and_a_backward_with_fresh_gradients():
+    module, x = torch.nn.Linear(3, 3, bias=False), torch.randn(2, 3, requires_grad=True)
+    upstream = torch.randn(2, 3)
+    run = measure.step(module, x, upstream=upstream)
+    for _ in range(2):
+        run()
+    torch.testing.assert_close(x.grad, upstream @ module.weight)
+    torch.testing.assert_close(module.weight.grad, upstream.T @ x.detach())
+    measure.step(module, x)()
+    assert not torch.equal(x.grad, upstream @ module.weight) and x.grad.abs().max() > 0
+
+
 def test_readme_states_what_the_committed_rows_say():
     rows = {name: measure.read_rows(measure.RESULTS / f"{name}.json") for name in readme.NAMES}
     found = readme.section(readme.README.read_text())[1]

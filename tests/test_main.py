@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from canvas_engineering import CanvasLayout, CanvasSchema, CanvasTopology, Connection, RegionSpec
 from canvas_engineering.__main__ import KEY, MAX_ROWS, build_app, connection_table, load_schema, main, region_table
 from canvas_engineering.plan import compile_attention
+from canvas_kernels import costs
 
 
 @pytest.fixture
@@ -67,6 +68,13 @@ def test_inspect_prints_regions_connections_and_the_plan(path):
     assert done.exit_code == 0, done.output
     for words in ("2 regions", "64 positions", "2 connections", "AttentionPlan", "density", KEY):
         assert words in done.output
+
+
+def test_inspect_estimates_the_time_on_this_machine(path, monkeypatch):
+    measured = next(name for name, entry in costs.all_rates().items() if "backward" in entry)
+    for key, words in ((measured, f"MiB on {measured}"), ("abacus", "not known: no rates were measured on abacus")):
+        monkeypatch.setattr("canvas_engineering.plan.estimate.processor_key", lambda threads, key=key: key)
+        assert words in run("inspect", path).output
 
 
 def test_the_key_explains_what_is_printed(schema):

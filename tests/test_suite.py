@@ -411,8 +411,54 @@ def test_a_slow_down_beyond_noise_is_seen(rows):
 
     assert report.compare(rows, scaled(0.97))[1] is False
     lines, slower = report.compare(rows, scaled(0.8))
+    assert "1 round: judged by medians and 2 × noise = 10 %" in lines[-1]
     assert slower and ["SLOWER" in line for line in lines] == ["tangled, edge" in line for line in lines]
     assert "0.80" in lines[-1]
+
+
+def run_of(shares: dict[str, float], noise: dict[str, float], rounds: int = 9, **changes) -> list[dict]:
+    """Rows of ours and of the reference line, a case each; rounds vary by 2 % around ``shares``."""
+    found = []
+    for name, share in shares.items():
+        case = {"case": name, "tokens": 64, "batch": 1, "heads": 2, "head_dim": 8, "dtype": "float32", "device": "a"}
+        quantiles = {"p25": 0.99 * share, "p50": share, "p75": 1.01 * share}
+        ours = {"form": "edge", "contestant": "ours", "rounds": rounds, "step_roofline": quantiles}
+        reference = {"form": "reference", "contestant": "sdpa_unmasked", "noise": noise.get(name, 0.02)}
+        found += [case | row | {"forward_seconds": {}} | changes for row in (ours, reference)]
+    return found
+
+
+def test_a_case_is_judged_by_its_own_noise():
+    before = run_of({"quiet": 0.5, "noisy": 0.5}, {"noisy": 0.6})
+    for name, slower in (("quiet", True), ("noisy", False)):
+        after = run_of({"quiet": 0.5, "noisy": 0.5} | {name: 0.5 / 1.3}, {})
+        lines, found = report.compare(before, after)
+        assert found is slower, "the larger noise of both runs"
+        assert [line for line in lines if "SLOWER" in line] == [
+            "quiet, edge, float32: 0.500 → 0.385, 0.77, noise 2 % SLOWER"
+        ] * slower
+
+
+@pytest.mark.parametrize(("noise", "share", "slower"), [(0.02, 0.38, True), (0.2, 0.38, False), (0.2, 0.3, True)])
+def test_few_rounds_are_judged_by_twice_the_noise_of_all(noise, share, slower):
+    before = run_of({"few": 0.5, "other": 0.5}, {"other": noise})
+    after = run_of({"few": share}, {}, rounds=1) + run_of({"other": 0.5}, {"other": noise})
+    lines, found = report.compare(before, after)
+    assert found is slower and lines[-2].endswith("SLOWER") is slower
+    assert "of 1 round: judged by medians and 2 × noise" in lines[-2] and "judged" not in lines[-1]
+
+
+def test_what_only_one_run_has_is_named_and_nothing_in_common_fails():
+    before = run_of({"robot": 0.5, "fleet": 0.5}, {})
+    lines, failed = report.compare(before, run_of({"robot": 0.5, "video": 0.5}, {}))
+    assert not failed and lines[0] == "not in the later rows: fleet, edge, float32"
+    assert lines[1] == "not in the earlier rows: video, edge, float32"
+    others = (run_of({"video": 0.5}, {}), run_of({"robot": 0.5}, {}, dtype="bfloat16"), [], before[1::2])
+    for after in others:
+        for pair in ((before, after), (after, before)):
+            lines, failed = report.compare(*pair)
+            assert failed and lines[0].startswith("nothing to compare")
+    assert report.compare([], [])[1] is True
 
 
 def test_a_kernel_that_spills_or_loses_wgmma_is_seen():
@@ -426,6 +472,31 @@ def test_a_kernel_that_spills_or_loses_wgmma_is_seen():
     for change in ({"spilled": 8}, {"wgmma": 2}, {"resident": 2, "registers": 255}):
         lines, worse = report.compare([row], [row | change])
         assert worse and "WORSE" in lines[0] and "sm_90 dq edge" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "worse"),
+    [({"registers": 255, "shared": 999}, False), ({"copies": 1}, True), ({"resident": 1}, True), ({"wgmma": 4}, False)],
+)
+def test_a_kernel_may_need_more_while_as_many_programs_fit(change, worse):
+    rows = (row for row in measure.read_rows(measure.RESULTS / "aot.json") if row["arch"] == "gfx942")
+    row = next(row for row in rows if row["resident"] > 1) | {"wgmma": 3, "copies": 2}
+    lines, failed = report.compare([row], [row | change])
+    assert failed is worse and ("WORSE" in lines[0]) is worse and ("--save" in lines[1]) is worse
+    lines, failed = report.compare([row], [row | change | {"triton": "9.9"}])
+    assert not failed and lines[0].startswith(f"Triton {row['triton']} before, 9.9 now: what has become worse is shown")
+    assert ("WORSE" in lines[1]) is worse and len(lines) == 2 + worse
+
+
+@pytest.mark.parametrize("triton", ["3.9.0", "9.9"])
+def test_a_configuration_that_is_gone_fails(triton):
+    committed = measure.read_rows(measure.RESULTS / "aot.json")
+    lines, failed = report.compare(committed, [row | {"triton": triton} for row in committed[1:]])
+    assert failed and lines[-3].endswith(f"{committed[0]['tile']}: GONE") and "1 of the earlier ones gone" in lines[-1]
+    assert "--save benchmarks/results/aot.json" in lines[-2]
+    assert report.compare(committed[1:], committed)[1] is False
+    lines, failed = report.compare([], committed)
+    assert failed and lines == ["nothing to compare: one side has no rows"]
 
 
 def test_the_command_measures_reports_and_compares(tmp_path, monkeypatch, capsys):
@@ -443,6 +514,9 @@ def test_the_command_measures_reports_and_compares(tmp_path, monkeypatch, capsys
     assert bench.main([*rows, "--compare", str(tmp_path / "rows.json")]) == 0
     assert bench.main([*rows, "--compare", str(tmp_path / "faster.json")]) == 1
     assert "SLOWER" in capsys.readouterr().out
+    measure.write_rows([row | {"dtype": "bfloat16"} for row in found], tmp_path / "others.json")
+    assert bench.main([*rows, "--compare", str(tmp_path / "others.json")]) == 1
+    assert "nothing to compare" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bench.main(["--case", "no such case"])
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 RATES = Path(__file__).with_name("rates.json")
+CPUINFO = Path("/proc/cpuinfo")
 COUNTS = {
     "call": "calls of the operation",
     "element": "elements of one canvas tensor, n · X · D, that are cleared, written and read whatever is attended over",
@@ -49,6 +50,17 @@ LARGE_BYTES = 32 << 20
 # over the last one torch does not use its vector units for short rows. ns per element (rows × keys): 256 × 8 27 / 1.3,
 # 16 × 4 37 / 2.0, 180 × 30 3.6 / 1.8, 64 × 64 1.3 / 1.4.
 KEYS_FIRST = 64
+IDENTITY = {
+    "vendor_id": "",
+    "cpu family": "family",
+    "model": "model",
+    "stepping": "stepping",
+    "CPU implementer": "implementer",
+    "CPU part": "part",
+    "CPU variant": "variant",
+    "CPU revision": "revision",
+}
+"""What /proc/cpuinfo calls the parts of a processor's identity, on x86 and on ARM, and what its key calls them."""
 TYPICAL = {"heads": 4, "head_dim": 64}
 """What groupings are chosen for: one serves all numbers of heads."""
 
@@ -107,17 +119,24 @@ def all_rates() -> dict[str, dict]:
 
 
 @functools.cache
+def cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    found: dict[str, str] = {}
+    for name, value in (line.split(":", 1) for line in lines if ":" in line):
+        found.setdefault(name.strip(), value.strip())
+    return found
+
+
 def processor() -> str:
-    """This machine's processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    """The name of this machine's processor, which others may share: :func:`processor_key` tells them apart."""
+    return cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def processor_key(threads: int) -> str:
-    """The name under which this machine's rates stand."""
-    return f"{processor()}, {threads} thread{'s' * (threads != 1)}"
+    """The name under which this machine's rates stand, which says what machine it is: many call themselves Xeon."""
+    found = (f"{label} {cpuinfo()[name]}".strip() for name, label in IDENTITY.items() if name in cpuinfo())
+    return f"{processor()} ({', '.join(found) or platform.machine()}), {threads} thread{'s' * (threads != 1)}"
 
 
 @functools.cache
@@ -126,6 +145,11 @@ def choosing() -> dict[str, float]:
     processor, or of the first one measured."""
     rates = all_rates()
     entry = rates.get(processor_key(1)) or next(entry for entry in rates.values() if "backward" in entry)
+    return both_passes(entry)
+
+
+def both_passes(entry: dict) -> dict[str, float]:
+    """Seconds of each count, forward and backward together, of a processor's entry."""
     return {name: entry["forward"][name] + entry["backward"][name] for name in COUNTS}
 
 
@@ -144,8 +168,18 @@ class Block(NamedTuple):
         return self.seconds / self.resident
 
 
+def block_key(stage: str, form: str, block_d: int, itemsize: int, config) -> str:
+    """The name of a configuration's block in a GPU's entry."""
+    return f"{stage} {form} {block_d} {8 * itemsize} {config.block_m} {config.block_n}"
+
+
 def blocks(rates: dict, stage: str, form: str, block_d: int, itemsize: int, configs) -> list[Block] | None:
     """Measured blocks of the configurations of a pass, in a GPU's entry; None where one of them was not measured."""
-    keys = [f"{stage} {form} {block_d} {8 * itemsize} {config.block_m} {config.block_n}" for config in configs]
-    found = [rates["blocks"].get(key) for key in keys]
+    found = [rates["blocks"].get(block_key(stage, form, block_d, itemsize, config)) for config in configs]
     return None if None in found else [Block(*block) for block in found]
+
+
+def gpu_seconds(rates: dict) -> dict[str, float]:
+    """Seconds of each block, of a byte that is moved and of a launch, of a GPU's entry."""
+    each = {key: block[0] for key, block in rates["blocks"].items()}
+    return each | {"byte": 1 / rates["bandwidth"], "launch": rates["launch"]}

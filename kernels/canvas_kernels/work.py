@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from . import configs, costs, rectangles, slabs
 from .grouping import Slab, group
+from .indices import indices_of
 from .table import BlockTable
 
 
@@ -31,13 +34,16 @@ class Work:
         """Counts of the forward or of the backward pass."""
         grouping, shape = group(self.table), {"heads": self.heads, "head_dim": self.head_dim}
         element = self.table.n_positions * self.heads * self.head_dim
-        made = (*self._lasting(backward), *(size for sizes in self._passing(backward) for size in sizes))
+        made = [*self._lasting(backward), *(size for sizes in self._passing(backward) for size in sizes)]
+        if backward:
+            # dropped before the next of a slab's three products is made: no part of the most that is held
+            made += [self._product_bytes(slab, True, True) for slab, flash, _ in self._slabs() if not flash] * 2
         large = sum(size for size in made if size > costs.LARGE_BYTES)
         parts = [{"call": 1, "element": element, "fresh": large, "converted": element * self.converted}]
         if self.outside is not None:
             parts += [{"order": 1, "moved": self.outside * self.heads * self.head_dim}]
         parts += [{"stage": len(grouping.stages), "batch": len(grouping.batches)}]
-        for slab, flash in self._slabs():
+        for slab, flash, _ in self._slabs():
             lies = {"thin": slab.thin, "flash": flash, "bias": slab.bias is not None}
             pieces = {"row_pieces": len(slab.row_ranges), "key_pieces": len(slab.key_ranges)}
             parts.append(costs.slab_counts(slab.cells, slab.rows, slab.keys, **lies, **pieces, **shape))
@@ -69,8 +75,12 @@ class Work:
 
     # -- bytes ---------------------------------------------------------------------------------------------------------
 
-    def _slabs(self) -> list[tuple[Slab, bool]]:
-        return list(zip(group(self.table).slabs, rectangles.choices(self.table, self.head_dim).flash))
+    def _slabs(self) -> list[tuple[Slab, bool, bool]]:
+        """Slabs; whether the flash kernel runs them; whether one coefficient serves all of their rows."""
+        slabs, joint = group(self.table).slabs, self.table.form == "joint"
+        indices = indices_of(self.table, torch.empty(0, self.heads, self.head_dim))
+        even = (joint or isinstance(indices.own_slab_rows(number), float) for number in range(len(slabs)))
+        return list(zip(slabs, rectangles.choices(self.table, self.head_dim).flash, even))
 
     def _inside(self) -> int:
         """Of one canvas tensor as it is computed with."""
@@ -98,28 +108,45 @@ class Work:
     def _passing(self, backward: bool, kept: bool = True) -> list[list[int]]:
         """Tensors that each slab and stage makes and drops; ``kept``: a backward follows or runs."""
         choices, row = rectangles.choices(self.table, self.head_dim), 4 * self.heads * self.head_dim
-        found = [self._slab_bytes(slab, flash, backward, kept) for slab, flash in self._slabs()]
+        found = [self._slab_bytes(slab, flash, even, backward, kept) for slab, flash, even in self._slabs()]
         for stage in group(self.table).stages:
             queries, keys = sum(row * batch.rows.size for batch in stage), sum(row * batch.keys.size for batch in stage)
             pairs = [max(4 * self.heads * batch.pairs for batch in stage)] * (backward + (not (kept and choices.keeps)))
             found.append(pairs + ([queries] * 3 + [keys] * 4 if backward else [queries, keys] * 2))
         return found
 
-    def _slab_bytes(self, slab: Slab, flash: bool, backward: bool, kept: bool) -> list[int]:
+    def _lanes(self, slab: Slab) -> int:
+        return 1 if slab.thin else min(slab.cells, self.heads)
+
+    def _product_bytes(self, slab: Slab, even: bool, backward: bool) -> int:
+        """Of the result of a product that is not added in place. Uneven coefficients keep forward's from that; backward
+        has them in the upstream gradient."""
+        lanes, row = self._lanes(slab), 4 * self.heads * self.head_dim * slab.cells
+        large = min(slab.rows, slab.keys) * self.head_dim >= slabs.DIRECT_ELEMENTS
+        direct = large and (slab.cells == 1 or not slab.thin) and (even or backward)
+        return 0 if direct else row * max(slab.rows, slab.keys * backward) // lanes
+
+    def _slab_bytes(self, slab: Slab, flash: bool, even: bool, backward: bool, kept: bool) -> list[int]:
         row, pairs = 4 * self.heads * self.head_dim * slab.cells, 4 * self.heads * slab.pairs
         queries, keys = row * slab.rows, row * slab.keys
         copied = slab.thin and slab.cells > 1 and self.heads > 1 and not flash
         inputs = [queries] * ((1 + backward) * (copied or len(slab.row_ranges) > 1))
-        inputs += [keys] * (2 * (copied or len(slab.key_ranges) > 1))
+        inputs += [keys] * (2 * (copied or len(slab.key_ranges) > 1)) + [queries] * (backward and not even)
         if flash:
             return [*inputs, queries] + [keys, keys] * backward
-        lanes = 1 if slab.thin else min(slab.cells, self.heads)
-        direct = (slab.cells == 1 or lanes > 1) and min(slab.rows, slab.keys) * self.head_dim >= slabs.DIRECT_ELEMENTS
-        product = 0 if direct else max(queries, keys * backward) // lanes
+        lanes, product = self._lanes(slab), self._product_bytes(slab, even, backward)
         if backward:
             # of two lanes, one after the other
             return [*inputs, product] + [pairs // lanes] * min(lanes, 2)
         return [*inputs, product] + [pairs] * (not kept)
+
+
+class Launch(NamedTuple):
+    """Kernels of one stage. Each of ``bounds`` counts block times by name (:func:`.costs.block_key`), bytes that are
+    moved ("byte") and launches ("launch"); the kernels take as long as the longest of them."""
+
+    stage: str
+    bounds: tuple[dict[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -136,32 +163,40 @@ class GpuWork:
 
     def seconds(self, rates: dict, backward: bool) -> dict[str, float]:
         """What each stage of a pass takes on the GPU of an entry of the rates."""
-        joint, found = self.table.form == "joint", {}
-        if self.outside is not None:
-            # read, permuted, written
-            found["moved"] = (4 * 2 * self._canvas()) / rates["bandwidth"] + 4 * rates["launch"]
-        if backward and joint:
-            found["delta"] = 2 * self._canvas() / rates["bandwidth"] + rates["launch"]
-        for stage, tensors in _STAGES[backward]:
-            if stage != "delta" or not joint:
-                found[stage] = self._stage(rates, stage, tensors * self._canvas() / rates["bandwidth"])
+        each, found = costs.gpu_seconds(rates), {}
+        for launch in self.launches(rates, rates, backward):
+            taken = max(costs.seconds(bound, each) for bound in launch.bounds)
+            found[launch.stage] = found.get(launch.stage, 0.0) + taken
         return found
 
-    def _stage(self, rates: dict, stage: str, moving: float) -> float:
+    def launches(self, gpu: dict, tiled: dict, backward: bool) -> Iterator[Launch]:
+        """The launches of a pass on the GPU of an entry, of which seconds are not read; ``tiled``: the entry whose
+        block times choose the tiles."""
+        joint, canvas = self.table.form == "joint", self._canvas()
+        if self.outside is not None:
+            # read, permuted, written
+            yield Launch("moved", ({"byte": 4 * 2 * canvas, "launch": 4},))
+        if backward and joint:
+            yield Launch("delta", ({"byte": 2 * canvas, "launch": 1},))
+        for stage, tensors in _STAGES[backward]:
+            if stage != "delta" or not joint:
+                yield from self._stage(gpu, tiled, stage, {"byte": tensors * canvas, "launch": 1})
+
+    def _stage(self, gpu: dict, tiled: dict, stage: str, moving: dict[str, float]) -> Iterator[Launch]:
         dtype = torch.float32 if self.itemsize == 4 else torch.bfloat16
-        found = configs.lookup(rates["arch"], self.head_dim, dtype, stage, self.table.form)
-        measured = costs.blocks(rates, stage, self.table.form, configs.block_d(self.head_dim), self.itemsize, found)
-        if measured is None:
-            what = f"{stage} in {self.table.form} form, head_dim {self.head_dim}, {dtype}"
+        block_d, form = configs.block_d(self.head_dim), self.table.form
+        found = configs.lookup(gpu["arch"], self.head_dim, dtype, stage, form)
+        key_of = {(c.block_m, c.block_n): costs.block_key(stage, form, block_d, self.itemsize, c) for c in found}
+        if not set(key_of.values()) <= gpu["blocks"].keys():
+            what = f"{stage} in {form} form, head_dim {self.head_dim}, {dtype}"
             raise ValueError(f"not every block time was measured of {what}")
-        classes = configs.classes(found, tuple(block.cost for block in measured))
-        block_of = {(config.block_m, config.block_n): block for config, block in zip(found, measured)}
-        taken = 0.0
+        measured = costs.blocks(tiled, stage, form, block_d, self.itemsize, found)
+        classes = configs.classes(found, measured and tuple(block.cost for block in measured))
         for tiling in self.table.device_tilings("cpu", classes, stage == "dkv"):
-            block, blocks = block_of[tiling.block_m, tiling.block_n], tiling.tiles[:, 3]
-            spread = int(blocks.sum()) * self.heads * block.cost / rates["multiprocessors"]
-            taken += max(spread, int(blocks.max()) * block.seconds, moving) + rates["launch"]
-        return taken
+            key, blocks = key_of[tiling.block_m, tiling.block_n], tiling.tiles[:, 3]
+            share = self.heads / (gpu["blocks"][key][1] * gpu["multiprocessors"])
+            spread, longest = int(blocks.sum()) * share, int(blocks.max())
+            yield Launch(stage, ({key: spread, "launch": 1}, {key: longest, "launch": 1}, moving))
 
     def peak_bytes(self, backward: bool) -> int:
         """The most that a forward, and with ``backward`` a backward after it, hold beyond q, k, v and grad_out."""
