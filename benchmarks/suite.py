@@ -39,8 +39,9 @@ EAGER_ERRORS = 2.0
 """Errors are the largest difference over the largest exact value. In 16 bits they may be this many times those of plain
 dense attention in the same dtype, and a correct rounding of the result is always let through."""
 REFERENCE_TOKENS = {"cpu": 1024, "cuda": 16384}
-REPEATED_SECONDS = 3.0
-"""Steps that take longer are taken once where the case's time is up; what is compared with them is far from a tie."""
+REPEATED_SECONDS, CLOSE = 3.0, 2.0
+"""Where a case's time is up, steps that take longer, or so many times as long as ours, are taken once: they are no
+ties."""
 GATED_HEADS = 4
 
 
@@ -128,6 +129,7 @@ def run(cases: list[Case] | tuple[Case, ...], settings: Settings) -> Iterator[li
     """The rows of each case as it ends. With the last case the reference's rows are told which kernels it ran."""
     settings.environment = settings.environment or measure.environment(settings.device)
     references = []
+    _collect()
     for number, case in enumerate(cases, 1):
         late = time.perf_counter() > settings.deadline
         try:
@@ -142,9 +144,16 @@ def run(cases: list[Case] | tuple[Case, ...], settings: Settings) -> Iterator[li
             name_kernels(references, settings)
         yield rows
         torch.compiler.reset()  # FlexAttention is compiled for each case; after eight torch would run it uncompiled
-        gc.collect()
+        _collect()
         if settings.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _collect() -> None:
+    """Frees what is held in cycles, and keeps what lives on out of later collections, 0.4 s each otherwise."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _told(cause: Exception) -> str:
@@ -429,8 +438,9 @@ def kernels(call: Callable[[], None], device: str) -> list[str]:
 
 
 def _take_turns(runners: list[Runner], reference: Reference, settings: Settings) -> None:
-    """As many rounds as fit ``settings.seconds``, within ``settings.rounds``. Steps over REPEATED_SECONDS are in the
-    first one only, unless all fit."""
+    """As many rounds as fit ``settings.seconds``, within ``settings.rounds``, each begun by another contestant: who
+    comes after whom decides what lies in caches. Steps over REPEATED_SECONDS, and those that are not CLOSE to ours, are
+    in the first one only, unless all fit."""
     start = time.perf_counter()
     for runner in runners:
         runner.step(settings.device)
@@ -438,11 +448,20 @@ def _take_turns(runners: list[Runner], reference: Reference, settings: Settings)
     seconds = time.perf_counter() - start
     rounds = int(np.clip(settings.seconds / seconds, *settings.rounds))
     if rounds * seconds > settings.seconds:
-        runners = [runner for runner in runners if runner.seconds <= REPEATED_SECONDS]
-    for _ in range(rounds - 1):
-        for runner in runners:
+        ours = {runner.contestant.form: runner for runner in runners if runner.contestant.name == "ours"}
+        runners = [runner for runner in runners if _worth_repeating(runner, ours.get(runner.contestant.form))]
+    for turn in range(1, rounds):
+        first = turn % max(1, len(runners))
+        for runner in runners[first:] + runners[:first]:
             runner.step(settings.device)
         reference.step()
+
+
+def _worth_repeating(runner: Runner, ours: Runner | None) -> bool:
+    if ours is None or runner.seconds > REPEATED_SECONDS:
+        return runner.seconds <= REPEATED_SECONDS
+    part = "forward" if runner.contestant.forward_only else "step"
+    return runner.times(part).sum() <= CLOSE * ours.times(part).sum()
 
 
 def _finish(runners: list[Runner], reference: Reference, problem: Problem) -> None:

@@ -527,8 +527,12 @@ def test_the_command_measures_reports_and_compares(tmp_path, monkeypatch, capsys
 class Sleeper:
     """A runner whose steps take so long, and a reference that takes no time."""
 
-    def __init__(self, seconds: float):
-        self.each, self.taken = seconds, []
+    def __init__(self, seconds: float, name: str = "other", forward_only: bool = False):
+        self.each, self.taken, self.turns = seconds, [], []
+        self.contestant = contestants.Contestant("joint", name, None, forward_only)
+
+    def times(self, part: str) -> np.ndarray:
+        return np.array(self.taken) * (0.25 if part == "forward" and not self.contestant.forward_only else 1.0)
 
     @property
     def seconds(self) -> float:
@@ -537,6 +541,7 @@ class Sleeper:
     def step(self, device: str = "cpu") -> None:
         time.sleep(self.each)
         self.taken.append(self.each)
+        self.turns.append(time.perf_counter())
 
 
 def test_what_takes_long_is_timed_once(monkeypatch):
@@ -550,9 +555,20 @@ def test_what_takes_long_is_timed_once(monkeypatch):
     assert len(quick.taken) == len(slow.taken) >= 3
 
 
+def test_rounds_repeat_what_is_close_to_ours_and_begin_with_each():
+    ours, close, far = Sleeper(0.02, "ours"), Sleeper(0.03), Sleeper(0.05)
+    quick_forward, slow_forward = Sleeper(0.009, forward_only=True), Sleeper(0.012, forward_only=True)
+    everyone = [ours, close, far, quick_forward, slow_forward]
+    suite._take_turns(everyone, Sleeper(0), suite.Settings(seconds=0.01))
+    assert [len(runner.taken) for runner in everyone] == [3, 3, 1, 3, 1]
+    begins = [min(range(3), key=lambda i: (ours, close, quick_forward)[i].turns[turn]) for turn in range(3)]
+    assert begins == [0, 1, 2]
+
+
 def test_a_single_round_is_compared_with_its_own(monkeypatch):
     long = property(lambda runner: 10.0 * (runner.contestant.name == "sdpa_mask"))
     monkeypatch.setattr(suite.Runner, "seconds", long)
+    monkeypatch.setattr(suite, "CLOSE", 1e9)
     rows = suite.run_case(SMALL, dataclasses.replace(QUICK, rounds=(3, 3)))
     rounds = {(row["form"], row["contestant"]): row["rounds"] for row in rows if "rounds" in row}
     assert rounds.pop(("joint", "sdpa_mask")) == 1 and set(rounds.values()) == {3}
