@@ -128,8 +128,15 @@ class Clock:
 def run(cases: list[Case] | tuple[Case, ...], settings: Settings) -> Iterator[list[dict]]:
     """The rows of each case as it ends. With the last case the reference's rows are told which kernels it ran."""
     settings.environment = settings.environment or measure.environment(settings.device)
-    references = []
     _collect()
+    try:
+        yield from _each(cases, settings)
+    finally:
+        gc.unfreeze()
+
+
+def _each(cases, settings: Settings) -> Iterator[list[dict]]:
+    references = []
     for number, case in enumerate(cases, 1):
         late = time.perf_counter() > settings.deadline
         try:
