@@ -419,3 +419,11 @@ def test_any_layout_in_memory_gives_the_same_numbers(mode, batch):
     for orders in ([positions] * 4, [heads] * 4, (heads, plain, positions, plain), (positions, heads, plain, heads)):
         for mine, want in zip(results(orders), expected):
             assert torch.allclose(mine, want, rtol=1e-12, atol=1e-12)
+
+
+def test_large_cells_are_slabs_whatever_the_rates(monkeypatch):
+    monkeypatch.setattr(costs, "choosing", lambda: dict.fromkeys(costs.COUNTS, 0.0) | {"slab": 1e9, "flash_slab": 1e9})
+    table = frames([512], 3, [(0, 0, 0)])
+    built = grouping.build_grouping(table)
+    assert [(slab.cells, slab.rows, slab.keys) for slab in built.slabs] == [(3, 512, 512)] and not built.batches
+    assert grouping.build_grouping(frames([64], 3, [(0, 0, 0)])).batches

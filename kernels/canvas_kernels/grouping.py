@@ -345,7 +345,11 @@ def _batch_seconds(units, rows, segments, keys):
 
 
 def _pays(cells, rows, keys, row_pieces, key_pieces):
-    return _slab_seconds(cells, rows, keys, row_pieces, key_pieces) < _batch_seconds(cells, rows, 1, keys)
+    """Whether such cells are a slab rather than units of a batch. Those that take the flash kernel are, whatever the
+    rates say, which were fitted to smaller ones: a batch would hold their probabilities."""
+    return takes_flash(rows, keys) | (
+        _slab_seconds(cells, rows, keys, row_pieces, key_pieces) < _batch_seconds(cells, rows, 1, keys)
+    )
 
 
 def _runs(candidates, same, start, rows, lead, pieces):
