@@ -135,7 +135,7 @@ def run(cases: list[Case] | tuple[Case, ...], settings: Settings) -> Iterator[li
         gc.unfreeze()
 
 
-def _each(cases, settings: Settings) -> Iterator[list[dict]]:
+def _each(cases: list[Case] | tuple[Case, ...], settings: Settings) -> Iterator[list[dict]]:
     references = []
     for number, case in enumerate(cases, 1):
         late = time.perf_counter() > settings.deadline

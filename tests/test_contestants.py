@@ -165,7 +165,7 @@ def test_block_tables_are_create_block_mask_s(n, kinds):
     assert found.mask_mod(0, 0, torch.tensor(5), torch.tensor(9)) == allowed[of[5], of[9]]
 
 
-def test_flex_attention_holds_n_squared_pairs_on_a_cpu_only(monkeypatch):
+def test_flex_attention_holds_tables_of_blocks_and_no_n_squared_pairs(monkeypatch):
     asked = []
 
     def fits(needed, device):

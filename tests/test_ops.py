@@ -82,6 +82,12 @@ def test_opcheck_backward(table):
         assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
 
 
+def test_graphs_kept_on_disk_are_of_one_grouping():
+    rates = ops.costs.choosing()
+    assert ops._executor_name(dict(reversed(rates.items()))) == ops.TORCH
+    assert ops._executor_name(rates | {"slab": 2 * rates["slab"]}) != ops.TORCH
+
+
 # -- compilation, checkpointing, autocast ------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import pkgutil
 
 import torch
 
-from . import dropout, rectangles, reference
+from . import costs, dropout, rectangles, reference
 from .sigmoid import sigmoid_attention
 from .table import BlockTable
 from .transforms import Function, autocast, autocast_dtype, transformed
@@ -26,10 +26,17 @@ ACTIVATIONS = ("softmax", "sigmoid")
 BACKENDS = ("auto", "triton", "torch", "reference")
 MAX_TRITON_HEAD_DIM = 256
 # How much the torch executor keeps for backward is a size in a compiled graph, and compilers keep graphs on disk. Its
-# sources are in its name, so that what another version of them compiled is another graph.
-_SOURCES = ("grouping.py", "rectangles.py", "slabs.py", "batches.py", "indices.py", "tiling.py", "table.py")
-_CODE = b"".join(pkgutil.get_data(__package__, name) or b"" for name in _SOURCES)
-TORCH = f"torch {hashlib.sha1(_CODE, usedforsecurity=False).hexdigest()[:12]}"
+# sources, and the rates by which it groups cells, are in its name: what others of them compiled is another graph.
+_SOURCES = ("grouping.py", "rectangles.py", "slabs.py", "batches.py", "indices.py", "tiling.py", "table.py", "costs.py")
+
+
+def _executor_name(rates: dict[str, float]) -> str:
+    code = b"".join(pkgutil.get_data(__package__, name) or b"" for name in _SOURCES)
+    code += repr(sorted(rates.items())).encode()
+    return f"torch {hashlib.sha1(code, usedforsecurity=False).hexdigest()[:12]}"
+
+
+TORCH = _executor_name(costs.choosing())
 
 _LIBRARY = torch.library.Library("canvas_kernels", "DEF")
 _LIBRARY.define(

@@ -20,6 +20,8 @@ from .table import BlockTable
 # Probabilities of the batches are kept for backward up to this many per position and head_dim element (16: four times
 # the bytes of q, k, v and out); above it backward computes them again, which costs a fifth more time.
 KEPT_PAIRS = 16
+# Orders of a tensor's dimensions (batch, heads, positions) in memory, the outermost first.
+POSITIONS, BATCH, HEADS = (2, 0, 1), (0, 1, 2), (1, 0, 2)
 
 
 def forward(
@@ -125,7 +127,8 @@ def backward(
 
 
 def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An empty (B, H, n, D) tensor as this executor lays out its results: dense, dimensions in ``x``'s order."""
+    """An empty (B, H, n, D) tensor as this executor lays out its results: dense, and positions outermost where ``x``
+    has them outside of heads, else innermost, so that what made q reads them as they lie."""
     return torch.empty_strided(x.shape, _strides(x), dtype=dtype or x.dtype, device=x.device)
 
 
@@ -135,11 +138,8 @@ def empty_gradients(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.
     return torch.empty_strided((3, *x.shape), strides, dtype=dtype or x.dtype, device=x.device)
 
 
-# The order of a tensor's dimensions in memory, the outermost first.
-POSITIONS, BATCH, HEADS = (2, 0, 1), (0, 1, 2), (1, 0, 2)
-
-
 def _lanes_of(x: torch.Tensor) -> tuple[int, int, int]:
+    """Which of POSITIONS, BATCH and HEADS is nearest to how x (B, H, n, D) lies."""
     by_batch, by_head, by_position, _ = x.stride()
     batch, heads, _, _ = x.shape
     if by_position > (by_head if heads > 1 else by_batch):
@@ -148,6 +148,7 @@ def _lanes_of(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _strides(x: torch.Tensor) -> tuple[int, ...]:
+    """Of a dense tensor (B, H, n, D) in the order of :func:`_lanes_of`."""
     found, size = [1] * 4, x.shape[3]
     for dim in reversed(_lanes_of(x)):
         found[dim] = size
