@@ -158,7 +158,8 @@ def test_a_device_without_rates_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("form", ["joint", "edge"])
 @pytest.mark.parametrize(
-    "name", ["robot", "multi_rate", "surgical_robot", "causal_video", "frames_20_d64", "video_4096"]
+    "name",
+    ["robot", "multi_rate", "surgical_robot", "causal_video", "frames_4_d64", "frames_20_d64", "video_4096", "fleet"],
 )
 def test_bytes_are_those_that_tensors_hold(name, form):
     case = BY_NAME[name]
@@ -168,7 +169,7 @@ def test_bytes_are_those_that_tensors_hold(name, form):
 
 
 @pytest.mark.parametrize("form", ["joint", "edge"])
-@pytest.mark.parametrize("name", ["frames_20_d64", "frames_50_d64", "video_4096"])
+@pytest.mark.parametrize("name", ["frames_4_d64", "frames_20_d64", "frames_50_d64", "video_4096"])
 def test_bytes_of_large_tensors_are_those_that_are_made(name, form, monkeypatch):
     case = BY_NAME[name]
     plan = rates.plan_of(case, form)
@@ -176,8 +177,8 @@ def test_bytes_of_large_tensors_are_those_that_are_made(name, form, monkeypatch)
     # as if the system mapped every tensor of more than half a canvas
     monkeypatch.setattr(costs, "LARGE_BYTES", 2 * case.heads * case.head_dim * plan.n_positions)
     generator = torch.Generator().manual_seed(0)
-    shape = (4, 1, case.heads, plan.n_positions, case.head_dim)
-    *leaves, upstream = torch.randn(shape, generator=generator).unbind()
+    shape = (4, 1, plan.n_positions, case.heads, case.head_dim)
+    *leaves, upstream = torch.randn(shape, generator=generator).transpose(2, 3).unbind()
     leaves = [x.requires_grad_() for x in leaves]
 
     def made(call) -> tuple[object, int]:

@@ -269,7 +269,8 @@ class AttentionPlan:
 
         Args:
             device: "cpu" or "cuda" for this machine's, or the name of a device whose rates were measured.
-            batch, heads, head_dim: of q, k and v (batch, heads, N, head_dim).
+            batch, heads, head_dim: of q, k and v (batch, heads, N, head_dim), laid out as a projection leaves them,
+                positions before heads.
             dtype: theirs: "float32", "float16" or "bfloat16".
             backward: whether the gradients of q, k and v follow.
 

@@ -18,9 +18,9 @@ from .table import BlockTable
 class Work:
     """The torch executor's, of one call on (batch, heads, positions, head_dim), ``heads`` being batch · heads.
 
-    ``outside``: positions of tensors that are put into the table's order and back, None where they come in it.
-    ``converted``: inputs are cast, or copied because there are several canvases; ``itemsize``: bytes of an element
-    outside.
+    ``outside``: positions of tensors that are put into the table's order and back, None where they come in it; they
+    come as a projection leaves them, positions before heads. ``converted``: inputs are cast, or copied because there
+    are several canvases; ``itemsize``: bytes of an element outside.
     """
 
     table: BlockTable
@@ -39,7 +39,7 @@ class Work:
             # dropped before the next of a slab's three products is made: no part of the most that is held
             made += [self._product_bytes(slab, True, True) for slab, flash, _ in self._slabs() if not flash] * 2
         large = sum(size for size in made if size > costs.LARGE_BYTES)
-        parts = [{"call": 1, "element": element, "fresh": large, "converted": element * self.converted}]
+        parts = [{"call": 1, "element": element, "fresh": large, "converted": element * self._copied()}]
         if self.outside is not None:
             parts += [{"order": 1, "moved": self.outside * self.heads * self.head_dim}]
         parts += [{"stage": len(grouping.stages), "batch": len(grouping.batches)}]
@@ -62,7 +62,7 @@ class Work:
         packed = self.outside is not None
         result, inside = self._outside(), self._inside() * self.itemsize // 4
         # what computing in float32 adds to inputs and results
-        cast = self._inside() * self.converted
+        cast = self._inside() * self._copied()
         kept = self._kept() if backward else 0
         held = 3 * inside * packed + kept
         passing = max(map(sum, self._passing(False, backward)), default=0)
@@ -82,6 +82,11 @@ class Work:
         even = (joint or isinstance(indices.own_slab_rows(number), float) for number in range(len(slabs)))
         return list(zip(slabs, rectangles.choices(self.table, self.head_dim).flash, even))
 
+    def _copied(self) -> bool:
+        """Whether inputs are copied: also for the flash kernel, which wants heads first, as packed rows have them."""
+        heads_first = self.outside is not None or self.heads == 1
+        return self.converted or (not heads_first and any(rectangles.choices(self.table, self.head_dim).flash))
+
     def _inside(self) -> int:
         """Of one canvas tensor as it is computed with."""
         return 4 * self.heads * self.head_dim * self.table.n_positions
@@ -97,7 +102,7 @@ class Work:
         """Tensors that a pass makes and holds to its end."""
         inputs, results = (4, 3) if backward else (3, 1)
         made = [self._inside() * results]
-        if self.converted:
+        if self._copied():
             made += [self._inside()] * inputs
         if self.converted and self.itemsize < 4:
             made += [self._inside() * results * self.itemsize // 4]
@@ -133,7 +138,9 @@ class Work:
         inputs = [queries] * ((1 + backward) * (copied or len(slab.row_ranges) > 1))
         inputs += [keys] * (2 * (copied or len(slab.key_ranges) > 1)) + [queries] * (backward and not even)
         if flash:
-            return [*inputs, queries] + [keys, keys] * backward
+            # of one block of logits; torch takes as many rows at once as the slab has enough of
+            block = 4 * min(slab.keys, 512) * (256 if slab.rows >= 768 else 64)
+            return [*inputs, queries, block * (1 + backward)] + [queries, keys, keys] * backward
         lanes, product = self._lanes(slab), self._product_bytes(slab, even, backward)
         if backward:
             # of two lanes, one after the other
