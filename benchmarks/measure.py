@@ -8,8 +8,9 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,20 +21,30 @@ RESULTS = Path(__file__).parent / "results"
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
+T = TypeVar("T")
+
+
+def turns(contestants: Sequence[T], rounds: int) -> Iterator[list[T]]:
+    """The contestants of each round, in another order each, drawn once and for ever: whoever came before has filled the
+    caches, and rotating alone would leave that one the same in most rounds."""
+    generator = np.random.default_rng(0)
+    for _ in range(rounds):
+        yield [contestants[i] for i in generator.permutation(len(contestants))]
+
+
 def interleave(contestants: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, np.ndarray]:
-    """Seconds per call, ``rounds`` of each, taking turns: a slow moment of the machine hits all contestants alike. Each
-    round has another order, drawn once and for ever: whoever came before has filled the caches."""
+    """Seconds per call, ``rounds`` of each, taking :func:`turns`: a slow moment of the machine hits all contestants
+    alike."""
     for _ in range(warm_up):
         for run in contestants.values():
             run()
-    times = {name: np.empty(rounds) for name in contestants}
-    names, generator = list(contestants), np.random.default_rng(0)
-    for turn in range(rounds):
-        for name in generator.permutation(names):
+    times = {name: [] for name in contestants}
+    for names in turns(list(contestants), rounds):
+        for name in names:
             start = time.perf_counter()
             contestants[name]()
-            times[name][turn] = time.perf_counter() - start
-    return times
+            times[name].append(time.perf_counter() - start)
+    return {name: np.array(seconds) for name, seconds in times.items()}
 
 
 def step(module: torch.nn.Module, *inputs: torch.Tensor, upstream: torch.Tensor | None = None) -> Callable[[], None]:
