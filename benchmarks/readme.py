@@ -36,7 +36,7 @@ def measured(
     seconds = {row["case"]: row["seconds"]["p50"] for row in plan_cost}
     forward, backward = (row for row in cogvideox if row["case"].startswith("attention"))
     steps = {row["contestant"]: row for row in fleet if "contestant" in row}
-    first, loop = dispatcher[0], steps["per_edge_loop"]
+    first, loop, noise = dispatcher[0], steps["per_edge_loop"], report.noise_of(suite)
     lines = [
         *_paragraph(
             f"A layer: the dispatcher, with its projections. {_where(first)}; medians of {first['rounds']} paired "
@@ -59,9 +59,11 @@ def measured(
         f"| {WORDS['fleet']} | {loop['positions']:,} | {loop['ratio_of_medians']:.0f} | – |",
         "",
         *_paragraph(
-            f"Attention alone, on q, k and v: the time of others over ours, within one form; medians. "
-            f"{_where(suite[0])}. Each contestant's outputs and gradients agree with float64 to 1e-5 of the largest in "
-            "the run that times it. All cases, rates, memory and figures are in [the report]"
+            "Attention alone, on q, k and v: the time of others over ours, within one form; medians of at least "
+            f"{report.MEDIAN_ROUNDS} paired rounds, or one round where that is said. {_where(suite[0])}. *=* marks "
+            f"ties: two calls of the same thing differ here by up to {100 * noise:.0f} %, and the median is as close "
+            "to 1, or the quartiles enclose 1. Each contestant's outputs and gradients agree with float64 to 1e-5 of "
+            "the largest in the run that times it. All cases, quartiles, rates, memory and figures are in [the report]"
             "(docs/benchmarks/report.md). FlexAttention has no backward on a CPU and is compared forward only."
         ),
         "",
@@ -71,7 +73,7 @@ def measured(
     for row in report.timed(suite, form="joint", contestant="ours"):
         if row["case"] in WORDS:
             others = (report.one(suite, case=row["case"], form=form, contestant=name) for form, name in ATTENTION)
-            cells = ("–" if x is None else _short(x[f"{report.part_of(x)}_ratio"]["p50"]) for x in others)
+            cells = ("–" if x is None else report.ratio_of(x, noise) for x in others)
             first_cells = f"{WORDS[row['case']]} | {row['tokens']:,} | {100 * row['density']:.1f} %"
             lines.append(f"| {first_cells} | {' | '.join(cells)} |")
     lines += [
@@ -96,10 +98,6 @@ def _paragraph(text: str) -> list[str]:
 
 def _where(row: dict) -> str:
     return f"{row['device']}, {row['cores']} cores, torch {row['torch']}, commit {row['commit']}"
-
-
-def _short(ratio: float) -> str:
-    return f"{ratio:.1f}" if ratio >= 9.95 else f"{ratio:.2f}"
 
 
 def _ratio(quantiles: dict[str, float], digits: int = 1) -> str:

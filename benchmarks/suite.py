@@ -464,8 +464,8 @@ def _take_turns(runners: list[Runner], reference: Reference, settings: Settings)
 
 
 def _worth_repeating(runner: Runner, ours: Runner | None) -> bool:
-    if ours is None or runner.seconds > REPEATED_SECONDS:
-        return runner.seconds <= REPEATED_SECONDS
+    if ours is None or max(runner.seconds, ours.seconds) > REPEATED_SECONDS:
+        return ours is None and runner.seconds <= REPEATED_SECONDS
     part = "forward" if runner.contestant.forward_only else "step"
     return runner.times(part).sum() <= CLOSE * ours.times(part).sum()
 

@@ -399,6 +399,51 @@ def test_the_report_shows_every_row(rows, tmp_path):
     assert "SDPA, dense mask, joint form: a mask of 11 GiB (tangled)" in report.markdown(skipped, [])
 
 
+def quantiles(low: float, middle: float, high: float) -> dict[str, float]:
+    return {"p25": low, "p50": middle, "p75": high}
+
+
+@pytest.mark.parametrize(
+    ("low", "middle", "high", "tie"),
+    [
+        (1.05, 1.06, 1.08, True),
+        (1.08, 1.12, 1.13, False),
+        (0.92, 0.94, 0.95, True),
+        (0.88, 0.9, 0.92, False),
+        (0.99, 1.4, 1.6, True),
+        (1.4, 1.4, 1.4, False),
+    ],
+)
+def test_a_tie_is_within_noise_or_has_quartiles_on_both_sides(low, middle, high, tie):
+    assert report.is_tie(quantiles(low, middle, high), noise=0.1) is tie
+
+
+def test_the_report_says_rounds_spread_ties_and_the_gate_s_noise(rows):
+    rows = copy.deepcopy(rows)
+    rows += [{**rows[-1], "case": "other", "noise": noise} for noise in (0.02, 0.3)]
+    rows[-3]["noise"] = 0.04
+    pooled = report.noise_of(rows)
+    assert pooled == pytest.approx(np.quantile([0.02, 0.04, 0.3], 0.9))
+    rows[1] |= {"rounds": 3, "step_ratio": quantiles(1.1, 1.2, 1.3), "forward_ratio": quantiles(9, 9.96, 12)}
+    rows[3] |= {"rounds": 1, "step_ratio": quantiles(1.5, 1.5, 1.5), "peak_bytes": 123 << 20}
+    rows[4] |= {"rounds": 2, "step_ratio": quantiles(1.2, 1.2, 1.2)}
+    rows[0] |= {"rounds": 5, "step_roofline": quantiles(0.4, 0.5, 0.6), "forward_seconds": {"p50": 0.25}}
+    text = report.markdown(rows, [])
+    assert f"differ here by up to {100 * pooled:.0f} %" in text
+    assert "| tangled | = 1.20 (1.10 to 1.30) |" in text and "| tangled | 10.0 (9.00 to 12.0) |" in text
+    assert "| tangled | 1.50 (one round) | = 1.20 (2 rounds) |" in text
+    assert "| 250.00 |" in text and "| 0.50 (0.40 to 0.60) |" in text and "| 123 |" in text
+    assert [report.ratio_of(rows[i], pooled) for i in (1, 3, 4)] == ["= 1.20", "1.50 (one round)", "= 1.20 (2 rounds)"]
+
+
+def test_what_runs_in_no_case_is_said_once(rows):
+    gated = [row for row in rows if "errors" in row]
+    nobody = [{**row, "case": name, "skipped": "it needs a GPU"} for name in ("tangled", "other") for row in gated]
+    text = report.markdown([*rows, *nobody[:-1]], [])
+    assert "- loop over edges, edge form: it needs a GPU (all cases)" in text
+    assert "- grouped by hand, edge form: it needs a GPU (tangled)" in text
+
+
 def test_a_slow_down_beyond_noise_is_seen(rows):
     for row in rows:
         if "noise" in row:
@@ -577,6 +622,15 @@ def test_nobody_follows_another_in_most_rounds():
     # of 31 rounds, 5 for each on average
     assert max(count for pair, count in pairs.items()) <= 12
     assert min(pairs[a, b] for a in "abcdef" for b in "abcdef" if a != b) >= 1
+
+
+def test_nobody_is_repeated_without_ours():
+    ours, close, edge = Sleeper(3.5, "ours"), Sleeper(2.9), Sleeper(0.1, "ours")
+    for runner in (ours, close, edge):
+        runner.taken = [runner.each]
+    assert not suite._worth_repeating(ours, ours) and not suite._worth_repeating(close, ours)
+    assert suite._worth_repeating(close, None) and not suite._worth_repeating(ours, None)
+    assert suite._worth_repeating(edge, edge)
 
 
 def test_a_single_round_is_compared_with_its_own(monkeypatch):
