@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +20,10 @@ import torch
 from canvas_kernels.costs import processor
 
 RESULTS = Path(__file__).parent / "results"
+WRITTEN = ("benchmarks/results", "docs", "README.md")
+"""What benchmarks write into the tree, which is no other code."""
+ON_GPUS = ("triton", "xformers", "flashinfer-python")
+"""Packages besides torch that contestants stand on."""
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -67,9 +73,9 @@ def quantiles(values: np.ndarray) -> dict[str, float]:
     return {f"p{int(100 * q)}": float(np.quantile(values, q)) for q in QUANTILES}
 
 
-def environment(device: str = "cpu") -> dict[str, str | int]:
-    """Device, driver, versions and commit of a row. A commit of a changed tree ends in "+"."""
-    root = Path(__file__).parent.parent
+def commit_of(root: Path) -> str:
+    """The short hash of HEAD, with "+" where tracked files differ other than what benchmarks write; "unknown" outside
+    of a repository."""
 
     def git(*arguments: str) -> str:
         if shutil.which("git") is None:
@@ -77,7 +83,22 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    others = (f":(exclude){path}" for path in WRITTEN)
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *others)
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def environment(device: str = "cpu") -> dict[str, str | int]:
+    """Device, driver, versions and commit of a row; on a GPU also the versions of what contestants are made of."""
     found = {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "cores": os.cpu_count() or 0,
@@ -85,7 +106,7 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.platform(),
-        "commit": commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": commit_of(Path(__file__).parent.parent),
     }
     if device == "cuda":
         from canvas_kernels.launch import arch_of
@@ -96,6 +117,7 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         done = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which(ask[0]) else None
         found["driver"] = done.stdout.split("\n")[0] if done and done.returncode == 0 else "unknown"
         found["cuda"] = str(torch.version.cuda)
+        found |= versions(ON_GPUS)
     return found
 
 

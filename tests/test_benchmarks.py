@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -196,6 +197,32 @@ def test_interleaving_takes_turns():
 
 def test_quantiles():
     assert measure.quantiles(np.arange(11.0)) == {"p10": 1.0, "p25": 2.5, "p50": 5.0, "p75": 7.5, "p90": 9.0}
+
+
+def test_a_commit_says_whether_code_differed(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    assert measure.commit_of(tmp_path) == "unknown"
+    written = ["benchmarks/results/rows.json", "docs/benchmarks/report.md", "README.md"]
+    for name in (*written, "benchmarks/code.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    clean = measure.commit_of(tmp_path)
+    assert len(clean) >= 7 and "+" not in clean
+    for name in written:
+        (tmp_path / name).write_text("2")
+    assert measure.commit_of(tmp_path) == clean
+    (tmp_path / "benchmarks/code.py").write_text("2")
+    assert measure.commit_of(tmp_path) == clean + "+"
+
+
+def test_versions_are_those_of_what_is_installed():
+    assert measure.versions(["numpy", "no-such-package"]) == {"numpy": np.__version__}
 
 
 def test_rows_say_what_ran_where(tmp_path, monkeypatch):
