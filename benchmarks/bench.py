@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import cases, measure, report, suite
+from benchmarks import cases, contestants, measure, report, suite
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -61,6 +61,18 @@ def chosen(options: argparse.Namespace, device: str) -> list[cases.Case]:
     return [case for case in known if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.case)]
 
 
+def check(options: argparse.Namespace) -> None:
+    """ValueError for contestants that there are not, and for what this machine has not."""
+    known = dict.fromkeys(contestant.name for contestant in contestants.of(options.device))
+    unknown = [name for name in options.contestant or () if name not in known]
+    if unknown:
+        raise ValueError(f"no contestant is called {unknown[0]!r}; there are {', '.join(known)}")
+    if options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    if options.device == "cuda" and not (options.rows or options.list or torch.cuda.is_available()):
+        raise ValueError("--device cuda: torch finds no GPU here")
+
+
 def measured(found: list[cases.Case], settings: suite.Settings, save: Path) -> list[dict]:
     """Rows of all cases, shown and saved as they come."""
     console, rows = measure.console(), []
@@ -100,13 +112,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     options = parser.parse_args(argv)
     console = measure.console()
-    torch.set_num_threads(options.threads)
     try:
+        check(options)
         found = chosen(options, options.device)
         earlier = measure.read_rows(options.compare) if options.compare else None
         rows = measure.read_rows(options.rows) if options.rows else None
     except (ValueError, OSError) as cause:
         parser.error(str(cause))
+    torch.set_num_threads(options.threads)
     if options.list:
         for case in found:
             told = getattr(case.declare, "func", case.declare).__doc__.splitlines()[0]
@@ -116,9 +129,13 @@ def main(argv: list[str] | None = None) -> int:
         dtype = DTYPES[options.dtype or ("float32" if options.device == "cpu" else "bfloat16")]
         settings = suite.Settings(options.device, dtype, options.seconds, only=frozenset(options.contestant or ()))
         rows = measured(found, settings, options.save or options.out / "rows.json")
+    faults = []
     if not report.is_aot(rows):
-        console.print(f"report: {report.write(rows, options.out)}", highlight=False)
-    faults = [] if report.is_aot(rows) else suite.faults(rows)
+        faults = suite.faults(rows)
+        if report.one(rows):
+            console.print(f"report: {report.write(rows, options.out)}", highlight=False)
+        else:
+            faults.append("no rows were timed")
     for fault in faults:
         console.print(fault, style="red", highlight=False)
     if earlier is None:

@@ -94,7 +94,9 @@ def ratio_of(row: dict, noise: float) -> str:
 
 
 def write(rows: list[dict], folder: Path) -> Path:
-    """Writes ``report.md`` and its figures to ``folder``; the report's path."""
+    """Writes ``report.md`` and its figures to ``folder``; the report's path. ValueError: no row was timed."""
+    if not one(rows):
+        raise ValueError("no rows were timed: there is nothing to report")
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name in FIGURES:

@@ -568,6 +568,40 @@ def test_the_command_measures_reports_and_compares(tmp_path, monkeypatch, capsys
         bench.main(["--case", "no such case"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--contestant", "sdpa"], "no contestant is called 'sdpa'; there are ours, ours_torch, sdpa_mask, flex,"),
+        (["--case", "robots"], "no case is called 'robots'; there are robot, causal_video,"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--device", "cuda"], "--device cuda: torch finds no GPU here"),
+        (["--rows", "no such file"], "No such file or directory: 'no such file'"),
+    ],
+)
+def test_the_command_refuses_what_it_does_not_know(arguments, complaint, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(suite, "run", lambda *args: pytest.fail("this is not to be measured"))
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--device", "cpu", "--out", str(tmp_path), *arguments])
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_rows_without_a_time_are_said_to_be_such(tmp_path, capsys, recwarn):
+    def fails():
+        raise MemoryError("too large")
+
+    (failed,) = suite.run([cases.Case("huge", fails)], copy.copy(QUICK))
+    for rows, told in (([], ""), (failed, "huge, joint form: the whole case: MemoryError: too large")):
+        measure.write_rows(rows, tmp_path / "rows.json")
+        assert bench.main(["--rows", str(tmp_path / "rows.json"), "--out", str(tmp_path)]) == 1
+        out = capsys.readouterr().out
+        assert "no rows were timed" in out and told in out and "nan" not in out
+        assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+        with pytest.raises(ValueError, match="no rows were timed"):
+            report.write(rows, tmp_path)
+    assert not recwarn.list
+
+
 # -- rounds ------------------------------------------------------------------------------------------------------------
 
 
