@@ -9,6 +9,7 @@ than those rows by more than noise, or where they have no case in common (:func:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ from rich.table import Table
 from benchmarks import cases, contestants, measure, report, suite
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+TABLE_LINES = 7
+"""What the live display takes beside rows: progress, title, header and borders."""
 
 
 def table_of(rows: list[dict]) -> Table:
@@ -73,27 +77,35 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("--device cuda: torch finds no GPU here")
 
 
+def recent(rows: list[dict], lines: int) -> list[dict]:
+    """The rows of the last cases that fit into so many lines, and of the last one in any case."""
+    found: list[dict] = []
+    for case in reversed(dict.fromkeys(row["case"] for row in rows)):
+        own = [row for row in rows if row["case"] == case]
+        if found and len(own) + 1 + len(found) > lines:  # a line is drawn between cases
+            break
+        found = own + found
+    return found
+
+
 def measured(found: list[cases.Case], settings: suite.Settings, save: Path) -> list[dict]:
-    """Rows of all cases, shown and saved as they come."""
+    """Rows of all cases, saved as they come; a terminal shows the latest meanwhile. All are printed at the end."""
     console, rows = measure.console(), []
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
     task = progress.add_task(found[0].name, total=len(found))
-    if not console.is_terminal:
-        for case, new in zip(found, suite.run(found, settings)):
+    live = Live(progress, console=console, refresh_per_second=4, transient=True)
+    with live if console.is_terminal else contextlib.nullcontext():
+        for number, new in enumerate(suite.run(found, settings), 1):
             rows += new
             measure.write_rows(rows, save)
-            console.print(f"{case.name}: {new[0].get('rounds', 'no')} rounds")
-        console.print(table_of(rows))
-        return rows
-    with Live(Group(progress), console=console, refresh_per_second=4) as live:
-        for case, new in zip(found, suite.run(found, settings)):
-            rows += new
-            measure.write_rows(rows, save)
-            following = found.index(case) + 1
-            progress.update(task, advance=1, description=found[following].name if following < len(found) else "done")
-            live.update(Group(table_of(rows), progress))
+            progress.update(task, advance=1, description=found[number].name if number < len(found) else "done")
+            # progress is first: what does not fit is cut off at the bottom
+            live.update(Group(progress, table_of(recent(rows, console.height - TABLE_LINES))))
+            if not console.is_terminal:
+                console.print(f"{new[0]['case']}: {new[0].get('rounds', 'no')} rounds")
+    console.print(table_of(rows))
     return rows
 
 

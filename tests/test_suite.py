@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import itertools
 import math
 import time
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 pytest.importorskip("rich", reason="benchmarks print their tables with rich")
+
+from rich.console import Console
 
 from benchmarks import bench, cases, contestants, measure, report, suite
 from benchmarks.problem import Problem
@@ -566,6 +569,27 @@ def test_the_command_measures_reports_and_compares(tmp_path, monkeypatch, capsys
     assert "nothing to compare" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bench.main(["--case", "no such case"])
+
+
+def test_a_terminal_shows_progress_and_the_last_cases_and_then_everything(tmp_path, monkeypatch):
+    names = ["alpha", "beta", "gamma", "delta"]
+    row = {"form": "edge", "contestant": "ours", "skipped": "no time was left"}
+    rows = [row | {"case": name} for name in names for _ in range(4)]
+    assert bench.recent(rows, 9) == rows[-8:] and bench.recent(rows, 8) == bench.recent(rows, 1) == rows[-4:]
+    assert bench.recent(rows, 99) == rows and bench.recent([], 9) == []
+    console = Console(file=io.StringIO(), force_terminal=True, width=110, height=bench.TABLE_LINES + 9, record=True)
+    frames = []
+    monkeypatch.setattr(measure, "console", lambda: console)
+    monkeypatch.setattr(suite, "run", lambda *args: (rows[i : i + 4] for i in range(0, 16, 4)))
+    monkeypatch.setattr(bench.Live, "update", lambda live, shown: frames.append(console.render_lines(shown)))
+    found = bench.measured([dataclasses.replace(SMALL, name=name) for name in names], QUICK, tmp_path / "rows.json")
+    texts = ["\n".join("".join(part.text for part in line) for line in lines) for lines in frames]
+    assert found == rows and measure.read_rows(tmp_path / "rows.json") == rows
+    for number, (lines, text) in enumerate(zip(frames, texts), 1):
+        assert f"{number}/4" in text.splitlines()[0] and len(lines) <= console.height
+        assert [name for name in names if f" {name} " in text.split("\n", 1)[1]] == names[max(0, number - 2) : number]
+    whole = console.export_text().split("forward + backward;")[-1]
+    assert [whole.count(f" {name} ") for name in names] == [4] * 4
 
 
 @pytest.mark.parametrize(
