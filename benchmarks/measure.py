@@ -25,8 +25,6 @@ WRITTEN = ("benchmarks/results", "docs", "README.md")
 ON_GPUS = ("triton", "xformers", "flashinfer-python")
 """Packages besides torch that contestants stand on."""
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-
-
 T = TypeVar("T")
 
 
