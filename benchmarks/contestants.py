@@ -90,7 +90,8 @@ def of(device: str, backend: str = "auto") -> list[Contestant]:
 
 def _fits(needed: int, device: str, what: str = "a mask") -> None:
     if needed > MOST_BYTES[device]:
-        raise Unavailable(f"{what} of {needed / 2**30:.0f} GiB")
+        most = MOST_BYTES[device] / 2**30
+        raise Unavailable(f"{what} of {needed / 2**30:.2g} GiB, more than the {most:.2g} GiB that are allowed")
 
 
 def _package(name: str) -> ModuleType:
