@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from canvas_kernels.costs import processor
+from canvas_kernels.costs import processor, processor_key
 
 RESULTS = Path(__file__).parent / "results"
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -85,7 +85,19 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         done = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which(ask[0]) else None
         found["driver"] = done.stdout.split("\n")[0] if done and done.returncode == 0 else "unknown"
         found["cuda"] = str(torch.version.cuda)
+    else:
+        found["processor"] = processor_key(torch.get_num_threads())
     return found
+
+
+def tensor_bytes(call: Callable[[], object]) -> int:
+    """The most that tensors made in a call hold at once on a CPU, in bytes, as the profiler counts allocations: neither
+    tables that are there already nor pages that the allocator keeps. It repeats exactly."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(held.max(initial=0))
 
 
 def console():

@@ -170,6 +170,16 @@ def test_rows_say_what_ran_where(tmp_path, monkeypatch):
     assert cells[-1][1].endswith("MISSED") and cells[-1][0] == ""
 
 
+def test_tensors_of_a_call_are_counted_to_the_byte():
+    def call():
+        a = torch.ones(1000)  # 4,000 bytes, gone before c is made
+        b = a + 1
+        del a
+        return torch.ones(3000), b
+
+    assert measure.tensor_bytes(call) == 4000 + 12_000 and measure.tensor_bytes(lambda: None) == 0
+
+
 def test_plan_cost_holds_nothing_quadratic():
     row = plan_cost.run_case("video of 16 frames", lambda: cases.long_video(16), None, rounds=1)
     assert row["positions"] == 65_536
