@@ -93,6 +93,10 @@ def markdown(rows: list[dict], figures: list[str]) -> str:
         "only. Columns of contestants give their time over ours, the median over rounds. The rate is that of the",
         "selected pairs alone, over that of scaled_dot_product_attention without a mask in the same rounds.",
         "",
+        "MiB are the most that is held while a contestant is built and called once, beyond what was there before: by",
+        "the process on a CPU, by the allocator on a GPU, tables included. `AttentionPlan.estimate` predicts less, the",
+        "tensors of one call (`tensor_bytes` in the rows of ours).",
+        "",
     ]
     for form in ("joint", "edge"):
         lines += [f"## {form.capitalize()} form", "", *_form_table(rows, form), ""]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,3 +64,10 @@ def test_heads_are_those_of_the_cases_in_the_table():
     }
     assert heads == expected
     assert {(case.batch, case.head_dim) for case in cases.CPU if case.name in readme.WORDS} == {(1, dim)}
+
+
+def test_the_single_case_is_one_test():
+    (case,) = re.findall(r'`pytest "(benchmarks/[^"]+)"` times one contestant', TEXT)
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", case]
+    done = subprocess.run(command, cwd=readme.README.parent, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1].startswith("1 test collected"), done.stdout + done.stderr
