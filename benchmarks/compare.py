@@ -6,7 +6,7 @@ Times are shares of unmasked attention's rate in the same rounds, forward alone 
 of the machine is no slow-down. Medians are compared. Around each lies an interval of 1.57 · IQR / √rounds (the notches
 of McGill, Tukey and Larsen), as a share of the median, so more rounds make it smaller. Where it is larger, the case's
 noise takes the place of 1.57 · IQR: by how much two runs of the same call within a round differed. Of fewer rounds than
-``ENOUGH_ROUNDS`` the noise of all cases does. A share is slower where it has lost more than both intervals and
+``MEDIAN_ROUNDS`` the noise of all cases does. A share is slower where it has lost more than both intervals and
 ``BETWEEN_RUNS``, added as squares.
 
 Memory is that of tensors in one call where rows have it, for that repeats exactly, else ``peak_bytes``: the allocator's
@@ -23,9 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-import numpy as np
-
-from benchmarks.report import ENOUGH_ROUNDS, is_aot, timed
+from benchmarks.report import MEDIAN_ROUNDS, is_aot, noise_of, timed
 
 CASE = ("case", "tokens", "batch", "heads", "head_dim", "dtype")
 NOTCH, BETWEEN_RUNS = 1.57, 0.10
@@ -63,7 +61,7 @@ def compare(earlier: list[dict], later: list[dict]) -> tuple[list[str], bool]:
     lines += [f"another {line}" for name in TOLD for line in _differing(name, pairs)]
     unknown = [name for name in _machine(pairs[0][0]) if any(row.get(name) is None for pair in pairs for row in pair)]
     lines += [f"not every row names its {name}: it is not compared" for name in unknown]
-    noise = float(np.quantile([row["noise"] for row in (*earlier, *later) if "noise" in row], 0.9))
+    noise = noise_of((*earlier, *later))
     lines.append(f"noise of all: {100 * noise:.0f} %. Our share of unmasked attention's rate, and how far it may fall:")
     failed, coarse = False, 0
     for key, (old, new) in zip(both, pairs):
@@ -113,7 +111,7 @@ def _limit(old: dict, new: dict, part: str, noise: float) -> float:
 def _interval(row: dict, part: str, noise: float) -> float:
     """Half of the interval around a median, as a share of it."""
     share, rounds = row[f"{part}_roofline"], row["rounds"]
-    width = noise if rounds < ENOUGH_ROUNDS else NOTCH * math.log(share["p75"] / share["p25"])
+    width = noise if rounds < MEDIAN_ROUNDS else NOTCH * math.log(share["p75"] / share["p25"])
     return max(width, row["noise"]) / math.sqrt(rounds)
 
 
