@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure, report
+from benchmarks import compare, measure
 from canvas_kernels import configs
 from canvas_kernels.configs import Launch
 
@@ -257,7 +257,7 @@ def main(argv=None) -> int:
     rows = [row | {"triton": triton.__version__} for row in rows]
     if arguments.save:
         measure.write_rows(rows, arguments.save)
-    lines, worse = report.compare(earlier, rows) if arguments.compare else ([], False)
+    lines, worse = compare.compare(earlier, rows) if arguments.compare else ([], False)
     console.print("\n".join(lines), highlight=False)
     return int(bool(failed) | worse)
 

@@ -2,7 +2,7 @@
 
 Times every case of ``cases.py`` in both forms against whoever can run it here (:mod:`benchmarks.suite`), writes rows,
 and from the rows a Markdown report with figures. With ``--compare ROWS`` it exits with 1 where ours has become slower
-than those rows by more than noise, or where they have no case in common (:func:`benchmarks.report.compare`). Rows of
+than those rows by more than noise, or larger, and where the two cannot be compared (:mod:`benchmarks.compare`). Rows of
 ``benchmarks.aot`` are compared by what their kernels need.
 """
 
@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import cases, contestants, measure, report, suite
+from benchmarks import cases, compare, contestants, measure, report, suite
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the report and its figures")
     parser.add_argument("--save", type=Path, metavar="ROWS", help="where rows go; default: rows.json in that folder")
     parser.add_argument("--rows", type=Path, help="report and compare these rows instead of measuring")
-    parser.add_argument("--compare", type=Path, metavar="ROWS", help="exit with 1 where ours became slower than these")
+    parser.add_argument("--compare", type=Path, metavar="ROWS", help="exit with 1 where ours became slower or larger")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     options = parser.parse_args(argv)
     console = measure.console()
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(fault, style="red", highlight=False)
     if earlier is None:
         return int(bool(faults))
-    lines, slower = report.compare(earlier, rows)
+    lines, slower = compare.compare(earlier, rows)
     console.print("\n".join(lines), highlight=False)
     return int(slower or bool(faults))
 

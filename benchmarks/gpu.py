@@ -10,7 +10,8 @@ sweep        (not by default) tile candidates per pass, for ``configs.py``
 
 Rows go to ``DIR/<phase>.jsonl`` as they come. A phase that fails is reported, the next one still runs (in a new process
 if a kernel's fault has cost this one the device), and the program ends with status 1: time on a device is scarce. A
-case is timed only after its results have been found right.
+case is timed only after its results have been found right: outputs and all gradients, by the suite's gate, against the
+loop in float64, or of tile candidates against the shipped tiles.
 ``--interpret`` runs the same code at toy size in Triton's interpreter.
 """
 
@@ -195,20 +196,23 @@ def profile(session: Session) -> list[dict]:
             torch.autograd.grad(call(), leaves, grad_out)
     order = "self_device_time_total" if session.device == "cuda" else "self_cpu_time_total"
     text = recorded.key_averages().table(sort_by=order, row_limit=25)
-    (session.out / "profile.txt").write_text(f"{name}, {form} form, 5 steps\n{text}\n")
+    unfinished = session.out / "profile.txt.partial"
+    unfinished.write_text(f"{name}, {form} form, 5 steps\n{text}\n")
+    os.replace(unfinished, session.out / "profile.txt")
     session.say(f"profile of {name}, {form} form\n{text}")
     return []
 
 
 def dispatcher(session: Session) -> list[dict]:
-    """AttentionDispatcher and the per-edge loop with equal parameters: forward and backward in one step."""
+    """AttentionDispatcher and the per-edge loop with equal parameters: forward and backward in one step. Both are timed
+    after ours is right, outputs and all gradients; cases where it is not end the phase with :class:`Wrong`."""
     import torch
 
-    from benchmarks import cases
+    from benchmarks import cases, gpu_checks
     from benchmarks.naive import PerEdgeLoop
     from canvas_engineering.dispatch import AttentionDispatcher
 
-    rows = []
+    rows, wrong = [], []
     large = cases.Case("computer_use", cases.computer_use)
     for case in cases.TOY if session.interpret else [*cases.DISPATCH, large]:
         layout, topology = case.declare()
@@ -218,9 +222,17 @@ def dispatcher(session: Session) -> list[dict]:
         contestants["per_edge"] = PerEdgeLoop(topology, layout, layout.d_model, heads)
         contestants["per_edge"].load_state_dict(contestants["ours"].state_dict())
         x = torch.randn(1 if session.interpret else 4, layout.num_positions, layout.d_model, device=session.device)
+        for module in contestants.values():
+            module.to(session.device)
+        checked = gpu_checks.check_module(contestants["ours"], contestants["per_edge"], x, session.dtype)
+        row = {"case": case.name, "positions": layout.num_positions}
+        if checked["faults"]:
+            wrong.append(f"{case.name}: {'; '.join(checked['faults'])}")
+            rows.append(row | {"contestant": "ours"} | checked)
+            session.write("dispatcher", rows)
+            continue
         medians = {}
         for name, module in contestants.items():
-            module.to(session.device)
 
             def step(module=module, x=x):
                 with torch.autocast(session.device, torch.bfloat16, enabled=not session.interpret):
@@ -229,14 +241,15 @@ def dispatcher(session: Session) -> list[dict]:
 
             step()
             medians[name] = session.seconds(step)
-            row = {"case": case.name, "contestant": name, "positions": layout.num_positions}
-            rows.append(row | {"seconds": medians[name]})
+            rows.append(row | {"contestant": name, "seconds": medians[name]} | (checked if name == "ours" else {}))
             if session.device == "cuda":
                 rows[-1]["launch_gaps"] = launch_gaps(step)
         ratio = medians["per_edge"]["p50"] / medians["ours"]["p50"]
         gaps = f", {100 * rows[-2]['launch_gaps']:.0f} % of it between kernels" if "launch_gaps" in rows[-2] else ""
         session.say(f"{case.name}: {1e3 * medians['ours']['p50']:.2f} ms{gaps}, {ratio:.2f} times as fast as the loop")
         session.write("dispatcher", rows)
+    if wrong:
+        raise Wrong(" | ".join(wrong))
     return rows
 
 
@@ -271,14 +284,18 @@ def idle_share(spans: list[tuple[float, float]]) -> float:
 
 
 def sweep(session: Session) -> list[dict]:
-    """Times one pass at a time with candidate tiles, the others as shipped. What does not compile is a row, too."""
+    """Times one pass at a time with candidate tiles, the others as shipped, once the results are the shipped tiles'.
+    What does not compile, or is wrong, is a row, too."""
     rows = []
     for case in session.cases if session.interpret else [c for c in session.cases if c.name in SWEPT_CASES]:
+        calls = {form: attention(case, form, session) for form in ("joint", "edge")}
+        shipped = {form: results(*call) for form, call in calls.items()}
         for form, stage in SWEPT_PASSES:
             tried = []
             for shape in ((16, 16, 1, 2),) if session.interpret else SWEEP[case.head_dim]:
                 for bound in (None,) if session.interpret else REGISTER_BOUNDS:
-                    tried.append(time_candidate(case, form, stage, (*shape, bound), session))
+                    row = {"case": case.name, "form": form, "stage": stage, "config": [*shape, bound]}
+                    tried.append(row | time_candidate(calls[form], shipped[form], stage, (*shape, bound), session))
             rows += tried
             session.write("sweep", rows)
             timed = sorted((row for row in tried if "seconds" in row), key=lambda row: row["seconds"])
@@ -287,21 +304,34 @@ def sweep(session: Session) -> list[dict]:
     return rows
 
 
-def time_candidate(case, form: str, stage: str, shape: tuple, session: Session) -> dict:
-    """One row: seconds of the forward, or of the whole backward, with one pass's tiles replaced."""
+def results(call, leaves, grad_out) -> tuple:
+    """The output and the gradients of q, k and v."""
     import torch
 
+    out = call()
+    return (out.detach(), *torch.autograd.grad(out, leaves, grad_out))
+
+
+def time_candidate(attending: tuple, shipped: tuple, stage: str, shape: tuple, session: Session) -> dict:
+    """Seconds of the forward, or of the whole backward, with one pass's tiles replaced, and errors against ``shipped``,
+    the results of the shipped ones; or why there are none. ``attending`` is what :func:`attention` gives."""
+    import torch
+
+    from benchmarks import gpu_checks
     from canvas_kernels import configs
 
-    shipped, candidate = configs.lookup, configs.Config(*shape)
+    usual, candidate = configs.lookup, configs.Config(*shape)
 
     def lookup(arch, head_dim, dtype, wanted, form):
-        return (candidate,) if wanted == stage else shipped(arch, head_dim, dtype, wanted, form)
+        return (candidate,) if wanted == stage else usual(arch, head_dim, dtype, wanted, form)
 
-    row = {"case": case.name, "form": form, "stage": stage, "config": list(shape)}
-    call, leaves, grad_out = attention(case, form, session)
+    row, (call, leaves, grad_out) = {}, attending
     configs.lookup = lookup
     try:
+        checked = gpu_checks.same_results(results(*attending), shipped)
+        row["errors"] = checked["errors"]
+        if checked["faults"]:
+            raise Wrong("; ".join(checked["faults"]))
         if stage == "forward":
             with torch.no_grad():
                 row["seconds"] = session.seconds(call)["p50"]
@@ -312,7 +342,7 @@ def time_candidate(case, form: str, stage: str, shape: tuple, session: Session) 
     except Exception as error:
         row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
     finally:
-        configs.lookup = shipped
+        configs.lookup = usual
     return row
 
 

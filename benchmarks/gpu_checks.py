@@ -5,6 +5,7 @@ A task is one head dimension, dtype and form; its table is laid out so that ever
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import threading
@@ -17,7 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
+from benchmarks.naive import PerEdgeLoop
 from canvas_kernels import configs, launch, reference
 from canvas_kernels.table import BlockTable
 
@@ -103,9 +106,53 @@ def run_task(task: Task, device: str) -> dict:
         # a handful of gains can agree by luck: one unit in the last place is granted
         floor = torch.finfo(task.dtype).eps if name == "dgain" else 0.0
         budgets[name] = FLOAT32_BUDGET if plain is None else max(2 * _error(plain[name], wanted), floor)
-        if not errors[name] <= budgets[name]:
-            faults.append(f"{name}: error {errors[name]:.2e} over {budgets[name]:.2e}")
-    return _described(task) | {"errors": errors, "budgets": budgets, "faults": faults}
+    return _described(task) | {"errors": errors, "budgets": budgets, "faults": faults + over_budget(errors, budgets)}
+
+
+def over_budget(errors: dict[str, float], budgets: dict[str, float]) -> list[str]:
+    """The results whose errors are not within their budgets, in words."""
+    wrong = (name for name, error in errors.items() if not error <= budgets[name])
+    return [f"{name}: error {errors[name]:.2e} over {budgets[name]:.2e}" for name in wrong]
+
+
+def check_module(ours: nn.Module, loop: PerEdgeLoop, x: torch.Tensor, dtype: torch.dtype) -> dict:
+    """Errors, budgets and faults of the output and of all gradients of ``ours``, (B, N, d_model) to the same, against
+    ``loop`` in float64, which has the same parameters. In 16 bits both run under autocast, and ours may be twice as far
+    off as the loop is."""
+    # positions that pass through are larger than those that are computed, and would hide their errors
+    upstream = torch.randn_like(x) * loop.covered
+    exact = _module_results(copy.deepcopy(loop).double(), x.double(), upstream, torch.float64)
+    # a key bias shifts every score of a row alike: its gradient is zero, and its weight's gives the scale
+    scales = {name: exact[name.replace("k_proj.bias", "k_proj.weight")] for name in exact}
+    scales["out"] = exact["out"] * loop.covered
+
+    def errors_in(module: nn.Module) -> dict[str, float]:
+        found = _module_results(module, x, upstream, dtype)
+        return {name: _error(found[name], wanted, scales[name]) for name, wanted in exact.items()}
+
+    errors = errors_in(ours)
+    budgets = dict.fromkeys(errors, FLOAT32_BUDGET)
+    if dtype != torch.float32:
+        # a correct rounding is let through
+        budgets = {name: max(2 * error, torch.finfo(dtype).eps / 2) for name, error in errors_in(loop).items()}
+    return {"errors": errors, "budgets": budgets, "faults": over_budget(errors, budgets)}
+
+
+def _module_results(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor, dtype) -> dict[str, torch.Tensor]:
+    leaves = {"x": x.detach().clone().requires_grad_(), **dict(module.named_parameters())}
+    with torch.autocast(x.device.type, dtype, enabled=dtype.itemsize == 2):
+        out = module(leaves["x"])
+    gradients = torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype))
+    return {"out": out.detach(), **dict(zip(leaves, gradients))}
+
+
+def same_results(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> dict:
+    """Errors, budgets and faults of the output and the gradients of q, k and v by some tiles against those by others:
+    of 16 bits they may be two units in the last place of the largest apart."""
+    errors = {name: _error(a, b) for name, a, b in zip(RESULTS, found, wanted)}
+    dtype = wanted[0].dtype
+    budgets = dict.fromkeys(errors, FLOAT32_BUDGET if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+    return {"errors": errors, "budgets": budgets, "faults": over_budget(errors, budgets)}
 
 
 def _described(task: Task) -> dict:
@@ -220,7 +267,7 @@ def _same(a, b) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
-def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """max |difference| / max |wanted|, infinite where NaN."""
-    error = ((found.double() - wanted).abs().max() / wanted.abs().max()).item()
+def _error(found: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor | None = None) -> float:
+    """max |difference| / max |scale|, which is ``wanted`` unless told otherwise; infinite where NaN."""
+    error = ((found.double() - wanted).abs().max() / (wanted if scale is None else scale).abs().max()).item()
     return math.inf if math.isnan(error) else error

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from canvas_kernels.costs import processor
+from canvas_kernels.costs import processor, processor_key
 
 RESULTS = Path(__file__).parent / "results"
 WRITTEN = ("benchmarks/results", "docs", "README.md")
@@ -116,7 +116,19 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         found["driver"] = done.stdout.split("\n")[0] if done and done.returncode == 0 else "unknown"
         found["cuda"] = str(torch.version.cuda)
         found |= versions(ON_GPUS)
+    else:
+        found["processor"] = processor_key(torch.get_num_threads())
     return found
+
+
+def tensor_bytes(call: Callable[[], object]) -> int:
+    """The most that tensors made in a call hold at once on a CPU, in bytes, as the profiler counts allocations: neither
+    tables that are there already nor pages that the allocator keeps. It repeats exactly."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(held.max(initial=0))
 
 
 def console():

@@ -24,17 +24,17 @@ WORDS = {
     "cogvideox_tiles": "CogVideoX, spatial tiles",
 }
 ATTENTION = (("joint", "sdpa_mask"), ("joint", "flex"), ("edge", "per_edge_loop"), ("edge", "grouped"))
-NAMES = ("dispatcher", "fleet", "suite", "plan_cost", "cogvideox")
+NAMES = ("dispatcher", "fleet", "suite", "plan_cost")
 
 
-def measured(
-    dispatcher: list[dict], fleet: list[dict], suite: list[dict], plan_cost: list[dict], cogvideox: list[dict]
-) -> str:
+def measured(dispatcher: list[dict], fleet: list[dict], suite: list[dict], plan_cost: list[dict]) -> str:
     """The Markdown between README's marks, from the rows of the benchmarks of those names."""
     held = {"per_edge_loop": "edge", "dense_mask": "joint"}
     forms = {(row["case"], row["contestant"], row.get("form", "edge")): row["ratio"] for row in dispatcher}
     seconds = {row["case"]: row["seconds"]["p50"] for row in plan_cost}
-    forward, backward = (row for row in cogvideox if row["case"].startswith("attention"))
+    block = report.one(suite, case="cogvideox_previous_frame", form="joint", contestant="ours")
+    dense = report.one(suite, case="cogvideox_previous_frame", contestant="sdpa_unmasked")
+    forward, backward = (_ratio(_inverse(block[f"{part}_roofline"]), 2) for part in ("forward", "backward"))
     steps = {row["contestant"]: row for row in fleet if "contestant" in row}
     first, loop, noise = dispatcher[0], steps["per_edge_loop"], report.noise_of(suite)
     lines = [
@@ -84,9 +84,10 @@ def measured(
         ),
         "",
         *_paragraph(
-            f"Attention of a CogVideoX block ({forward['tokens']:,} tokens; same frame + previous frame + text, "
-            f"{100 * forward['density']:.0f} % of all pairs) takes {_ratio(forward['ratio'], 2)} times its share of "
-            f"dense attention's time forward, {_ratio(backward['ratio'], 2)} times backward."
+            f"Attention of a CogVideoX block ({block['tokens']:,} tokens; same frame + previous frame + text, "
+            f"{100 * block['density']:.0f} % of all pairs; one softmax) takes {forward} times as long forward, and "
+            f"{backward} times backward, as attention without a mask takes for as many pairs, of "
+            f"{dense['reference_tokens']:,} tokens, in the same {block['rounds']} rounds."
         ),
     ]
     return "\n".join(lines) + "\n"
@@ -98,6 +99,11 @@ def _paragraph(text: str) -> list[str]:
 
 def _where(row: dict) -> str:
     return f"{row['device']}, {row['cores']} cores, torch {row['torch']}, commit {row['commit']}"
+
+
+def _inverse(quantiles: dict[str, float]) -> dict[str, float]:
+    """Quantiles of 1 / x from those of x."""
+    return {f"p{100 - int(name[1:])}": 1 / value for name, value in quantiles.items()}
 
 
 def _ratio(quantiles: dict[str, float], digits: int = 1) -> str:

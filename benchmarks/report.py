@@ -1,4 +1,4 @@
-"""From rows to what people look at: a Markdown report, figures, and a comparison of two runs."""
+"""From rows to what people look at: a Markdown report and figures."""
 
 from __future__ import annotations
 
@@ -26,17 +26,10 @@ LABELS = {
     "varlen": "FlashAttention, varlen",
     "sdpa_unmasked": "SDPA without a mask",
 }
-CASE = ("case", "tokens", "batch", "heads", "head_dim", "dtype")
-SHAPE = ("form", *CASE)
 ENOUGH_ROUNDS = 3
 """For quartiles, and for the noise of a case by itself."""
 FEW_ROUNDS_MARGIN = 2
 """Noise is exceeded by one pair in ten; of forty cases that are judged by one pair each, none should be, by chance."""
-RESOURCES = ("arch", "stage", "form", "signed", "head_dim", "dtype", "tile")
-REPORTED, AT_MOST, AT_LEAST = ("registers", "shared"), ("spilled",), ("wgmma", "copies", "resident")
-"""What is compared of a kernel: what is only shown, what may not grow, what may not fall."""
-
-
 MEDIAN_ROUNDS = 3
 """Fewer rounds give no median."""
 
@@ -136,6 +129,7 @@ def markdown(rows: list[dict], figures: list[str]) -> str:
         "between the quartiles. MiB are the most that was held at once, beyond what was there before, from building",
         "what a contestant needs to the end of its first call, masks and tables included"
         + ("." if "driver" in first else ": resident memory of the process."),
+        "`AttentionPlan.estimate` predicts less: the tensors of one call, `tensor_bytes` in the rows of ours.",
         "",
     ]
     for form in ("joint", "edge"):
@@ -295,91 +289,3 @@ def scaling_figure(rows: list[dict]):
             memory.plot(tokens, [r["peak_bytes"] / 2**20 for r in found], linestyle=":", color=line.get_color())
     axes.legend(fontsize="small")
     return figure
-
-
-# -- two runs ----------------------------------------------------------------------------------------------------------
-
-
-def compare(earlier: list[dict], later: list[dict]) -> tuple[list[str], bool]:
-    """Lines to print, and whether the comparison fails: ours slower by more than noise, a kernel worse, nothing to
-    compare.
-
-    Times are compared as shares of unmasked attention's rate in the same rounds, so a slower moment of the machine is
-    no slow-down. Noise is what two runs of the same call within one round differ by, in the rounds of that very case; a
-    case of fewer than ``ENOUGH_ROUNDS`` takes all cases' noise where that is larger. A row is slower where its better
-    quartile falls short of the earlier run's worse one by more than the noise, or, where rounds are too few for
-    quartiles, its median of the earlier median by more than ``FEW_ROUNDS_MARGIN`` times the noise. Rows that only one
-    side has are named, and do not fail.
-    """
-    if not (earlier and later):
-        return ["nothing to compare: one side has no rows"], True
-    if is_aot(earlier) != is_aot(later):
-        return ["rows of compiled kernels can only be compared with such"], True
-    if is_aot(earlier):
-        return _compare_aot(earlier, later)
-    before, after = ({tuple(row.get(key) for key in SHAPE): row for row in _shares(rows)} for rows in (earlier, later))
-    alone = {"later": before.keys() - after.keys(), "earlier": after.keys() - before.keys()}
-    lines = [f"not in the {side} rows: {', '.join(sorted(map(_named, keys)))}" for side, keys in alone.items() if keys]
-    if not before.keys() & after.keys():
-        return ["nothing to compare: no case of ours is in both, with equal shapes and dtype", *lines], True
-    devices = [" and ".join(dict.fromkeys(row["device"] for row in rows.values())) for rows in (before, after)]
-    if devices[0] != devices[1]:
-        lines.append(f"other devices: {devices[0]}, then {devices[1]}; shares still compare, roughly")
-    measured = [row for row in (*earlier, *later) if "noise" in row]
-    pooled = float(np.quantile([row["noise"] for row in measured], 0.9))
-    lines.append(f"noise of all: {100 * pooled:.0f} %. Our share of unmasked attention's rate, forward + backward:")
-    slower = False
-    for key in (key for key in before if key in after):
-        own = (row["noise"] for row in measured if all(row[name] == before[key][name] for name in CASE))
-        is_slower, text = _judged(before[key], after[key], max(own), pooled)
-        slower |= is_slower
-        lines.append(f"{_named(key)}: {text}")
-    return lines, slower
-
-
-def _shares(rows: list[dict]) -> Iterator[dict]:
-    return (row for row in timed(rows, contestant="ours") if "step_roofline" in row)
-
-
-def _named(key: tuple) -> str:
-    row = dict(zip(SHAPE, key))
-    return f"{row['case']}, {row['form']}, {row['dtype']}"
-
-
-def _judged(old: dict, new: dict, noise: float, pooled: float) -> tuple[bool, str]:
-    """Whether a row has become slower, and its line."""
-    before, after, rounds = old["step_roofline"], new["step_roofline"], min(old["rounds"], new["rounds"])
-    text = f"{before['p50']:.3f} → {after['p50']:.3f}, {after['p50'] / before['p50']:.2f}"
-    if rounds >= ENOUGH_ROUNDS:
-        is_slower = after["p75"] * (1 + noise) < before["p25"]
-        text += f", noise {100 * noise:.0f} %"
-    else:
-        noise = FEW_ROUNDS_MARGIN * max(noise, pooled)
-        is_slower = after["p50"] * (1 + noise) < before["p50"]
-        text += f", of {rounds} round{'s' * (rounds > 1)}: judged by medians and {FEW_ROUNDS_MARGIN} × noise"
-        text += f" = {100 * noise:.0f} %"
-    return is_slower, text + " SLOWER" * is_slower
-
-
-def _compare_aot(earlier: list[dict], later: list[dict]) -> tuple[list[str], bool]:
-    """As the docstring of :mod:`benchmarks.aot` says."""
-    old, new = ({tuple(row[key] for key in RESOURCES): row for row in rows} for rows in (earlier, later))
-    tritons = [" and ".join(sorted({row.get("triton", "unknown") for row in rows.values()})) for rows in (old, new)]
-    lines, same, changed, worse = [], tritons[0] == tritons[1], 0, 0
-    if not same:
-        lines.append(f"Triton {tritons[0]} before, {tritons[1]} now: what has become worse is shown, and does not fail")
-    for key in (key for key in old if key in new):
-        pairs = {name: (old[key].get(name, 0), new[key].get(name, 0)) for name in (*REPORTED, *AT_MOST, *AT_LEAST)}
-        is_worse = any(pairs[name][1] > pairs[name][0] for name in AT_MOST)
-        is_worse |= any(pairs[name][1] < pairs[name][0] for name in AT_LEAST)
-        is_changed = any(a != b for a, b in pairs.values())
-        changed, worse = changed + is_changed, worse + is_worse
-        if is_worse or (is_changed and same):
-            what = ", ".join(f"{name} {a} → {b}" for name, (a, b) in pairs.items() if a != b)
-            lines.append(f"{' '.join(map(str, key))}: {what}{' WORSE' * is_worse}")
-    gone = [" ".join(map(str, key)) for key in old if key not in new]
-    lines += [f"{name}: GONE" for name in gone]
-    if gone or (worse and same):
-        lines.append("if that is meant: python -m benchmarks.aot --save benchmarks/results/aot.json")
-    lines.append(f"{len(new)} configurations, {changed} changed, {len(gone)} of the earlier ones gone")
-    return lines, bool(gone) or (same and worse > 0)

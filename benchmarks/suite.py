@@ -42,6 +42,7 @@ REFERENCE_TOKENS = {"cpu": 1024, "cuda": 16384}
 REPEATED_SECONDS, CLOSE = 3.0, 2.0
 """Where a case's time is up, steps that take longer, or so many times as long as ours, are taken once: they are no
 ties."""
+COUNTED_SECONDS = 1.5
 GATED_HEADS = 4
 
 
@@ -217,6 +218,7 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
     reference = Reference(case, settings)
     _take_turns(runners, reference, settings)
     _finish(runners, reference, problem)
+    _count_tensors(runners, settings)
     reference_row = described | {"form": "reference", "contestant": "sdpa_unmasked"} | reference.row()
     return [*rows, reference_row]
 
@@ -495,6 +497,13 @@ def _finish(runners: list[Runner], reference: Reference, problem: Problem) -> No
             if own is not None and runner is not own:
                 both = min(rounds, len(own.forward))
                 row[f"{part}_ratio"] = measure.quantiles(seconds[:both] / own.times(part)[:both])
+
+
+def _count_tensors(runners: list[Runner], settings: Settings) -> None:
+    """Notes in the rows of ours what a step's tensors hold on a CPU, where one more step is COUNTED_SECONDS at most."""
+    for runner in runners:
+        if settings.device == "cpu" and runner.contestant.name == "ours" and runner.times("step")[0] <= COUNTED_SECONDS:
+            runner.row["tensor_bytes"] = measure.tensor_bytes(lambda runner=runner: runner.step(settings.device))
 
 
 def faults(rows: list[dict]) -> list[str]:

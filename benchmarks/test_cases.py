@@ -1,4 +1,4 @@
-"""Single cases under pytest-benchmark: ``pytest benchmarks/test_cases.py -k "robot and edge"``.
+"""Single cases under pytest-benchmark: ``pytest "benchmarks/test_cases.py::test_case[robot-edge-ours]"``.
 
 Forward + backward on one thread, after the gate. The suite (``python -m canvas_engineering bench``) compares
 contestants in turns; this is for work on one of them, with pytest-benchmark's ``--benchmark-save`` and ``-compare``.

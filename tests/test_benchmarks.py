@@ -241,6 +241,16 @@ def test_rows_say_what_ran_where(tmp_path, monkeypatch):
     assert cells[-1][1].endswith("MISSED") and cells[-1][0] == ""
 
 
+def test_tensors_of_a_call_are_counted_to_the_byte():
+    def call():
+        a = torch.ones(1000)  # 4,000 bytes, gone before c is made
+        b = a + 1
+        del a
+        return torch.ones(3000), b
+
+    assert measure.tensor_bytes(call) == 4000 + 12_000 and measure.tensor_bytes(lambda: None) == 0
+
+
 def test_ratios_are_within_one_form_and_readme_prints_no_other(small_width, monkeypatch):
     seconds = {"ours": 1.0, "per_edge_loop": 3.0, "ours_joint": 2.0, "dense_mask": 10.0}
     monkeypatch.setattr(measure, "interleave", lambda *args: {name: np.full(2, s) for name, s in seconds.items()})

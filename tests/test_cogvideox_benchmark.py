@@ -13,11 +13,29 @@ from tests.cogvideox_models import diffusers
 
 
 def test_the_gate_agrees_with_float64_and_sees_a_wrong_kernel(monkeypatch):
-    assert cogvideox.gate() <= cogvideox.TOLERANCE
+    plan, grid = cogvideox.plan_of(96, 144, 17, 7)
     right = cogvideox.canvas_attention
-    monkeypatch.setattr(cogvideox, "canvas_attention", lambda q, k, v, plan: right(q, k, v * 1.001, plan))
-    with pytest.raises(cogvideox.Disagreement, match="differs from float64 by 1"):
-        cogvideox.gate()
+    for rows in (cogvideox.GATED_ROWS, 5):
+        monkeypatch.setattr(cogvideox, "GATED_ROWS", rows)
+        monkeypatch.setattr(cogvideox, "canvas_attention", right)
+        assert cogvideox.gate(plan, grid) <= cogvideox.TOLERANCE
+        monkeypatch.setattr(cogvideox, "canvas_attention", lambda q, k, v, plan: right(q, k, v * 1.001, plan))
+        with pytest.raises(cogvideox.Disagreement, match="differs from float64 by 1"):
+            cogvideox.gate(plan, grid)
+        layout = cogvideox.cogvideox_layout(cogvideox.CONFIG, 96, 144, 17, text_tokens=7)
+        other = cogvideox.token_plan(layout, cogvideox.window_topology(past=2))
+        monkeypatch.setattr(cogvideox, "canvas_attention", lambda q, k, v, plan, other=other: right(q, k, v, other))
+        with pytest.raises(cogvideox.Disagreement, match="differs from float64 by"):
+            cogvideox.gate(plan, grid)
+
+
+def test_the_gate_checks_what_is_timed(monkeypatch):
+    checked = []
+    monkeypatch.setattr(cogvideox, "gate", lambda plan, grid: checked.append((plan, grid)) or 0.0)
+    rows = cogvideox.attention_rows(1, (64, 64, 9, 5))
+    ((plan, grid),) = checked
+    assert plan.n_positions == 53 and grid == (3, 4, 4)
+    assert [(row["tokens"], row["density"]) for row in rows] == [(53, plan.density)] * 2
 
 
 def test_rows_hold_ratios_to_the_share_of_pairs(tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, measure
+from benchmarks import cases, gpu, gpu_checks, measure
+from benchmarks.naive import PerEdgeLoop
+from canvas_engineering import AttentionDispatcher
 from canvas_kernels import reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +55,43 @@ def test_a_wrong_result_is_a_fault(monkeypatch):
     assert any(fault.startswith("out: error") for fault in faults)
     monkeypatch.setattr(gpu_checks.launch, "forward", lambda *a, **k: (right(*a, **k)[0] * math.nan, right(*a, **k)[1]))
     assert any(fault.startswith("out: error inf") for fault in gpu_checks.run_task(task, "cpu")["faults"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_dispatcher_is_not_timed(dtype, tmp_path, monkeypatch):
+    layout, topology = cases.TOY[0].declare()
+    ours, loop = AttentionDispatcher(topology, layout, 16, 2), PerEdgeLoop(topology, layout, 16, 2)
+    loop.load_state_dict(ours.state_dict())
+    x = torch.randn(2, layout.num_positions, 16, generator=torch.Generator().manual_seed(0))
+    found = gpu_checks.check_module(ours, loop, x, dtype)
+    assert found["faults"] == [] and set(found["errors"]) == {"out", "x", *dict(ours.named_parameters())}
+    assert (max(found["budgets"].values()) == gpu_checks.FLOAT32_BUDGET) is (dtype == torch.float32)
+    with torch.no_grad():
+        ours.fn_modules["cross_attention"].v_proj.weight.mul_(1.001 if dtype == torch.float32 else 1.1)
+    found = gpu_checks.check_module(ours, loop, x, dtype)
+    assert {"out", "x"} <= {fault.split(":")[0] for fault in found["faults"]}
+    session = gpu.Session(tmp_path, interpret=True)
+    monkeypatch.setattr(gpu_checks, "check_module", lambda *_: found)
+    monkeypatch.setattr(gpu.Session, "seconds", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(gpu.Wrong, match="toy: out: error"):
+        gpu.dispatcher(session)
+    (row,) = measure.read_rows(tmp_path / "dispatcher.jsonl")
+    assert row["faults"] == found["faults"] and "seconds" not in row
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_tile_candidate_with_other_results_is_not_timed(which, tmp_path, monkeypatch):
+    session = gpu.Session(tmp_path, interpret=True)
+    monkeypatch.setattr(gpu.Session, "seconds", lambda *_: {"p50": 1.0})
+    leaves = [torch.randn(1, 1, 4, 8, requires_grad=True) for _ in range(3)]
+    attending = lambda: torch.nn.functional.scaled_dot_product_attention(*leaves), leaves, torch.ones(1, 1, 4, 8)
+    shipped = list(gpu.results(*attending))
+    for dtype in (torch.float32, torch.bfloat16):
+        wanted = [x.to(dtype) for x in shipped]
+        assert gpu.time_candidate(attending, wanted, "dq", (16, 16, 1, 2), session)["seconds"] == 1.0
+        wanted[which] = wanted[which] * (1.0001 if dtype == torch.float32 else 1.05)
+        row = gpu.time_candidate(attending, wanted, "dq", (16, 16, 1, 2), session)
+        assert "seconds" not in row and row["failed"].startswith(f"Wrong: {gpu_checks.RESULTS[which]}: error")
 
 
 def misbehave(task: gpu_checks.Task, device: str) -> dict:
@@ -113,7 +152,9 @@ def test_the_command_runs_at_toy_size(tmp_path):
     for name, count in (("correctness", 5), ("sweep", 7)):
         found = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert len(found) == count and not any(row.get("faults") or row.get("failed") for row in found)
-    assert len((tmp_path / "dispatcher.jsonl").read_text().splitlines()) == 2
+    ours, loop = measure.read_rows(tmp_path / "dispatcher.jsonl")
+    assert ours["faults"] == [] and 0 < max(ours["errors"].values()) < 2e-5 and loop["contestant"] == "per_edge"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".jsonl") == ["profile.txt"]
 
 
 def test_phases_after_a_device_fault_run_in_a_new_process(tmp_path, monkeypatch):

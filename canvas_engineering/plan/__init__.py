@@ -267,6 +267,8 @@ class AttentionPlan:
     ) -> Estimate:
         """What one call of attention over this plan takes, undisturbed, from the device's measured rates; nothing runs.
 
+        Its bytes are those of tensors, without tables or what the allocator keeps (:class:`~.estimate.Estimate`).
+
         Args:
             device: "cpu" or "cuda" for this machine's, or the name of a device whose rates were measured.
             batch, heads, head_dim: of q, k and v (batch, heads, N, head_dim), laid out as a projection leaves them,

@@ -29,7 +29,10 @@ class Estimate:
     Attributes:
         device: the entry of the measured rates that this is made of.
         forward_seconds, backward_seconds: of the call and of its gradients; 0 for a backward that was not asked for.
-        peak_bytes: the most that is held at once beyond q, k, v and the gradient of the output.
+        peak_bytes: the most that tensors of the call hold at once beyond q, k, v and the gradient of the output, as
+            torch's profiler counts it: copies, results, what is kept for backward. Neither the plan's tables, which
+            stay, nor memory that the process or torch's allocator keeps: a benchmark that reads resident memory, as the
+            report's MiB do on a CPU, finds more.
         breakdown: seconds, forward and backward together, by what takes them, the longest first.
     """
 
