@@ -142,14 +142,18 @@ def test_results_are_added_where_something_is_read_and_only_there(active, everyw
 
 
 def test_a_residual_stream_keeps_its_dtype_and_its_shape():
-    layout, topology = small()
-    dispatcher = randomised(layout, topology, 0).float()
+    layout, _ = small()
+    # one function, and a region that is only read: its rows are packed, and get the bias of out_proj
+    dispatcher = randomised(layout, CanvasTopology([Connection("a", "b")]), 0).float()
     h = torch.randn(1, layout.num_positions, D_MODEL)
-    x = 1e-9 * torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64)
-    out = dispatcher(h, add_to=x)
-    assert out.dtype == torch.float64
     reading = torch.from_numpy(dispatcher.plan.rows_with_keys())
-    assert torch.equal(out[:, reading], (x + dispatcher(h))[:, reading]) and 0 < reading.sum() < len(reading)
+    assert reading.sum() == layout.region_numel("a")
+    for dtype in (torch.float64, torch.float16):
+        x = torch.randn(1, layout.num_positions, D_MODEL).to(dtype) / 3
+        out = dispatcher(h, add_to=x)
+        assert out.dtype == dtype
+        assert torch.equal(out[:, reading], (x + dispatcher(h).to(dtype))[:, reading])
+        assert torch.equal(out[:, ~reading], x[:, ~reading])
     with pytest.raises(ValueError, match=r"add_to must be like x, \(1, 36, 12\), got \(36, 12\)"):
         dispatcher(h, add_to=x[0])
 
