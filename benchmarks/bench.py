@@ -9,6 +9,7 @@ than those rows by more than noise, or where they have no case in common (:func:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import sys
 from pathlib import Path
@@ -19,9 +20,12 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import cases, measure, report, suite
+from benchmarks import cases, contestants, measure, report, suite
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+TABLE_LINES = 7
+"""What the live display takes beside rows: progress, title, header and borders."""
 
 
 def table_of(rows: list[dict]) -> Table:
@@ -61,27 +65,47 @@ def chosen(options: argparse.Namespace, device: str) -> list[cases.Case]:
     return [case for case in known if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.case)]
 
 
+def check(options: argparse.Namespace) -> None:
+    """ValueError for contestants that there are not, and for what this machine has not."""
+    known = dict.fromkeys(contestant.name for contestant in contestants.of(options.device))
+    unknown = [name for name in options.contestant or () if name not in known]
+    if unknown:
+        raise ValueError(f"no contestant is called {unknown[0]!r}; there are {', '.join(known)}")
+    if options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    if options.device == "cuda" and not (options.rows or options.list or torch.cuda.is_available()):
+        raise ValueError("--device cuda: torch finds no GPU here")
+
+
+def recent(rows: list[dict], lines: int) -> list[dict]:
+    """The rows of the last cases that fit into so many lines, and of the last one in any case."""
+    found: list[dict] = []
+    for case in reversed(dict.fromkeys(row["case"] for row in rows)):
+        own = [row for row in rows if row["case"] == case]
+        if found and len(own) + 1 + len(found) > lines:  # a line is drawn between cases
+            break
+        found = own + found
+    return found
+
+
 def measured(found: list[cases.Case], settings: suite.Settings, save: Path) -> list[dict]:
-    """Rows of all cases, shown and saved as they come."""
+    """Rows of all cases, saved as they come; a terminal shows the latest meanwhile. All are printed at the end."""
     console, rows = measure.console(), []
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
     task = progress.add_task(found[0].name, total=len(found))
-    if not console.is_terminal:
-        for case, new in zip(found, suite.run(found, settings)):
+    live = Live(progress, console=console, refresh_per_second=4, transient=True)
+    with live if console.is_terminal else contextlib.nullcontext():
+        for number, new in enumerate(suite.run(found, settings), 1):
             rows += new
             measure.write_rows(rows, save)
-            console.print(f"{case.name}: {new[0].get('rounds', 'no')} rounds")
-        console.print(table_of(rows))
-        return rows
-    with Live(Group(progress), console=console, refresh_per_second=4) as live:
-        for case, new in zip(found, suite.run(found, settings)):
-            rows += new
-            measure.write_rows(rows, save)
-            following = found.index(case) + 1
-            progress.update(task, advance=1, description=found[following].name if following < len(found) else "done")
-            live.update(Group(table_of(rows), progress))
+            progress.update(task, advance=1, description=found[number].name if number < len(found) else "done")
+            # progress is first: what does not fit is cut off at the bottom
+            live.update(Group(progress, table_of(recent(rows, console.height - TABLE_LINES))))
+            if not console.is_terminal:
+                console.print(f"{new[0]['case']}: {new[0].get('rounds', 'no')} rounds")
+    console.print(table_of(rows))
     return rows
 
 
@@ -100,13 +124,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     options = parser.parse_args(argv)
     console = measure.console()
-    torch.set_num_threads(options.threads)
     try:
+        check(options)
         found = chosen(options, options.device)
         earlier = measure.read_rows(options.compare) if options.compare else None
         rows = measure.read_rows(options.rows) if options.rows else None
     except (ValueError, OSError) as cause:
         parser.error(str(cause))
+    torch.set_num_threads(options.threads)
     if options.list:
         for case in found:
             console.print(f"{case.name}: {case.about}", highlight=False)
@@ -115,9 +140,13 @@ def main(argv: list[str] | None = None) -> int:
         dtype = DTYPES[options.dtype or ("float32" if options.device == "cpu" else "bfloat16")]
         settings = suite.Settings(options.device, dtype, options.seconds, only=frozenset(options.contestant or ()))
         rows = measured(found, settings, options.save or options.out / "rows.json")
+    faults = []
     if not report.is_aot(rows):
-        console.print(f"report: {report.write(rows, options.out)}", highlight=False)
-    faults = [] if report.is_aot(rows) else suite.faults(rows)
+        faults = suite.faults(rows)
+        if report.one(rows):
+            console.print(f"report: {report.write(rows, options.out)}", highlight=False)
+        else:
+            faults.append("no rows were timed")
     for fault in faults:
         console.print(fault, style="red", highlight=False)
     if earlier is None:

@@ -4,7 +4,8 @@ Joint form (one softmax per query): "ours" and on GPUs "ours_torch" (the torch b
 "sdpa_mask" (scaled_dot_product_attention under a dense additive mask), "flex" and "flex_packed" (compiled FlexAttention
 with a BlockMask, tokens in canvas order or in our packed order), and on GPUs where installed "xformers", "flashinfer"
 and "flashinfer_packed". Edge form (one softmax per read, averaged by weight): "ours", "ours_torch", "per_edge_loop"
-(gather, attend, scatter, read by read), "grouped" (reads of equal shape in one batched call, by hand), and on GPUs
+(gather, attend, scatter, read by read), "grouped" (reads of equal shape in one batched call, by hand: on views where
+they lie at equal distances), and on GPUs
 "varlen" (all reads of all entries of the batch as one batch of variable lengths through FlashAttention).
 """
 
@@ -31,6 +32,8 @@ CELL_BYTES = 40
 """What a pair of FlexAttention's blocks takes: four int32 tables, and as much again and more while they are sorted."""
 INDEX_BYTES = 32
 """What a key of a block row takes in FlashInfer's plan: an int32, and several int64 while it is made."""
+MOST_RUNS = 4
+"""Of reads of one shape by hand: more pieces than this are gathered together."""
 KINDS = 64
 """FlexAttention's table of kinds is padded to a multiple of this, so that one compilation serves many patterns."""
 
@@ -87,7 +90,8 @@ def of(device: str, backend: str = "auto") -> list[Contestant]:
 
 def _fits(needed: int, device: str, what: str = "a mask") -> None:
     if needed > MOST_BYTES[device]:
-        raise Unavailable(f"{what} of {needed / 2**30:.0f} GiB")
+        most = MOST_BYTES[device] / 2**30
+        raise Unavailable(f"{what} of {needed / 2**30:.2g} GiB, more than the {most:.2g} GiB that are allowed")
 
 
 def _package(name: str) -> ModuleType:
@@ -290,27 +294,84 @@ def per_edge_loop(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     return attend
 
 
+class Places(NamedTuple):
+    """Where each of G reads has its queries, or its keys: ``index`` (G, length). ``step``: the distance from one to the
+    next where each is a range and all are equally far apart, else None."""
+
+    index: Tensor
+    step: int | None
+
+    @classmethod
+    def of(cls, places: list[Tensor]) -> Places:
+        index = torch.stack(places)
+        steps, ranges = index[:, 0].diff(), bool((index.diff(dim=1) == 1).all())
+        even = ranges and bool((steps == steps[:1]).all()) and bool((steps >= 0).all())
+        return cls(index, (int(steps[0]) if len(steps) else index.shape[1]) if even else None)
+
+    def take(self, x: Tensor) -> Tensor:
+        """Of x (B, H, n, D): (B · G, H, length, D), a view where there is one."""
+        count, length = self.index.shape
+        if self.step is None:
+            parts = x.index_select(2, self.index.flatten()).unflatten(2, (count, length))
+        else:
+            first = int(self.index[0, 0])
+            part = x[:, :, first : first + self.step * (count - 1) + length]
+            if self.step == 0:
+                parts = part.unsqueeze(2).expand(-1, -1, count, -1, -1)
+            elif self.step == length:
+                parts = part.unflatten(2, (count, length))
+            else:
+                parts = part.unfold(2, length, self.step).transpose(-1, -2)
+        return parts.transpose(1, 2).flatten(0, 1)
+
+    def put(self, total: Tensor | None, x: Tensor, like: Tensor) -> Tensor:
+        """``total`` (B, H, n, D) with x (B, H, G · length, D) added; None is nothing so far."""
+        count, length = self.index.shape
+        first, whole = int(self.index[0, 0]), count * length == like.shape[2]
+        if self.step == length and whole and total is None:
+            return x
+        total = torch.zeros_like(like) if total is None else total
+        if self.step != length:
+            return total.index_add_(2, self.index.flatten(), x)
+        total[:, :, first : first + count * length] += x
+        return total
+
+
+def _runs(reads: list) -> list[list]:
+    """Reads of one shape, cut where they are no longer ranges at equal distances; uncut where that makes many."""
+    runs: list[list] = []
+    for read in reads:
+        grown = [*runs[-1], read] if runs else [read]
+        if runs and all(Places.of([one[side] for one in grown[-3:]]).step is not None for side in (0, 1)):
+            runs[-1].append(read)
+        else:
+            runs.append([read])
+    return runs if len(runs) <= MOST_RUNS else [reads]
+
+
 def grouped(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
+    """All reads of a shape in one call: of views where they lie at equal distances, else gathered and added back."""
     by_shape: dict[tuple[int, int], list] = {}
     for read in _shares(problem, device):
         by_shape.setdefault((len(read[0]), len(read[1])), []).append(read)
     if len(by_shape) == len(problem.reads):
         raise Unavailable("no two reads are of one shape: this is the loop")
-    groups = [
-        (torch.stack(queries), torch.stack(keys), torch.stack(share)[:, None].to(dtype))
-        for queries, keys, share in (zip(*reads) for reads in by_shape.values())
-    ]  # (G, queries), (G, keys), (G, 1, queries, 1)
+    groups = []
+    for reads in by_shape.values():
+        for queries, keys, share in (zip(*run) for run in _runs(reads)):
+            share = torch.cat(share).to(dtype)
+            one = share.numel() == 0 or bool((share == share[0]).all())
+            groups.append((Places.of(queries), Places.of(keys), float(share[0]) if one else share))
+    # what writes every token first leaves nothing to clear
+    groups.sort(key=lambda group: group[0].step != group[0].index.shape[1] or group[0].index.numel() < problem.tokens)
 
     def attend(q, k, v):
-        batch, heads, _, dim = q.shape
-        total = torch.zeros_like(q)
+        total = None
         for queries, keys, share in groups:
-            # (B, H, G, rows, D) → (B, G, H, rows, D): one batched call for all reads of a shape
-            rows = ((q, queries), (k, keys), (v, keys))
-            parts = (x.index_select(2, at.flatten()).unflatten(2, at.shape).transpose(1, 2) for x, at in rows)
-            out = F.scaled_dot_product_attention(*(part.flatten(0, 1) for part in parts))
-            out = (out.view(batch, len(queries), heads, -1, dim) * share).transpose(1, 2)
-            total.index_add_(2, queries.flatten(), out.flatten(2, 3))
+            out = F.scaled_dot_product_attention(queries.take(q), keys.take(k), keys.take(v))
+            # (B · G, H, rows, D), tokens before heads in memory → (B, H, G · rows, D)
+            out = out.transpose(1, 2).reshape(len(q), -1, *q.shape[1::2]).transpose(1, 2)
+            total = queries.put(total, out if isinstance(share, float) and share == 1 else out * share, q)
         return total
 
     return attend

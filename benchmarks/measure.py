@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,23 +20,35 @@ import torch
 from canvas_kernels.costs import processor
 
 RESULTS = Path(__file__).parent / "results"
+WRITTEN = ("benchmarks/results", "docs", "README.md")
+"""What benchmarks write into the tree, which is no other code."""
+ON_GPUS = ("triton", "xformers", "flashinfer-python")
+"""Packages besides torch that contestants stand on."""
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+T = TypeVar("T")
+
+
+def turns(contestants: Sequence[T], rounds: int) -> Iterator[list[T]]:
+    """The contestants of each round, in another order each, drawn once and for ever: whoever came before has filled the
+    caches, and rotating alone would leave that one the same in most rounds."""
+    generator = np.random.default_rng(0)
+    for _ in range(rounds):
+        yield [contestants[i] for i in generator.permutation(len(contestants))]
 
 
 def interleave(contestants: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, np.ndarray]:
-    """Seconds per call, ``rounds`` of each, taking turns: a slow moment of the machine hits all contestants alike. Each
-    round has another order, drawn once and for ever: whoever came before has filled the caches."""
+    """Seconds per call, ``rounds`` of each, taking :func:`turns`: a slow moment of the machine hits all contestants
+    alike."""
     for _ in range(warm_up):
         for run in contestants.values():
             run()
-    times = {name: np.empty(rounds) for name in contestants}
-    names, generator = list(contestants), np.random.default_rng(0)
-    for turn in range(rounds):
-        for name in generator.permutation(names):
+    times = {name: [] for name in contestants}
+    for names in turns(list(contestants), rounds):
+        for name in names:
             start = time.perf_counter()
             contestants[name]()
-            times[name][turn] = time.perf_counter() - start
-    return times
+            times[name].append(time.perf_counter() - start)
+    return {name: np.array(seconds) for name, seconds in times.items()}
 
 
 def step(module: torch.nn.Module, *inputs: torch.Tensor, upstream: torch.Tensor | None = None) -> Callable[[], None]:
@@ -56,9 +71,9 @@ def quantiles(values: np.ndarray) -> dict[str, float]:
     return {f"p{int(100 * q)}": float(np.quantile(values, q)) for q in QUANTILES}
 
 
-def environment(device: str = "cpu") -> dict[str, str | int]:
-    """Device, driver, versions and commit of a row. A commit of a changed tree ends in "+"."""
-    root = Path(__file__).parent.parent
+def commit_of(root: Path) -> str:
+    """The short hash of HEAD, with "+" where tracked files differ other than what benchmarks write; "unknown" outside
+    of a repository."""
 
     def git(*arguments: str) -> str:
         if shutil.which("git") is None:
@@ -66,7 +81,22 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    others = (f":(exclude){path}" for path in WRITTEN)
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *others)
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def environment(device: str = "cpu") -> dict[str, str | int]:
+    """Device, driver, versions and commit of a row; on a GPU also the versions of what contestants are made of."""
     found = {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "cores": os.cpu_count() or 0,
@@ -74,7 +104,7 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.platform(),
-        "commit": commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": commit_of(Path(__file__).parent.parent),
     }
     if device == "cuda":
         from canvas_kernels.launch import arch_of
@@ -85,6 +115,7 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         done = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which(ask[0]) else None
         found["driver"] = done.stdout.split("\n")[0] if done and done.returncode == 0 else "unknown"
         found["cuda"] = str(torch.version.cuda)
+        found |= versions(ON_GPUS)
     return found
 
 

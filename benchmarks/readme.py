@@ -31,33 +31,39 @@ def measured(
     dispatcher: list[dict], fleet: list[dict], suite: list[dict], plan_cost: list[dict], cogvideox: list[dict]
 ) -> str:
     """The Markdown between README's marks, from the rows of the benchmarks of those names."""
-    ratio = {(row["case"], row["contestant"]): row["ratio"] for row in dispatcher}
+    held = {"per_edge_loop": "edge", "dense_mask": "joint"}
+    forms = {(row["case"], row["contestant"], row.get("form", "edge")): row["ratio"] for row in dispatcher}
     seconds = {row["case"]: row["seconds"]["p50"] for row in plan_cost}
     forward, backward = (row for row in cogvideox if row["case"].startswith("attention"))
     steps = {row["contestant"]: row for row in fleet if "contestant" in row}
-    first, loop = dispatcher[0], steps["per_edge_loop"]
+    first, loop, noise = dispatcher[0], steps["per_edge_loop"], report.noise_of(suite)
     lines = [
         *_paragraph(
             f"A layer: the dispatcher, with its projections. {_where(first)}; medians of {first['rounds']} paired "
             f"rounds, the 10 % and 90 % quantiles in brackets; the fleet in {loop['rounds']}, commit {loop['commit']}. "
-            "Before anything is timed, outputs and all gradients agree with the loop in float64 to 1e-5 of the largest "
-            "(the fleet's with three vehicles)."
+            "The loop takes one softmax per read, as the dispatcher does; a dense mask takes one softmax over all that "
+            "a position reads (the joint form), so it is timed against our attention of that form between the same "
+            "projections. Before anything is timed, outputs and all gradients of each contestant agree with its form "
+            "in float64 to 1e-5 of the largest (the fleet's with three vehicles)."
         ),
         "",
-        "| canvas | positions | times faster than the loop | than the dense mask |",
+        "| canvas | positions | times faster than the loop | in joint form, than the dense mask |",
         "|---|---|---|---|",
     ]
     for row in dispatcher:
         if row["contestant"] == "ours":
-            cells = (_ratio(ratio[row["case"], name]) for name in ("per_edge_loop", "dense_mask"))
+            ratios = (forms.get((row["case"], *who)) for who in held.items())
+            cells = ("–" if ratio is None else _ratio(ratio) for ratio in ratios)
             lines.append(f"| {WORDS[row['case']]} | {row['positions']:,} | {' | '.join(cells)} |")
     lines += [
         f"| {WORDS['fleet']} | {loop['positions']:,} | {loop['ratio_of_medians']:.0f} | – |",
         "",
         *_paragraph(
-            f"Attention alone, on q, k and v: the time of others over ours, within one form; medians. "
-            f"{_where(suite[0])}. Each contestant's outputs and gradients agree with float64 to 1e-5 of the largest in "
-            "the run that times it. All cases, rates, memory and figures are in [the report]"
+            "Attention alone, on q, k and v: the time of others over ours, within one form; medians of at least "
+            f"{report.MEDIAN_ROUNDS} paired rounds, or one round where that is said. {_where(suite[0])}. *=* marks "
+            f"ties: two calls of the same thing differ here by up to {100 * noise:.0f} %, and the median is as close "
+            "to 1, or the quartiles enclose 1. Each contestant's outputs and gradients agree with float64 to 1e-5 of "
+            "the largest in the run that times it. All cases, quartiles, rates, memory and figures are in [the report]"
             "(docs/benchmarks/report.md). FlexAttention has no backward on a CPU and is compared forward only."
         ),
         "",
@@ -67,7 +73,7 @@ def measured(
     for row in report.timed(suite, form="joint", contestant="ours"):
         if row["case"] in WORDS:
             others = (report.one(suite, case=row["case"], form=form, contestant=name) for form, name in ATTENTION)
-            cells = ("–" if x is None else _short(x[f"{report.part_of(x)}_ratio"]["p50"]) for x in others)
+            cells = ("–" if x is None else report.ratio_of(x, noise) for x in others)
             first_cells = f"{WORDS[row['case']]} | {row['tokens']:,} | {100 * row['density']:.1f} %"
             lines.append(f"| {first_cells} | {' | '.join(cells)} |")
     lines += [
@@ -92,10 +98,6 @@ def _paragraph(text: str) -> list[str]:
 
 def _where(row: dict) -> str:
     return f"{row['device']}, {row['cores']} cores, torch {row['torch']}, commit {row['commit']}"
-
-
-def _short(ratio: float) -> str:
-    return f"{ratio:.1f}" if ratio >= 9.95 else f"{ratio:.2f}"
 
 
 def _ratio(quantiles: dict[str, float], digits: int = 1) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,10 @@ REPORTED, AT_MOST, AT_LEAST = ("registers", "shared"), ("spilled",), ("wgmma", "
 """What is compared of a kernel: what is only shown, what may not grow, what may not fall."""
 
 
+MEDIAN_ROUNDS = 3
+"""Fewer rounds give no median."""
+
+
 def is_aot(rows: list[dict]) -> bool:
     """Whether the rows are those of ``benchmarks.aot``."""
     return bool(rows) and "arch" in rows[0]
@@ -58,11 +63,40 @@ def one(rows: Iterable[dict], **wanted) -> dict | None:
     return next(timed(rows, **wanted), None)
 
 
+def noise_of(rows: Iterable[dict]) -> float:
+    """What two calls of the same thing within one round differ by in nine of ten cases, there in nine of ten rounds;
+    a difference of logarithms."""
+    return float(np.quantile([row["noise"] for row in rows if "noise" in row], 0.9))
+
+
+def is_tie(ratio: dict[str, float], noise: float) -> bool:
+    """Whether quantiles of a ratio tell nobody ahead: the median is within noise of 1, or the quartiles enclose 1."""
+    return abs(math.log(ratio["p50"])) <= noise or ratio["p25"] <= 1 <= ratio["p75"]
+
+
+def short(value: float) -> str:
+    """Three digits."""
+    return f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+def once(rounds: int) -> str:
+    """What is said of a median that is none, of too few rounds; "" of others."""
+    return "" if rounds >= MEDIAN_ROUNDS else "one round" if rounds == 1 else f"{rounds} rounds"
+
+
+def ratio_of(row: dict, noise: float) -> str:
+    """A row's time over ours as a cell: the median, "=" before it in a tie, and behind it if it is none."""
+    ratio, few = row[f"{part_of(row)}_ratio"], once(row["rounds"])
+    return "= " * is_tie(ratio, noise) + short(ratio["p50"]) + (f" ({few})" if few else "")
+
+
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
 def write(rows: list[dict], folder: Path) -> Path:
-    """Writes ``report.md`` and its figures to ``folder``; the report's path."""
+    """Writes ``report.md`` and its figures to ``folder``; the report's path. ValueError: no row was timed."""
+    if not one(rows):
+        raise ValueError("no rows were timed: there is nothing to report")
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name in FIGURES:
@@ -84,23 +118,33 @@ def markdown(rows: list[dict], figures: list[str]) -> str:
     first = rows[0]
     where = f"{first['device']}, {first['threads']} thread{'s' * (first['threads'] != 1)}"
     where = f"{first['device']}, driver {first['driver']}" if "driver" in first else where
-    noise = np.median([row["noise"] for row in rows if "noise" in row])
+    noise = noise_of(rows)
     lines = [
         "# Block-sparse attention against what users have without it",
         "",
         f"{where}, torch {first['torch']}, Python {first['python']}, commit {first['commit']}, {first['dtype']}.",
         "Written by `python -m canvas_engineering bench` from its rows. Before anything was timed, each contestant's",
         "output and gradients agreed with float64 (up to 768 query rows of four heads, all keys), in float32 to 1e-5",
-        f"of the largest. Two calls of the same thing differ here by up to {100 * noise:.0f} % in nine of ten pairs.",
+        f"of the largest. Two calls of the same thing differ here by up to {100 * noise:.0f} %, in nine of ten",
+        "rounds of nine of ten cases.",
         "",
         "*Joint* form has one softmax per query over all that it reads, *edge* form one per read. Contestants are",
-        "compared within a form, forward + backward; FlexAttention has no backward on a CPU and is compared forward",
-        "only. Columns of contestants give their time over ours, the median over rounds. The rate is that of the",
-        "selected pairs alone, over that of scaled_dot_product_attention without a mask in the same rounds.",
+        "compared within a form; FlexAttention has no backward on a CPU. Ratios and rates are medians over rounds,",
+        "the quartiles behind them, or *one round* where a step takes too long for three. The rate is that of the",
+        "selected pairs alone, over that of scaled_dot_product_attention without a mask in the same rounds. Columns",
+        "of contestants give their time over ours; *=* marks ties: the median is within that noise of 1, or 1 lies",
+        "between the quartiles. MiB are the most that was held at once, beyond what was there before, from building",
+        "what a contestant needs to the end of its first call, masks and tables included"
+        + ("." if "driver" in first else ": resident memory of the process."),
         "",
     ]
     for form in ("joint", "edge"):
         lines += [f"## {form.capitalize()} form", "", *_form_table(rows, form), ""]
+        for part, title in (("step", "forward + backward"), ("forward", "forward alone")):
+            table = _by_contestant(rows, form, f"{part}_ratio", lambda row, part=part: _ratio(row, part, noise))
+            lines += [f"Time over ours, {title}:", "", *table, ""] if table else []
+        table = _by_contestant(rows, form, "peak_bytes", lambda row: f"{row['peak_bytes'] / 2**20:.0f}")
+        lines += ["MiB:", "", *table, ""] if table else []
     lines += [f"![{name}]({name}.png)\n" for name in figures]
     lines += ["## What did not run", "", *_left_out(rows), ""]
     aot = measure.RESULTS / "aot.json"
@@ -109,36 +153,59 @@ def markdown(rows: list[dict], figures: list[str]) -> str:
     return "\n".join(lines)
 
 
+def _table(titles: list[str], cells: list[list[str]]) -> list[str]:
+    lines = [" | ".join(titles), "---|" + "---:|" * (len(titles) - 1), *(" | ".join(row) for row in cells)]
+    return [f"|{line}" if line.startswith("---") else f"| {line} |" for line in lines]
+
+
 def _form_table(rows: list[dict], form: str) -> list[str]:
-    own = list(timed(rows, form=form, contestant="ours"))
-    others = [name for name in LABELS if name != "ours" and one(rows, form=form, contestant=name)]
-    titles = ["case", "tokens", "density", "ours, ms", "of SDPA's rate", "MiB", "plan, ms", "first call, s"]
-    lines = ["| " + " | ".join([*titles, *(LABELS[name] for name in others)]) + " |"]
-    lines.append("|---|" + "---:|" * (len(titles) - 1 + len(others)))
-    for row in own:
-        ratios = (one(rows, form=form, contestant=name, case=row["case"]) for name in others)
-        cells = [
+    times = ["forward, ms", "forward + backward, ms", "of SDPA's rate"]
+    titles = ["case", "tokens", "density", *times, "plan, ms", "first call, s"]
+    cells = [
+        [
             row["case"],
             f"{row['tokens']:,}",
             f"{100 * row['density']:.1f} %",
-            f"{1e3 * row['step_seconds']['p50']:.2f}",
-            f"{row['step_roofline']['p50']:.2f}",
-            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
+            *(f"{1e3 * row[f'{part}_seconds']['p50']:.2f}" for part in ("forward", "step")),
+            _spread(row["step_roofline"], row["rounds"]),
             f"{1e3 * row['setup_seconds']:.0f}",
             f"{row['first_seconds']:.2f}",
-            *("" if other is None else f"{other[f'{part_of(other)}_ratio']['p50']:.2f}" for other in ratios),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        for row in timed(rows, form=form, contestant="ours")
+    ]
+    return _table(titles, cells)
+
+
+def _by_contestant(rows: list[dict], form: str, key: str, cell: Callable[[dict], str]) -> list[str]:
+    """A line for each case and a column for each contestant whose rows have ``key``; [] without such."""
+    found = {(row["case"], row["contestant"]): row for row in timed(rows, form=form) if row.get(key) is not None}
+    names = [name for name in LABELS if any(name == other for _, other in found)]
+    cells = [
+        [case, *(cell(found[case, name]) if (case, name) in found else "" for name in names)]
+        for case in dict.fromkeys(case for case, _ in found)
+    ]
+    return _table(["case", *(LABELS[name] for name in names)], cells) if names else []
+
+
+def _spread(quantiles: dict[str, float], rounds: int) -> str:
+    middle, low, high = (short(quantiles[q]) for q in ("p50", "p25", "p75"))
+    return f"{middle} ({once(rounds) or f'{low} to {high}'})"
+
+
+def _ratio(row: dict, part: str, noise: float) -> str:
+    ratio = row[f"{part}_ratio"]
+    return "= " * is_tie(ratio, noise) + _spread(ratio, row["rounds"])
 
 
 def _left_out(rows: list[dict]) -> list[str]:
+    cases = {row["case"] for row in rows}
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         why = row.get("skipped") or row.get("failed")
         if why:
             reasons.setdefault((f"{LABELS[row['contestant']]}, {row['form']} form", why), []).append(row["case"])
-    return [f"- {who}: {why} ({', '.join(found)})" for (who, why), found in reasons.items()] or ["Nothing."]
+    told = {key: "all cases" if len(found) == len(cases) > 1 else ", ".join(found) for key, found in reasons.items()}
+    return [f"- {who}: {why} ({found})" for (who, why), found in told.items()] or ["Nothing."]
 
 
 def _aot_table(rows: list[dict]) -> list[str]:

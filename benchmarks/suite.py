@@ -445,9 +445,9 @@ def kernels(call: Callable[[], None], device: str) -> list[str]:
 
 
 def _take_turns(runners: list[Runner], reference: Reference, settings: Settings) -> None:
-    """As many rounds as fit ``settings.seconds``, within ``settings.rounds``, each begun by another contestant: who
-    comes after whom decides what lies in caches. Steps over REPEATED_SECONDS, and those that are not CLOSE to ours, are
-    in the first one only, unless all fit."""
+    """As many rounds as fit ``settings.seconds``, within ``settings.rounds``, after the first one in
+    :func:`measure.turns`. Steps over REPEATED_SECONDS, and those that are not CLOSE to ours, are in the first one only,
+    unless all fit."""
     start = time.perf_counter()
     for runner in runners:
         runner.step(settings.device)
@@ -457,16 +457,15 @@ def _take_turns(runners: list[Runner], reference: Reference, settings: Settings)
     if rounds * seconds > settings.seconds:
         ours = {runner.contestant.form: runner for runner in runners if runner.contestant.name == "ours"}
         runners = [runner for runner in runners if _worth_repeating(runner, ours.get(runner.contestant.form))]
-    for turn in range(1, rounds):
-        first = turn % max(1, len(runners))
-        for runner in runners[first:] + runners[:first]:
+    for turn in measure.turns(runners, rounds - 1):
+        for runner in turn:
             runner.step(settings.device)
         reference.step()
 
 
 def _worth_repeating(runner: Runner, ours: Runner | None) -> bool:
-    if ours is None or runner.seconds > REPEATED_SECONDS:
-        return runner.seconds <= REPEATED_SECONDS
+    if ours is None or max(runner.seconds, ours.seconds) > REPEATED_SECONDS:
+        return ours is None and runner.seconds <= REPEATED_SECONDS
     part = "forward" if runner.contestant.forward_only else "step"
     return runner.times(part).sum() <= CLOSE * ours.times(part).sum()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -94,15 +95,57 @@ def test_the_dense_mask_is_the_oracle():
     torch.testing.assert_close(dense(x), expected, rtol=0, atol=1e-6)
 
 
-def test_the_dispatcher_gives_the_loops_numbers_and_gradients():
+def small_contestants():
+    """Those of ``small_multi_rate``, and an input."""
+    return dispatcher.build(cases.Case("small", small_multi_rate))
+
+
+@pytest.fixture
+def small_width(monkeypatch):
+    monkeypatch.setattr(dispatcher, "D_MODEL", D)
+    monkeypatch.setattr(dispatcher, "HEADS", HEADS)
+
+
+def test_every_contestant_gives_its_form_s_numbers_and_gradients(small_width):
+    found, x = small_contestants()
+    assert list(found) == ["ours", "per_edge_loop", "ours_joint", "dense_mask"]
+    worst = dispatcher.gate(found, x)
+    assert set(worst) == set(found) and min(worst.values()) > 0 and max(worst.values()) <= 1e-5
+    results = {name: dispatcher.outputs_and_gradients(module, x, torch.ones_like(x)) for name, module in found.items()}
+    compared = {"output", "x", *(name for name, _ in found["ours"].named_parameters())}
+    assert set(dispatcher.errors(results["ours"], results["per_edge_loop"])) == compared
+    # one softmax per read is not one over all that is read
+    assert dispatcher.errors(results["dense_mask"], results["per_edge_loop"])["output"] > 0.01
+    uncovered = ~found["ours_joint"].covered[:, 0]
+    assert uncovered.any() and torch.equal(results["ours_joint"]["output"][:, uncovered], x[:, uncovered])
+
+
+def test_the_gate_s_joint_form_is_the_oracle_s(small_width):
+    found, _ = small_contestants()
+    exact = dispatcher.exact_joint(found["per_edge_loop"], found["dense_mask"])
+    matrix = torch.as_tensor(oracle.joint_matrix(*small_multi_rate()))
+    reading = (matrix > 0).any(1)
+    torch.testing.assert_close(exact.mask.exp()[reading], matrix[reading], rtol=1e-12, atol=0)
+    assert torch.equal(exact.covered[:, 0], reading)
+
+
+@pytest.mark.parametrize("name", ["ours", "per_edge_loop", "ours_joint", "dense_mask"])
+def test_the_gate_sees_a_wrong_result_of_anyone(name, small_width, monkeypatch):
+    found, x = small_contestants()
+    forward = type(found[name]).forward
+    wrong = found[name]
+    monkeypatch.setattr(type(wrong), "forward", lambda self, x: forward(self, x) * (1 + 1e-4 * (self is wrong)))
+    with pytest.raises(dispatcher.Disagreement, match=f"^{name} differs from the .* form in float64: .*'output'"):
+        dispatcher.gate(found, x)
+
+
+def test_the_gate_sees_a_wrong_mask(small_width):
     layout, topology = small_multi_rate()
-    torch.manual_seed(0)
-    ours = AttentionDispatcher(topology, layout, D, HEADS)
-    loop = PerEdgeLoop(topology, layout, D, HEADS)
-    loop.load_state_dict(ours.state_dict())
-    errors = dispatcher.gate({"ours": ours, "per_edge_loop": loop}, torch.randn(2, layout.num_positions, D))
-    assert set(errors) == {"output", "x", *(name for name, _ in ours.named_parameters())}
-    assert max(errors.values()) <= 1e-5
+    found, x = small_contestants()
+    dense = DenseMask(CanvasTopology(topology.connections[:-3]), layout, D, HEADS)
+    dense.load_state_dict(found["dense_mask"].state_dict())
+    with pytest.raises(dispatcher.Disagreement, match="dense_mask differs from the joint form"):
+        dispatcher.gate(found | {"dense_mask": dense}, x)
 
 
 def test_the_gate_sees_a_wrong_result():
@@ -156,18 +199,58 @@ def test_quantiles():
     assert measure.quantiles(np.arange(11.0)) == {"p10": 1.0, "p25": 2.5, "p50": 5.0, "p75": 7.5, "p90": 9.0}
 
 
+def test_a_commit_says_whether_code_differed(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    assert measure.commit_of(tmp_path) == "unknown"
+    written = ["benchmarks/results/rows.json", "docs/benchmarks/report.md", "README.md"]
+    for name in (*written, "benchmarks/code.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    clean = measure.commit_of(tmp_path)
+    assert len(clean) >= 7 and "+" not in clean
+    for name in written:
+        (tmp_path / name).write_text("2")
+    assert measure.commit_of(tmp_path) == clean
+    (tmp_path / "benchmarks/code.py").write_text("2")
+    assert measure.commit_of(tmp_path) == clean + "+"
+
+
+def test_versions_are_those_of_what_is_installed():
+    assert measure.versions(["numpy", "no-such-package"]) == {"numpy": np.__version__}
+
+
 def test_rows_say_what_ran_where(tmp_path, monkeypatch):
     monkeypatch.setattr(dispatcher, "D_MODEL", D)
     case = cases.Case("small", small_multi_rate, {"per_edge_loop": 1e9})
     rows = dispatcher.run_case(case, rounds=2)
     measure.write_rows(rows, tmp_path / "rows.json")
     read = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
-    assert [row["contestant"] for row in read] == ["ours", "per_edge_loop", "dense_mask"]
-    assert read[0]["ratio"]["p50"] == 1.0
+    names = [(row["form"], row["contestant"]) for row in read]
+    assert names == [("edge", "ours"), ("edge", "per_edge_loop"), ("joint", "ours_joint"), ("joint", "dense_mask")]
+    assert read[0]["ratio"]["p50"] == read[2]["ratio"]["p50"] == 1.0
+    assert len({row["worst_error"] for row in read}) == 4
     assert {"device", "torch", "commit", "threads", "worst_error", "seconds"} <= set(read[1])
     assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
     cells = [list(column.cells) for column in dispatcher.table(rows).columns]
     assert cells[-1][1].endswith("MISSED") and cells[-1][0] == ""
+
+
+def test_ratios_are_within_one_form_and_readme_prints_no_other(small_width, monkeypatch):
+    seconds = {"ours": 1.0, "per_edge_loop": 3.0, "ours_joint": 2.0, "dense_mask": 10.0}
+    monkeypatch.setattr(measure, "interleave", lambda *args: {name: np.full(2, s) for name, s in seconds.items()})
+    rows = dispatcher.run_case(cases.Case("robot", small_multi_rate), rounds=2)
+    assert [row["ratio"]["p50"] for row in rows] == [1.0, 3.0, 1.0, 5.0]
+    others = {name: measure.read_rows(measure.RESULTS / f"{name}.json") for name in readme.NAMES[1:]}
+    assert "| 96 | 3.0 (3.0 to 3.0) | 5.0 (5.0 to 5.0) |" in readme.measured(rows, **others)
+    # rows of before there were forms hold a dense mask against edge form
+    rows = [{key: value for key, value in row.items() if key != "form"} for row in rows]
+    assert "| 96 | 3.0 (3.0 to 3.0) | – |" in readme.measured(rows, **others)
 
 
 def test_plan_cost_holds_nothing_quadratic():
@@ -195,7 +278,7 @@ def test_readme_states_what_the_committed_rows_say():
     found = readme.section(readme.README.read_text())[1]
     assert found == readme.measured(**rows)
     for row in rows["dispatcher"]:
-        if row["case"] == "causal_video" and row["contestant"] == "dense_mask":
+        if row["case"] == "causal_video" and row["contestant"] in ("per_edge_loop", "dense_mask"):
             row["ratio"]["p50"] += 1
     assert found != readme.measured(**rows)
     with pytest.raises(ValueError, match="has no section"):

@@ -225,7 +225,7 @@ def test_flashinfer_gets_a_batch_as_heads_in_both_orders(monkeypatch):
     with pytest.raises(contestants.Unavailable, match="take no weights"):
         contestants.flashinfer(WEIGHTED, "cpu", torch.float32)
     monkeypatch.setattr(contestants, "MOST_BYTES", {"cpu": 5000})
-    with pytest.raises(contestants.Unavailable, match="an index of keys of 0 GiB"):
+    with pytest.raises(contestants.Unavailable, match="an index of keys of .* GiB, more than"):
         contestants.flashinfer(EQUAL, "cpu", torch.float32)
 
 
@@ -249,3 +249,63 @@ def test_all_of_a_batch_is_one_call_of_variable_lengths(monkeypatch):
     installed(monkeypatch, "torch.nn.attention.varlen", varlen_attn=varlen_attn)
     agrees(WEIGHTED, "edge", contestants.varlen(WEIGHTED, "cpu", torch.float32))
     assert calls == [2 * len(WEIGHTED.reads)]
+
+
+# -- reads grouped by hand ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "length", "step"),
+    [
+        ([0, 3, 6], 3, 3),
+        ([1, 6], 4, 5),
+        ([0, 2, 4], 5, 2),
+        ([4, 4], 3, 0),
+        ([2], 3, 3),
+        ([6, 3], 2, None),
+        ([0, 2, 5], 2, None),
+    ],
+)
+def test_ranges_at_equal_distances_are_views(first, length, step):
+    places = contestants.Places.of([torch.arange(a, a + length) for a in first])
+    assert places.step == step
+    x = torch.randn(2, 3, 12, 4, generator=torch.Generator().manual_seed(0))
+    taken = places.take(x).unflatten(0, (2, -1))
+    for number, a in enumerate(first):
+        assert torch.equal(taken[:, number], x[:, :, a : a + length])
+    if step is not None:
+        one = places.take(x[:1])
+        assert one.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    part = torch.randn(2, 3, len(first) * length, 4, generator=torch.Generator().manual_seed(1))
+    expected = torch.zeros_like(x)
+    for number, a in enumerate(first):
+        expected[:, :, a : a + length] += part[:, :, number * length : (number + 1) * length]
+    assert torch.allclose(places.put(None, part, x), expected, atol=1e-6)
+
+
+def test_scattered_places_are_gathered():
+    places = contestants.Places.of([torch.tensor([0, 2]), torch.tensor([1, 3])])
+    x = torch.arange(4.0).view(1, 1, 4, 1)
+    assert places.step is None and places.take(x).flatten().tolist() == [0, 2, 1, 3]
+
+
+@pytest.mark.parametrize("problem", [EQUAL, WEIGHTED, STRIPED], ids=lambda problem: problem.case.name)
+def test_reads_by_hand_are_exact(problem):
+    try:
+        agrees(problem, "edge", contestants.grouped(problem, "cpu", torch.float32))
+    except contestants.Unavailable as why:
+        assert "no two reads" in str(why) and problem is not STRIPED
+
+
+def test_a_video_by_hand_is_two_calls_on_views(monkeypatch):
+    problem = Problem(next(case for case in cases.CPU if case.name == "video_1024"))
+    calls = []
+
+    def spied(q, k, v):
+        calls.append((tuple(q.shape), q._is_view()))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    attend = contestants.grouped(problem, "cpu", torch.float32)
+    monkeypatch.setattr(contestants, "F", types.SimpleNamespace(scaled_dot_product_attention=spied))
+    attend(*problem.inputs("cpu", torch.float32)[:3])
+    assert calls == [((4, 1, 256, 64), True), ((3, 1, 256, 64), True)]

@@ -41,6 +41,13 @@ def frames(count: int, size: int, normalize: str = "edge"):
     return compile_attention(layout, topology, normalize=normalize)
 
 
+def beside(count: int, size: int):
+    """Frames of two halves, of which one reads the other: half of the positions read."""
+    regions = {"a": (0, count, 0, size), "b": (0, count, size, 2 * size)}
+    layout = CanvasLayout(T=count, d_model=8, spatial_shape=(2 * size,), regions=regions)
+    return compile_attention(layout, CanvasTopology([Connection("a", "b", t_src=0, t_dst=0)]))
+
+
 def invent(monkeypatch, **entries):
     """Puts made-up entries beside the measured ones."""
     found = costs.all_rates() | entries
@@ -55,7 +62,7 @@ def only(**known: float) -> dict[str, float]:
 
 
 def test_seconds_are_counts_times_rates(monkeypatch):
-    plan = frames(3, 40)
+    plan = beside(3, 40)
     entry = {"forward": only(call=1.0, product=1e-3), "backward": only(slab=2.0, row=1e-4)}
     invent(monkeypatch, abacus=entry)
     (slab,) = grouping.group(plan.table).slabs
@@ -73,7 +80,7 @@ def test_seconds_are_counts_times_rates(monkeypatch):
 
 
 def test_the_shares_are_of_the_whole(monkeypatch):
-    plan = frames(3, 40)
+    plan = beside(3, 40)
     names = ("call", "slab", "element", "matrix", "product", "row")
     done = Work(plan.table, 1, 64).counts(False)
     entry = {"forward": only(**{name: 1 / done[name] for name in names}), "backward": only()}
@@ -84,12 +91,23 @@ def test_the_shares_are_of_the_whole(monkeypatch):
 
 
 def test_dtypes_are_torchs_or_their_names(monkeypatch):
-    plan = frames(3, 40)
+    plan = beside(3, 40)
     invent(monkeypatch, abacus={"forward": only(converted=1.0), "backward": only()})
     named, half = (plan.estimate("abacus", dtype=dtype) for dtype in ("bfloat16", torch.bfloat16))
     assert named == half and half.seconds > 0 == plan.estimate("abacus", dtype=torch.float32).seconds
     with pytest.raises(ValueError, match="rates are measured for float32, float16, bfloat16, got 'int8'"):
         plan.estimate("abacus", dtype=torch.int8)
+
+
+def test_frames_are_counted_as_what_the_kernel_does_on_views(monkeypatch):
+    rate = {"frame": 1.0, "frame_row": 1e-3, "frame_product": 1e-6, "frame_pair": 1e-5, "element": 1e9, "slab": 1e9}
+    invent(monkeypatch, abacus={"forward": only(**rate), "backward": only(call=3.0)})
+    found = frames(5, 40).estimate("abacus", heads=2, head_dim=16)
+    # 5 frames × 2 heads of 40 rows
+    expected = 10 * (1.0 + 1e-3 * 40 * 16 + 1e-6 * 40 * 40 * 16 + 1e-5 * 40 * 40)
+    assert found.forward_seconds == pytest.approx(expected, rel=1e-12) and found.backward_seconds == 3.0
+    # out, lse and three gradients, and two blocks of 32 × 40 logits
+    assert found.peak_bytes == 4 * (4 * 200 * 2 * 16 + 200 * 2 + 2 * 32 * 40)
 
 
 def test_what_takes_no_time_is_said_in_words(monkeypatch):
@@ -154,9 +172,11 @@ def test_canvases_in_another_order_and_several_of_them_cost_more(monkeypatch):
     assert not packed.in_canvas_order
     invent(monkeypatch, abacus={"forward": only(order=1.0, moved=1e-3, converted=1.0), "backward": only()})
     assert packed.estimate("abacus", head_dim=1).forward_seconds == pytest.approx(1.0 + 1e-3 * packed.n_positions)
-    assert frames(3, 40).estimate("abacus", head_dim=1).forward_seconds == 0
-    assert frames(3, 40).estimate("abacus", head_dim=1, batch=2).forward_seconds == 240
-    assert frames(3, 40).estimate("abacus", head_dim=1, dtype="bfloat16").forward_seconds == 120
+    video = rates.plan_of(BY_NAME["video_1024"], "edge")
+    assert video.in_canvas_order and video.estimate("abacus", head_dim=1).forward_seconds == 0
+    # of q, k and v
+    assert video.estimate("abacus", head_dim=1, batch=2).forward_seconds == pytest.approx(3 * 2 * 1024)
+    assert video.estimate("abacus", head_dim=1, dtype="bfloat16").forward_seconds == pytest.approx(3 * 1024)
 
 
 def test_a_device_without_rates_is_refused(monkeypatch):

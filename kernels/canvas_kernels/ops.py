@@ -18,6 +18,7 @@ import pkgutil
 import torch
 
 from . import costs, dropout, rectangles, reference
+from .frames import frame_rows, frames_attention, takes_frames
 from .sigmoid import sigmoid_attention
 from .table import BlockTable
 from .transforms import Function, autocast, autocast_dtype, transformed
@@ -81,9 +82,9 @@ def block_attention(
     default 1 / (sum of the weights in force). Returns ``out`` (B, H, n, D) in q's dtype, or ``(out, lse)`` with ``lse``
     (B, H, n_slots), base 2 and without gradient.
 
-    ``backend``: "triton", "torch" (grouped rectangles), "reference" (cell by cell, for tests; breaks a compiled graph)
-    or "auto": Triton for tensors on a CUDA or ROCm device without dropout, torch otherwise. A backend that is named
-    never falls back.
+    ``backend``: "triton", "torch" (grouped rectangles; plain frames as dense attention), "reference" (cell by cell, for
+    tests; breaks a compiled graph) or "auto": Triton for tensors on a CUDA or ROCm device without dropout, torch
+    otherwise. A backend that is named never falls back.
     ``activation`` "sigmoid": σ(scale · q·k) in place of the softmax, without a normaliser, in edge form; it has no lse.
     Gradients flow to q, k, v and gain; second derivatives need "reference". Of torch.func, grad, vjp, jacrev and vmap
     work, vmap slice by slice; sigmoids want "reference" there, and nothing has jvp. Under autocast float32 inputs are
@@ -136,6 +137,17 @@ def block_attention(
         # activity may be changed in place before backward runs: this step keeps its own
         active = None if active is None else active.clone()
         return sigmoid_attention(q, k, v, gain, active, row_scale, table.key, scale, backend)
+    elif (
+        backend == "torch"
+        and q.device.type == "cpu"
+        and not return_lse
+        and (gain is None and active is None and row_scale is None)
+        and not transformed()
+        and autocast_dtype(q) in (torch.float32, torch.float64)
+        and (rows := frame_rows(table.key))
+        and takes_frames(q, rows)
+    ):
+        return frames_attention(q, k, v, rows, scale)
     else:
         executor = TORCH if backend == "torch" else backend
         options = (gain, active, row_scale, table.key, scale, executor, return_lse)

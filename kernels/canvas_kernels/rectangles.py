@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .batches import backward_stage, forward_stage
+from .frames import APART_KEYS
 from .grouping import Grouping, group, takes_flash
 from .indices import Step, indices_of
 from .slabs import backward_slab, forward_slab, saved_parts
@@ -41,8 +42,9 @@ def forward(
     2, without slots unless ``need_lse``; saved, what :func:`backward` wants, is empty unless ``need_grad``."""
     grouping = group(table)
     batch, heads, _, dim = q.shape
-    lanes, flash = _lanes_of(q), choices(table, dim).flash
-    inputs = tuple(_rows(x, lanes, any(flash)) for x in (q, k, v))
+    lanes, chosen = _lanes_of(q), choices(table, dim)
+    flash = chosen.flash
+    inputs = tuple(_rows(x, lanes, chosen.apart) for x in (q, k, v))
     rows = inputs[0]
     own_activity = active is not None and row_scale is None
     saved = rows.new_empty(saved_size(table, batch * heads, dim, own_activity) if need_grad else 0)
@@ -92,8 +94,9 @@ def backward(
     ``need_gain``."""
     grouping = group(table)
     batch, heads, _, dim = q.shape
-    lanes, flash = _lanes_of(q), choices(table, dim).flash
-    inputs = tuple(_rows(x, lanes, any(flash)) for x in (q, k, v, grad_out))
+    lanes, chosen = _lanes_of(q), choices(table, dim)
+    flash = chosen.flash
+    inputs = (*(_rows(x, lanes, chosen.apart) for x in (q, k, v)), _rows(grad_out, lanes))
     rows = inputs[0]
     if q.numel() == 0 or not (grouping.stages or grouping.slabs):
         return empty_gradients(q).zero_(), rows.new_zeros(table.n_edges) if need_gain else None
@@ -164,9 +167,11 @@ def _by_batch(lse: torch.Tensor, lanes: tuple[int, int, int], batch: int, heads:
 
 
 class Choices(NamedTuple):
-    """``flash`` per slab, whether the batches' probabilities are kept, and elements kept in all per batch · head."""
+    """``flash`` per slab, whether its kernel wants heads ``apart``, whether the batches' probabilities are kept, and
+    elements kept in all per batch · head."""
 
     flash: tuple[bool, ...]
+    apart: bool
     keeps: bool
     size: int
 
@@ -182,7 +187,8 @@ def choices(table: BlockTable, head_dim: int) -> Choices:
         keeps = sum(batch.pairs for batch in grouping.batches) <= budget
         size = sum(batch.pairs for batch in grouping.batches) if keeps else 0
         size += sum(sum(saved_parts(*slab, 1, head_dim)) for slab in zip(grouping.slabs, flash))
-        table.cache[key] = Choices(flash, keeps, size)
+        apart = any(chosen and slab.keys >= APART_KEYS for slab, chosen in zip(grouping.slabs, flash))
+        table.cache[key] = Choices(flash, apart, keeps, size)
     return table.cache[key]
 
 
@@ -222,8 +228,7 @@ def _clear(total: torch.Tensor, grouping: Grouping, stale: tuple[tuple[int, int]
 
 def _rows(x: torch.Tensor, lanes: tuple[int, int, int], apart: bool = False) -> torch.Tensor:
     """x (B, H, n, D) as (n, X, D) in the dtype computed in, X being batch · heads, heads outermost for HEADS; a copy
-    only where lanes are not equally far apart or rows are not whole, or lanes should lie ``apart`` and do not. (For the
-    flash kernel they should: 0.96 of its time, for copies that are nothing beside it.)"""
+    only where lanes are not equally far apart or rows are not whole, or lanes should lie ``apart`` and do not."""
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
     if lanes == HEADS:

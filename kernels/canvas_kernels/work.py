@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import configs, costs, rectangles, slabs
+from . import configs, costs, frames, rectangles, slabs
 from .grouping import Slab, group
 from .indices import indices_of
 from .table import BlockTable
@@ -32,16 +32,22 @@ class Work:
 
     def counts(self, backward: bool) -> dict[str, float]:
         """Counts of the forward or of the backward pass."""
-        grouping, shape = group(self.table), {"heads": self.heads, "head_dim": self.head_dim}
         element = self.table.n_positions * self.heads * self.head_dim
+        parts = [{"call": 1, "converted": element * self._copies(backward)}]
+        if self.outside is not None:
+            parts += [{"order": 1, "moved": self.outside * self.heads * self.head_dim}]
+        rows = self._frames()
+        return costs.total([*parts, self._frame_counts(rows, backward) if rows else self._group_counts(backward)])
+
+    def _group_counts(self, backward: bool) -> dict[str, float]:
+        grouping, shape = group(self.table), {"heads": self.heads, "head_dim": self.head_dim}
         made = [*self._lasting(backward), *(size for sizes in self._passing(backward) for size in sizes)]
         if backward:
             # dropped before the next of a slab's three products is made: no part of the most that is held
             made += [self._product_bytes(slab, True, True) for slab, flash, _ in self._slabs() if not flash] * 2
         large = sum(size for size in made if size > costs.LARGE_BYTES)
-        parts = [{"call": 1, "element": element, "fresh": large, "converted": element * self._copied()}]
-        if self.outside is not None:
-            parts += [{"order": 1, "moved": self.outside * self.heads * self.head_dim}]
+        element = self.table.n_positions * self.heads * self.head_dim
+        parts = [{"element": element, "fresh": large}]
         parts += [{"stage": len(grouping.stages), "batch": len(grouping.batches)}]
         for slab, flash, _ in self._slabs():
             lies = {"thin": slab.thin, "flash": flash, "bias": slab.bias is not None}
@@ -52,6 +58,13 @@ class Work:
             parts.append(costs.batch_counts(*batch.shape, bias=batch.bias is not None, again=again, **shape))
         return costs.total(parts)
 
+    def _frame_counts(self, rows: int, backward: bool) -> dict[str, float]:
+        queries = self.heads * self.table.n_positions
+        made = 1 + 2 * backward + self._copies(backward)
+        fresh = self._inside() * made * (self._inside() > costs.LARGE_BYTES)
+        counts = {"frame": queries // rows, "frame_row": queries * self.head_dim, "frame_pair": queries * rows}
+        return counts | {"frame_product": queries * rows * self.head_dim, "fresh": fresh}
+
     def seconds(self, rates: dict, backward: bool) -> dict[str, float]:
         """What each count of a pass takes at an entry of the rates."""
         own = rates["backward" if backward else "forward"]
@@ -59,18 +72,19 @@ class Work:
 
     def peak_bytes(self, backward: bool) -> int:
         """The most that a forward, and with ``backward`` a backward after it, hold beyond q, k, v and grad_out."""
+        if rows := self._frames():
+            return self._frames_peak(rows, backward)
         packed = self.outside is not None
         result, inside = self._outside(), self._inside() * self.itemsize // 4
-        # what computing in float32 adds to inputs and results
-        cast = self._inside() * self._copied()
+        copies = [self._inside() * self._copies(is_backward) for is_backward in (False, True)]
         kept = self._kept() if backward else 0
         held = 3 * inside * packed + kept
         passing = max(map(sum, self._passing(False, backward)), default=0)
-        forward = held + max(self._inside() + 3 * cast + passing, inside + packed * result)
+        forward = held + max(self._inside() + copies[0] + passing, inside + packed * result)
         if not backward:
             return forward
         passing = max(map(sum, self._passing(True)), default=0)
-        inside_op = held + result + inside * packed + 3 * self._inside() + 4 * cast + passing
+        inside_op = held + result + inside * packed + 3 * self._inside() + copies[1] + passing
         return max(forward, inside_op, result + 3 * inside + 3 * packed * result)
 
     # -- bytes ---------------------------------------------------------------------------------------------------------
@@ -82,10 +96,31 @@ class Work:
         even = (joint or isinstance(indices.own_slab_rows(number), float) for number in range(len(slabs)))
         return list(zip(slabs, rectangles.choices(self.table, self.head_dim).flash, even))
 
-    def _copied(self) -> bool:
-        """Whether inputs are copied: also for the flash kernel, which wants heads first, as packed rows have them."""
-        heads_first = self.outside is not None or self.heads == 1
-        return self.converted or (not heads_first and any(rectangles.choices(self.table, self.head_dim).flash))
+    def _apart(self) -> bool:
+        """Whether heads lie apart: they do in packed rows."""
+        return self.outside is not None or self.heads == 1
+
+    def _copies(self, backward: bool) -> int:
+        """How many inputs of a pass are copied: q, k and v also to lay heads apart."""
+        if rows := self._frames():
+            return 3 * (rows >= frames.APART_KEYS and not self._apart() and not backward)
+        if self.converted:
+            return 3 + backward
+        return 3 * (not self._apart() and rectangles.choices(self.table, self.head_dim).apart)
+
+    def _frames(self) -> int:
+        """Rows of each frame where the flash kernel runs on views of the canvas; 0 where it does not."""
+        rows = frames.frame_rows(self.table.key)
+        return rows if rows and self.itemsize >= 4 and frames.pays(rows, self.head_dim, self._apart()) else 0
+
+    def _frames_peak(self, rows: int, backward: bool) -> int:
+        """:meth:`peak_bytes` of :func:`.frames.frames_attention`."""
+        inside, packed = self._inside(), self.outside is not None
+        held = inside + 4 * self.heads * self.table.n_positions + inside * (3 * packed + self._copies(False))
+        forward = max(held + flash_block_bytes(rows, rows), held + packed * self._outside())
+        if not backward:
+            return forward
+        return max(forward, held + packed * (self._outside() + inside) + 3 * inside + 2 * flash_block_bytes(rows, rows))
 
     def _inside(self) -> int:
         """Of one canvas tensor as it is computed with."""
@@ -100,10 +135,8 @@ class Work:
 
     def _lasting(self, backward: bool) -> list[int]:
         """Tensors that a pass makes and holds to its end."""
-        inputs, results = (4, 3) if backward else (3, 1)
-        made = [self._inside() * results]
-        if self._copied():
-            made += [self._inside()] * inputs
+        results = 3 if backward else 1
+        made = [self._inside() * results] + [self._inside()] * self._copies(backward)
         if self.converted and self.itemsize < 4:
             made += [self._inside() * results * self.itemsize // 4]
         if self.outside is not None:
@@ -138,14 +171,20 @@ class Work:
         inputs = [queries] * ((1 + backward) * (copied or len(slab.row_ranges) > 1))
         inputs += [keys] * (2 * (copied or len(slab.key_ranges) > 1)) + [queries] * (backward and not even)
         if flash:
-            # of one block of logits; torch takes as many rows at once as the slab has enough of
-            block = 4 * min(slab.keys, 512) * (256 if slab.rows >= 768 else 64)
-            return [*inputs, queries, block * (1 + backward)] + [queries, keys, keys] * backward
+            blocks = flash_block_bytes(slab.rows, slab.keys) * (1 + backward)
+            # the kernel copies a gradient whose heads lie apart
+            copied = [queries] * (backward and self.outside is not None and self.heads > 1)
+            return [*inputs, *copied, queries, blocks] + [keys, keys] * backward
         lanes, product = self._lanes(slab), self._product_bytes(slab, even, backward)
         if backward:
             # of two lanes, one after the other
             return [*inputs, product] + [pairs // lanes] * min(lanes, 2)
         return [*inputs, product] + [pairs] * (not kept)
+
+
+def flash_block_bytes(rows: int, keys: int) -> int:
+    """Of one block of logits in torch's flash kernel, which takes more rows at once where there are many."""
+    return 4 * min(keys, 512) * (256 if rows >= 768 else 64 if rows >= 192 else 32)
 
 
 class Launch(NamedTuple):

@@ -1,0 +1,124 @@
+"""benchmarks/report.py and bench.py: cells say rounds, spread and ties; the command shows progress and refuses what it
+does not know."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="benchmarks print their tables with rich")
+
+from rich.console import Console
+
+from benchmarks import bench, cases, measure, report, suite
+from tests.test_suite import QUICK, SMALL
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return next(suite.run([SMALL], copy.copy(QUICK)))
+
+
+def quantiles(low: float, middle: float, high: float) -> dict[str, float]:
+    return {"p25": low, "p50": middle, "p75": high}
+
+
+@pytest.mark.parametrize(
+    ("low", "middle", "high", "tie"),
+    [
+        (1.05, 1.06, 1.08, True),
+        (1.08, 1.12, 1.13, False),
+        (0.92, 0.94, 0.95, True),
+        (0.88, 0.9, 0.92, False),
+        (0.99, 1.4, 1.6, True),
+        (1.4, 1.4, 1.4, False),
+    ],
+)
+def test_a_tie_is_within_noise_or_has_quartiles_on_both_sides(low, middle, high, tie):
+    assert report.is_tie(quantiles(low, middle, high), noise=0.1) is tie
+
+
+def test_the_report_says_rounds_spread_ties_and_the_gate_s_noise(rows):
+    rows = copy.deepcopy(rows)
+    rows += [{**rows[-1], "case": "other", "noise": noise} for noise in (0.02, 0.3)]
+    rows[-3]["noise"] = 0.04
+    pooled = report.noise_of(rows)
+    assert pooled == pytest.approx(np.quantile([0.02, 0.04, 0.3], 0.9))
+    rows[1] |= {"rounds": 3, "step_ratio": quantiles(1.1, 1.2, 1.3), "forward_ratio": quantiles(9, 9.96, 12)}
+    rows[3] |= {"rounds": 1, "step_ratio": quantiles(1.5, 1.5, 1.5), "peak_bytes": 123 << 20}
+    rows[4] |= {"rounds": 2, "step_ratio": quantiles(1.2, 1.2, 1.2)}
+    rows[0] |= {"rounds": 5, "step_roofline": quantiles(0.4, 0.5, 0.6), "forward_seconds": {"p50": 0.25}}
+    text = report.markdown(rows, [])
+    assert f"differ here by up to {100 * pooled:.0f} %" in text
+    assert "| tangled | = 1.20 (1.10 to 1.30) |" in text and "| tangled | 10.0 (9.00 to 12.0) |" in text
+    assert "| tangled | 1.50 (one round) | = 1.20 (2 rounds) |" in text
+    assert "| 250.00 |" in text and "| 0.50 (0.40 to 0.60) |" in text and "| 123 |" in text
+    assert [report.ratio_of(rows[i], pooled) for i in (1, 3, 4)] == ["= 1.20", "1.50 (one round)", "= 1.20 (2 rounds)"]
+
+
+def test_what_runs_in_no_case_is_said_once(rows):
+    gated = [row for row in rows if "errors" in row]
+    nobody = [{**row, "case": name, "skipped": "it needs a GPU"} for name in ("tangled", "other") for row in gated]
+    text = report.markdown([*rows, *nobody[:-1]], [])
+    assert "- loop over edges, edge form: it needs a GPU (all cases)" in text
+    assert "- grouped by hand, edge form: it needs a GPU (tangled)" in text
+
+
+def test_a_terminal_shows_progress_and_the_last_cases_and_then_everything(tmp_path, monkeypatch):
+    names = ["alpha", "beta", "gamma", "delta"]
+    row = {"form": "edge", "contestant": "ours", "skipped": "no time was left"}
+    rows = [row | {"case": name} for name in names for _ in range(4)]
+    assert bench.recent(rows, 9) == rows[-8:] and bench.recent(rows, 8) == bench.recent(rows, 1) == rows[-4:]
+    assert bench.recent(rows, 99) == rows and bench.recent([], 9) == []
+    console = Console(file=io.StringIO(), force_terminal=True, width=110, height=bench.TABLE_LINES + 9, record=True)
+    frames = []
+    monkeypatch.setattr(measure, "console", lambda: console)
+    monkeypatch.setattr(suite, "run", lambda *args: (rows[i : i + 4] for i in range(0, 16, 4)))
+    monkeypatch.setattr(bench.Live, "update", lambda live, shown: frames.append(console.render_lines(shown)))
+    found = bench.measured([dataclasses.replace(SMALL, name=name) for name in names], QUICK, tmp_path / "rows.json")
+    texts = ["\n".join("".join(part.text for part in line) for line in lines) for lines in frames]
+    assert found == rows and measure.read_rows(tmp_path / "rows.json") == rows
+    for number, (lines, text) in enumerate(zip(frames, texts), 1):
+        assert f"{number}/4" in text.splitlines()[0] and len(lines) <= console.height
+        assert [name for name in names if f" {name} " in text.split("\n", 1)[1]] == names[max(0, number - 2) : number]
+    whole = console.export_text().split("forward + backward;")[-1]
+    assert [whole.count(f" {name} ") for name in names] == [4] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--contestant", "sdpa"], "no contestant is called 'sdpa'; there are ours, ours_torch, sdpa_mask, flex,"),
+        (["--case", "robots"], "no case is called 'robots'; there are robot, causal_video,"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--device", "cuda"], "--device cuda: torch finds no GPU here"),
+        (["--rows", "no such file"], "No such file or directory: 'no such file'"),
+    ],
+)
+def test_the_command_refuses_what_it_does_not_know(arguments, complaint, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(suite, "run", lambda *args: pytest.fail("this is not to be measured"))
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--device", "cpu", "--out", str(tmp_path), *arguments])
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_rows_without_a_time_are_said_to_be_such(tmp_path, capsys, recwarn):
+    def fails():
+        raise MemoryError("too large")
+
+    (failed,) = suite.run([cases.Case("huge", fails)], copy.copy(QUICK))
+    for rows, told in (([], ""), (failed, "huge, joint form: the whole case: MemoryError: too large")):
+        measure.write_rows(rows, tmp_path / "rows.json")
+        assert bench.main(["--rows", str(tmp_path / "rows.json"), "--out", str(tmp_path)]) == 1
+        out = capsys.readouterr().out
+        assert "no rows were timed" in out and told in out and "nan" not in out
+        assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+        with pytest.raises(ValueError, match="no rows were timed"):
+            report.write(rows, tmp_path)
+    assert not recwarn.list
