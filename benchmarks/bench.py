@@ -134,8 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     if options.list:
         for case in found:
-            told = getattr(case.declare, "func", case.declare).__doc__.splitlines()[0]
-            console.print(f"{case.name}: {told}", highlight=False)
+            console.print(f"{case.name}: {case.about}", highlight=False)
         return 0
     if rows is None:
         dtype = DTYPES[options.dtype or ("float32" if options.device == "cpu" else "bfloat16")]

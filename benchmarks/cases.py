@@ -27,6 +27,7 @@ class Case:
             where there are none.
         batch, heads, head_dim: of q, k and v.
         without: a contestant's name to the reason why it is left out.
+        about: one line; by default the first of what ``declare`` says of itself.
     """
 
     name: str
@@ -38,6 +39,11 @@ class Case:
     heads: int = 4
     head_dim: int = 64
     without: dict[str, str] = field(default_factory=dict)
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.about:
+            object.__setattr__(self, "about", self.declare.__doc__.splitlines()[0])
 
 
 def robot() -> Declaration:
@@ -82,7 +88,7 @@ def computer_use() -> Declaration:
 
 
 def long_video(frames: int, side: int = 64) -> Declaration:
-    """A causal video that fills its canvas: 256 frames of 64 x 64 are 1,048,576 positions."""
+    """A causal video that fills its canvas, in frames of ``side`` × ``side`` positions."""
     regions = {"video": (0, frames, 0, side, 0, side)}
     layout = CanvasLayout(T=frames, d_model=256, spatial_shape=(side, side), regions=regions)
     return layout, CanvasTopology.causal_temporal(["video"])
@@ -137,7 +143,14 @@ TOPOLOGIES = {
     "three_frames": window_topology(past=1, future=1),
     "tiles": tile_topology(10, 15),
 }
-"""On CogVideoX's grid: everything, same frame + previous frame, a sliding window of three frames, spatial tiles."""
+ABOUT = {
+    "dense": "everything reads everything",
+    "previous_frame": "each frame reads itself and the one before",
+    "three_frames": "each frame reads itself and its two neighbours",
+    "tiles": "tiles of 10 × 15 read themselves in all frames, and the first frame",
+    "sparse_tiles": "tiles of 5 × 15 read themselves in all frames",
+}
+"""What the topologies on CogVideoX's grid say; text and video read each other in all of them."""
 SPARSE_TILES = CanvasTopology(
     [
         Connection("text", "text"),
@@ -162,6 +175,7 @@ def _cogvideox(model: str, heads: int, topologies: dict[str, CanvasTopology] = T
             group="cogvideox",
             sequence=("text", "video"),
             heads=heads,
+            about=f"{ABOUT[name]}: 13 × 30 × 45 tokens of CogVideoX and its text, {heads} heads",
         )
         for name, topology in topologies.items()
     )
@@ -177,6 +191,7 @@ def _lengths(heads: int, longest: dict[str, int]) -> tuple[Case, ...]:
             group="length",
             heads=heads,
             without={name: "minutes at this length" for name, most in longest.items() if length > most},
+            about=f"a causal video, {length // 256:,} frames of 16 × 16: {length:,} positions",
         )
         for length in LENGTHS
     )
@@ -190,6 +205,8 @@ def _densities(tokens: int, heads: int, head_dim: int) -> tuple[Case, ...]:
             group="density",
             heads=heads,
             head_dim=head_dim,
+            about=f"{frames} frames of {tokens // frames:,}, each reads itself: {100 / frames:g} % of all pairs, "
+            f"head_dim {head_dim}",
         )
         for frames in FRAMES
     )
@@ -216,7 +233,14 @@ GPU = (
     *_cogvideox("cogvideox_5b", 48, {"sparse_tiles": SPARSE_TILES} | TOPOLOGIES),
     *(case for dim, heads in ((64, 32), (128, 16)) for case in _densities(16_800, heads, dim)),
     *(
-        Case(f"long_video_d{dim}", functools.partial(long_video, 16, 32), heads=heads, head_dim=dim, batch=2)
+        Case(
+            f"long_video_d{dim}",
+            functools.partial(long_video, 16, 32),
+            heads=heads,
+            head_dim=dim,
+            batch=2,
+            about=f"a causal video, 16 frames of 32 × 32, head_dim {dim}",
+        )
         for dim, heads in ((64, 16), (128, 8))
     ),
     *(dataclasses.replace(case, batch=4, heads=16, without={}) for case in _CANVASES),

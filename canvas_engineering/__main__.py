@@ -1,6 +1,6 @@
 """``python -m canvas_engineering``: look at a saved schema, measure this machine.
 
-    python -m canvas_engineering inspect SCHEMA.json
+    python -m canvas_engineering inspect SCHEMA.json --heads 24 --head-dim 64 --dtype bfloat16
     python -m canvas_engineering draw SCHEMA.json --out PICTURE.png
     python -m canvas_engineering bench --case "frames_*"
 
@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from canvas_engineering.plan.estimate import DTYPES, in_words
+
 MAX_ROWS = 60
 KEY = """
 asks: the region whose positions query, and get the result; answers: the region that is read
@@ -22,6 +24,8 @@ between frames: what is read where the region that answers has no frame at that 
 read: one softmax of some positions over some others; rectangle: a block of the table that attention runs from
 density: share of all pairs of positions that is computed; tile fill: how full the tiles of pairs are that a GPU walks
 log-sum-exp slots: numbers that each head keeps for the backward pass
+slab: rectangles of one size at equal distances, computed in one call as they lie; batch: others of one size, gathered
+of the time: what the shares below it are of, forward and backward together; other is what takes less
 in the picture: down, positions that ask; across, positions that are read; the darker, the more pairs are computed
 """
 
@@ -56,20 +60,21 @@ def region_table(layout):
     return table
 
 
-def connection_table(layout, topology):
-    """One row per connection: who asks, who answers, at which frames, how."""
+def connection_table(layout, topology, plan):
+    """One row per connection: who asks, who answers, at which frames, how, and in how many reads of the plan."""
     from rich.table import Table
 
     table = Table(title=f"{len(topology.connections)} connections")
-    for column in ("asks", "answers", "frames", "between frames", "weight", "function"):
-        table.add_column(column, justify="right" if column == "weight" else "left")
-    for connection in topology.connections[:MAX_ROWS]:
+    for column in ("asks", "answers", "frames", "between frames", "weight", "function", "reads"):
+        table.add_column(column, justify="right" if column in ("weight", "reads") else "left")
+    reads = plan.reads.counts(plan.n_connections).tolist()
+    for connection, count in zip(topology.connections[:MAX_ROWS], reads):
         offsets = (connection.t_src, connection.t_dst)
         frames = " → ".join("all" if t is None else f"t{t:+d}" if t else "t" for t in offsets)
         fill = "" if offsets == (None, None) else connection.temporal_fill.value
         known = connection.src in layout.regions and connection.dst in layout.regions
         fn = topology.resolve_fn(connection, layout) if known else "skipped: no such region"
-        table.add_row(connection.src, connection.dst, frames, fill, f"{connection.weight:g}", fn)
+        table.add_row(connection.src, connection.dst, frames, fill, f"{connection.weight:g}", fn, f"{count:,}")
     _say_what_is_left_out(table, len(topology.connections))
     return table
 
@@ -96,20 +101,28 @@ def build_app():
             raise typer.Exit(2) from cause
 
     @app.command()
-    def inspect(schema: Path) -> None:
-        """Print regions, connections and what the compiled plan costs."""
+    def inspect(
+        schema: Path,
+        batch: int = typer.Option(1, min=1),
+        heads: int = typer.Option(1, min=1),
+        head_dim: int = typer.Option(64, min=1),
+        dtype: str = typer.Option("float32", help=f"of q, k and v: {', '.join(DTYPES)}"),
+    ) -> None:
+        """Print regions, connections and what the compiled plan costs, which is attention alone, on q, k and v."""
         from canvas_engineering.plan import compile_attention
-        from canvas_engineering.plan.estimate import in_words
 
+        if dtype not in DTYPES:
+            raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
         found = open_schema(schema)
         console = Console()
         console.print(region_table(found.layout))
         if found.topology is None:
             console.print("no topology: nothing reads anything")
             return
-        console.print(connection_table(found.layout, found.topology))
         plan = compile_attention(found.layout, found.topology)
-        console.print(f"{plan}\n{in_words(plan)}\n{KEY}", highlight=False, markup=False, soft_wrap=True)
+        console.print(connection_table(found.layout, found.topology, plan))
+        estimate = in_words(plan, batch, heads, head_dim, dtype)
+        console.print(f"{plan}\n{estimate}\n{KEY}", highlight=False, markup=False, soft_wrap=True)
 
     @app.command()
     def draw(schema: Path, out: Path = out_option) -> None:
@@ -119,6 +132,9 @@ def build_app():
 
         found = open_schema(schema)
         figures = {out: pictures.layout_figure(found.layout)}
+        kinds = figures[out].canvas.get_supported_filetypes()
+        if out.suffix[1:].lower() not in kinds:
+            raise typer.BadParameter(f"{out.name} has to end in one of .{', .'.join(kinds)}", param_hint="--out")
         if found.topology is not None:
             figures[out.with_stem(f"{out.stem}-topology")] = pictures.topology_figure(found.topology)
             plan = compile_attention(found.layout, found.topology)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import math
 import operator
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,6 +16,7 @@ import torch
 
 from canvas_engineering.canvas.layout import CanvasLayout
 from canvas_engineering.masks import MaskSpec, mask_parts
+from canvas_engineering.notices import some, warn
 
 __all__ = [
     "CanvasTopology",
@@ -497,14 +497,10 @@ def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> Itera
     known = layout.regions
     missing = [c for c in topology.connections if c.src not in known or c.dst not in known]
     if missing:
-        shown = ", ".join(f"{c.src!r} -> {c.dst!r}" for c in missing[:6]) + (", ..." if len(missing) > 6 else "")
-        names = dict.fromkeys(name for c in missing for name in (c.src, c.dst) if name not in known)
-        listed = ", ".join(repr(name) for name in list(names)[:6]) + (", ..." if len(names) > 6 else "")
-        warnings.warn(
+        names = dict.fromkeys(repr(name) for c in missing for name in (c.src, c.dst) if name not in known)
+        warn(
             f"skipping {len(missing)} of {len(topology.connections)} connections that name regions missing from the "
-            f"layout ({listed}): {shown}",
-            UserWarning,
-            stacklevel=2,
+            f"layout ({some(names)}): {some(f'{c.src!r} -> {c.dst!r}' for c in missing)}"
         )
     # One by one: some 100,000 tuples that live at the same time are work for the garbage collector.
     resolved = enumerate(zip(topology.connections, topology.resolve_fns(layout)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from canvas_kernels.rows import join_rows, lasting, split_rows
+from canvas_kernels.rows import join_rows, lasting, split_rows, take_rows
 
 from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
 from .attention.grouped import attend_grouped, fit, is_fused, prepare
@@ -145,7 +145,13 @@ class AttentionDispatcher(nn.Module):
         if plan.triggers:
             self.triggers = TriggerFlags(plan.triggers, plan.n_connections, residual_accumulator)
 
-    def forward(self, x: torch.Tensor, active_regions: Iterable[str] | torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        active_regions: Iterable[str] | torch.Tensor | None = None,
+        *,
+        add_to: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """One step.
 
         Args:
@@ -154,12 +160,14 @@ class AttentionDispatcher(nn.Module):
                 that do not, which stays on the device and has no gradient, as `DeviceScheduler` gives it. The others'
                 positions pass through and stay readable. None: all. Under ``torch.compile`` give a tensor: each set of
                 names is a graph of its own.
+            add_to: like x. Results are added to it, and positions without a read keep it, bit for bit: a pre-norm block
+                is ``x = attention(norm(x), add_to=x)``.
 
         Returns:
-            (B, N, d_model) in x's dtype.
+            (B, N, d_model) in x's dtype, or add_to's.
 
         Raises:
-            ValueError: x of another shape, or of another dtype than the parameters' without autocast.
+            ValueError: x or add_to of another shape, or x of another dtype than the parameters' without autocast.
             KeyError: the name of a region that the layout does not have.
         """
         n = self.layout.num_positions
@@ -167,14 +175,19 @@ class AttentionDispatcher(nn.Module):
             raise ValueError(f"x must be (batch, {n}, {self.d_model}), got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
+        if add_to is not None and add_to.shape != x.shape:
+            raise ValueError(f"add_to must be like x, {tuple(x.shape)}, got {tuple(add_to.shape)}")
         self._check_dtype(x)
         if active_regions is not None and not isinstance(active_regions, torch.Tensor):
             active_regions = frozenset([active_regions] if isinstance(active_regions, str) else active_regions)
         active = self._active_connections(active_regions, x.device)
         if not self.fn_modules or (isinstance(active_regions, frozenset) and self._readers.isdisjoint(active_regions)):
-            return x
+            return x if add_to is None else add_to
         plan = self.plan
-        canvas_rows, rest = (x, None) if self._in_canvas_order else split_rows(x, self._order, 1)
+        canvas_rows, kept, rest = x, x if add_to is None else add_to, None
+        if not self._in_canvas_order:
+            kept, rest = split_rows(kept, self._order, 1)
+            canvas_rows = kept if add_to is None else take_rows(x, self._order, 1)
         rows = self._with_banks(x, canvas_rows) if self._bound else canvas_rows
         gain, single = self._gain(), len(self.fn_modules) == 1
         row_scale = None
@@ -193,11 +206,13 @@ class AttentionDispatcher(nn.Module):
             written = part if written is None else written + part
         if self._errors:
             self._accumulate(rows, active)
-        written = written.to(x.dtype)[:, : self._n_rows]
+        written = written.to(kept.dtype)[:, : self._n_rows]
+        if add_to is not None:
+            written = kept + written
         if active is not None:
-            written = torch.where((row_scale.sum(0)[: self._n_rows] > 0)[:, None], written, canvas_rows)
+            written = torch.where((row_scale.sum(0)[: self._n_rows] > 0)[:, None], written, kept)
         elif not self._every_row_reads:
-            written = torch.where(self._reads, written, canvas_rows)
+            written = torch.where(self._reads, written, kept)
         return written if rest is None else join_rows(rest, self._order, written, 1)
 
     def _check_dtype(self, x: torch.Tensor) -> None:

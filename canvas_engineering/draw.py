@@ -23,7 +23,9 @@ __all__ = ["layout_figure", "plan_figure", "topology_figure"]
 
 MAX_PANELS = 8
 MAX_LABELS = 40
+MAX_OUTLINED = 1000
 CHARACTERS_PER_PANEL = 44
+BOUNDS = ("q_start", "q_stop", "k_start", "k_stop")
 
 
 def layout_figure(layout: CanvasLayout) -> Figure:
@@ -85,18 +87,19 @@ def topology_figure(topology: CanvasTopology) -> Figure:
 
 
 def plan_figure(plan: AttentionPlan) -> Figure:
-    """The compiled table: every rectangle of query rows × key columns in packed order, in its connection's colour.
+    """The compiled table: every rectangle of query rows × key columns in packed order, in its pair of regions' colour.
 
-    Positions that no read uses have no packed place and are not drawn. The title gives the density (selected pairs over
-    N²); the legend names the first connections.
+    Positions that no read uses have no packed place and are not drawn. Both axes give a stretch of positions that no
+    rectangle cuts the square root of its length, so that small regions can be seen beside large ones. The title gives
+    the density (selected pairs over N²); the legend names the first pairs, and which frames they read.
     """
     import numpy as np
     from matplotlib.collections import PolyCollection
     from matplotlib.patches import Patch
 
     table = plan.table
-    names = [f"{c.src} → {c.dst} ({_offsets(c.t_src, c.t_dst)})" for c in plan.connections]
-    colours = _colours(range(max(1, len(names))))
+    pairs = [(c.src, c.dst) for c in plan.connections]
+    colours = _colours(dict.fromkeys(pairs)) if pairs else {}
     corners = np.stack(
         [
             np.stack([table.k_start, table.k_stop, table.k_stop, table.k_start], axis=1),
@@ -105,23 +108,76 @@ def plan_figure(plan: AttentionPlan) -> Figure:
         axis=2,
     )
     # In joint form a rectangle belongs to no one connection: the table gives all of them edge 0.
-    faces = [colours[edge] for edge in table.edge.tolist()]
-    figure = _figure(width=9.0, height=7.0)
+    faces = [colours[pairs[edge]] for edge in table.edge.tolist()]
+    figure = _figure(width=10.0, height=7.0)
     axes = figure.subplots()
-    # The thin outline keeps a rectangle visible that is smaller than a pixel.
-    axes.add_collection(PolyCollection(corners, facecolors=faces, edgecolors=faces, linewidths=0.3, alpha=0.8))
-    axes.set(xlim=(0, plan.n_packed), ylim=(plan.n_packed, 0), aspect="equal")
+    # The thin outline tells neighbours apart, and keeps a rectangle visible that is smaller than a pixel.
+    width = 0.3 if len(table.weight) > MAX_OUTLINED else 0.8
+    outlines = faces if len(table.weight) > MAX_OUTLINED else "w"
+    axes.add_collection(PolyCollection(corners, facecolors=faces, edgecolors=outlines, linewidths=width))
+    end = max(1, plan.n_packed)
+    cuts = np.unique(np.concatenate([[0, end], *(getattr(table, name) for name in BOUNDS)]))
+    places = np.concatenate([[0.0], np.cumsum(np.sqrt(np.diff(cuts)))])
+    functions = (lambda x: np.interp(x, cuts, places), lambda y: np.interp(y, places, cuts))
+    axes.set_xscale("function", functions=functions)
+    axes.set_yscale("function", functions=functions)
+    axes.set(xlim=(0, end), ylim=(end, 0), box_aspect=1)
     axes.set(xlabel="keys, packed order", ylabel="queries, packed order")
     axes.set_title(
         f"{len(table.weight):,} rectangles, {plan.normalize} form, density {100 * plan.density:.2f} %, "
         f"{plan.n_packed:,} of {plan.n_positions:,} positions in use",
         fontsize=10,
     )
-    if plan.normalize == "edge" and names:
-        handles = [Patch(color=colours[i], label=name) for i, name in enumerate(names[:MAX_LABELS])]
+    if plan.normalize == "edge" and pairs:
+        _name_regions(axes, plan, pairs)
+        frames: dict[tuple[str, str], list] = {pair: [] for pair in colours}
+        for pair, c in zip(pairs, plan.connections):
+            frames[pair].append((c.t_src, c.t_dst))
+        handles = [
+            Patch(color=colours[pair], label=f"{pair[0]} reads {pair[1]}: {_in_words(offsets)}")
+            for pair, offsets in list(frames.items())[:MAX_LABELS]
+        ]
         beside = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
-        axes.legend(handles=handles, fontsize=7, title=f"{len(names)} connections", **beside)
+        size = 8 if len(handles) <= 20 else 7
+        axes.legend(handles=handles, fontsize=size, title=f"{len(pairs)} connections", **beside)
     return figure
+
+
+def _name_regions(axes: Axes, plan: AttentionPlan, pairs: list[tuple[str, str]]) -> None:
+    """Ticks at the regions' first positions, with their names, where the regions lie in a few runs."""
+    table, found = plan.table, {}
+    for edge, *bounds in zip(table.edge.tolist(), *(getattr(table, name).tolist() for name in BOUNDS)):
+        for region, start, stop in zip(pairs[edge], bounds[::2], bounds[1::2]):
+            found[start] = max(found.get(start, (0, "")), (stop, region))
+    starts = sorted(found)
+    runs = [next(run) for _, run in groupby(starts, key=lambda start: found[start][1])]
+    if len(runs) <= MAX_LABELS // 2:
+        names = [found[start][1] for start in runs]
+        axes.set_xticks(runs, names, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(runs, names, fontsize=8)
+
+
+def _in_words(offsets: list[tuple[int | None, int | None]]) -> str:
+    """Which frames are read by connections of these (t_src, t_dst): "same frame, 1 to 3 frames back"."""
+    words = []
+    steps = [dst - src for src, dst in offsets if src is not None and dst is not None]
+    if 0 in steps:
+        words.append("same frame")
+    for what, sign in (("back", -1), ("ahead", 1)):
+        runs = _runs(sorted({sign * step for step in steps if sign * step > 0}))
+        if runs:
+            listed = " and ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
+            words.append(f"{listed} frame{'s' * (runs != [(1, 1)])} {what}")
+    if (None, None) in offsets:
+        words.append("all frames")
+    return ", ".join([*words, *(_offsets(*pair) for pair in offsets if (pair[0] is None) != (pair[1] is None))])
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """First and last of each run of consecutive numbers."""
+    firsts = [n for n in numbers if n - 1 not in numbers]
+    lasts = [n for n in numbers if n + 1 not in numbers]
+    return list(zip(firsts, lasts))
 
 
 def _frame_runs(frames: int, specs: dict[str, RegionSpec]) -> list[tuple[int, int, tuple[str, ...]]]:

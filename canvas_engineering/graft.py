@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from .cogvideox import LoopedCogVideoXBlock, TopologyMeasure, detect_inner_dim, 
 from .cogvideox.model import graft_cogvideox, is_cogvideox, ungraft_cogvideox
 from .connectivity import CanvasTopology
 from .looped_block import LOOP_PARAMETER_NAMES, LoopedBlockWrapper, checked_loops
+from .notices import warn
 
 __all__ = ["freeze_full", "freeze_half", "graft_looped_blocks", "ungraft"]
 
@@ -138,11 +138,9 @@ def _warn_of_topology(density: float, measured: TopologyMeasure | None) -> None:
         if measured is None
         else f"on the given batch its outputs move by {100 * measured.difference:.1f} % of their mean size"
     )
-    warnings.warn(
+    warn(
         f"attention computes {100 * density:.2f} % of all token pairs; a backbone that was trained with dense "
-        f"attention and stays frozen loses the others: {lost}",
-        UserWarning,
-        stacklevel=3,
+        f"attention and stays frozen loses the others: {lost}"
     )
 
 
@@ -221,11 +219,9 @@ def _wrap(blocks: nn.ModuleList, wrapper_class, max_loops: int, inner_dim: int, 
     if any(looped):
         raise ValueError(f"blocks {[i for i, yes in enumerate(looped) if yes]} loop already, the others do not")
     if wrapper_class in (None, LoopedCogVideoXBlock) and all(type(b).__name__ == "CogVideoXBlock" for b in blocks):
-        warnings.warn(
+        warn(
             "these CogVideoX blocks belong to a model that is not diffusers' CogVideoXTransformer3DModel itself: they "
-            "loop, and its save_pretrained does not know it; keep them with save_loop_checkpoint",
-            UserWarning,
-            stacklevel=3,
+            "loop, and its save_pretrained does not know it; keep them with save_loop_checkpoint"
         )
         return [LoopedCogVideoXBlock.graft(b, number, max_loops, inner_dim, gate) for number, b in enumerate(blocks)]
     for number, block in enumerate(blocks):

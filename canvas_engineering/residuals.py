@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from canvas_engineering.notices import warn
 from canvas_engineering.program.edges import parse_trigger
 from canvas_engineering.program.specs import choices
 
@@ -188,11 +188,9 @@ class TriggerFlags(nn.Module):
         if clauses:
             names = list(dict.fromkeys(f"{clause.region}.{clause.kind}" for clause in clauses))
             keeps = f"it keeps {', '.join(kinds)} of {', '.join(rows) or 'no region'}" if kinds else "there is none"
-            warnings.warn(
+            warn(
                 f"triggers name summaries that no residual accumulator keeps, and so never hold: {', '.join(names)}; "
-                f"{keeps}",
-                UserWarning,
-                stacklevel=4,
+                f"{keeps}"
             )
 
     def forward(self, summaries: torch.Tensor | None) -> torch.Tensor:

@@ -120,7 +120,7 @@ class Motion:
 
 
 class Thinker(nn.Module):
-    """A canvas transformer whose memory and belief may rest: ``canvas + (attention(norm) − norm)`` leaves them be."""
+    """A canvas transformer whose memory and belief may rest: what does not update keeps its canvas."""
 
     def __init__(self, bound: BoundSchema, program: CanvasProgram, window: int):
         super().__init__()
@@ -162,9 +162,8 @@ class Thinker(nn.Module):
         for norm, block in zip(self.norms, self.blocks):
             normed = norm(canvas)
             start = time.perf_counter()
-            attended = block(normed, active)
+            canvas = block(normed, active, add_to=canvas)
             self.seconds += time.perf_counter() - start
-            canvas = canvas + (attended - normed)
         seen = canvas.index_select(1, self.rows["moment"]).flatten(1)
         drift, push = self.head(torch.cat([seen, given], 1)).chunk(2, 1)
         return canvas, drift + action * push

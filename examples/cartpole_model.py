@@ -74,7 +74,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+        # Only positions that read something change: actions and empty places come back as they were.
+        x = self.attention(self.attention_norm(x), add_to=x)
         return x + self.mlp(self.mlp_norm(x))
 
 

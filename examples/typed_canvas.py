@@ -44,9 +44,7 @@ class TypedModel(nn.Module):
             # Nothing is known of these but what they are: place adds the field's own embedding.
             x = self.bound[path].place(x, self.bound[path].extract(x))
         for attention, norm, mlp in zip(self.attention, self.norms, self.mlp):
-            h = norm(x)
-            # Positions that no field holds come back as they went in: only what attention wrote is added.
-            x = x + (attention(h) - h)
+            x = attention(norm(x), add_to=x)
             x = x + mlp(x)
         return {path: self.decode(self.bound[path].extract(x)).squeeze(-1) for path in wanted}
 

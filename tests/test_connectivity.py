@@ -350,7 +350,7 @@ def test_missing_regions_are_skipped_with_one_warning():
     for call in calls:
         with pytest.warns(UserWarning, match=r"skipping 2 of 3 .*'ghost', 'spectre'.*'a' -> 'ghost'") as caught:
             call(layout)
-        assert len(caught) == 1
+        assert len(caught) == 1 and caught[0].filename == __file__
     with pytest.warns(UserWarning, match="skipping"):
         mask = topology.to_attention_mask(layout)
     assert torch.equal(mask.nonzero(), torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]))

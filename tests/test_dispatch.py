@@ -107,6 +107,57 @@ def test_repeated_connections_with_other_offsets_are_each_computed():
     torch.testing.assert_close(dispatcher(x)[:, 2:], (now + before) / 2, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("active", [None, ["a"], ["b", "c"], [], "tensor"])
+def test_results_are_added_where_something_is_read_and_only_there(active, everywhere):
+    layout, topology = small()
+    if everywhere:  # every position reads, in canvas order: the paths without rows that are put aside
+        layout = CanvasLayout(
+            T=3, H=1, W=4, d_model=D_MODEL, regions={n: (0, 3, 0, 1, i, i + 1) for i, n in enumerate("abcd")}
+        )
+        topology = CanvasTopology.dense(list("abcd"))
+    topology = CanvasTopology([*topology.connections, Connection("a", "b", fn="cogvideox", write_mode="gate")])
+    dispatcher = randomised(layout, topology, 0)
+    shape = (2, layout.num_positions, D_MODEL)
+    h, x = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    if active == "tensor":
+        active = torch.tensor([name in "ac" for name in layout.regions]).float()
+        names = [name for name, on in zip(layout.regions, active) if on]
+    else:
+        names = list(layout.regions) if active is None else active
+    reading = torch.zeros(layout.num_positions, 1, dtype=torch.bool)
+    for read in oracle.reads(layout, topology):
+        if topology.connections[read.connection].src in names:
+            reading[list(read.keys)] = True
+    assert reading.all() == (everywhere and active is None)
+    out = dispatcher(h, active, add_to=x)
+    attended = oracle_step(dispatcher, h, [c.src in names for c in topology.connections])
+    torch.testing.assert_close(out, torch.where(reading, x + attended, x), rtol=1e-6, atol=1e-6)
+    assert torch.equal(out[:, ~reading[:, 0]], x[:, ~reading[:, 0]])
+    grad = torch.randn_like(x)
+    found = torch.autograd.grad(out, [h, x], grad, allow_unused=True)
+    torch.testing.assert_close(found[1], grad)
+    if names:
+        torch.testing.assert_close(found[0], torch.autograd.grad(attended, h, grad * reading)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_residual_stream_keeps_its_dtype_and_its_shape():
+    layout, _ = small()
+    # one function, and a region that is only read: its rows are packed, and get the bias of out_proj
+    dispatcher = randomised(layout, CanvasTopology([Connection("a", "b")]), 0).float()
+    h = torch.randn(1, layout.num_positions, D_MODEL)
+    reading = torch.from_numpy(dispatcher.plan.rows_with_keys())
+    assert reading.sum() == layout.region_numel("a")
+    for dtype in (torch.float64, torch.float16):
+        x = torch.randn(1, layout.num_positions, D_MODEL).to(dtype) / 3
+        out = dispatcher(h, add_to=x)
+        assert out.dtype == dtype
+        assert torch.equal(out[:, reading], (x + dispatcher(h).to(dtype))[:, reading])
+        assert torch.equal(out[:, ~reading], x[:, ~reading])
+    with pytest.raises(ValueError, match=r"add_to must be like x, \(1, 36, 12\), got \(36, 12\)"):
+        dispatcher(h, add_to=x[0])
+
+
 def test_none_is_as_if_it_were_not_there():
     # published: "none" alone zeroed its source, and beside others diluted them
     layout, topology = small()
@@ -218,13 +269,14 @@ def test_a_step_compiles_whole_and_gives_the_same_numbers():
         dispatcher = randomised(layout, declared, 0)
         x = torch.randn(2, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
         compiled = torch.compile(dispatcher, fullgraph=True, backend="aot_eager")
-        out, expected = compiled(x), dispatcher(x)
-        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-        for a, b in zip(
-            torch.autograd.grad(out.square().sum(), [x, *dispatcher.parameters()]),
-            torch.autograd.grad(expected.square().sum(), [x, *dispatcher.parameters()]),
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        for options in ({}, {"add_to": torch.randn_like(x)}):
+            out, expected = compiled(x, **options), dispatcher(x, **options)
+            torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+            for a, b in zip(
+                torch.autograd.grad(out.square().sum(), [x, *dispatcher.parameters()]),
+                torch.autograd.grad(expected.square().sum(), [x, *dispatcher.parameters()]),
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 def test_checkpointing_autocast_and_copies():

@@ -71,7 +71,44 @@ def test_plan_shows_every_rectangle_in_its_connections_colour(layout):
     assert len(faces) == 2
     assert f"density {100 * plan.density:.2f} %" in figure.get_axes()[0].get_title()
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert legend == ["cam → cam (0, 0)", "plan → cam (all)"]
+    assert legend == ["cam reads cam: same frame", "plan reads cam: all frames"]
+    ticks = figure.axes[0].get_yticks().tolist(), [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert ticks == ([0, 48], ["cam", "plan"])
+
+
+def test_a_pair_of_regions_has_one_colour_and_one_line(layout):
+    several = [Connection("cam", "cam", t_src=0, t_dst=-k) for k in (0, 1, 2)]
+    figure = draw.plan_figure(compile_attention(layout, CanvasTopology([*several, Connection("plan", "plan")])))
+    (axes,) = figure.axes
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["cam reads cam: same frame, 1 to 2 frames back", "plan reads plan: all frames"]
+    assert axes.get_legend().get_title().get_text() == "4 connections"
+    assert len({tuple(face) for face in axes.collections[0].get_facecolors()}) == 2
+
+
+def test_small_regions_are_seen_beside_large_ones():
+    regions = {"video": (0, 1, 0, 100, 0, 90), "action": (0, 1, 100, 101, 0, 1)}
+    layout = CanvasLayout(T=1, d_model=8, spatial_shape=(101, 90), regions=regions)
+    (axes,) = draw.plan_figure(compile_attention(layout, CanvasTopology.dense(["video", "action"]))).axes
+    start, middle, end = axes.transData.transform([(0, 0), (9_000, 9_000), (9_001, 9_001)])
+    # 9,000 positions and 1: √9000 ≈ 94.9 to 1 on both axes
+    for axis in (0, 1):
+        part = (end - middle)[axis] / (end - start)[axis]
+        assert part == pytest.approx(1 / (1 + 9_000**0.5), rel=1e-6)
+
+
+def test_an_empty_table_is_drawn(layout, tmp_path):
+    figure = draw.plan_figure(compile_attention(layout, CanvasTopology([])))
+    figure.savefig(tmp_path / "empty.png")  # a warning is an error here
+    assert figure.axes[0].get_title().startswith("0 rectangles")
+
+
+def test_offsets_in_words():
+    assert draw._in_words([(0, 0), (0, -1), (0, -2), (0, -8), (0, 1)]) == (
+        "same frame, 1 to 2 and 8 frames back, 1 frame ahead"
+    )
+    assert draw._in_words([(None, None), (None, 2), (1, 0)]) == "1 frame back, all frames, all, +2"
+    assert draw._in_words([(0, 1), (0, 3)]) == "1 and 3 frames ahead"
 
 
 def test_joint_plan_has_no_legend(layout):

@@ -79,6 +79,26 @@ def test_seconds_are_counts_times_rates(monkeypatch):
     assert without.backward_seconds == 0 and without.forward_seconds == found.forward_seconds
 
 
+def test_the_shares_are_of_the_whole(monkeypatch):
+    plan = beside(3, 40)
+    names = ("call", "slab", "element", "matrix", "product", "row")
+    done = Work(plan.table, 1, 64).counts(False)
+    entry = {"forward": only(**{name: 1 / done[name] for name in names}), "backward": only()}
+    invent(monkeypatch, abacus=entry)
+    printed = str(plan.estimate("abacus", backward=False))
+    # six equal parts, of which four are named
+    assert printed.count(" 17%") == 4 and printed.endswith(", other 33%")
+
+
+def test_dtypes_are_torchs_or_their_names(monkeypatch):
+    plan = beside(3, 40)
+    invent(monkeypatch, abacus={"forward": only(converted=1.0), "backward": only()})
+    named, half = (plan.estimate("abacus", dtype=dtype) for dtype in ("bfloat16", torch.bfloat16))
+    assert named == half and half.seconds > 0 == plan.estimate("abacus", dtype=torch.float32).seconds
+    with pytest.raises(ValueError, match="rates are measured for float32, float16, bfloat16, got 'int8'"):
+        plan.estimate("abacus", dtype=torch.int8)
+
+
 def test_frames_are_counted_as_what_the_kernel_does_on_views(monkeypatch):
     rate = {"frame": 1.0, "frame_row": 1e-3, "frame_product": 1e-6, "frame_pair": 1e-5, "element": 1e9, "slab": 1e9}
     invent(monkeypatch, abacus={"forward": only(**rate), "backward": only(call=3.0)})

@@ -22,7 +22,7 @@ MAX_LINES = 600
 
 # Down the list only. Modules of one layer may import each other.
 LAYERS = {
-    "declare": "canvas connectivity masks schema types semantic program learning clock_ir cortex identity",
+    "declare": "notices canvas connectivity masks schema types semantic program learning clock_ir cortex identity",
     "plan": "plan compiler",
     "run": "attention dispatch scheduling clock_formulas residuals",
     "graft": "looped_block cogvideox graft curriculum sharpening action_heads checkpoint",
@@ -373,17 +373,19 @@ def test_the_library_documents_itself_with_examples():
 
 
 @pytest.mark.filterwarnings("ignore:attention computes .* of all token pairs")  # a graft says so, rightly
-def test_readme_examples_run(tmp_path, monkeypatch):
+def test_readme_examples_run_and_print_what_they_say(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     monkeypatch.chdir(tmp_path)
-    run = 0
+    run = said_lines = 0
     for block in blocks:
         if "diffusers" in block and importlib.util.find_spec("diffusers") is None:
             continue  # an extra, which its example needs
         exec(compile(textwrap.dedent(block), "README.md", "exec"), {"__name__": "readme"})
-        run += 1
-    assert run
+        printed, said = capsys.readouterr().out.splitlines(), re.findall(r"^#> (.*)$", block, re.MULTILINE)
+        assert printed == said or not said
+        run, said_lines = run + 1, said_lines + len(said)
+    assert run and said_lines
 
 
 CHECKS = re.compile(r"(^|[._])(raises|warns|assert\w*|check\w*|expect\w*|deprecated_call|opcheck)$")

@@ -36,6 +36,10 @@ def run(*arguments):
     return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
 
 
+def connections_of(schema):
+    return connection_table(schema.layout, schema.topology, compile_attention(schema.layout, schema.topology))
+
+
 def rows(table) -> list[tuple[str, ...]]:
     return list(zip(*(list(column.cells) for column in table.columns)))
 
@@ -45,22 +49,28 @@ def test_tables_hold_the_declaration(schema):
         ("cam", "0:4 × 0:3 × 0:4", "48", "1", "1", "cross_attention"),
         ("plan", "0:2 × 3:4 × 0:4", "8", "2", "no", "cross_attention"),
     ]
-    assert rows(connection_table(schema.layout, schema.topology)) == [
-        ("cam", "cam", "all → all", "", "1", "cross_attention"),
-        ("cam", "plan", "t → t-1", "hold", "0.5", "cross_attention"),
+    # at times -1 … 2 the plan, whose frames stand for times 0 and 2, is held from time 0 on
+    assert rows(connections_of(schema)) == [
+        ("cam", "cam", "all → all", "", "1", "cross_attention", "1"),
+        ("cam", "plan", "t → t-1", "hold", "0.5", "cross_attention", "3"),
     ]
 
 
 def test_tables_say_what_they_leave_out(schema):
     many = CanvasTopology([Connection("cam", "cam", weight=1.0 + i) for i in range(MAX_ROWS + 5)])
-    table = connection_table(schema.layout, many)
+    table = connections_of(CanvasSchema(schema.layout, many))
     assert len(rows(table)) == MAX_ROWS
     assert table.caption == f"the first {MAX_ROWS} of {MAX_ROWS + 5}"
 
 
 def test_connections_to_missing_regions_are_marked(schema):
-    found = rows(connection_table(schema.layout, CanvasTopology([Connection("cam", "nowhere")])))
-    assert found == [("cam", "nowhere", "all → all", "", "1", "skipped: no such region")]
+    lost = CanvasTopology([Connection("cam", "nowhere"), Connection("plan", "cam", t_src=0, t_dst=9)])
+    with pytest.warns(UserWarning, match="nowhere|find nothing to read"):
+        found = rows(connections_of(CanvasSchema(schema.layout, lost)))
+    assert found == [
+        ("cam", "nowhere", "all → all", "", "1", "skipped: no such region", "0"),
+        ("plan", "cam", "t → t+9", "hold", "1", "cross_attention", "2"),
+    ]
 
 
 def test_inspect_prints_regions_connections_and_the_plan(path):
@@ -77,13 +87,30 @@ def test_inspect_estimates_the_time_on_this_machine(path, monkeypatch):
         assert words in run("inspect", path).output
 
 
+def test_inspect_estimates_what_it_is_asked_for(path, monkeypatch):
+    measured = next(name for name, entry in costs.all_rates().items() if "backward" in entry)
+    monkeypatch.setattr("canvas_engineering.plan.estimate.processor_key", lambda threads: measured)
+    plan = compile_attention(load_schema(path).layout, load_schema(path).topology)
+    asked = {"batch": 2, "heads": 48, "head_dim": 32, "dtype": "bfloat16"}
+    found = plan.estimate(measured, **asked)
+    options = [text for name, value in asked.items() for text in (f"--{name.replace('_', '-')}", value)]
+    printed = run("inspect", path, *options).output
+    assert f"batch 2, 48 heads of 32, bfloat16: {found}\n" in printed
+    assert "batch 1, 1 head of 64, float32: " in run("inspect", path).output
+    first = next(iter(found.breakdown))
+    assert f"    {first}: {costs.COUNTS[first]}\n" in printed
+    for wrong in (("--dtype", "int8"), ("--heads", "0")):
+        assert run("inspect", path, *wrong).exit_code == 2
+
+
 def test_the_key_explains_what_is_printed(schema):
-    columns = [column.header for column in connection_table(schema.layout, schema.topology).columns]
+    columns = [column.header for column in connections_of(schema).columns]
     explained = {line.split(":")[0] for line in KEY.replace("; ", "\n").splitlines()}
     assert {"asks", "answers", "frames", "between frames"} == explained & set(columns)
     printed = compile_attention(schema.layout, schema.topology).summary()
     for word in ("read", "rectangle", "density", "tile fill", "log-sum-exp slots"):
         assert word in explained and word in printed
+    assert {"slab", "batch"} <= explained  # of which the estimate's words are made
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "typer"])
@@ -108,6 +135,15 @@ def test_draw_writes_three_pictures(path, tmp_path):
     names = sorted(picture.name for picture in (tmp_path / "new").iterdir())
     assert names == ["p-table.png", "p-topology.png", "p.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("name", ["p.xyz", "p"])
+def test_draw_says_which_pictures_there_are(path, tmp_path, name):
+    pytest.importorskip("matplotlib")
+    done = run("draw", path, "--out", tmp_path / name)
+    assert done.exit_code == 2
+    assert f"{name} has to end in one of" in done.output and ".png" in done.output and "Traceback" not in done.output
+    assert not list(tmp_path.glob("p*"))
 
 
 @pytest.mark.parametrize(

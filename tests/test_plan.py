@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 
 from canvas_engineering.canvas import CanvasLayout, RegionSpec
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
+from canvas_engineering.dispatch import AttentionDispatcher
 from canvas_engineering.masks import MaskSpec
 from canvas_engineering.plan import compile_attention
 from tests import oracle
@@ -176,6 +178,34 @@ def test_bad_arguments_are_named():
         plan.pack(torch.zeros(2, 5, 3), 1)
     with pytest.raises(ValueError, match=r"must hold the plan's 1152 packed positions"):
         plan.unpack(torch.zeros(2, 5, 3), 1)
+
+
+def test_regions_that_nothing_joins_are_told_of_once_and_at_the_callers_line():
+    regions = {"video": (0, 8, 0, 1, 0, 4), "goal": (0, 1, 1, 2, 0, 4)}
+    layout = CanvasLayout(T=8, H=2, W=4, d_model=8, regions=regions)
+    topology = CanvasTopology(
+        [
+            # each region reads itself somehow; the frame before, of one that has one frame, is no mistake
+            *CanvasTopology.causal_temporal(["video", "goal"]).connections[:1],
+            Connection("goal", "goal"),
+            Connection("goal", "goal", t_src=0, t_dst=-1),
+            Connection("video", "goal", t_src=0, t_dst=-100),
+            Connection("goal", "video", t_src=0, t_dst=-1, weight=0.0),
+        ]
+    )
+    message = "^1 of 5 connections find nothing to read on this layout: 'video' reads 'goal' at t_src=0, t_dst=-100$"
+    with pytest.warns(UserWarning, match=message) as caught:
+        plan = compile_attention(layout, topology)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert plan.reads.counts(5).tolist() == [8, 1, 0, 0, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compile_attention(layout, topology) is plan
+    with pytest.warns(UserWarning, match="find nothing to read") as caught:
+        dispatcher = AttentionDispatcher(CanvasTopology([topology.connections[3]]), layout, 8)
+    assert [warning.filename for warning in caught] == [__file__]
+    x = torch.randn(1, layout.num_positions, 8)
+    assert torch.equal(dispatcher(x), x)
 
 
 def test_summary_and_picture_state_the_measured_quantities():

@@ -54,6 +54,19 @@ def rows():
     return next(suite.run([SMALL], copy.copy(QUICK)))
 
 
+@pytest.mark.parametrize("known", [cases.CPU, cases.GPU], ids=["processors", "accelerators"])
+def test_every_case_says_what_it_is_and_no_two_the_same(known):
+    assert len({case.about for case in known}) == len(known)
+    for case in known:
+        if case.name.startswith(("video_", "frames_", "long_video_")):
+            layout, _ = case.declare()
+            frame = " × ".join(f"{size:,}" for size in layout.spatial_shape)
+            assert f"{layout.T:,} frames of {frame}" in case.about, case.name
+        if case.name.startswith("video_"):
+            assert case.name == f"video_{layout.num_positions}"
+            assert case.about.endswith(f": {layout.num_positions:,} positions")
+
+
 def expected(form: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Output and gradients (B, H, N, D) by the tests' oracle and autograd."""
     layout, topology = tangled()

@@ -262,7 +262,7 @@ class AttentionPlan:
         batch: int = 1,
         heads: int = 1,
         head_dim: int = 64,
-        dtype: str = "float32",
+        dtype: torch.dtype | str = "float32",
         backward: bool = True,
     ) -> Estimate:
         """What one call of attention over this plan takes, undisturbed, from the device's measured rates; nothing runs.
@@ -273,7 +273,7 @@ class AttentionPlan:
             device: "cpu" or "cuda" for this machine's, or the name of a device whose rates were measured.
             batch, heads, head_dim: of q, k and v (batch, heads, N, head_dim), laid out as a projection leaves them,
                 positions before heads.
-            dtype: theirs: "float32", "float16" or "bfloat16".
+            dtype: theirs: torch.float32, torch.float16 or torch.bfloat16, or "float32" and so on.
             backward: whether the gradients of q, k and v follow.
 
         Raises:
@@ -346,7 +346,8 @@ def compile_attention(
 
     Args:
         layout: where regions lie.
-        topology: who reads whom. Connections to regions that the layout lacks are skipped with one UserWarning.
+        topology: who reads whom. Connections to regions that the layout lacks are skipped with one UserWarning; where
+            offsets or masks leave two regions without any read, one tells so when the plan is made.
         program: how the connections run: functions, write modes, masks and triggers, and which regions are read
             through a bank of slots. Connection programs for pairs without a connection get one UserWarning.
         cortex: gives edges inside one cortex its attention function.

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from canvas_kernels.costs import all_rates, processor_key, total
+from canvas_kernels.costs import COUNTS, all_rates, processor_key, total
 from canvas_kernels.work import GpuWork, Work
 
 if TYPE_CHECKING:
     from . import AttentionPlan
 
 DTYPES = ("float32", "float16", "bfloat16")
+SHOWN = 4
 MEASURE = "python -m benchmarks.rates"
 
 
@@ -47,8 +48,11 @@ class Estimate:
         return self.forward_seconds + self.backward_seconds
 
     def __str__(self) -> str:
-        longest = list(self.breakdown.items())[:4] if self.seconds else ()
-        most = ", ".join(f"{name} {value / self.seconds:.0%}" for name, value in longest)
+        shares = {name: value / self.seconds for name, value in self.breakdown.items()} if self.seconds else {}
+        longest = dict(list(shares.items())[:SHOWN])
+        if len(shares) > SHOWN:
+            longest["other"] = 1 - sum(longest.values())
+        most = ", ".join(f"{name} {share:.0%}" for name, share in longest.items())
         return (
             f"{1e3 * self.forward_seconds:.3g} ms forward, {1e3 * self.backward_seconds:.3g} ms backward, "
             f"{self.peak_bytes / 2**20:.3g} MiB on {self.device}\n  {most or 'nothing takes time'}"
@@ -56,9 +60,16 @@ class Estimate:
 
 
 def of_plan(
-    plan: AttentionPlan, device: torch.device | str, batch: int, heads: int, head_dim: int, dtype: str, backward: bool
+    plan: AttentionPlan,
+    device: torch.device | str,
+    batch: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype | str,
+    backward: bool,
 ) -> Estimate:
     """:meth:`AttentionPlan.estimate`."""
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"rates are measured for {', '.join(DTYPES)}, got {dtype!r}")
     if min(batch, heads, head_dim) < 1:
@@ -86,12 +97,14 @@ def of_plan(
     )
 
 
-def in_words(plan: AttentionPlan) -> str:
-    """What attention over the plan takes on one thread of this machine, or why that is not known."""
+def in_words(plan: AttentionPlan, batch: int = 1, heads: int = 1, head_dim: int = 64, dtype: str = "float32") -> str:
+    """What attention over the plan takes on one thread of this machine and what of, or why that is not known."""
     try:
-        return f"one head of 64 in float32: {plan.estimate(processor_key(1))}"
+        found = plan.estimate(processor_key(1), batch=batch, heads=heads, head_dim=head_dim, dtype=dtype)
     except ValueError as cause:
         return f"its time is not known: {cause}"
+    words = "".join(f"\n    {name}: {COUNTS[name]}" for name in list(found.breakdown)[:SHOWN] if name in COUNTS)
+    return f"batch {batch}, {heads} head{'s' * (heads != 1)} of {head_dim}, {dtype}: {found}{words}"
 
 
 def device_name(device: torch.device | str) -> str:

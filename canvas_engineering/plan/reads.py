@@ -10,6 +10,7 @@ import numpy as np
 from ..canvas import CanvasLayout
 from ..connectivity import CanvasTopology, FrameReads, resolve_connections, resolve_frames
 from ..masks import MaskSpec, mask_parts
+from ..notices import some, warn
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Reads:
     weight: np.ndarray
     connection: np.ndarray
 
+    def counts(self, connections: int) -> np.ndarray:
+        """int64 [connections]: how many reads each connection has."""
+        return np.bincount(self.connection, minlength=connections)
+
     def of(self, connections: np.ndarray) -> Reads:
         """Only the reads of the connections marked in ``connections`` (bool [number of connections])."""
         keep = connections[self.connection]
@@ -71,7 +76,8 @@ def topology_reads(
 
     Args:
         layout, topology: the declaration. A connection that names a region missing from the layout makes no read, and
-            one UserWarning tells of all of them.
+            one UserWarning tells of all of them; another of those whose offsets or mask leave two
+            regions without any read.
         dense_in_time: take every connection as if it had no temporal offsets.
         banks: every read of a bank's region has the whole bank as its keys, whatever frame or tile it names.
 
@@ -113,7 +119,23 @@ def topology_reads(
             collect.masked(number, src, dst, connection.weight, frames, mask)
         except ValueError as error:
             raise ValueError(f"connection {number}, {connection.src!r} reads {connection.dst!r}: {error}") from None
-    return collect.reads()
+    reads = collect.reads()
+    _warn_of_idle_connections(topology, reads, [number for number, *_ in (*collect.framed, *collect.split)])
+    return reads
+
+
+def _warn_of_idle_connections(topology: CanvasTopology, reads: Reads, numbers: list[int]) -> None:
+    """Says which of the connections ``numbers``, which offsets or a mask restrict, leave their pair of regions without
+    a read. One of several may well find none: the frame before, of a region that has one frame."""
+    count = reads.counts(len(topology.connections)).tolist()
+    if all(count[number] for number in numbers):
+        return
+    reading = {(c.src, c.dst) for number, c in enumerate(topology.connections) if count[number]}
+    named = (topology.connections[number] for number in sorted(numbers))
+    idle = [c for c in named if (c.src, c.dst) not in reading]
+    if idle:
+        shown = some(f"{c.src!r} reads {c.dst!r} at t_src={c.t_src}, t_dst={c.t_dst}" for c in idle)
+        warn(f"{len(idle)} of {len(topology.connections)} connections find nothing to read on this layout: {shown}")
 
 
 class _Collector:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 
 from canvas_engineering.connectivity import Connection, resolve_connections
+from canvas_engineering.notices import some, warn
 from canvas_engineering.program.document import CanvasProgram
 from canvas_engineering.program.edges import parse_trigger, resolve_edges
 from canvas_engineering.program.specs import (
@@ -69,9 +70,7 @@ def _warn_of_idle_declarations(program: CanvasProgram) -> None:
         (idle, "have clocks with max_inner_steps in another domain than 'internal', which runs none"),
     ):
         if names:
-            shown = ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
-            message = f"{len(names)} of {len(program.regions)} region programs {what}: {shown}"
-            warnings.warn(message, UserWarning, stacklevel=4)
+            warn(f"{len(names)} of {len(program.regions)} region programs {what}: {some(map(repr, names))}")
 
 
 def validate_constraints(program: CanvasProgram) -> list[str]:

@@ -6,13 +6,13 @@ import dataclasses
 import math
 import operator
 import re
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.cortex import CortexRegistry
+from canvas_engineering.notices import some, warn
 from canvas_engineering.program.specs import WRITE_MODES, ConnectionProgram, choices
 
 if TYPE_CHECKING:
@@ -196,10 +196,7 @@ def resolve_edges(
 def _warn_of_pairs_without_connection(topology: CanvasTopology, programs) -> None:
     idle = programs.keys() - {(c.src, c.dst) for c in topology.connections}
     if idle:
-        shown = ", ".join(f"{src!r} -> {dst!r}" for src, dst in sorted(idle)[:6]) + (", ..." if len(idle) > 6 else "")
-        warnings.warn(
+        warn(
             f"{len(idle)} of {len(programs)} connection programs are for pairs that no connection of the topology has: "
-            f"{shown}",
-            UserWarning,
-            stacklevel=3,
+            f"{some(f'{src!r} -> {dst!r}' for src, dst in sorted(idle))}"
         )

@@ -1,0 +1,35 @@
+"""Warnings that point at the line of whoever uses the package, and name what they are about."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable
+
+PACKAGE = __name__.partition(".")[0]
+SHOWN = 6
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the innermost line outside this package.
+
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     warn("there is nothing to read")
+    >>> [str(warning.message) for warning in caught]
+    ['there is nothing to read']
+    """
+    frame, level = sys._getframe(1), 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def some(things: Iterable[str]) -> str:
+    """The first six of them, separated by commas.
+
+    >>> some("abcdefgh")
+    'a, b, c, d, e, f, ...'
+    """
+    things = list(things)
+    return ", ".join([*things[:SHOWN], *["..."] * (len(things) > SHOWN)])
