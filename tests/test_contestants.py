@@ -225,7 +225,7 @@ def test_flashinfer_gets_a_batch_as_heads_in_both_orders(monkeypatch):
     with pytest.raises(contestants.Unavailable, match="take no weights"):
         contestants.flashinfer(WEIGHTED, "cpu", torch.float32)
     monkeypatch.setattr(contestants, "MOST_BYTES", {"cpu": 5000})
-    with pytest.raises(contestants.Unavailable, match="an index of keys of .* GiB, more than"):
+    with pytest.raises(contestants.Unavailable, match=r"an index of keys of .* GiB, more than"):
         contestants.flashinfer(EQUAL, "cpu", torch.float32)
 
 
