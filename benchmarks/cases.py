@@ -27,7 +27,7 @@ class Case:
             where there are none.
         batch, heads, head_dim: of q, k and v.
         without: a contestant's name to the reason why it is left out.
-        about: one line; by default the first of what ``declare`` says of itself.
+        about: one line; by default the first that ``declare`` says of itself, or the name.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Case:
 
     def __post_init__(self) -> None:
         if not self.about:
-            object.__setattr__(self, "about", self.declare.__doc__.splitlines()[0])
+            object.__setattr__(self, "about", (self.declare.__doc__ or self.name).splitlines()[0])
 
 
 def robot() -> Declaration:
