@@ -127,6 +127,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(options)
         found = chosen(options, options.device)
+        save = options.save or options.out / "rows.json"
+        if options.compare and not options.rows and options.compare.resolve() == save.resolve():
+            raise ValueError(f"{save} would be written over, and is to be compared with: name another --save or --out")
         earlier = measure.read_rows(options.compare) if options.compare else None
         rows = measure.read_rows(options.rows) if options.rows else None
     except (ValueError, OSError) as cause:
@@ -139,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     if rows is None:
         dtype = DTYPES[options.dtype or ("float32" if options.device == "cpu" else "bfloat16")]
         settings = suite.Settings(options.device, dtype, options.seconds, only=frozenset(options.contestant or ()))
-        rows = measured(found, settings, options.save or options.out / "rows.json")
+        rows = measured(found, settings, save)
     faults = []
     if not report.is_aot(rows):
         faults = suite.faults(rows)

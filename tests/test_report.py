@@ -122,3 +122,11 @@ def test_rows_without_a_time_are_said_to_be_such(tmp_path, capsys, recwarn):
         with pytest.raises(ValueError, match="no rows were timed"):
             report.write(rows, tmp_path)
     assert not recwarn.list
+
+
+def test_rows_to_compare_with_are_not_written_over(tmp_path, capsys):
+    rows = tmp_path / "rows.json"
+    rows.write_text("{}\n")
+    with pytest.raises(SystemExit):
+        bench.main(["--case", "robot", "--out", str(tmp_path), "--compare", str(rows)])
+    assert "would be written over, and is to be compared" in capsys.readouterr().err and rows.read_text() == "{}\n"
