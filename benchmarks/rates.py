@@ -38,7 +38,7 @@ BOUND = 0.25
 # quantile of the reference's times that counts as undisturbed
 QUIET = 0.1
 ROUNDS = 3
-SHORT_SECONDS = 4e-3
+SHORT_SECONDS = 2e-2
 RUN = 16
 RESULTS = measure.RESULTS / "estimate.json"
 
@@ -300,15 +300,11 @@ def _case_call(case: cases.Case, plan: AttentionPlan) -> Timed:
 
 
 def peak_bytes(case: cases.Case, plan: AttentionPlan) -> int:
-    """The most that tensors hold during a forward and backward, beyond the inputs, as the profiler sees it."""
+    """The most that tensors hold during a forward and backward, beyond the inputs."""
     step = _case_call(case, plan).step
     # what is made once for a table is no part of a call
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return int(held.max())
+    return measure.tensor_bytes(step)
 
 
 def show(rows: list[dict]) -> None:

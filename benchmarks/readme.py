@@ -88,7 +88,7 @@ def measured(dispatcher: list[dict], fleet: list[dict], suite: list[dict], plan_
         "",
         *_paragraph(
             f"Compiling the plan, cold: {1e3 * seconds['computer_use']:.0f} ms for a computer-use canvas of 16,384 "
-            f"positions, {seconds['video of 256 frames']:.2f} s for a causal video of 1,048,576."
+            f"positions, {seconds['video of 256 frames']:.2f} s for a causal video of 256 frames of 64 × 64: 1,048,576."
         ),
         "",
         *_paragraph(

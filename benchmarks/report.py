@@ -26,12 +26,8 @@ LABELS = {
     "varlen": "FlashAttention, varlen",
     "sdpa_unmasked": "SDPA without a mask",
 }
-ENOUGH_ROUNDS = 3
-"""For quartiles, and for the noise of a case by itself."""
-FEW_ROUNDS_MARGIN = 2
-"""Noise is exceeded by one pair in ten; of forty cases that are judged by one pair each, none should be, by chance."""
 MEDIAN_ROUNDS = 3
-"""Fewer rounds give no median."""
+"""Fewer rounds give no median, no quartiles and no noise of a case by itself."""
 
 
 def is_aot(rows: list[dict]) -> bool:

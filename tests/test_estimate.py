@@ -19,8 +19,6 @@ BY_NAME = {case.name: case for case in cases.CPU}
 
 
 # one round of a million positions is slowed by memory that the system has to find first: benchmarks/LOG.md
-TOO_SLOW = {("fleet", "edge"), ("video_4096", "joint"), ("robot", "joint")}
-"""What the rates predict too slow since the executor lays heads first (benchmarks/LOG.md)."""
 PREDICTED = {case.name for case in cases.CPU} - {"video_1048576"}
 MEASURED = next(name for name, entry in costs.all_rates().items() if "backward" in entry)
 
@@ -267,17 +265,17 @@ def test_committed_rates_give_the_committed_predictions(name):
 
 def undisturbed(row: dict, reference: dict, entry: dict, part: str) -> float:
     """Seconds of a part of a row, relative to how long attention without a mask took in the same rounds: by the rates,
-    one call of the flash kernel."""
-    n = reference["reference_tokens"]
-    counts = costs.slab_counts(1, n, n, heads=row["heads"], head_dim=row["head_dim"], thin=False, flash=True)
-    kernel = {name: counts[name] for name in ("flash_matrix", "flash_product", "flash_pair")}
+    one frame."""
+    n, heads, dim = reference["reference_tokens"], row["heads"], row["head_dim"]
+    kernel = {"frame": heads, "frame_row": heads * n * dim, "frame_product": heads * n * n * dim}
+    kernel["frame_pair"] = heads * n * n
     slow = reference[f"{part}_seconds"]["p50"] / costs.seconds(kernel, entry[part])
     return row[f"{part}_seconds"]["p50"] / slow
 
 
 def test_the_suites_rows_are_predicted_within_a_quarter_where_their_noise_allows():
     """Forward and backward together. A row may be off by its case's noise more; where one round is all there is, as
-    between two equal calls, by all cases' noise, twice."""
+    between two equal calls, by all cases' noise, twice: one pair in ten exceeds it, and of forty none should."""
     rows = measure.read_rows(measure.RESULTS / "suite.json")
     if not MEASURED.startswith(rows[0]["device"]):
         pytest.skip(f"the rows are of {rows[0]['device']}, the rates of {MEASURED}")
@@ -289,14 +287,16 @@ def test_the_suites_rows_are_predicted_within_a_quarter_where_their_noise_allows
         reference = report.one(rows, contestant="sdpa_unmasked", case=row["case"])
         case = BY_NAME[row["case"]]
         found = rates.plan_of(case, row["form"]).estimate(MEASURED, **rates.shape_of(case))
+        held = row.get("tensor_bytes", found.peak_bytes)
+        assert found.peak_bytes == pytest.approx(held, rel=0.12), f"{row['case']}, {row['form']} form"
         seconds = sum(undisturbed(row, reference, entry, part) for part in ("forward", "backward"))
         own = noises[row["case"]]
-        allowed = own if row["rounds"] >= report.ENOUGH_ROUNDS else report.FEW_ROUNDS_MARGIN * max(own, pooled)
+        allowed = own if row["rounds"] >= report.MEDIAN_ROUNDS else 2 * max(own, pooled)
         errors[row["case"], row["form"]] = (found.seconds / seconds - 1, rates.BOUND + allowed)
     worst = sorted(errors.items(), key=lambda item: -abs(item[1][0]))
     print("\n".join(f"{case}, {form} form: {error:+.0%}" for (case, form), (error, _) in worst[:5]))
     beyond = {key: error for key, (error, allowed) in errors.items() if abs(error) > allowed}
-    assert beyond.keys() <= TOO_SLOW and all(0 < error < 0.35 for error in beyond.values()), beyond
+    assert not beyond
     assert np.quantile([abs(error) for error, _ in errors.values()], 0.9) <= rates.BOUND
 
 
