@@ -21,6 +21,9 @@ from .table import BlockTable
 # Probabilities of the batches are kept for backward up to this many per position and head_dim element (16: four times
 # the bytes of q, k, v and out); above it backward computes them again, which costs a fifth more time.
 KEPT_PAIRS = 16
+# Where slabs would keep more than this per head, 64 MiB, the flash kernel keeps none: memory comes page by page. 0.85
+# of the time at 33 million (video of 65,536); at 8 million (16,384) products take 0.95 of the kernel's.
+MOST_KEPT = 1 << 24
 # Orders of a tensor's dimensions (batch, heads, positions) in memory, the outermost first.
 POSITIONS, BATCH, HEADS = (2, 0, 1), (0, 1, 2), (1, 0, 2)
 
@@ -182,7 +185,7 @@ def choices(table: BlockTable, head_dim: int) -> Choices:
         grouping = group(table)
         budget = KEPT_PAIRS * table.n_positions * head_dim
         flash = tuple(bool(takes_flash(slab.rows, slab.keys)) for slab in grouping.slabs)
-        if sum(slab.pairs for slab, is_flash in zip(grouping.slabs, flash) if not is_flash) > budget:
+        if sum(slab.pairs for slab, is_flash in zip(grouping.slabs, flash) if not is_flash) > min(budget, MOST_KEPT):
             flash = (True,) * len(flash)
         keeps = sum(batch.pairs for batch in grouping.batches) <= budget
         size = sum(batch.pairs for batch in grouping.batches) if keeps else 0
