@@ -252,7 +252,8 @@ def test_measured_cases_were_predicted_within_a_quarter():
     for row in rows:
         for name in ("forward_seconds", "backward_seconds", "peak_bytes"):
             error = row[f"predicted_{name}"] / row[name] - 1
-            assert abs(error) <= rates.BOUND or (row["case"] == TOO_SLOW and 0 < error < 1.6), f"{row['case']}, {row['form']} form, {name}: {error:+.0%}"
+            known = row["case"] == TOO_SLOW and 0 < error < 1.6
+            assert known or abs(error) <= rates.BOUND, f"{row['case']}, {row['form']} form, {name}: {error:+.0%}"
 
 
 @pytest.mark.parametrize("name", [case.name for case in rates.CHECKED_CASES])
