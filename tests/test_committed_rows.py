@@ -16,10 +16,8 @@ def suite_rows() -> list[dict]:
     return committed("suite")
 
 
-TIES = {(f"frames_{count}_d64", "edge", "grouped"): 0.03 for count in cases.FRAMES}
+TIES = {(f"frames_{count}_d64", "edge", "grouped"): 0.022 for count in cases.FRAMES}
 """Who may be ahead of ours, and by how much at most: frames by hand are the very call that ours makes of them."""
-ON_THE_LINE = {("multi_rate", "per_edge_loop"): 0.95}
-"""Shares of their targets that dispatcher ratios reach, where runs fall on both sides: benchmarks/LOG.md."""
 
 
 def shortfall(row: dict) -> float:
@@ -50,7 +48,7 @@ def test_each_dispatcher_ratio_reaches_its_target():
         (row["case"], row["contestant"], row["ratio"]["p50"])
         for row in rows
         if row["at_least"] is not None
-        and row["ratio"]["p50"] < row["at_least"] * ON_THE_LINE.get((row["case"], row["contestant"]), 1.0)
+        and row["ratio"]["p50"] < row["at_least"]
     ]
     assert not missed
 
