@@ -77,6 +77,11 @@ class Slab:
         """Whether several cells are copied side by side."""
         return min(self.rows, self.keys) < THIN_SIDE
 
+    @cached_property
+    def places(self) -> dict:
+        """Where its ranges lie in tensors of the layouts met so far, which :mod:`.slabs` keeps here."""
+        return {}
+
     def positions(self, ranges: tuple[tuple[int, int, int], ...]) -> np.ndarray:
         """int64 [G, length]: what ``row_ranges`` or ``key_ranges`` hold."""
         g = np.arange(self.cells)[:, None]

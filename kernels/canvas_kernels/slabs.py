@@ -8,6 +8,7 @@ keep its output and log-sum-exp; others are plain batched products and keep thei
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -25,8 +26,8 @@ DIRECT_ELEMENTS, DIRECT_TERMS = 1 << 12, 32
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_softmax_out = torch.ops.aten._softmax.out
-_softmax_backward_out = torch.ops.aten._softmax_backward_data.out
+_softmax_out = torch.softmax
+_softmax_backward_out = torch._softmax_backward_data
 
 
 def saved_parts(slab: Slab, flash: bool, heads: int, dim: int) -> tuple[int, ...]:
@@ -50,7 +51,7 @@ def forward_slab(
     :func:`saved_parts` says, unless it is None; base-2 log-sum-exp goes to ``lse`` (X, n_slots) unless that has no
     slots."""
     forward = _forward_flash if flash else _forward_products
-    if saved is not None:
+    if saved is not None and step.live is not None:
         saved = _used(saved, step.slab(number), flash, inputs[0], clear=True)
     forward(number, step, inputs, scale, saved, lse if lse.shape[1] else None, total, fresh)
 
@@ -69,7 +70,8 @@ def backward_slab(
     """Adds slab ``number`` to ``totals`` dq, dk, dv (n, X, D), or writes it: ``fresh`` for rows, for keys. Adds
     Σ_rows s · δ to ``per_segment``, unless that is None."""
     backward = _backward_flash if flash else _backward_products
-    saved = _used(saved, step.slab(number), flash, inputs[0])
+    if step.live is not None:
+        saved = _used(saved, step.slab(number), flash, inputs[0])
     # [G, R]: Σ over heads and elements of dO ∘ f
     delta = backward(number, step, inputs, scale, saved, totals, per_segment is not None, fresh)
     if per_segment is not None:
@@ -200,138 +202,158 @@ def _backward_flash(number, step: Step, inputs, scale, saved, totals, need_delta
 # -- products: batched matrix products ---------------------------------------------------------------------------------
 # Cells and heads make the one batch dimension of a product, Y of them, where that is a view; otherwise the slab is
 # walked in lanes, one for each cell or one for each head, whichever are fewer. Thin cells are copied instead, all into
-# one lane.
+# one lane. Up to a thousand positions or so a tenth of the time goes by between products: what can be known of a slab
+# and a layout in memory is worked out once.
 
 
-def _lanes(x: torch.Tensor, slab: Slab) -> tuple[torch.Tensor, ...]:
-    """[G, X, …] as lanes: itself where the slab has one, else [Y, …] each."""
+def _lane_count(slab: Slab, heads: int) -> int:
+    return 1 if slab.thin else min(slab.cells, heads)
+
+
+def _lanes(x: torch.Tensor, slab: Slab, ranges) -> list[tuple[torch.Tensor, ...]]:
+    """Range by range, the lanes of ``x`` (n, X, D): views [Y, length, D], or one [G, X, length, D] of thin cells."""
+    key = ranges, x.shape, x.stride()
+    places = slab.places.get(key)
+    if places is None:
+        places = slab.places[key] = [_place(x, slab, *each) for each in ranges]
+    begin, found = x.storage_offset(), []
+    for size, strides, first, several in places:
+        view = x.as_strided(size, strides, begin + first)
+        found.append(view.unbind() if several else (view,))
+    return found
+
+
+def _place(x: torch.Tensor, slab: Slab, start: int, length: int, move: int):
+    """Size and strides of a range in tensors laid out as ``x``, [lanes, Y, length, D] where lanes are ``several``, and
+    where it begins: (size, strides, first, several)."""
+    heads, dim = x.shape[1:]
+    by_position, by_head, _ = x.stride()
+    cells, lanes = (slab.cells, move * by_position), (heads, by_head)
+    if slab.cells <= heads or slab.thin:
+        cells, lanes = lanes, cells
+    several = _lane_count(slab, heads) > 1
+    outer = (lanes, cells) if several or lanes[0] > 1 else (cells,)
+    size, strides = zip(*outer, (length, by_position), (dim, 1))
+    return size, strides, start * by_position, several
+
+
+def _inputs(x: torch.Tensor, slab: Slab, ranges) -> Sequence[torch.Tensor]:
+    """The rows of ``ranges`` in ``x`` (n, X, D), lane by lane: [Y, length, D]."""
+    if len(ranges) > 1:
+        return _apart(_gather(x, slab, ranges), slab)
+    lanes = _lanes(x, slab, ranges)[0]
+    return lanes if lanes[0].dim() == 3 else [lane.reshape(-1, *lane.shape[2:]) for lane in lanes]
+
+
+def _apart(x: torch.Tensor, slab: Slab) -> Sequence[torch.Tensor]:
+    """[G, X, …] as lanes [Y, …]."""
     cells, heads = x.shape[:2]
-    if cells == 1 or slab.thin:
-        return (x,)
+    if _lane_count(slab, heads) == 1:
+        return [x.reshape(-1, *x.shape[2:])]
     return x.unbind(0 if cells <= heads else 1)
 
 
-def _stack(lanes: list[torch.Tensor], slab: Slab, heads: int) -> torch.Tensor:
-    """The inverse of :func:`_lanes`, for lanes [Y, …] also where there is one."""
+def _together(lanes: list[torch.Tensor], slab: Slab, heads: int) -> torch.Tensor:
+    """The inverse of :func:`_apart`."""
     if len(lanes) == 1:
         return lanes[0].view(slab.cells, heads, *lanes[0].shape[1:])
     return torch.stack(lanes, 0 if slab.cells <= heads else 1)
 
 
-def _flat(lane: torch.Tensor) -> torch.Tensor:
-    """A lane as [Y, length, D]"""
-    return lane if lane.dim() == 3 else lane.reshape(-1, *lane.shape[2:])
-
-
-def _pair_lanes(flat: torch.Tensor, slab: Slab, heads: int) -> tuple[torch.Tensor, ...]:
+def _pair_lanes(flat: torch.Tensor, slab: Slab, heads: int) -> Sequence[torch.Tensor]:
     """``flat`` as a lane after another: [Y, keys, R] where keys come first, [Y, R, keys] otherwise."""
     shape = (slab.keys, slab.rows) if slab.keys_first else (slab.rows, slab.keys)
-    count = 1 if slab.thin else min(slab.cells, heads)
-    return (flat.view(-1, *shape),) if count == 1 else flat.view(count, -1, *shape).unbind(0)
+    count = _lane_count(slab, heads)
+    return (flat.view(-1, *shape),) if count == 1 else flat.view(count, -1, *shape).unbind()
 
 
-def _logits(pairs, queries, keys, slab: Slab, scale: float, bias: torch.Tensor | None = None) -> None:
-    """pairs ← scale · queries keysᵀ + bias, in the order of its memory. ``bias`` is a lane of [G, X, 1, keys]."""
-    if bias is not None:
-        pairs.view(*bias.shape[:-2], *pairs.shape[1:]).copy_(bias.transpose(-1, -2) if slab.keys_first else bias)
-    left, right = (keys, queries) if slab.keys_first else (queries, keys)
-    torch.baddbmm(pairs, left, right.transpose(1, 2), beta=0 if bias is None else 1, alpha=scale, out=pairs)
-
-
-def _add_product(
-    lanes, slab: Slab, heads: int, ranges, left, right, coefficient: torch.Tensor | float, fresh: bool
-) -> None:
+def _add_product(lane, slab: Slab, heads: int, ranges, left, right, coefficient, fresh: bool) -> None:
     """Rows of ``ranges`` in one lane ← coefficient · left right, added unless ``fresh``.
 
-    ``lanes``: a view per range, [Y, length, D] or [G, X, length, D]. ``left`` [Y, lengths, …], coefficient […, lengths,
-    1].
+    ``lane``: of each range a view as :func:`_lanes` gives it. ``left`` [Y, lengths, …]; coefficient [Y, lengths, 1], or
+    a number.
     """
     constant, begin = isinstance(coefficient, float), 0
-    for lane, (_, length, move) in zip(lanes, ranges):
+    for view, (_, length, move) in zip(lane, ranges):
         part, factor = left, coefficient
         if len(ranges) > 1:
             part = left[:, begin : begin + length]
-            factor = coefficient if constant else coefficient[..., begin : begin + length, :]
-        begin += length
-        if slab.cells > 1 and move == 0 and (lane.dim() == 4 or slab.cells > heads):
+            factor = coefficient if constant else coefficient[:, begin : begin + length]
+            begin += length
+        _, terms, dim = right.shape
+        if move == 0 and slab.cells > 1 and (slab.thin or slab.cells > heads):
             # every cell has the same rows, and cells are among the batch
-            _add(lane[0], torch.bmm(part, right).view(lane.shape).sum(0), factor, False)
-        elif (
-            constant
-            and (lane.dim() == 3 or lane.shape[0] == 1)
-            and length * right.shape[2] >= DIRECT_ELEMENTS
-            and part.shape[2] >= DIRECT_TERMS
-        ):
-            target = lane if lane.dim() == 3 else lane[0]
-            target.baddbmm_(part, right, beta=0 if fresh else 1, alpha=factor)
+            _add(view[0], torch.bmm(part, right).view(view.shape).sum(0), factor, False)
+        elif constant and length * dim >= DIRECT_ELEMENTS and terms >= DIRECT_TERMS and view.dim() == 3:
+            view.baddbmm_(part, right, beta=0 if fresh else 1, alpha=factor)
+        elif view.dim() == 3:
+            _add(view, torch.bmm(part, right), factor, fresh)
         else:
-            _add(lane, torch.bmm(part, right).view(lane.shape), factor, fresh)
+            factor = factor if constant else factor.view(*view.shape[:3], 1)
+            _add(view, torch.bmm(part, right).view(view.shape), factor, fresh)
 
 
-def _range_lanes(total: torch.Tensor, slab: Slab, ranges):
-    """Per lane, a view of each range in ``total`` (n, X, D)."""
-    return zip(*(_lanes(view, slab) for view in _views(total, slab, ranges)))
-
-
-def _coefficient_lanes(step: Step, number: int, slab: Slab, heads: int):
+def _coefficient_lanes(step: Step, number: int, slab: Slab, heads: int) -> Sequence[torch.Tensor | float]:
+    """Lane by lane, [Y, R, 1] or a number."""
     coefficient = _coefficient(step, number)
     if isinstance(coefficient, float):
-        return (coefficient,) * (1 if slab.thin else min(slab.cells, heads))
-    return _lanes(coefficient.expand(-1, heads, -1, -1), slab)
+        return (coefficient,) * _lane_count(slab, heads)
+    return _apart(coefficient.expand(-1, heads, -1, -1), slab)
 
 
 def _forward_products(number, step: Step, inputs, scale, saved, lse, total, fresh) -> None:
     indices, slab = step.indices, step.slab(number)
     q, k, v = inputs
-    heads = q.shape[1]
-    pair_lanes = _pair_lanes(q.new_empty(heads * slab.pairs) if saved is None else saved[0], slab, heads)
-    key_dim = 1 if slab.keys_first else 2
+    heads, keys_first, rows = q.shape[1], slab.keys_first, slab.row_ranges
     bias = indices.slab_bias(number)
-    bias = [None] * len(pair_lanes) if bias is None else _lanes(bias.expand(-1, heads, -1, -1), slab)
-    coefficients = _coefficient_lanes(step, number, slab, heads)
-    views = (_rows(q, slab), _keys(k, slab), _keys(v, slab))
-    lanes = zip(pair_lanes, *(_lanes(x, slab) for x in views), _range_lanes(total, slab, slab.row_ranges))
+    bias_lanes = None if bias is None else _apart(bias.expand(-1, heads, -1, -1), slab)
+    lanes = zip(
+        _pair_lanes(q.new_empty(heads * slab.pairs) if saved is None else saved[0], slab, heads),
+        _inputs(q, slab, rows),
+        _inputs(k, slab, slab.key_ranges),
+        _inputs(v, slab, slab.key_ranges),
+        zip(*_lanes(total, slab, rows)),
+        _coefficient_lanes(step, number, slab, heads),
+    )
     lse_lanes = []
-    for lane, (pairs, queries, keys, values, out) in enumerate(lanes):
-        _logits(pairs, _flat(queries), _flat(keys), slab, scale, bias[lane])
+    for lane, (pairs, queries, keys, values, out, coefficient) in enumerate(lanes):
+        if bias_lanes is not None:
+            pairs.copy_(bias_lanes[lane].mT if keys_first else bias_lanes[lane])
+        left, right = (keys, queries) if keys_first else (queries, keys)
+        pairs.baddbmm_(left, right.mT, beta=0 if bias is None else 1, alpha=scale)
         if lse is not None:
-            lse_lanes.append(torch.logsumexp(pairs, key_dim))
-        _softmax_out(pairs, key_dim, False, out=pairs)
-        p = pairs.transpose(1, 2) if slab.keys_first else pairs
-        _add_product(out, slab, heads, slab.row_ranges, p, _flat(values), coefficients[lane], fresh)
+            lse_lanes.append(torch.logsumexp(pairs, 1 if keys_first else 2))
+        _softmax_out(pairs, 1 if keys_first else 2, out=pairs)
+        _add_product(out, slab, heads, rows, pairs.mT if keys_first else pairs, values, coefficient, fresh)
     if lse is not None:
-        _write_lse(lse, _stack(lse_lanes, slab, heads), indices, slab)
+        _write_lse(lse, _together(lse_lanes, slab, heads), indices, slab)
 
 
 def _backward_products(number, step: Step, inputs, scale, saved, totals, need_delta, fresh):
     slab = step.slab(number)
-    q, k, v, grad_out = inputs
-    heads = q.shape[1]
-    pair_lanes = _pair_lanes(saved[0], slab, heads)
-    key_dim = 1 if slab.keys_first else 2
-    coefficients = _coefficient_lanes(step, number, slab, heads)
+    heads, keys_first = inputs[0].shape[1], slab.keys_first
+    rows, keys = slab.row_ranges, slab.key_ranges
+    lanes = zip(
+        _pair_lanes(saved[0], slab, heads),
+        *[_inputs(x, slab, ranges) for x, ranges in zip(inputs, (rows, keys, keys, rows))],
+        *[zip(*_lanes(total, slab, ranges)) for total, ranges in zip(totals, (rows, keys, keys))],
+        _coefficient_lanes(step, number, slab, heads),
+    )
     delta = []
-    views = (_rows(q, slab), _keys(k, slab), _keys(v, slab), _rows(grad_out, slab))
-    sides = (slab.row_ranges, slab.key_ranges, slab.key_ranges)
-    targets = (_range_lanes(total, slab, ranges) for total, ranges in zip(totals, sides))
-    lanes = zip(pair_lanes, *(_lanes(x, slab) for x in views), *targets)
-    for lane, (pairs, queries, keys, values, upstream, dq, dk, dv) in enumerate(lanes):
-        p = pairs.transpose(1, 2) if slab.keys_first else pairs
-        values, alpha = _flat(values), coefficients[lane]
+    for pairs, q, k, v, upstream, dq, dk, dv, alpha in lanes:
+        p, p_t = (pairs.mT, pairs) if keys_first else (pairs, pairs.mT)
         if need_delta:
-            delta.append((_flat(upstream) * torch.bmm(p, values)).sum(2))
+            delta.append((upstream * torch.bmm(p, v)).sum(2))
         if not isinstance(alpha, float):
             upstream, alpha = upstream * alpha, 1.0
-        upstream = _flat(upstream)
-        ds = torch.empty_like(pairs)
-        _logits(ds, upstream, values, slab, 1.0)
-        _softmax_backward_out(ds, pairs, key_dim, pairs.dtype, grad_input=ds)
+        ds = torch.bmm(v, upstream.mT) if keys_first else torch.bmm(upstream, v.mT)
+        _softmax_backward_out(ds, pairs, 1 if keys_first else 2, pairs.dtype, grad_input=ds)
         # only now, with the probabilities in cache: 6 % of the whole
-        _add_product(dv, slab, heads, sides[2], p.transpose(1, 2), upstream, alpha, fresh[1])
-        ds = ds.transpose(1, 2) if slab.keys_first else ds
-        _add_product(dq, slab, heads, sides[0], ds, _flat(keys), scale * alpha, fresh[0])
-        _add_product(dk, slab, heads, sides[1], ds.transpose(1, 2), _flat(queries), scale * alpha, fresh[1])
-    return _stack(delta, slab, heads).sum(1) if need_delta else None
+        _add_product(dv, slab, heads, keys, p_t, upstream, alpha, fresh[1])
+        ds, ds_t = (ds.mT, ds) if keys_first else (ds, ds.mT)
+        _add_product(dq, slab, heads, rows, ds, k, scale * alpha, fresh[0])
+        _add_product(dk, slab, heads, keys, ds_t, q, scale * alpha, fresh[1])
+    return _together(delta, slab, heads).sum(1) if need_delta else None
 
 
 # -- plain attention ---------------------------------------------------------------------------------------------------
