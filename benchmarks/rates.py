@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import gc
 import json
+import operator
 import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,17 +30,21 @@ import torch.nn.functional as F
 from benchmarks import cases, measure
 from canvas_engineering.attention import canvas_attention
 from canvas_engineering.plan import AttentionPlan, compile_attention
-from canvas_kernels import BlockTable, block_attention, costs
+from canvas_kernels import BlockTable, block_attention, costs, rectangles
+from canvas_kernels.grouping import group
 from canvas_kernels.rows import put_rows, take_rows
 from canvas_kernels.work import Work
 
-SECONDS = 150.0
+SECONDS = 240.0
 CHECKED_CASES = tuple(case for case in cases.CPU if case.name != "video_1048576")
 """The longest takes more memory than this machine gives to one of several."""
 BOUND = 0.25
 # quantile of the reference's times that counts as undisturbed
 QUIET = 0.1
 ROUNDS = 3
+RUNS = 2
+WAYS = ("batches", "slabs", "flash")
+HEAD_DIM = 64
 SHORT_SECONDS = 2e-2
 RUN = 16
 RESULTS = measure.RESULTS / "estimate.json"
@@ -73,6 +80,12 @@ def different(cells: int, rows: int, keys: int) -> BlockTable:
     return _table(int((rows + keys).sum()), start, rows, start + rows, keys)
 
 
+def crossed(cells: int, rows: int, keys: int) -> BlockTable:
+    """Equal cells whose keys lie in the opposite order of their rows, so that each is its own slab."""
+    number = np.arange(cells)
+    return _table(cells * (rows + keys), number * rows, rows, cells * rows + number[::-1] * keys, keys)
+
+
 def scattered(cells: int, rows: int, keys: int, n: int, shapes: int = 1) -> BlockTable:
     """Cells at no regular distance, which makes them a batch for each of their ``shapes``."""
     generator = np.random.default_rng(0)
@@ -98,6 +111,23 @@ def weighted(cells: int, rows: int, keys: int) -> BlockTable:
     places = {"q_start": start, "q_stop": start + rows, "k_start": k_start, "k_stop": k_start + keys}
     weight = np.tile(np.array([1.0, 0.5], np.float32), cells)
     return BlockTable.from_rectangles("joint", cells * (rows + 2 * keys), 0, **places, weight=weight)
+
+
+def one_way(table: BlockTable, way: str) -> BlockTable:
+    """The same cells, all in "slabs", all in "batches" or all in slabs that take the "flash" kernel, whatever rates
+    say: where cells are grouped by rates alone, what is beside them is never measured, and slabs, batches and calls
+    come and go together."""
+    places = {name: getattr(table, name) for name in ("q_start", "q_stop", "k_start", "k_stop", "segment", "edge")}
+    # positions that nobody reads make it a table of its own
+    n = table.n_positions + 1 + WAYS.index(way)
+    found = BlockTable.from_rectangles(table.form, n, table.n_edges, weight=table.weight, **places)
+    free = dict.fromkeys(("slab", "flash_slab"), 1e9 if way == "batches" else -1e9)
+    with mock.patch.object(costs, "choosing", functools.partial(operator.or_, costs.choosing(), free)):
+        group(found)
+    if way == "flash":
+        with mock.patch.object(rectangles, "MOST_KEPT", 0):
+            assert all(rectangles.choices(found, HEAD_DIM).flash)
+    return found
 
 
 def _table(n, q_start, rows, k_start, keys, segment=None) -> BlockTable:
@@ -127,28 +157,37 @@ def synthetic() -> list[Timed]:
     found += [timed(table, 2) for table in large]
     # products and softmaxes are told apart by the width of a head
     found += [timed(table, 2, head_dim) for table in (*tables[1::3], *large[1::2]) for head_dim in (32, 128)]
-    found += [timed(table, 4, moved=True) for table in tables[1::4]]
+    found += [timed(table, 4, outside=size * table.n_positions) for table in tables[1::4] for size in (1, 2)]
+    small = [crossed(*shape) for shape in ((4, 8, 8), (24, 8, 8), (24, 40, 40), (12, 16, 64), (12, 64, 16))]
+    small += [crossed(8, 96, 96), *(scattered(40, *shape) for shape in ((8, 8, 2000), (32, 32, 4000), (8, 40, 4000)))]
+    found += [timed(one_way(table, way), heads) for table in small for way in WAYS[:2] for heads in (1, 4)]
+    middle = [crossed(*shape) for shape in ((4, 192, 224), (24, 192, 224), (48, 256, 512), (8, 384, 384))]
+    middle += [crossed(32, 256, 256), *(beside(24, *shape) for shape in ((192, 224), (256, 512)))]
+    found += [timed(one_way(table, way), heads) for table in middle for way in WAYS[1:] for heads in (1, 2)]
     found += [timed(table, 4, dtype=torch.bfloat16) for table in tables[1::6]]
     # whatever else is done, large tensors wait for their memory
-    return found + [timed(frames(256, 256), 1), timed(frames(512, 128), 2), timed(frames(1000, 40), 4, moved=True)]
+    return found + [timed(frames(256, 256), 1), timed(frames(512, 128), 2), timed(frames(1000, 40), 4, outside=40_000)]
 
 
-def timed(table: BlockTable, heads: int, head_dim: int = 64, moved: bool = False, dtype=torch.float32) -> Timed:
-    """Attention over the table, on random inputs."""
+def timed(
+    table: BlockTable, heads: int, head_dim: int = HEAD_DIM, outside: int | None = None, dtype=torch.float32
+) -> Timed:
+    """Attention over the table, on random inputs; over some of ``outside`` positions where there are so many."""
     n = table.n_positions
-    # packed order moves runs of rows, not single ones
-    runs = torch.randperm(-(-n // RUN), generator=torch.Generator().manual_seed(0))
-    order = (runs[:, None] * RUN + torch.arange(RUN)).flatten()
-    order = order[order < n]
+    if outside:
+        # packed order moves runs of rows, not single ones
+        runs = torch.randperm(-(-outside // RUN), generator=torch.Generator().manual_seed(0))
+        order = (runs[:, None] * RUN + torch.arange(RUN)).flatten()
+        order = order[order < outside][:n]
 
     def call(q, k, v):
-        if moved:
+        if outside:
             q, k, v = (take_rows(x, order) for x in (q, k, v))
         out = block_attention(q, k, v, table, backend="torch")
-        return put_rows(out, order, n) if moved else out
+        return put_rows(out, order, outside) if outside else out
 
-    work = Work(table, heads, head_dim, n if moved else None, dtype != torch.float32, dtype.itemsize)
-    return Timed(_step(call, n, heads, head_dim, dtype), work)
+    work = Work(table, heads, head_dim, outside, dtype != torch.float32, dtype.itemsize)
+    return Timed(_step(call, outside or n, heads, head_dim, dtype), work)
 
 
 def _step(call, n: int, heads: int, head_dim: int, dtype=torch.float32) -> Callable[[], tuple[float, float]]:
@@ -241,15 +280,24 @@ def non_negative(matrix: np.ndarray, target: np.ndarray, sweeps: int = 3000) -> 
     return x
 
 
-def entry(seconds: float) -> dict:
+def entry(seconds: float, runs: int) -> dict:
     """The rates of this processor."""
-    calls = synthetic()
-    times, quiet = measured(calls, seconds, "synthetic tables")
+    calls, times, quiets = synthetic(), [], []
+    for run in range(runs):
+        own, quiet = measured(calls, seconds, f"synthetic tables, run {run + 1} of {runs}")
+        times.append(own / quiet)
+        quiets.append(quiet)
+    before = costs.all_rates().get(costs.processor_key(1), {})
+    if before.get("torch") == torch.__version__:
+        # the machine may be slower today than when it was left alone
+        quiets.append(before["reference_seconds"])
+    quiet = min(quiets)
+    times = np.concatenate(times) * quiet
     found = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
-    found["how"] = f"python -m benchmarks.rates: {len(calls)} synthetic tables, float32, one thread"
+    found["how"] = f"python -m benchmarks.rates: {len(calls)} synthetic tables, {runs} runs, float32, one thread"
     found["reference_seconds"] = quiet
     for part, name in enumerate(("forward", "backward")):
-        counts = [call.work.counts(bool(part)) for call in calls]
+        counts = [call.work.counts(bool(part)) for call in calls] * runs
         found[name] = fit(counts, times[:, part])
         error = np.abs(np.array([costs.seconds(row, found[name]) for row in counts]) / times[:, part] - 1)
         print(f"{name}: half of the fit is off by up to {np.median(error):.1%}, 90 % by {np.quantile(error, 0.9):.1%}")
@@ -327,7 +375,8 @@ def show(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of a run, and of the check")
+    parser.add_argument("--runs", type=int, default=RUNS, help="of all tables: what surrounds the machine changes")
     parser.add_argument("--rows", type=Path, help="fit the GPU that made these rows: OUT/timings.jsonl of `make gpu`")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -345,7 +394,7 @@ def main() -> None:
             parser.error(str(cause))
         gpu_rates.show(told)
     else:
-        name, found = costs.processor_key(1), entry(options.seconds)
+        name, found = costs.processor_key(1), entry(options.seconds, options.runs)
     save(name, found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import cases, fleet, measure, report
+from benchmarks import cases, dispatcher, fleet, measure, report
 
 
 def committed(name: str) -> list[dict]:
@@ -41,14 +41,22 @@ def test_nobody_is_faster_than_ours(suite_rows):
     assert ahead.keys() <= TIES.keys() and all(much <= TIES[who] for who, much in ahead.items()), ahead
 
 
+def test_each_dispatcher_contestant_agreed_with_its_form():
+    rows = committed("dispatcher")
+    wanted = {
+        (case.name, form, who) for case in cases.DISPATCH for form, names in dispatcher.FORMS.items() for who in names
+    }
+    assert {(row["case"], row["form"], row["contestant"]) for row in rows} == wanted
+    assert all(0 < row["worst_error"] <= dispatcher.TOLERANCE == 1e-5 for row in rows)
+
+
 def test_each_dispatcher_ratio_reaches_its_target():
     rows = committed("dispatcher")
     assert {row["case"] for row in rows} == {case.name for case in cases.DISPATCH}
     missed = [
         (row["case"], row["contestant"], row["ratio"]["p50"])
         for row in rows
-        if row["at_least"] is not None
-        and row["ratio"]["p50"] < row["at_least"]
+        if row["at_least"] is not None and row["ratio"]["p50"] < row["at_least"]
     ]
     assert not missed
 

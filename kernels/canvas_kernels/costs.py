@@ -22,7 +22,8 @@ COUNTS = {
     "call": "calls of the operation",
     "element": "elements of one canvas tensor, n · X · D, that are cleared, written and read whatever is attended over",
     "order": "calls that put positions into packed order and back",
-    "moved": "elements of one canvas tensor in such calls",
+    "moved": "elements that such calls move",
+    "cleared": "elements of canvas tensors that they clear for it",
     "converted": "elements of inputs that are cast or copied first",
     "fresh": "bytes of tensors so large that their memory comes from the system, page by page",
     "slab": "slabs computed by products",
@@ -32,6 +33,7 @@ COUNTS = {
     "product": "pairs · D of batched products",
     "pair": "probabilities of batched products",
     "short": "those in softmaxes over short rows",
+    "spilled": "those of lanes beyond what stays in cache from one pass to the next",
     "bias": "those with an addend of their own",
     "row": "elements of slabs' queries and keys",
     "copied": "elements of slabs that are copied side by side first",
@@ -46,6 +48,7 @@ COUNTS = {
     "stage": "stages",
     "batch": "batches",
     "gathered": "elements of rows gathered for batches",
+    "ragged": "rows of products, slabs or frames whose keys do not fill their last vector",
 }
 """What is counted, by name, each for a forward and for a backward pass."""
 LARGE_BYTES = 32 << 20
@@ -54,6 +57,8 @@ LARGE_BYTES = 32 << 20
 # over the last one torch does not use its vector units for short rows. ns per element (rows × keys): 256 × 8 27 / 1.3,
 # 16 × 4 37 / 2.0, 180 × 30 3.6 / 1.8, 64 × 64 1.3 / 1.4.
 KEYS_FIRST = 64
+# Probabilities of one product that stay in a cache of 2 MB, with as many of their gradients.
+CACHED_PAIRS = 1 << 18
 IDENTITY = {
     "vendor_id": "",
     "cpu family": "family",
@@ -78,12 +83,12 @@ def slab_counts(
     counts = {"row": own, "piece": row_pieces + key_pieces - 2, "bias": pairs * bias}
     if flash:
         counts |= {"flash_slab": 1, "flash_matrix": heads * cells, "flash_product": pairs * head_dim}
-        return counts | {"flash_pair": pairs, "copied": joined}
+        return counts | {"flash_pair": pairs, "ragged": heads * cells * rows * ragged(keys), "copied": joined}
     several = (cells > 1) * (heads > 1)
     # the fewer of cells and heads are walked one by one
     lanes = several * (1 - thin) * (np.minimum(cells, heads) - 1)
     counts |= {"slab": 1, "lane": lanes, "copied": joined + several * thin * own}
-    return counts | _products(pairs, head_dim, heads * cells, rows, keys)
+    return counts | _products(pairs, head_dim, heads * cells, rows, keys, pairs / (lanes + 1))
 
 
 def batch_counts(
@@ -94,12 +99,22 @@ def batch_counts(
     pairs = heads * units * rows * segments * keys
     counts = {"gathered": heads * units * (rows + segments * keys) * head_dim, "bias": pairs * bias}
     computed = 1.25 * pairs if again else pairs
-    return counts | _products(computed, head_dim, heads * units, rows, keys)
+    return counts | _products(computed, head_dim, heads * units, rows, keys, pairs)
 
 
-def _products(pairs, head_dim, matrices, rows, keys) -> dict:
+def _products(pairs, head_dim, matrices, rows, keys, at_once) -> dict:
+    """Of ``pairs`` in ``matrices`` of rows × keys, so many of them ``at_once``."""
     short = (keys < KEYS_FIRST) & (keys > rows)
-    return {"matrix": matrices, "product": pairs * head_dim, "pair": pairs, "short": pairs * short}
+    counts = {"matrix": matrices, "product": pairs * head_dim, "pair": pairs, "short": pairs * short}
+    counts["spilled"] = pairs * np.maximum(1 - CACHED_PAIRS / at_once, 0)
+    # elsewhere keys come first, and vectors run along the rows
+    return counts | {"ragged": pairs / keys * ragged(keys) * (short | (keys >= KEYS_FIRST))}
+
+
+def ragged(keys):
+    """Whether so many keys do not end with a vector of sixteen, which costs a row 0.1 µs in softmaxes and in torch's
+    flash kernel alike: a quarter of the forward of frames of 42."""
+    return keys % 16 > 0
 
 
 def total(parts: Iterable[dict]) -> dict:

@@ -13,7 +13,7 @@ import torch
 
 from .batches import backward_stage, forward_stage
 from .frames import APART_KEYS
-from .grouping import Grouping, group, takes_flash
+from .grouping import MOST_KEPT, Grouping, group, takes_flash
 from .indices import Step, indices_of
 from .slabs import backward_slab, forward_slab, saved_parts
 from .table import BlockTable
@@ -21,9 +21,6 @@ from .table import BlockTable
 # Probabilities of the batches are kept for backward up to this many per position and head_dim element (16: four times
 # the bytes of q, k, v and out); above it backward computes them again, which costs a fifth more time.
 KEPT_PAIRS = 16
-# Where slabs would keep more than this per head, 64 MiB, the flash kernel keeps none: memory comes page by page. 0.85
-# of the time at 33 million (video of 65,536); at 8 million (16,384) products take 0.95 of the kernel's.
-MOST_KEPT = 1 << 24
 # Orders of a tensor's dimensions (batch, heads, positions) in memory, the outermost first.
 POSITIONS, BATCH, HEADS = (2, 0, 1), (0, 1, 2), (1, 0, 2)
 

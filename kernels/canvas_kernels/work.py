@@ -35,7 +35,8 @@ class Work:
         element = self.table.n_positions * self.heads * self.head_dim
         parts = [{"call": 1, "converted": element * self._copies(backward)}]
         if self.outside is not None:
-            parts += [{"order": 1, "moved": self.outside * self.heads * self.head_dim}]
+            cleared = (3 if backward else 1) * self.outside * self.heads * self.head_dim
+            parts += [{"order": 1, "moved": 4 * element, "cleared": cleared}]
         rows = self._frames()
         return costs.total([*parts, self._frame_counts(rows, backward) if rows else self._group_counts(backward)])
 
@@ -63,6 +64,7 @@ class Work:
         made = 1 + 2 * backward + self._copies(backward)
         fresh = self._inside() * made * (self._inside() > costs.LARGE_BYTES)
         counts = {"frame": queries // rows, "frame_row": queries * self.head_dim, "frame_pair": queries * rows}
+        counts["ragged"] = queries * costs.ragged(rows)
         return counts | {"frame_product": queries * rows * self.head_dim, "fresh": fresh}
 
     def seconds(self, rates: dict, backward: bool) -> dict[str, float]:
