@@ -158,6 +158,14 @@ def test_counts_of_lanes_thin_cells_and_pieces():
     assert thin["lane"] == 0 and thin["copied"] == thin["row"] == 10 * 4 * 72 * 8
     assert thin["short"] == 0 and costs.slab_counts(10, 8, 63, thin=True, **shape)["short"] == 10 * 4 * 8 * 63
     assert costs.slab_counts(1, 63, 8, thin=True, **shape)["short"] == 0, "keys come first"
+    ragged = [costs.slab_counts(2, rows, keys, thin=False, **shape)["ragged"] for rows, keys in ((96, 72), (96, 80))]
+    assert ragged == [2 * 4 * 96, 0] and costs.slab_counts(2, 96, 40, thin=False, **shape)["ragged"] == 0, "keys first"
+    flash = costs.slab_counts(2, 200, 1000, thin=False, flash=True, **shape)
+    assert flash["ragged"] == 2 * 4 * 200 and flash["flash_pair"] == 2 * 4 * 200 * 1000
+    # lanes are the four heads of a cell, 524,288 pairs of which half stay; of more cells than heads, a head's cells
+    spilled = [costs.slab_counts(cells, 512, 256, thin=False, **shape)["spilled"] for cells in (1, 2, 8)]
+    assert costs.CACHED_PAIRS == 2**18 and spilled == [2**18, 2 * 2**18, 4 * (8 * 512 * 256 - 2**18)]
+    assert costs.batch_counts(8, 16, 1, 16, **shape)["spilled"] == 0
     pieces = costs.slab_counts(1, 64, 32, thin=False, row_pieces=3, key_pieces=1, **shape)
     assert pieces["piece"] == 2 and pieces["copied"] == 4 * 64 * 8
     once, again = (costs.batch_counts(2, 3, 4, 5, again=again, **shape) for again in (False, True))
@@ -318,6 +326,14 @@ def test_the_fit_finds_the_rates_that_made_the_times():
     # what would have to be negative is left out
     found = rates.fit(counts, np.array([1e-3 - 1e-9 * row["pair"] for row in counts]))
     assert found["pair"] == 0.0 and found["call"] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_slabs_that_would_keep_too_much_are_priced_as_what_runs_them(monkeypatch):
+    monkeypatch.setattr(costs, "choosing", lambda: only(slab=1.0, flash_slab=10.0, stage=1e9))
+    slabs = grouping.group(rates.crossed(3, 64, 64)).slabs
+    for most, seconds in ((3 * 64 * 64, 3.0), (3 * 64 * 64 - 1, 30.0)):
+        monkeypatch.setattr(grouping, "MOST_KEPT", most)
+        assert grouping._parts_seconds((slabs, [])) == seconds
 
 
 def test_the_same_cells_are_measured_one_way_and_another():
