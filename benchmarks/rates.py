@@ -30,8 +30,7 @@ import torch.nn.functional as F
 from benchmarks import cases, measure
 from canvas_engineering.attention import canvas_attention
 from canvas_engineering.plan import AttentionPlan, compile_attention
-from canvas_kernels import BlockTable, block_attention, costs, rectangles
-from canvas_kernels.grouping import group
+from canvas_kernels import BlockTable, block_attention, costs, grouping, rectangles
 from canvas_kernels.rows import put_rows, take_rows
 from canvas_kernels.work import Work
 
@@ -115,17 +114,17 @@ def weighted(cells: int, rows: int, keys: int) -> BlockTable:
 
 def one_way(table: BlockTable, way: str) -> BlockTable:
     """The same cells, all in "slabs", all in "batches" or all in slabs that take the "flash" kernel, whatever rates
-    say: where cells are grouped by rates alone, what is beside them is never measured, and slabs, batches and calls
-    come and go together."""
+    say: where cells are grouped by rates alone, the other way is never measured, and slabs, batches and calls come
+    and go together."""
     places = {name: getattr(table, name) for name in ("q_start", "q_stop", "k_start", "k_stop", "segment", "edge")}
     # positions that nobody reads make it a table of its own
     n = table.n_positions + 1 + WAYS.index(way)
     found = BlockTable.from_rectangles(table.form, n, table.n_edges, weight=table.weight, **places)
     free = dict.fromkeys(("slab", "flash_slab"), 1e9 if way == "batches" else -1e9)
     with mock.patch.object(costs, "choosing", functools.partial(operator.or_, costs.choosing(), free)):
-        group(found)
+        grouping.group(found)
     if way == "flash":
-        with mock.patch.object(rectangles, "MOST_KEPT", 0):
+        with mock.patch.object(grouping, "MOST_KEPT", 0):
             assert all(rectangles.choices(found, HEAD_DIM).flash)
     return found
 
@@ -172,7 +171,7 @@ def synthetic() -> list[Timed]:
 def timed(
     table: BlockTable, heads: int, head_dim: int = HEAD_DIM, outside: int | None = None, dtype=torch.float32
 ) -> Timed:
-    """Attention over the table, on random inputs; over some of ``outside`` positions where there are so many."""
+    """Attention over the table, on random inputs; ``outside``: on rows taken from so many positions and put back."""
     n = table.n_positions
     if outside:
         # packed order moves runs of rows, not single ones
@@ -287,10 +286,6 @@ def entry(seconds: float, runs: int) -> dict:
         own, quiet = measured(calls, seconds, f"synthetic tables, run {run + 1} of {runs}")
         times.append(own / quiet)
         quiets.append(quiet)
-    before = costs.all_rates().get(costs.processor_key(1), {})
-    if before.get("torch") == torch.__version__:
-        # the machine may be slower today than when it was left alone
-        quiets.append(before["reference_seconds"])
     quiet = min(quiets)
     times = np.concatenate(times) * quiet
     found = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}

@@ -45,7 +45,7 @@ def measured(dispatcher: list[dict], fleet: list[dict], suite: list[dict], plan_
     first, loop, noise = dispatcher[0], steps["per_edge_loop"], report.noise_of(suite)
     lines = [
         *_paragraph(
-            f"A layer: the dispatcher, with its projections. {_where(first)}; medians of {first['rounds']} paired "
+            f"A layer: the dispatcher, with its projections. {_where(dispatcher)}; medians of {first['rounds']} paired "
             f"rounds, the 10 % and 90 % quantiles in brackets; the fleet in {loop['rounds']}, commit {loop['commit']}. "
             "The loop takes one softmax per read, as the dispatcher does; a dense mask takes one softmax over all that "
             "a position reads (the joint form), so it is timed against our attention of that form between the same "
@@ -66,7 +66,7 @@ def measured(dispatcher: list[dict], fleet: list[dict], suite: list[dict], plan_
         "",
         *_paragraph(
             "Attention alone, on q, k and v: the time of others over ours, within one form; medians of at least "
-            f"{report.MEDIAN_ROUNDS} paired rounds, or one round where that is said. {_where(suite[0])}. *=* marks "
+            f"{report.MEDIAN_ROUNDS} paired rounds, or one round where that is said. {_where(suite)}. *=* marks "
             f"ties: two calls of the same thing differ here by up to {100 * noise:.0f} %, and the median is as close "
             "to 1, or the quartiles enclose 1. Each contestant's outputs and gradients agree with float64 to 1e-5 of "
             "the largest in the run that times it. All cases, quartiles, rates, memory and figures are in [the report]"
@@ -105,8 +105,9 @@ def _paragraph(text: str) -> list[str]:
     return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def _where(row: dict) -> str:
-    return f"{row['device']}, {row['cores']} cores, torch {row['torch']}, commit {row['commit']}"
+def _where(rows: list[dict]) -> str:
+    first = rows[0]
+    return f"{first['device']}, {first['cores']} cores, torch {first['torch']}, {report.commits(rows)}"
 
 
 def _inverse(quantiles: dict[str, float]) -> dict[str, float]:

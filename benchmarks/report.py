@@ -102,6 +102,13 @@ def write(rows: list[dict], folder: Path) -> Path:
     return folder / "report.md"
 
 
+def commits(rows: list[dict]) -> str:
+    """Of what code the rows are, most of them first."""
+    found = [row["commit"] for row in rows]
+    names = sorted(dict.fromkeys(found), key=found.count, reverse=True)
+    return f"commit{'s' * (len(names) > 1)} {', '.join(names)}"
+
+
 def markdown(rows: list[dict], figures: list[str]) -> str:
     """The report as text. Every number in it is a row's."""
     first = rows[0]
@@ -111,7 +118,7 @@ def markdown(rows: list[dict], figures: list[str]) -> str:
     lines = [
         "# Block-sparse attention against what users have without it",
         "",
-        f"{where}, torch {first['torch']}, Python {first['python']}, commit {first['commit']}, {first['dtype']}.",
+        f"{where}, torch {first['torch']}, Python {first['python']}, {commits(rows)}, {first['dtype']}.",
         "Written by `python -m canvas_engineering bench` from its rows. Before anything was timed, each contestant's",
         "output and gradients agreed with float64 (up to 768 query rows of four heads, all keys), in float32 to 1e-5",
         f"of the largest. Two calls of the same thing differ here by up to {100 * noise:.0f} %, in nine of ten",

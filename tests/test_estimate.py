@@ -12,7 +12,7 @@ from benchmarks import cases, measure, rates, report
 from canvas_engineering import CanvasLayout, CanvasTopology, Connection
 from canvas_engineering.attention import canvas_attention
 from canvas_engineering.plan import compile_attention
-from canvas_kernels import block_attention, costs, grouping
+from canvas_kernels import block_attention, costs, grouping, rectangles
 from canvas_kernels.work import GpuWork, Work
 
 BY_NAME = {case.name: case for case in cases.CPU}
@@ -330,10 +330,15 @@ def test_the_fit_finds_the_rates_that_made_the_times():
 
 def test_slabs_that_would_keep_too_much_are_priced_as_what_runs_them(monkeypatch):
     monkeypatch.setattr(costs, "choosing", lambda: only(slab=1.0, flash_slab=10.0, stage=1e9))
-    slabs = grouping.group(rates.crossed(3, 64, 64)).slabs
-    for most, seconds in ((3 * 64 * 64, 3.0), (3 * 64 * 64 - 1, 30.0)):
-        monkeypatch.setattr(grouping, "MOST_KEPT", most)
-        assert grouping._parts_seconds((slabs, [])) == seconds
+    found = []
+    for name, most in (("MOST_KEPT", 3 * 64 * 64), ("MOST_KEPT", 3 * 64 * 64 - 1), ("KEPT_PAIRS", 0.4)):
+        with monkeypatch.context() as patch:
+            patch.setattr(grouping, name, most)
+            table = rates.crossed(3, 64, 64)
+            table.cache.clear()
+            slabs = grouping.group(table).slabs
+            found.append((grouping._parts_seconds((slabs, []), 384), rectangles.choices(table, 64).flash))
+    assert found == [(3.0, (False,) * 3), (30.0, (True,) * 3), (30.0, (True,) * 3)]
 
 
 def test_the_same_cells_are_measured_one_way_and_another():
@@ -367,6 +372,23 @@ def test_an_entry_is_measured_and_written_in_one_step(monkeypatch, tmp_path, cap
     assert set(entry["forward"]) == set(entry["backward"]) == set(costs.COUNTS)
     assert entry["reference_seconds"] > 0 and sum(entry["forward"].values()) > 0
     assert "of the fit" in capsys.readouterr().out
+
+
+def test_runs_count_alike_however_slow_the_machine_was(monkeypatch):
+    calls = [
+        rates.timed(table, 2) for table in (rates.frames(3, 40), rates.beside(1, 8, 8), rates.scattered(9, 4, 4, 99))
+    ]
+    seconds = np.array([[3e-3, 5e-3], [1e-3, 2e-3], [2e-3, 4e-3]])
+    slow = iter([2.0, 1.0])
+    monkeypatch.setattr(rates, "synthetic", lambda: calls)
+    monkeypatch.setattr(rates, "measured", lambda *_: (seconds * (quiet := next(slow)), quiet))
+    both = rates.entry(0.0, 2)
+    slow = iter([1.0])
+    once = rates.entry(0.0, 1)
+    assert both["reference_seconds"] == once["reference_seconds"] == 1.0
+    for part in ("forward", "backward"):
+        assert both[part] == pytest.approx(once[part]) and sum(once[part].values()) > 0
+    assert "2 runs" in both["how"]
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

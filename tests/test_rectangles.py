@@ -63,7 +63,7 @@ def mode(request, monkeypatch):
         monkeypatch.setattr(grouping, "FLASH_SIDE", 1)
         monkeypatch.setattr(grouping, "FLASH_PAIRS", 1)
     if request.param == "batches computed again":
-        monkeypatch.setattr(rectangles, "KEPT_PAIRS", 0)
+        monkeypatch.setattr(grouping, "KEPT_PAIRS", 0)
     if request.param == "many stages":
         monkeypatch.setattr(grouping, "STAGE_ROWS", 8)
     return request.param
@@ -356,6 +356,33 @@ def test_attention_without_a_flash_kernel(monkeypatch):
     assert all(error(mine, want) <= 1e-12 for mine, want in zip(found, gradients))
 
 
+def laid_out(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """``x`` with its dimensions in ``order`` in memory, the outermost first."""
+    back = [order.index(dim) for dim in range(4)]
+    return x.permute(order).contiguous().permute(back)
+
+
+def test_where_lanes_lie_is_kept_for_each_layout(monkeypatch):
+    """One table, called with rows that lie another way each time, also inside of larger tensors."""
+    rates = costs.choosing() | dict.fromkeys(("slab", "flash_slab"), ALWAYS)
+    monkeypatch.setattr(costs, "choosing", lambda: rates)
+    table = frames([40, 32], 3, [(0, 0, 0), (0, 1, 0), (1, 0, 0)])
+    shape, generator = (1, 2, table.n_positions, 8), torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for order in ((0, 1, 2, 3), (2, 0, 1, 3)):
+            for before in (0, 5):
+                whole = torch.randn(4, 1, 2, before + table.n_positions, 8, generator=generator, dtype=torch.float64)
+                parts = [laid_out(x, order)[:, :, before:].requires_grad_() for x in whole[:3]]
+                upstream = laid_out(whole[3], order)[:, :, before:]
+                assert parts[0].shape == shape and (parts[0].storage_offset() > 0) == (before > 0)
+                out, expected = (block_attention(*parts, table, backend=name) for name in ("torch", "reference"))
+                torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+                found, wanted = (torch.autograd.grad(result, parts, upstream) for result in (out, expected))
+                torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    slabs_ = grouping.group(table).slabs
+    assert slabs_ and all(len({key[2] for key in slab.places}) >= 3 for slab in slabs_)
+
+
 def test_what_is_kept_does_not_grow_with_the_square_of_the_canvas():
     sizes = []
     for n_frames in (8, 64):
@@ -390,12 +417,6 @@ def test_inactive_rows_of_a_joined_slab_are_not_computed(monkeypatch):
             grad = torch.randn_like(out)
             found, wanted = (torch.autograd.grad(o, [q, k, v, gain], grad) for o in (out, expected))
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
-
-
-def laid_out(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """``x`` with its dimensions in ``order`` in memory, the outermost first."""
-    back = [order.index(dim) for dim in range(4)]
-    return x.permute(order).contiguous().permute(back)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -10,6 +10,7 @@ than a batch of their own. What costs less is said by :mod:`.costs`, from rates 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,8 +23,8 @@ from .tiling import expand_ranges
 # How many pieces the rows of a slab may have, for keys of at least THIN_SIDE and for fewer: all are tried. 0: no joins.
 JOINS = ((0, 0), (1, 1), (4, 4), (1, 0), (4, 0))
 # What joined cells may take at most of the time of cells as they are, which is how well rates predict that. As they
-# are, predicted / measured: CogVideoX's tiles 0.996 / 1.13, its previous frame 0.99 / 1.01, three frames 0.99 / 1.04,
-# video of 1,024 with one head 0.955 / 1.05 and with four 0.97; but causal video 0.93 / 0.88 to 0.93.
+# are, predicted / measured: CogVideoX's tiles 0.998 / 1.13, its previous frame 0.998 / 1.01, three frames 0.996 / 1.04,
+# video of 4,096 0.958 / 0.99 to 1.03; but of 16,384 0.939 / 0.96, and causal video 0.932 / 0.88 to 0.93.
 JOINED_SHARE = 0.95
 # Cells with fewer rows or keys than this are copied side by side, others walked one by one or head by head where
 # several cells and heads meet. µs for a product over 28 (cell, head) of 8 × 256 as it lies 320, copied 253; of 64 × 64
@@ -37,6 +38,9 @@ FLASH_PAIRS, FLASH_SIDE = 160_000, 192
 # Where slabs would keep more than this per head, 64 MiB, the flash kernel keeps none: memory comes page by page. 0.85
 # of the time at 33 million (video of 65,536); at 8 million (16,384) products take 0.95 of the kernel's.
 MOST_KEPT = 1 << 24
+# Probabilities are kept for backward up to this many per position and head_dim element (16: four times the bytes of q,
+# k, v and out); above it batches are computed again, which costs a fifth more time, and slabs take the flash kernel.
+KEPT_PAIRS = 16
 # Where more stretches of positions than this are nobody's first write, everything is cleared beforehand.
 MAX_STALE = 8
 # With more cells left than this, batches are not weighed against small slabs.
@@ -194,10 +198,11 @@ def build_grouping(table: BlockTable) -> Grouping:
     # joining cells makes fewer and taller ones, but may leave them overlapping, no longer in a row
     joins = dict.fromkeys((join if (pieces.keys >= THIN_SIDE).any() else 0, thin) for join, thin in JOINS)
     apart, *joined = (_parts(pieces, replace, join) for join in joins)
-    slabs, batches = min(joined, key=_parts_seconds, default=apart)
-    if _parts_seconds((slabs, batches)) > JOINED_SHARE * _parts_seconds(apart):
+    n = table.n_positions
+    slabs, batches = min(joined, key=lambda parts: _parts_seconds(parts, n), default=apart)
+    if _parts_seconds((slabs, batches), n) > JOINED_SHARE * _parts_seconds(apart, n):
         slabs, batches = apart
-    slabs, stale_rows, stale_keys = _mark_fresh(slabs, table.n_positions)
+    slabs, stale_rows, stale_keys = _mark_fresh(slabs, n)
     return Grouping(_stages(batches), slabs, stale_rows, stale_keys, weight, edge, replace)
 
 
@@ -209,19 +214,21 @@ def _parts(pieces: _Pieces, replace: np.ndarray, join: tuple[int, int]) -> tuple
     if 0 < len(left) <= WEIGH_CELLS:
         # what is left may be too little to be worth the calls of a stage
         small, _ = _slabs(pieces, replace, taken, join, everything=True)
-        if _parts_seconds((small, [])) <= _parts_seconds(([], batches)):
+        n = pieces.table.n_positions
+        if _parts_seconds((slabs + small, []), n) <= _parts_seconds((slabs, batches), n):
             slabs, batches = slabs + small, []
     return slabs, batches
 
 
-def _parts_seconds(parts: tuple[list[Slab], list[Batch]]) -> float:
+def _parts_seconds(parts: tuple[list[Slab], list[Batch]], n: int) -> float:
+    """Of a table of ``n`` positions."""
     slabs, batches = parts
     calls = costs.seconds({"stage": bool(batches), "batch": len(batches)}, costs.choosing())
     found = calls + sum(_batch_seconds(*batch.shape) for batch in batches)
-    kept = sum(slab.pairs for slab in slabs if not takes_flash(slab.rows, slab.keys))
+    flash = all_take_flash(slabs, n, costs.TYPICAL["head_dim"])
     for slab in slabs:
         pieces = len(slab.row_ranges), len(slab.key_ranges)
-        found += _slab_seconds(slab.cells, slab.rows, slab.keys, *pieces, flash=kept > MOST_KEPT)
+        found += _slab_seconds(slab.cells, slab.rows, slab.keys, *pieces, flash=flash)
     return found
 
 
@@ -348,8 +355,19 @@ def takes_flash(rows, keys):
     return (rows * keys >= FLASH_PAIRS) & (np.minimum(rows, keys) >= FLASH_SIDE)
 
 
+def kept_pairs(n: int, head_dim: int) -> int:
+    """How many probabilities are kept for backward, per batch · head of ``n`` positions."""
+    return KEPT_PAIRS * n * head_dim
+
+
+def all_take_flash(slabs: Sequence[Slab], n: int, head_dim: int) -> bool:
+    """Whether the flash kernel takes every slab, because the others would keep too much."""
+    kept = sum(slab.pairs for slab in slabs if not takes_flash(slab.rows, slab.keys))
+    return kept > min(kept_pairs(n, head_dim), MOST_KEPT)
+
+
 def _slab_seconds(cells, rows, keys, row_pieces=1, key_pieces=1, flash=False):
-    """``flash``: whatever their size."""
+    """``flash``: they take the flash kernel, whatever their size."""
 
     def taken(flash):
         kind = {"thin": np.minimum(rows, keys) < THIN_SIDE, "flash": flash, **costs.TYPICAL}
@@ -367,7 +385,7 @@ def _batch_seconds(units, rows, segments, keys):
 
 def _pays(cells, rows, keys, row_pieces, key_pieces):
     """Whether such cells are a slab rather than units of a batch. Those that take the flash kernel are, whatever the
-    rates say, which were fitted to smaller ones: a batch would hold their probabilities."""
+    rates say: a batch would hold their probabilities."""
     return takes_flash(rows, keys) | (
         _slab_seconds(cells, rows, keys, row_pieces, key_pieces) < _batch_seconds(cells, rows, 1, keys)
     )

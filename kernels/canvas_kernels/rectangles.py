@@ -13,14 +13,11 @@ import torch
 
 from .batches import backward_stage, forward_stage
 from .frames import APART_KEYS
-from .grouping import MOST_KEPT, Grouping, group, takes_flash
+from .grouping import Grouping, all_take_flash, group, kept_pairs, takes_flash
 from .indices import Step, indices_of
 from .slabs import backward_slab, forward_slab, saved_parts
 from .table import BlockTable
 
-# Probabilities of the batches are kept for backward up to this many per position and head_dim element (16: four times
-# the bytes of q, k, v and out); above it backward computes them again, which costs a fifth more time.
-KEPT_PAIRS = 16
 # Orders of a tensor's dimensions (batch, heads, positions) in memory, the outermost first.
 POSITIONS, BATCH, HEADS = (2, 0, 1), (0, 1, 2), (1, 0, 2)
 
@@ -180,11 +177,9 @@ def choices(table: BlockTable, head_dim: int) -> Choices:
     key = ("rectangles", "choices", head_dim)
     if key not in table.cache:
         grouping = group(table)
-        budget = KEPT_PAIRS * table.n_positions * head_dim
-        flash = tuple(bool(takes_flash(slab.rows, slab.keys)) for slab in grouping.slabs)
-        if sum(slab.pairs for slab, is_flash in zip(grouping.slabs, flash) if not is_flash) > min(budget, MOST_KEPT):
-            flash = (True,) * len(flash)
-        keeps = sum(batch.pairs for batch in grouping.batches) <= budget
+        whole = all_take_flash(grouping.slabs, table.n_positions, head_dim)
+        flash = tuple(whole or bool(takes_flash(slab.rows, slab.keys)) for slab in grouping.slabs)
+        keeps = sum(batch.pairs for batch in grouping.batches) <= kept_pairs(table.n_positions, head_dim)
         size = sum(batch.pairs for batch in grouping.batches) if keeps else 0
         size += sum(sum(saved_parts(*slab, 1, head_dim)) for slab in zip(grouping.slabs, flash))
         apart = any(chosen and slab.keys >= APART_KEYS for slab, chosen in zip(grouping.slabs, flash))
