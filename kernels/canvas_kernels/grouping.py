@@ -41,7 +41,7 @@ MOST_KEPT = 1 << 24
 # Probabilities are kept for backward up to this many per position and head_dim element (16: four times the bytes of q,
 # k, v and out); above it batches are computed again, which costs a fifth more time, and slabs take the flash kernel.
 KEPT_PAIRS = 16
-# Where more stretches of positions than this are nobody's first write, everything is cleared beforehand.
+# Where more stretches of positions than this are nobody's first write, all are cleared beforehand.
 MAX_STALE = 8
 # With more cells left than this, batches are not weighed against small slabs.
 WEIGH_CELLS = 4096
@@ -221,15 +221,12 @@ def _parts(pieces: _Pieces, replace: np.ndarray, join: tuple[int, int]) -> tuple
 
 
 def _parts_seconds(parts: tuple[list[Slab], list[Batch]], n: int) -> float:
-    """Of a table of ``n`` positions."""
     slabs, batches = parts
     calls = costs.seconds({"stage": bool(batches), "batch": len(batches)}, costs.choosing())
     found = calls + sum(_batch_seconds(*batch.shape) for batch in batches)
     flash = all_take_flash(slabs, n, costs.TYPICAL["head_dim"])
-    for slab in slabs:
-        pieces = len(slab.row_ranges), len(slab.key_ranges)
-        found += _slab_seconds(slab.cells, slab.rows, slab.keys, *pieces, flash=flash)
-    return found
+    sizes = ((s.cells, s.rows, s.keys, len(s.row_ranges), len(s.key_ranges)) for s in slabs)
+    return found + sum(_slab_seconds(*size, flash) for size in sizes)
 
 
 def _segments(table: BlockTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -356,7 +353,7 @@ def takes_flash(rows, keys):
 
 
 def kept_pairs(n: int, head_dim: int) -> int:
-    """How many probabilities are kept for backward, per batch · head of ``n`` positions."""
+    """How many probabilities are kept at most for backward, per batch · head of ``n`` positions."""
     return KEPT_PAIRS * n * head_dim
 
 
