@@ -41,7 +41,8 @@ slow: $(READY_EXTRAS) ## the tests that take minutes: torch's own compiler, seve
 bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, ten minutes; docs/benchmarks and README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher --rounds 25
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --seconds 3 --out docs/benchmarks --save benchmarks/results/suite.json
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --seconds 3 --beside benchmarks/results/long.json \
+		--out docs/benchmarks --save benchmarks/results/suite.json
 	@$(RUN) -m benchmarks.readme
 
 costs: $(READY_EXTRAS) ## what attention functions, programs, fleets and CogVideoX cost; docs/families.md and README's figures
@@ -49,6 +50,7 @@ costs: $(READY_EXTRAS) ## what attention functions, programs, fleets and CogVide
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.program
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cogvideox
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.fleet
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --long --seconds 60 --out out/long --save benchmarks/results/long.json
 	@$(RUN) -m benchmarks.readme
 
 oldest: $(READY) ## CogVideoX's tests against the oldest diffusers that is supported

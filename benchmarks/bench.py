@@ -57,6 +57,7 @@ def table_of(rows: list[dict]) -> Table:
 def chosen(options: argparse.Namespace, device: str) -> list[cases.Case]:
     """The cases that were asked for; ValueError where a pattern fits none."""
     known = cases.CPU if device == "cpu" else cases.GPU
+    known = tuple(case for case in known if case.without) if options.long else known
     if not options.case:
         return list(known)
     for pattern in options.case:
@@ -115,6 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--contestant", action="append", help="default: all; ours always runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--long", action="store_true", help="what takes minutes a step, and nothing else")
+    parser.add_argument("--beside", type=Path, metavar="ROWS", help="of a long run: reported where these leave it out")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timed rounds per case")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the report and its figures")
@@ -131,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.compare and not options.rows and options.compare.resolve() == save.resolve():
             raise ValueError(f"{save} would be written over, and is to be compared with: name another --save or --out")
         earlier = measure.read_rows(options.compare) if options.compare else None
+        beside = measure.read_rows(options.beside) if options.beside else []
         rows = measure.read_rows(options.rows) if options.rows else None
     except (ValueError, OSError) as cause:
         parser.error(str(cause))
@@ -141,13 +145,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if rows is None:
         dtype = DTYPES[options.dtype or ("float32" if options.device == "cpu" else "bfloat16")]
-        settings = suite.Settings(options.device, dtype, options.seconds, only=frozenset(options.contestant or ()))
+        only = frozenset(options.contestant or ())
+        settings = suite.Settings(options.device, dtype, options.seconds, only=only, long=options.long)
         rows = measured(found, settings, save)
     faults = []
     if not report.is_aot(rows):
         faults = suite.faults(rows)
         if report.one(rows):
-            console.print(f"report: {report.write(rows, options.out)}", highlight=False)
+            console.print(f"report: {report.write(report.merged(rows, beside), options.out)}", highlight=False)
         else:
             faults.append("no rows were timed")
     for fault in faults:

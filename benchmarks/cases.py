@@ -26,7 +26,7 @@ class Case:
         sequence: regions whose positions are the tokens, one region after the other; every position of the canvas
             where there are none.
         batch, heads, head_dim: of q, k and v.
-        without: a contestant's name to the reason why it is left out.
+        without: a contestant's name to the reason why it is left out of all but long runs.
         about: one line; by default the first that ``declare`` says of itself, or the name.
     """
 
@@ -165,6 +165,7 @@ FRAMES = (2, 4, 10, 20, 50, 100)
 """Of :func:`separate_frames`: densities 50 %, 25 %, 10 %, 5 %, 2 %, 1 %."""
 LENGTHS = (2**10, 2**12, 2**14, 2**16, 2**20)
 SWEPT_TOKENS = 4200
+MINUTES = "minutes a step: only `bench --long` times it"
 
 
 def _cogvideox(model: str, heads: int, topologies: dict[str, CanvasTopology] = TOPOLOGIES) -> tuple[Case, ...]:
@@ -190,7 +191,7 @@ def _lengths(heads: int, longest: dict[str, int]) -> tuple[Case, ...]:
             functools.partial(long_video, length // 256, 16),
             group="length",
             heads=heads,
-            without={name: "minutes at this length" for name, most in longest.items() if length > most},
+            without={name: MINUTES for name, most in longest.items() if length > most},
             about=f"a causal video, {length // 256:,} frames of 16 × 16: {length:,} positions",
         )
         for length in LENGTHS
@@ -212,20 +213,16 @@ def _densities(tokens: int, heads: int, head_dim: int) -> tuple[Case, ...]:
     )
 
 
-TOO_SLOW = {
-    "per_edge_loop": "minutes a step: benchmarks/fleet.py times it",
-    "flex": "20 s a call on a CPU, 14 times as long as in packed order",
-}
 _CANVASES = (
     *DISPATCH,
     Case("surgical_robot", surgical_robot),
-    Case("fleet", fleet, without=TOO_SLOW),
+    Case("fleet", fleet, without=dict.fromkeys(("per_edge_loop", "sdpa_mask", "flex"), MINUTES)),
     Case("computer_use", computer_use, heads=1),
 )
 CPU = (
     *_CANVASES,
     *_densities(SWEPT_TOKENS, 2, 64),
-    *_lengths(1, {"per_edge_loop": 2**14, "grouped": 2**16}),
+    *_lengths(1, {"per_edge_loop": 2**14, "sdpa_mask": 2**14, "flex": 2**16, "grouped": 2**16}),
     *_cogvideox("cogvideox", 2),
 )
 """What a CPU is measured on, in this order."""

@@ -95,6 +95,11 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def memory_bytes() -> int:
+    """What this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def environment(device: str = "cpu") -> dict[str, str | int]:
     """Device, driver, versions and commit of a row; on a GPU also the versions of what contestants are made of."""
     found = {

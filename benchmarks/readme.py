@@ -30,11 +30,14 @@ ATTENTION = {
     "loop over edges": ("edge", "per_edge_loop"),
     "grouped by hand": ("edge", "grouped"),
 }
-NAMES = ("dispatcher", "fleet", "suite", "plan_cost")
+NAMES = ("dispatcher", "fleet", "suite", "long", "plan_cost")
 
 
-def measured(dispatcher: list[dict], fleet: list[dict], suite: list[dict], plan_cost: list[dict]) -> str:
+def measured(
+    dispatcher: list[dict], fleet: list[dict], suite: list[dict], long: list[dict], plan_cost: list[dict]
+) -> str:
     """The Markdown between README's marks, from the rows of the benchmarks of those names."""
+    suite = report.merged(suite, long)
     held = {"per_edge_loop": "edge", "dense_mask": "joint"}
     forms = {(row["case"], row["contestant"], row.get("form", "edge")): row["ratio"] for row in dispatcher}
     seconds = {row["case"]: row["seconds"]["p50"] for row in plan_cost}

@@ -52,6 +52,16 @@ def one(rows: Iterable[dict], **wanted) -> dict | None:
     return next(timed(rows, **wanted), None)
 
 
+def merged(rows: list[dict], long: list[dict]) -> list[dict]:
+    """Rows, with those of a long run of the same machine where they leave a contestant out."""
+
+    def key(row: dict) -> tuple:
+        return tuple(row[name] for name in ("case", "form", "contestant", "device", "threads", "dtype"))
+
+    found = {key(row): row for row in long}
+    return [found.get(key(row), row) if "skipped" in row else row for row in rows]
+
+
 def noise_of(rows: Iterable[dict]) -> float:
     """What two calls of the same thing within one round differ by in nine of ten cases, there in nine of ten rounds;
     a difference of logarithms."""

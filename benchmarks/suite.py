@@ -39,9 +39,9 @@ EAGER_ERRORS = 2.0
 """Errors are the largest difference over the largest exact value. In 16 bits they may be this many times those of plain
 dense attention in the same dtype, and a correct rounding of the result is always let through."""
 REFERENCE_TOKENS = {"cpu": 1024, "cuda": 16384}
-REPEATED_SECONDS, CLOSE = 3.0, 2.0
-"""Where a case's time is up, steps that take longer, or so many times as long as ours, are taken once: they are no
-ties."""
+REPEATED_SECONDS, LONG_SECONDS, CLOSE = 3.0, 15.0, 2.0
+"""Where a case's time is up, steps that take longer (the second in long runs), or so many times as long as ours, are
+taken once: they are no ties."""
 COUNTED_SECONDS = 1.5
 GATED_HEADS = 4
 
@@ -53,8 +53,8 @@ class Wrong(Exception):
 @dataclass
 class Settings:
     """How a run is made. ``seconds``: of timed rounds per case, at least and at most so many ``rounds``. ``only``:
-    contestants; ours always run. ``deadline``, of ``time.perf_counter``: after it others than ours are skipped, and
-    cases not begun."""
+    contestants; ours always run. ``long``: those alone that other runs leave out for their minutes a step, beside ours.
+    ``deadline``, of ``time.perf_counter``: after it others than ours are skipped, and cases not begun."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -63,6 +63,7 @@ class Settings:
     backend: str = "auto"
     reference_tokens: int | None = None
     only: frozenset[str] = frozenset()
+    long: bool = False
     deadline: float = float("inf")
     environment: dict = field(default_factory=dict)
 
@@ -173,14 +174,17 @@ def _described(case: Case, settings: Settings) -> dict:
     return {"case": case.name, "group": case.group} | shape | {"dtype": str(settings.dtype).removeprefix("torch.")}
 
 
-def _wanted(settings: Settings) -> list[Contestant]:
+def _wanted(case: Case, settings: Settings) -> list[Contestant]:
     everyone = contestants.of(settings.device, settings.backend)
-    return [c for c in everyone if not settings.only or c.name in settings.only | {"ours"}]
+    chosen = settings.only or {c.name for c in everyone}
+    if settings.long:
+        chosen = chosen & case.without.keys()
+    return [c for c in everyone if c.name in chosen | {"ours"}]
 
 
 def _not_begun(case: Case, settings: Settings) -> list[dict]:
     described = _described(case, settings) | {"skipped": "no time was left"}
-    return [described | {"form": c.form, "contestant": c.name} for c in _wanted(settings)]
+    return [described | {"form": c.form, "contestant": c.name} for c in _wanted(case, settings)]
 
 
 def run_case(case: Case, settings: Settings) -> list[dict]:
@@ -196,10 +200,10 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
     inputs = problem.inputs(settings.device, settings.dtype)
     gate = Gate(problem, inputs, settings)
     runners, rows = [], []
-    for contestant in _wanted(settings):
+    for contestant in _wanted(case, settings):
         row = described | {"form": contestant.form, "contestant": contestant.name}
         rows.append(row)
-        if contestant.name in case.without:
+        if contestant.name in case.without and not settings.long:
             row["skipped"] = case.without[contestant.name]
             continue
         if contestant.name != "ours" and time.perf_counter() > settings.deadline:
@@ -448,7 +452,7 @@ def kernels(call: Callable[[], None], device: str) -> list[str]:
 
 def _take_turns(runners: list[Runner], reference: Reference, settings: Settings) -> None:
     """As many rounds as fit ``settings.seconds``, within ``settings.rounds``, after the first one in
-    :func:`measure.turns`. Steps over REPEATED_SECONDS, and those that are not CLOSE to ours, are in the first one only,
+    :func:`measure.turns`. Steps that take too long, and those that are not CLOSE to ours, are in the first one only,
     unless all fit."""
     start = time.perf_counter()
     for runner in runners:
@@ -458,16 +462,17 @@ def _take_turns(runners: list[Runner], reference: Reference, settings: Settings)
     rounds = int(np.clip(settings.seconds / seconds, *settings.rounds))
     if rounds * seconds > settings.seconds:
         ours = {runner.contestant.form: runner for runner in runners if runner.contestant.name == "ours"}
-        runners = [runner for runner in runners if _worth_repeating(runner, ours.get(runner.contestant.form))]
+        most = LONG_SECONDS if settings.long else REPEATED_SECONDS
+        runners = [runner for runner in runners if _worth_repeating(runner, ours.get(runner.contestant.form), most)]
     for turn in measure.turns(runners, rounds - 1):
         for runner in turn:
             runner.step(settings.device)
         reference.step()
 
 
-def _worth_repeating(runner: Runner, ours: Runner | None) -> bool:
-    if ours is None or max(runner.seconds, ours.seconds) > REPEATED_SECONDS:
-        return ours is None and runner.seconds <= REPEATED_SECONDS
+def _worth_repeating(runner: Runner, ours: Runner | None, most: float) -> bool:
+    if ours is None or max(runner.seconds, ours.seconds) > most:
+        return ours is None and runner.seconds <= most
     part = "forward" if runner.contestant.forward_only else "step"
     return runner.times(part).sum() <= CLOSE * ours.times(part).sum()
 

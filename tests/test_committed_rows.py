@@ -13,7 +13,8 @@ def committed(name: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def suite_rows() -> list[dict]:
-    return committed("suite")
+    """Those of `make bench`, and of the long run in `make costs` what that leaves out."""
+    return report.merged(committed("suite"), committed("long"))
 
 
 TIES = {("frames_10_d64", "edge", "grouped"): 0.01, ("frames_100_d64", "edge", "grouped"): 0.01}

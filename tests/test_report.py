@@ -61,6 +61,20 @@ def test_the_report_says_rounds_spread_ties_and_the_gate_s_noise(rows):
     assert [report.ratio_of(rows[i], pooled) for i in (1, 3, 4)] == ["= 1.20", "1.50 (one round)", "= 1.20 (2 rounds)"]
 
 
+def test_rows_of_a_long_run_stand_where_others_leave_out(rows):
+    left_out = [{**row, "skipped": cases.MINUTES} if row["contestant"] == "sdpa_mask" else row for row in rows]
+    assert f"SDPA, dense mask, joint form: {cases.MINUTES} (tangled)" in report.markdown(left_out, [])
+    long = [{**row, "rounds": 77} for row in rows]
+    found = report.merged(left_out, long)
+    assert [row.get("rounds") for row in found] == [
+        77 if row["contestant"] == "sdpa_mask" else row.get("rounds") for row in rows
+    ]
+    assert "Nothing." in report.markdown(found, [])
+    for other in ({"device": "abacus"}, {"threads": 7}, {"dtype": "bfloat16"}, {"case": "other"}, {"form": "edge"}):
+        assert report.merged(left_out, [row | other for row in long]) == left_out
+    assert report.merged(left_out, []) == left_out and report.merged(rows, long) == rows
+
+
 def test_what_runs_in_no_case_is_said_once(rows):
     gated = [row for row in rows if "errors" in row]
     nobody = [{**row, "case": name, "skipped": "it needs a GPU"} for name in ("tangled", "other") for row in gated]

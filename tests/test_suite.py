@@ -198,6 +198,17 @@ def test_who_fails_or_is_left_out_is_a_row(monkeypatch):
         contestants.sdpa_mask(Problem(SMALL), "cpu", torch.float32)
 
 
+def test_a_long_run_times_what_others_leave_out():
+    long = dataclasses.replace(QUICK, long=True)
+    without = dataclasses.replace(SMALL, without={"sdpa_mask": "no reason", "flex": "it is not asked for"})
+    rows = suite.run_case(without, long)
+    assert [row["contestant"] for row in rows] == ["ours", "sdpa_mask", "ours", "sdpa_unmasked"]
+    assert rows[1]["errors"].keys() == {"out", "dq", "dk", "dv"} and rows[1]["step_ratio"]["p50"] > 0
+    nobody = dataclasses.replace(long, only=frozenset({"grouped"}))
+    rows = suite.run_case(without, nobody)
+    assert [row["contestant"] for row in rows] == ["ours", "ours", "sdpa_unmasked"]
+
+
 def test_a_case_that_cannot_be_made_is_a_row_and_the_next_one_runs():
     def fails():
         raise MemoryError("too large")
@@ -497,9 +508,10 @@ def test_nobody_is_repeated_without_ours():
     ours, close, edge = Sleeper(3.5, "ours"), Sleeper(2.9), Sleeper(0.1, "ours")
     for runner in (ours, close, edge):
         runner.taken = [runner.each]
-    assert not suite._worth_repeating(ours, ours) and not suite._worth_repeating(close, ours)
-    assert suite._worth_repeating(close, None) and not suite._worth_repeating(ours, None)
-    assert suite._worth_repeating(edge, edge)
+    assert not suite._worth_repeating(ours, ours, 3.0) and not suite._worth_repeating(close, ours, 3.0)
+    assert suite._worth_repeating(close, None, 3.0) and not suite._worth_repeating(ours, None, 3.0)
+    assert suite._worth_repeating(edge, edge, 3.0)
+    assert suite._worth_repeating(ours, ours, 4.0) and suite._worth_repeating(close, ours, 4.0)
 
 
 def test_a_single_round_is_compared_with_its_own(monkeypatch):
