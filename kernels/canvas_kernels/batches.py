@@ -15,7 +15,7 @@ import math
 import numpy as np
 import torch
 
-from .grouping import Batch
+from .groups import Batch
 from .indices import KEYS, QUERIES, Indices, Step
 
 _softmax_out = torch.ops.aten._softmax.out

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .grouping import Batch, Slab, group
+from .grouping import group
+from .groups import Batch, Slab
 from .indices import Indices, indices_of
 from .table import BlockTable
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .grouping import Grouping, group
+from .grouping import group
+from .groups import Grouping
 from .table import BlockTable
 
 # Keys of different heads are copied apart for the kernel where it reads at least so many, again for each block of rows:

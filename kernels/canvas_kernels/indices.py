@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
-from .grouping import Batch, Slab, group, narrowed
+from .grouping import group
+from .groups import Batch, Slab, narrowed
 from .table import BlockTable
 
 QUERIES, KEYS = 0, 1

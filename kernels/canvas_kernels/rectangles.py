@@ -13,7 +13,8 @@ import torch
 
 from .batches import backward_stage, forward_stage
 from .frames import APART_KEYS
-from .grouping import Grouping, all_take_flash, group, kept_pairs, takes_flash
+from .grouping import all_take_flash, group, kept_pairs, takes_flash
+from .groups import Grouping
 from .indices import Step, indices_of
 from .slabs import backward_slab, forward_slab, saved_parts
 from .table import BlockTable

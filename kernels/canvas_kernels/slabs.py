@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .grouping import Slab
+from .groups import Slab
 from .indices import Indices, Step, slab_row_scale
 
 # Where there is no flash kernel that gives lse (other devices than the CPU), logits of at most this many floats at

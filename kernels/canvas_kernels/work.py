@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from . import configs, costs, frames, rectangles, slabs
-from .grouping import Slab, group
+from .grouping import group
+from .groups import Slab
 from .indices import indices_of
 from .table import BlockTable
 
