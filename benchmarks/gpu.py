@@ -9,9 +9,9 @@ dispatcher   AttentionDispatcher against the per-edge loop, forward and backward
 sweep        (not by default) tile candidates per pass, for ``configs.py``
 
 Rows go to ``DIR/<phase>.jsonl`` as they come. A phase that fails is reported, the next one still runs (in a new process
-if a kernel's fault has cost this one the device), and the program ends with status 1: time on a device is scarce. A
-case is timed only after its results have been found right: outputs and all gradients, by the suite's gate, against the
-loop in float64, or of tile candidates against the shipped tiles.
+if a kernel's fault has cost this one the device; it begins with the cases that are not timed yet), and the program ends
+with status 1: time on a device is scarce. A case is timed only after its results have been found right: outputs and all
+gradients, by the suite's gate, against the loop in float64, or of tile candidates against the shipped tiles.
 ``--interpret`` runs the same code at toy size in Triton's interpreter.
 """
 
@@ -52,10 +52,19 @@ class Wrong(Exception):
     """Results differ from the oracle: there is nothing to time."""
 
 
-class Session:
-    """One run: where it goes, on which device, at which size."""
+class Lost(Exception):
+    """After ``case``, the device answers this process no more."""
 
-    def __init__(self, out: Path, interpret: bool):
+    def __init__(self, case: str):
+        super().__init__(f"after {case} the device answers no more")
+        self.case = case
+
+
+class Session:
+    """One run: where it goes, on which device, at which size. ``elapsed``: seconds that an earlier process took of it;
+    ``after``: the last case that it timed."""
+
+    def __init__(self, out: Path, interpret: bool, elapsed: float = 0.0, after: str | None = None):
         import torch
         import triton
 
@@ -65,7 +74,7 @@ class Session:
         self.device = "cpu" if interpret else "cuda"
         self.environment = measure.environment(self.device) | {"triton": triton.__version__}
         self.dtype = torch.float32 if interpret else torch.bfloat16
-        self.began = time.perf_counter()
+        self.began, self.after = time.perf_counter() - elapsed, after
         self.written: dict[str, list[dict]] = {}
 
     def say(self, text: str) -> None:
@@ -137,15 +146,18 @@ def correctness(session: Session) -> list[dict]:
 
 def timings(session: Session) -> list[dict]:
     """The suite on this device. Contestants that fail are rows that say why; ours failing ends the phase."""
-    from benchmarks import suite
+    from benchmarks import measure, suite
 
     settings = suite.Settings(session.device, session.dtype, seconds=1.0, environment=session.environment)
     settings.deadline = session.began + TIMINGS_UNTIL
     if session.interpret:
         settings.backend, settings.reference_tokens, settings.seconds = "triton", 16, 0.0
         settings.only = frozenset({"ours_torch", "sdpa_mask", "per_edge_loop", "grouped"})
-    rows = []
-    for new in suite.run(session.cases, settings):
+    names = [case.name for case in session.cases]
+    left, rows = session.cases, []
+    if session.after:
+        left, rows = left[names.index(session.after) + 1 :], measure.read_rows(session.out / "timings.jsonl")
+    for case, new in zip(left, suite.run(left, settings)):
         rows += new
         session.write("timings", rows)
         for row in new:
@@ -158,6 +170,8 @@ def timings(session: Session) -> list[dict]:
             parts = (part for part in ("forward", "backward") if f"{part}_tflops" in row)
             rates = (f"{part} {row[f'{part}_tflops']:7.1f}" for part in parts)
             session.say(f"{name} {', '.join(rates)} TFLOP/s, first call {row['first_seconds']:.1f} s")
+        if not session.usable():
+            raise Lost(case.name)
     if suite.faults(rows):
         raise Wrong("; ".join(suite.faults(rows)))
     return rows
@@ -351,6 +365,8 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for rows and the profile")
     parser.add_argument("--phases", default=",".join(DEFAULT_PHASES), help="comma-separated")
     parser.add_argument("--interpret", action="store_true", help="toy sizes in Triton's interpreter, on the CPU")
+    parser.add_argument("--after", help="the last case that is timed already: its rows and those before are kept")
+    parser.add_argument("--elapsed", type=float, default=0.0, help="seconds that the run has taken already")
     arguments = parser.parse_args(argv)
     phases = arguments.phases.split(",")
     unknown = set(phases) - set(PHASES)
@@ -364,20 +380,24 @@ def main(argv=None) -> int:
     if not arguments.interpret and not torch.cuda.is_available():
         parser.error("no NVIDIA device here; --interpret runs toy sizes on the CPU")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    session = Session(arguments.out, arguments.interpret)
+    session = Session(arguments.out, arguments.interpret, arguments.elapsed, arguments.after)
     session.say(", ".join(f"{name} {value}" for name, value in session.environment.items()))
     failed = []
     for number, phase in enumerate(phases, 1):
         session.say(f"== {phase}")
         try:
             globals()[phase](session)
-        except Exception:
+        except Exception as cause:
             failed.append(phase)
             session.say(traceback.format_exc())
-            if phases[number:] and not session.usable():
+            left, more = phases[number:], []
+            if isinstance(cause, Lost) and cause.case != session.cases[-1].name:
+                left, more = [phase, *left], ["--after", cause.case]
+            if left and not session.usable():
                 session.say(f"failed: {', '.join(failed)}; the device answers no more, the rest runs in a new process")
                 command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(arguments.out)]
-                subprocess.run([*command, "--phases", ",".join(phases[number:])], check=False)
+                elapsed = f"{time.perf_counter() - session.began:.1f}"
+                subprocess.run([*command, "--phases", ",".join(left), "--elapsed", elapsed, *more], check=False)
                 return 1
     session.say(f"failed: {', '.join(failed)}" if failed else "done")
     return 1 if failed else 0

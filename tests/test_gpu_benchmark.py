@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, gpu, gpu_checks, measure
+from benchmarks import cases, gpu, gpu_checks, measure, suite
 from benchmarks.naive import PerEdgeLoop
 from canvas_engineering import AttentionDispatcher
 from canvas_kernels import reference
@@ -168,9 +169,9 @@ def test_phases_after_a_device_fault_run_in_a_new_process(tmp_path, monkeypatch)
     assert gpu.main(arguments) == 1 and ran == ["correctness", "profile"] and commands == []
     monkeypatch.setattr(gpu.Session, "usable", lambda session: False)
     assert gpu.main(arguments) == 1 and ran == ["correctness", "profile", "correctness"]
-    assert [command[1:] for command in commands] == [
-        ["-m", "benchmarks.gpu", "--out", str(tmp_path), "--phases", "profile"]
-    ]
+    (command,) = commands
+    assert command[1:-1] == ["-m", "benchmarks.gpu", "--out", str(tmp_path), "--phases", "profile", "--elapsed"]
+    assert 0 <= float(command[-1]) < 60
 
     def fault():
         raise RuntimeError("an illegal memory access was encountered")
@@ -181,6 +182,36 @@ def test_phases_after_a_device_fault_run_in_a_new_process(tmp_path, monkeypatch)
     session.device = "cuda"
     monkeypatch.setattr(torch.cuda, "synchronize", fault)
     assert not session.usable()
+
+
+def test_cases_after_a_device_fault_are_timed_in_a_new_process(tmp_path, monkeypatch, capsys):
+    first, second, third = (dataclasses.replace(cases.TOY[0], name=name) for name in ("first", "second", "third"))
+    monkeypatch.setattr(cases, "TOY", (first, second, third))
+    monkeypatch.setattr(measure, "environment", lambda device: {"device": "abacus"})
+    commands, begun, answers = [], [], iter([True, False, False, True, True])
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(gpu.Session, "usable", lambda session: next(answers))
+
+    def run(found, settings):
+        for case in found:
+            begun.append((case.name, settings.deadline - time.perf_counter()))
+            yield [{"case": case.name, "form": "joint", "contestant": "ours", "skipped": "this is a test"}]
+
+    monkeypatch.setattr(suite, "run", run)
+    arguments = ["--out", str(tmp_path), "--interpret"]
+    assert gpu.main([*arguments, "--phases", "timings,profile"]) == 1
+    (command,) = commands
+    assert command[3:7] == ["--out", str(tmp_path), "--phases", "timings,profile"]
+    assert command[-2:] == ["--after", "second"]
+    assert "after second the device answers no more" in capsys.readouterr().out
+    assert gpu.main([*arguments, "--phases", "timings", "--elapsed", "100", *command[-2:]]) == 0
+    assert [name for name, _ in begun] == ["first", "second", "third"]
+    assert gpu.TIMINGS_UNTIL - 102 < begun[2][1] <= gpu.TIMINGS_UNTIL - 100 < begun[1][1]
+    rows = measure.read_rows(tmp_path / "timings.jsonl")
+    assert [(row["case"], row["device"]) for row in rows] == [(case.name, "abacus") for case in cases.TOY]
+    # nothing is left to time after the last
+    answers = iter([False, False])
+    assert gpu.main([*arguments, "--phases", "timings", "--after", "second"]) == 1 and len(commands) == 1
 
 
 def test_the_profile_knows_nothing_of_earlier_runs(tmp_path, capsys):
