@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -133,8 +134,16 @@ def seconds(counts: dict, rates: dict):
 
 @functools.cache
 def all_rates() -> dict[str, dict]:
-    """The entries of ``rates.json`` by device."""
-    return json.loads(RATES.read_text())
+    """The entries of ``rates.json`` by device. A processor's that lacks a count, for it was measured before that was
+    counted, is left out with a warning."""
+    found = json.loads(RATES.read_text())
+    for name in [name for name, entry in found.items() if "backward" in entry]:
+        missing = [count for count in COUNTS if any(count not in found[name][part] for part in ("forward", "backward"))]
+        if missing:
+            del found[name]
+            what = f"{RATES}: {name} has no rate for {', '.join(missing)}, and is left out"
+            warnings.warn(f"{what}; `python -m benchmarks.rates` measures it anew", stacklevel=2)
+    return found
 
 
 @functools.cache
