@@ -45,12 +45,13 @@ bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, 
 		--out docs/benchmarks --save benchmarks/results/suite.json
 	@$(RUN) -m benchmarks.readme
 
-costs: $(READY_EXTRAS) ## what attention functions, programs, fleets and CogVideoX cost; docs/families.md and README's figures
+costs: $(READY_EXTRAS) ## what functions, programs, fleets and CogVideoX cost, and who takes minutes a step: two hours; docs, README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.families
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.program
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cogvideox
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.fleet
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --long --seconds 60 --out out/long --save benchmarks/results/long.json
+	@$(RUN) -m benchmarks.bench --rows benchmarks/results/suite.json --beside benchmarks/results/long.json --out docs/benchmarks
 	@$(RUN) -m benchmarks.readme
 
 oldest: $(READY) ## CogVideoX's tests against the oldest diffusers that is supported
