@@ -103,6 +103,13 @@ def batch_counts(
     return counts | _products(computed, head_dim, heads * units, rows, keys, pairs)
 
 
+def frame_counts(queries, rows, head_dim: int, *, masked: bool = False) -> dict:
+    """Counts of (head, position)s in frames of ``rows`` rows that read themselves; ``masked``: under addends."""
+    pairs = queries * rows
+    counts = {"frame": queries // rows, "frame_row": queries * head_dim, "frame_product": pairs * head_dim}
+    return counts | {"frame_pair": pairs, "ragged": queries * ragged(rows), "bias": pairs * masked}
+
+
 def _products(pairs, head_dim, matrices, rows, keys, at_once) -> dict:
     """Of ``pairs`` in ``matrices`` of rows × keys, so many of them ``at_once``."""
     short = (keys < KEYS_FIRST) & (keys > rows)

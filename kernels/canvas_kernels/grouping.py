@@ -72,6 +72,11 @@ def build_grouping(table: BlockTable) -> Grouping:
     return Grouping(_stages(batches), slabs, stale_rows, stale_keys, weight, edge, replace)
 
 
+def group_seconds(grouping: Grouping, n: int) -> float:
+    """Of attention over n positions, forward and backward, by which it is chosen."""
+    return _parts_seconds((list(grouping.slabs), list(grouping.batches)), n)
+
+
 def _parts(pieces: _Pieces, replace: np.ndarray, join: tuple[int, int]) -> tuple[list[Slab], list[Batch]]:
     nothing = np.zeros(len(pieces.keys), bool)
     slabs, taken = _slabs(pieces, replace, nothing, join)

@@ -18,7 +18,7 @@ import pkgutil
 import torch
 
 from . import costs, dropout, rectangles, reference
-from .frames import frame_rows, frames_attention, takes_frames
+from .frames import frame_mask, frame_rows, frames_attention, takes_frames
 from .sigmoid import sigmoid_attention
 from .table import BlockTable
 from .transforms import Function, autocast, autocast_dtype, transformed
@@ -28,7 +28,10 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 MAX_TRITON_HEAD_DIM = 256
 # How much the torch executor keeps for backward is a size in a compiled graph, and compilers keep graphs on disk. Its
 # sources, and the rates by which it groups cells, are in its name: what others of them compiled is another graph.
-_SOURCES = ("grouping.py", "rectangles.py", "slabs.py", "batches.py", "indices.py", "tiling.py", "table.py", "costs.py")
+_SOURCES = tuple(
+    f"{name}.py"
+    for name in ("grouping", "groups", "rectangles", "slabs", "batches", "indices", "tiling", "table", "costs")
+)
 
 
 def _executor_name(rates: dict[str, float]) -> str:
@@ -147,7 +150,7 @@ def block_attention(
         and (rows := frame_rows(table.key))
         and takes_frames(q, rows)
     ):
-        return frames_attention(q, k, v, rows, scale)
+        return frames_attention(q, k, v, rows, scale, frame_mask(table.key, autocast_dtype(q)))
     else:
         executor = TORCH if backend == "torch" else backend
         options = (gain, active, row_scale, table.key, scale, executor, return_lse)

@@ -43,5 +43,7 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def call(cls, *inputs):
-        """``apply`` of the form that fits."""
-        return (cls if torch.compiler.is_compiling() or transformed() else cls.twin).apply(*inputs)
+        """``apply`` of the form that fits; nothing is recorded where no gradient is wanted."""
+        if torch.compiler.is_compiling() or transformed():
+            return cls.apply(*inputs)
+        return cls.twin.apply(*inputs) if torch.is_grad_enabled() else cls.forward(*inputs)

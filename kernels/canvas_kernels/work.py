@@ -64,9 +64,8 @@ class Work:
         queries = self.heads * self.table.n_positions
         made = 1 + 2 * backward + self._copies(backward)
         fresh = self._inside() * made * (self._inside() > costs.LARGE_BYTES)
-        counts = {"frame": queries // rows, "frame_row": queries * self.head_dim, "frame_pair": queries * rows}
-        counts["ragged"] = queries * costs.ragged(rows)
-        return counts | {"frame_product": queries * rows * self.head_dim, "fresh": fresh}
+        masked = frames.frame_mask(self.table.key, torch.float32) is not None
+        return costs.frame_counts(queries, rows, self.head_dim, masked=masked) | {"fresh": fresh}
 
     def seconds(self, rates: dict, backward: bool) -> dict[str, float]:
         """What each count of a pass takes at an entry of the rates."""
@@ -113,8 +112,8 @@ class Work:
 
     def _frames(self) -> int:
         """Rows of each frame where the flash kernel runs on views of the canvas; 0 where it does not."""
-        rows = frames.frame_rows(self.table.key)
-        return rows if rows and self.itemsize >= 4 and frames.pays(rows, self.head_dim, self._apart()) else 0
+        rows, n = frames.frame_rows(self.table.key), self.table.n_positions
+        return rows if rows and self.itemsize >= 4 and frames.pays(rows, n, self.head_dim, self._apart()) else 0
 
     def _frames_peak(self, rows: int, backward: bool) -> int:
         """:meth:`peak_bytes` of :func:`.frames.frames_attention`."""
