@@ -4,8 +4,8 @@ Forward and backward in float32 on one thread, d_model 256, 4 heads, batch 1. Tw
 one: edge form, the dispatcher against the per-edge loop; joint form (one softmax over all that a position reads), which
 is what a dense mask computes, ``canvas_attention`` between the same projections against that. Before a case is timed,
 outputs and all gradients of all contestants must agree with their form in float64, to 1e-5 of the largest; a case that
-does not agree is not timed and the run exits with 1. Contestants take turns in one process, so ratios mean something on
-a noisy machine.
+does not agree is not timed. Contestants take turns in one process, so ratios mean something on a noisy machine. The run
+exits with 1 where a case does not agree, or a ratio misses its target; with ``--misses-pass`` the latter is only told.
 """
 
 from __future__ import annotations
@@ -149,6 +149,11 @@ def run_case(case: Case, rounds: int) -> list[dict]:
     ]
 
 
+def is_missed(row: dict) -> bool:
+    """Whether a ratio is below what it must reach."""
+    return row["at_least"] is not None and row["ratio"]["p50"] < row["at_least"]
+
+
 def table(rows: list[dict]) -> Table:
     """Medians, ratios to ours of the form with their 10 % and 90 % quantiles, and what each ratio must reach."""
     result = Table(title="forward + backward, float32, one thread, d_model 256, 4 heads, batch 1")
@@ -157,7 +162,7 @@ def table(rows: list[dict]) -> Table:
     for row in rows:
         # paired, round by round: a ratio of two medians mixes slow moments of the machine with fast ones
         ratio, target = row["ratio"]["p50"], row["at_least"]
-        met = "" if target is None else f"{target:g} {'reached' if ratio >= target else 'MISSED'}"
+        met = "" if target is None else f"{target:g} {'MISSED' if is_missed(row) else 'reached'}"
         spread = f"{row['ratio']['p10']:.2f} to {row['ratio']['p90']:.2f}"
         cells = row["case"], row["contestant"], f"{row['seconds']['p50'] * 1e3:.2f}", f"{ratio:.2f}", spread, met
         result.add_row(*cells, end_section=row["contestant"] == "dense_mask")
@@ -168,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dispatcher", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--case", action="append", choices=[case.name for case in DISPATCH], help="default: all")
+    parser.add_argument("--misses-pass", action="store_true", help="exit with 0 where only targets are missed")
     parser.add_argument("--out", type=Path, default=measure.RESULTS / "dispatcher.json")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -185,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
         console.print(table(rows))
         measure.write_rows(rows, options.out)
         console.print(f"rows: {options.out}")
-    return int(failed)
+    missed = any(is_missed(row) for row in rows)
+    return int(failed or (missed and not options.misses_pass))
 
 
 if __name__ == "__main__":
