@@ -5,8 +5,8 @@ Joint form (one softmax per query): "ours" and on GPUs "ours_torch" (the torch b
 with a BlockMask, tokens in canvas order or in our packed order), and on GPUs where installed "xformers", "flashinfer"
 and "flashinfer_packed". Edge form (one softmax per read, averaged by weight): "ours", "ours_torch", "per_edge_loop"
 (gather, attend, scatter, read by read), "grouped" (reads of equal shape in one batched call, by hand: on views where
-they lie at equal distances), and on GPUs
-"varlen" (all reads of all entries of the batch as one batch of variable lengths through FlashAttention).
+they lie at equal distances), and on GPUs "varlen" (all reads of all entries of the batch as one batch of variable
+lengths through FlashAttention).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from benchmarks.problem import Problem
 from canvas_engineering.attention import canvas_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-MOST_BYTES = {"cpu": 3 * measure.memory_bytes() // 4, "cuda": 16 << 30}
-"""What a contestant may hold for its mask."""
+GPU_BYTES = 16 << 30
+"""What a contestant may hold on a GPU for its mask."""
 FLEX_BLOCK = 128
 CELL_BYTES = 40
 """What a pair of FlexAttention's blocks takes: four int32 tables, and as much again and more while they are sorted."""
@@ -90,9 +90,13 @@ def of(device: str, backend: str = "auto") -> list[Contestant]:
 
 
 def _fits(needed: int, device: str, what: str = "a mask") -> None:
-    if needed > MOST_BYTES[device]:
-        most = MOST_BYTES[device] / 2**30
-        raise Unavailable(f"{what} of {needed / 2**30:.2g} GiB, more than the {most:.2g} GiB that are allowed")
+    """:class:`Unavailable` for more bytes than a contestant may hold: on a CPU three quarters of what is free."""
+    if device == "cuda":
+        most, why = GPU_BYTES, "that are allowed"
+    else:
+        most, why = 3 * measure.free_bytes() // 4, "that are three quarters of what is free here"
+    if needed > most:
+        raise Unavailable(f"{what} of {needed / 2**30:,.1f} GiB, more than the {most / 2**30:,.1f} GiB {why}")
 
 
 def _package(name: str) -> ModuleType:
@@ -188,7 +192,7 @@ def _log_weights(kinds: Tensor, log_weight: Tensor) -> Callable:
 def flex(problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | None = None) -> Attend:
     from torch.nn.attention.flex_attention import flex_attention
 
-    _fits(CELL_BYTES * (-(-problem.tokens // FLEX_BLOCK)) ** 2, device)
+    _fits(CELL_BYTES * (-(-problem.tokens // FLEX_BLOCK)) ** 2, device, "block tables")
     kinds = torch.from_numpy(problem.kinds if order is None else problem.kinds[order]).to(device)
     count = -(-len(problem.weight_of_kinds) // KINDS) * KINDS
     weight = torch.zeros(count, count, device=device)

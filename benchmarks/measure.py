@@ -95,9 +95,20 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def memory_bytes() -> int:
-    """What this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def free_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
+    """The memory that this process may still take: what the system has free, or what a control group leaves of its
+    limit where that is less. Where the system does not tell, what the machine has."""
+    try:
+        kilobytes = dict(line.split(":") for line in meminfo.read_text().splitlines())["MemAvailable"]
+        free = int(kilobytes.split()[0]) * 1024
+    except (OSError, KeyError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such group, or its limit is "max"
+        limit, taken = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # files that the system keeps while nobody wants the room are counted as taken
+        free = min(free, max(limit - taken + int(stat.get("inactive_file", 0)), 0))
+    return free
 
 
 def environment(device: str = "cpu") -> dict[str, str | int]:
@@ -153,5 +164,17 @@ def write_rows(rows: list[dict], path: Path) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """What :func:`write_rows` wrote."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """What :func:`write_rows` wrote. ValueError: the file holds something else."""
+    rows = []
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError as cause:
+        raise ValueError(f"{path} holds no rows: {cause}") from cause
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as cause:
+            raise ValueError(f"{path}, line {number} is no row: {cause}") from cause
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"{path}, line {number} is no row: {line[:80]}")
+    return rows

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 
 import numpy as np
@@ -239,6 +241,72 @@ def test_rows_say_what_ran_where(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
     cells = [list(column.cells) for column in dispatcher.table(rows).columns]
     assert cells[-1][1].endswith("MISSED") and cells[-1][0] == ""
+
+
+@pytest.mark.parametrize(
+    ("ratio", "at_least", "options", "ended"),
+    [
+        (1.9, 2.0, [], 1),
+        (1.9, 2.0, ["--misses-pass"], 0),
+        (2.0, 2.0, [], 0),
+        (1.0, None, [], 0),
+        (None, None, ["--misses-pass"], 1),
+    ],
+)
+def test_a_missed_target_is_a_failure_if_nobody_lets_it_pass(
+    ratio, at_least, options, ended, monkeypatch, tmp_path, capsys
+):
+    def run_case(case, rounds):
+        if ratio is None:
+            raise dispatcher.Disagreement("ours differs")
+        row = {"case": case.name, "contestant": "per_edge_loop", "at_least": at_least, "seconds": {"p50": 1.0}}
+        return [row | {"ratio": dict.fromkeys(("p10", "p50", "p90"), ratio)}]
+
+    monkeypatch.setattr(dispatcher, "run_case", run_case)
+    assert dispatcher.main(["--case", "robot", "--out", str(tmp_path / "rows.json"), *options]) == ended
+    assert ("MISSED" in capsys.readouterr().out) is (ratio == 1.9) and (tmp_path / "rows.json").exists() is bool(ratio)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (b"# Title\n", "line 1 is no row: Expecting value"),
+        (b'{"a": 1}\n{"a":\n', "line 2 is no row: Expecting value"),
+        (b'{"a": 1}\n\n', "line 2 is no row: Expecting value"),
+        (b'[{"a": 1}]\n', r'line 1 is no row: \[{"a": 1}\]'),
+    ],
+)
+def test_a_file_without_rows_is_named(text, complaint, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}, {complaint}"):
+        measure.read_rows(path)
+    path.write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} holds no rows: .* can't decode byte 0x89"):
+        measure.read_rows(path)
+
+
+def test_what_is_free_is_the_system_s_or_what_a_group_leaves(tmp_path):
+    meminfo, group = tmp_path / "meminfo", tmp_path / "group"
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert measure.free_bytes(meminfo, group) == machine
+    assert 0 < measure.free_bytes() <= machine
+    meminfo.write_text("MemTotal:       9000 kB\nMemAvailable:   5000 kB\nHugePages_Total:   0\n")
+    assert measure.free_bytes(meminfo, group) == 5000 * 1024
+    group.mkdir()
+    for limit, taken, inactive, free in (
+        ("max", 7, 0, 5000 * 1024),
+        ("4000000", 1_000_000, 0, 3_000_000),
+        ("4000000", 4_000_000, 500_000, 500_000),  # files that nobody needs are given back
+        ("4000000", 4_100_000, 0, 0),
+        ("9000000", 1_000_000, 0, 5000 * 1024),
+    ):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{taken}\n")
+        (group / "memory.stat").write_text(f"anon 12\ninactive_file {inactive}\n")
+        assert measure.free_bytes(meminfo, group) == free
+    (group / "memory.current").unlink()
+    assert measure.free_bytes(meminfo, group) == 5000 * 1024
 
 
 def test_tensors_of_a_call_are_counted_to_the_byte():

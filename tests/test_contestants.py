@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cases, contestants
+from benchmarks import cases, contestants, measure
 from benchmarks.problem import Problem
 from canvas_engineering import CanvasLayout, CanvasTopology, Connection
 
@@ -146,6 +146,20 @@ def test_xformers_gets_a_bias_that_it_takes(monkeypatch):
     agrees(WEIGHTED, "joint", contestants.xformers(WEIGHTED, "cpu", torch.float32))
 
 
+def test_a_mask_may_take_three_quarters_of_what_is_free(monkeypatch):
+    for free, fits in ((4 << 30, True), ((4 << 30) - 4, False)):
+        monkeypatch.setattr(measure, "free_bytes", lambda free=free: free)
+        if fits:
+            contestants._fits(3 << 30, "cpu")
+        else:
+            why = "a mask of 3.0 GiB, more than the 3.0 GiB that are three quarters of what is free here"
+            with pytest.raises(contestants.Unavailable, match=f"^{why}$"):
+                contestants._fits(3 << 30, "cpu")
+    contestants._fits(16 << 30, "cuda")
+    with pytest.raises(contestants.Unavailable, match=r"^block tables of 17.0 GiB, more than the 16.0 GiB that are al"):
+        contestants._fits(17 << 30, "cuda", "block tables")
+
+
 # -- FlexAttention -----------------------------------------------------------------------------------------------------
 
 
@@ -168,16 +182,16 @@ def test_block_tables_are_create_block_mask_s(n, kinds):
 def test_flex_attention_holds_tables_of_blocks_and_no_n_squared_pairs(monkeypatch):
     asked = []
 
-    def fits(needed, device):
-        asked.append(needed)
+    def fits(needed, device, what):
+        asked.append((needed, what))
         raise contestants.Unavailable
 
     monkeypatch.setattr(contestants, "_fits", fits)
     for device in ("cpu", "cuda"):
         with pytest.raises(contestants.Unavailable):
             contestants.flex(Problem(cases.Case("long", cases.multi_rate)), device, torch.float32)
-    assert asked == [40 * 12**2] * 2
-    assert contestants.MOST_BYTES["cuda"] > 40 * (2**20 // 128) ** 2  # a million tokens run
+    assert asked == [(40 * 12**2, "block tables")] * 2
+    assert contestants.GPU_BYTES > 40 * (2**20 // 128) ** 2  # a million tokens run
 
 
 # -- FlashInfer --------------------------------------------------------------------------------------------------------
@@ -224,7 +238,7 @@ def test_flashinfer_gets_a_batch_as_heads_in_both_orders(monkeypatch):
     assert BlockSparse.blocks == 3 < in_canvas_order == 20
     with pytest.raises(contestants.Unavailable, match="take no weights"):
         contestants.flashinfer(WEIGHTED, "cpu", torch.float32)
-    monkeypatch.setattr(contestants, "MOST_BYTES", {"cpu": 5000})
+    monkeypatch.setattr(measure, "free_bytes", lambda: 5000)
     with pytest.raises(contestants.Unavailable, match=r"an index of keys of .* GiB, more than"):
         contestants.flashinfer(EQUAL, "cpu", torch.float32)
 
