@@ -56,13 +56,17 @@ def table_of(rows: list[dict]) -> Table:
 
 def chosen(options: argparse.Namespace, device: str) -> list[cases.Case]:
     """The cases that were asked for; ValueError where a pattern fits none."""
-    known = cases.CPU if device == "cpu" else cases.GPU
-    known = tuple(case for case in known if case.without) if options.long else known
+    every = cases.CPU if device == "cpu" else cases.GPU
+    known = tuple(case for case in every if case.without) if options.long else every
     if not options.case:
         return list(known)
+    names = ", ".join(case.name for case in known)
     for pattern in options.case:
-        if not fnmatch.filter([case.name for case in known], pattern):
-            raise ValueError(f"no case is called {pattern!r}; there are {', '.join(case.name for case in known)}")
+        if fnmatch.filter([case.name for case in known], pattern):
+            continue
+        if fnmatch.filter([case.name for case in every], pattern):
+            raise ValueError(f"{pattern} leaves nobody out: there is nothing long to time; that is in {names}")
+        raise ValueError(f"no case is called {pattern!r}; there are {names}")
     return [case for case in known if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.case)]
 
 
@@ -76,6 +80,19 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--threads must be at least 1, got {options.threads}")
     if options.device == "cuda" and not (options.rows or options.list or torch.cuda.is_available()):
         raise ValueError("--device cuda: torch finds no GPU here")
+
+
+def rows_of_the_suite(path: Path, or_aot: bool = False) -> list[dict]:
+    """The rows of a file; ValueError where one of them is another benchmark's. ``or_aot``: they may all be of
+    ``benchmarks.aot``."""
+    rows = measure.read_rows(path)
+    if or_aot and report.is_aot(rows):
+        return rows
+    for number, row in enumerate(rows, 1):
+        lacking = [name for name in suite.NAMED if name not in row]
+        if lacking:
+            raise ValueError(f"{path}, line {number} is no row of this suite: it has no {' and no '.join(lacking)}")
+    return rows
 
 
 def recent(rows: list[dict], lines: int) -> list[dict]:
@@ -116,8 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--contestant", action="append", help="default: all; ours always runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--long", action="store_true", help="what takes minutes a step, and nothing else")
-    parser.add_argument("--beside", type=Path, metavar="ROWS", help="of a long run: reported where these leave it out")
+    parser.add_argument("--long", action="store_true", help="what other runs leave out for its time, alone")
+    parser.add_argument("--beside", type=Path, metavar="ROWS", help="of a long run, reported where these leave out")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timed rounds per case")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the report and its figures")
@@ -133,8 +150,8 @@ def main(argv: list[str] | None = None) -> int:
         save = options.save or options.out / "rows.json"
         if options.compare and not options.rows and options.compare.resolve() == save.resolve():
             raise ValueError(f"{save} would be written over, and is to be compared with: name another --save or --out")
-        earlier = measure.read_rows(options.compare) if options.compare else None
-        beside = measure.read_rows(options.beside) if options.beside else []
+        earlier = rows_of_the_suite(options.compare, or_aot=True) if options.compare else None
+        beside = rows_of_the_suite(options.beside) if options.beside else []
         rows = measure.read_rows(options.rows) if options.rows else None
     except (ValueError, OSError) as cause:
         parser.error(str(cause))
@@ -152,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     if not report.is_aot(rows):
         faults = suite.faults(rows)
         if report.one(rows):
+            for line in report.not_merged(rows, beside):
+                console.print(line, highlight=False)
             console.print(f"report: {report.write(report.merged(rows, beside), options.out)}", highlight=False)
         else:
             faults.append("no rows were timed")

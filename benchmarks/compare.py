@@ -23,16 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from benchmarks.report import MEDIAN_ROUNDS, is_aot, noise_of, timed
+from benchmarks.report import CASE, MEDIAN_ROUNDS, ON_A_GPU, case_of, identity, is_aot, noise_of, own_noise, timed
 
-CASE = ("case", "tokens", "batch", "heads", "head_dim", "dtype")
 NOTCH, BETWEEN_RUNS = 1.57, 0.10
 """Whatever the rounds, medians of two runs of the same code differ: 99 of 100 by at most 11 % (``LOG.md``)."""
 COARSE = 4 / 3
 """Rows that only show slow-downs from here on are counted in a line of their own."""
 GROWTH, RESIDENT_SLACK = 0.10, 16 << 20
-ON_A_GPU = "driver"
-"""What only rows of a GPU have."""
 TOLD = ("torch", "triton", "driver")
 RESOURCES = ("arch", "stage", "form", "signed", "head_dim", "dtype", "tile")
 REPORTED, AT_MOST, AT_LEAST = ("registers", "shared"), ("spilled",), ("wgmma", "copies", "resident")
@@ -77,13 +74,9 @@ def compare(earlier: list[dict], later: list[dict]) -> tuple[list[str], bool]:
 
 def _ours(rows: list[dict]) -> dict[tuple, dict]:
     """Ours by case and form, with the case's noise."""
-    noise = {_case(row): {"noise": row["noise"]} for row in rows if "noise" in row}
+    noise = own_noise(rows)
     ours = (row for row in timed(rows, contestant="ours") if "step_roofline" in row)
-    return {(*_case(row), row["form"]): row | noise.get(_case(row), {"noise": 0.0}) for row in ours}
-
-
-def _case(row: dict) -> tuple:
-    return tuple(row.get(key) for key in CASE)
+    return {(*case_of(row), row["form"]): row | {"noise": noise.get(case_of(row), 0.0)} for row in ours}
 
 
 def _named(key: tuple) -> str:
@@ -91,8 +84,8 @@ def _named(key: tuple) -> str:
 
 
 def _machine(row: dict) -> tuple[str, ...]:
-    """What has to be the same of two rows. The host and its threads do not matter to a GPU's."""
-    return ("device",) if ON_A_GPU in row else ("device", "processor", "threads")
+    """What has to be the same of two rows besides their case."""
+    return tuple(name for name in identity(row) if name not in CASE)
 
 
 def _differing(name: str, pairs: list[tuple[dict, dict]]) -> list[str]:

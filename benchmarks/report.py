@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import measure
+from benchmarks.cases import TOO_LONG
+from benchmarks.problem import SAMPLED_ROWS
+from benchmarks.suite import GATED_HEADS
 
 FIGURES = ("speedup", "roofline", "scaling")
 LABELS = {
@@ -28,6 +31,9 @@ LABELS = {
 }
 MEDIAN_ROUNDS = 3
 """Fewer rounds give no median, no quartiles and no noise of a case by itself."""
+CASE = ("case", "tokens", "batch", "heads", "head_dim", "dtype")
+ON_A_GPU = "driver"
+"""What only rows of a GPU have."""
 
 
 def is_aot(rows: list[dict]) -> bool:
@@ -52,20 +58,82 @@ def one(rows: Iterable[dict], **wanted) -> dict | None:
     return next(timed(rows, **wanted), None)
 
 
+def identity(row: dict) -> dict[str, object]:
+    """What has to be the same of two rows to hold one against the other: the case, its shape, and the machine. The host
+    and its threads do not matter to a GPU's."""
+    machine = ("device",) if ON_A_GPU in row else ("device", "processor", "threads")
+    return {name: row.get(name) for name in (*CASE, *machine)}
+
+
+def case_of(row: dict) -> tuple:
+    """The case of :func:`identity`, and its shape."""
+    found = identity(row)
+    return tuple(found[name] for name in CASE)
+
+
 def merged(rows: list[dict], long: list[dict]) -> list[dict]:
-    """Rows, with those of a long run of the same machine where they leave a contestant out."""
+    """Rows, with those of a long run of the same machine and torch where contestants are left out for the time that
+    they take, or were timed in fewer rounds. Ours and the reference stay."""
+    taken = {place: alike[-1] for place, alike, _ in _places(rows, long) if alike}
+    return [taken.get(place, row) for place, row in enumerate(rows)]
 
-    def key(row: dict) -> tuple:
-        return tuple(row[name] for name in ("case", "form", "contestant", "device", "threads", "dtype"))
 
-    found = {key(row): row for row in long}
-    return [found.get(key(row), row) if "skipped" in row else row for row in rows]
+def not_merged(rows: list[dict], long: list[dict]) -> list[str]:
+    """A line on the rows of a long run that :func:`merged` would take, were they of the same machine and shape."""
+    count, names = 0, {}
+    for place, _, others in _places(rows, long):
+        count += len(others)
+        here = _exactly(rows[place])
+        for there in map(_exactly, others):
+            apart = (name for name in here | there if here.get(name) != there.get(name))
+            names |= {f"{name}: {there.get(name)}, here {here.get(name)}": None for name in apart}
+    if not count:
+        return []
+    what = "1 row of a long run is" if count == 1 else f"{count} rows of a long run are"
+    return [f"{what} of another machine or shape, and left out: {'; '.join(names)}"]
+
+
+def _places(rows: list[dict], long: list[dict]) -> Iterator[tuple[int, list[dict], list[dict]]]:
+    """Where rows want one of a long run: which of those are alike, and which of another machine or shape."""
+    found: dict[tuple, list[dict]] = {}
+    for row in long:
+        found.setdefault(_who(row), []).append(row)
+    for place, row in enumerate(rows):
+        if row["contestant"] != "ours" and row["form"] != "reference":
+            wanted = [other for other in found.get(_who(row), ()) if _gives_way(row, other)]
+            alike = [_exactly(other) == _exactly(row) for other in wanted]
+            yield place, *([x for x, same in zip(wanted, alike) if same is which] for which in (True, False))
+
+
+def _who(row: dict) -> tuple[str, str, str]:
+    return row["case"], row["form"], row["contestant"]
+
+
+def _exactly(row: dict) -> dict[str, object]:
+    return identity(row) | {"torch": row.get("torch")}
+
+
+def _gives_way(row: dict, other: dict) -> bool:
+    return row.get("skipped") in TOO_LONG.values() or row.get("rounds", math.inf) < other.get("rounds", 0)
 
 
 def noise_of(rows: Iterable[dict]) -> float:
     """What two calls of the same thing within one round differ by in nine of ten cases, there in nine of ten rounds;
     a difference of logarithms."""
     return float(np.quantile([row["noise"] for row in rows if "noise" in row], 0.9))
+
+
+def own_noise(rows: Iterable[dict]) -> dict[tuple, float]:
+    """What two calls of the same thing differ by in nine of ten rounds of each case, keyed as by :func:`case_of`. Where
+    it is larger than other measures of noise, it takes their place."""
+    return {case_of(row): row["noise"] for row in rows if "noise" in row}
+
+
+def noise_in(rows: Iterable[dict]) -> Callable[[dict], float]:
+    """The noise that a row is judged by: of all cases, or its own case's where that is larger."""
+    rows = list(rows)
+    every, own = noise_of(rows), own_noise(rows)
+    return lambda row: max(every, own.get(case_of(row), 0.0))
 
 
 def is_tie(ratio: dict[str, float], noise: float) -> bool:

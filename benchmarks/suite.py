@@ -44,6 +44,8 @@ REPEATED_SECONDS, LONG_SECONDS, CLOSE = 3.0, 15.0, 2.0
 taken once: they are no ties."""
 COUNTED_SECONDS = 1.5
 GATED_HEADS = 4
+NAMED = ("case", "form", "contestant", "batch", "heads", "head_dim", "dtype")
+"""What every row says."""
 
 
 class Wrong(Exception):
@@ -53,7 +55,7 @@ class Wrong(Exception):
 @dataclass
 class Settings:
     """How a run is made. ``seconds``: of timed rounds per case, at least and at most so many ``rounds``. ``only``:
-    contestants; ours always run. ``long``: those alone that other runs leave out for their minutes a step, beside ours.
+    contestants; ours always run. ``long``: those alone that other runs leave out for the time they take, beside ours.
     ``deadline``, of ``time.perf_counter``: after it others than ours are skipped, and cases not begun."""
 
     device: str = "cpu"
@@ -171,7 +173,8 @@ def _told(cause: Exception) -> str:
 
 def _described(case: Case, settings: Settings) -> dict:
     shape = {"batch": case.batch, "heads": case.heads, "head_dim": case.head_dim}
-    return {"case": case.name, "group": case.group} | shape | {"dtype": str(settings.dtype).removeprefix("torch.")}
+    made = {"dtype": str(settings.dtype).removeprefix("torch."), "seconds_per_case": settings.seconds}
+    return {"case": case.name, "group": case.group} | shape | made | ({"long": True} if settings.long else {})
 
 
 def _wanted(case: Case, settings: Settings) -> list[Contestant]:

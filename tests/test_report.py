@@ -15,13 +15,17 @@ pytest.importorskip("rich", reason="benchmarks print their tables with rich")
 
 from rich.console import Console
 
-from benchmarks import bench, cases, measure, report, suite
+from benchmarks import bench, cases, measure, readme, report, suite
 from tests.test_suite import QUICK, SMALL
 
 
 @pytest.fixture(scope="module")
 def rows():
     return next(suite.run([SMALL], copy.copy(QUICK)))
+
+
+README, DISPATCHER = str(readme.README), str(measure.RESULTS / "dispatcher.json")
+AOT = str(measure.RESULTS / "aot.json")
 
 
 def quantiles(low: float, middle: float, high: float) -> dict[str, float]:
@@ -61,18 +65,106 @@ def test_the_report_says_rounds_spread_ties_and_the_gate_s_noise(rows):
     assert [report.ratio_of(rows[i], pooled) for i in (1, 3, 4)] == ["= 1.20", "1.50 (one round)", "= 1.20 (2 rounds)"]
 
 
-def test_rows_of_a_long_run_stand_where_others_leave_out(rows):
-    left_out = [{**row, "skipped": cases.MINUTES} if row["contestant"] == "sdpa_mask" else row for row in rows]
-    assert f"SDPA, dense mask, joint form: {cases.MINUTES} (tangled)" in report.markdown(left_out, [])
-    long = [{**row, "rounds": 77} for row in rows]
-    found = report.merged(left_out, long)
-    assert [row.get("rounds") for row in found] == [
-        77 if row["contestant"] == "sdpa_mask" else row.get("rounds") for row in rows
+MEASURED = ("rounds", "errors", "setup_seconds", "first_seconds", "peak_bytes")
+
+
+def skipping(rows: list[dict], name: str, why: str) -> list[dict]:
+    """Rows where a contestant did not run."""
+    gone = [key for row in rows for key in row if key in MEASURED or key.startswith(("step_", "forward_", "backward_"))]
+    skipped = {"skipped": why}
+    return [
+        {key: value for key, value in row.items() if key not in gone} | skipped if row["contestant"] == name else row
+        for row in rows
     ]
-    assert "Nothing." in report.markdown(found, [])
-    for other in ({"device": "abacus"}, {"threads": 7}, {"dtype": "bfloat16"}, {"case": "other"}, {"form": "edge"}):
-        assert report.merged(left_out, [row | other for row in long]) == left_out
-    assert report.merged(left_out, []) == left_out and report.merged(rows, long) == rows
+
+
+@pytest.mark.parametrize("why", cases.TOO_LONG.values())
+def test_rows_of_a_long_run_stand_where_others_leave_out(rows, why):
+    left_out = skipping(rows, "sdpa_mask", why)
+    assert f"SDPA, dense mask, joint form: {why} (tangled)" in report.markdown(left_out, [])
+    once = [{**row, "rounds": 1, "long": True} for row in rows]
+    found = report.merged(left_out, once)
+    assert [row.get("long", False) for row in found] == [row["contestant"] == "sdpa_mask" for row in rows]
+    assert "Nothing." in report.markdown(found, []) and report.not_merged(left_out, once) == []
+    for other in ({"case": "other"}, {"form": "edge"}, {"contestant": "flex"}):
+        assert report.merged(left_out, [row | other for row in once]) == left_out
+        assert report.not_merged(left_out, [row | other for row in once]) == []
+    # a long run that cannot run it either says why
+    too_large = skipping(rows, "sdpa_mask", "a mask of 11 GiB")
+    assert report.merged(left_out, too_large) == too_large
+    assert report.merged(left_out, []) == left_out and report.not_merged(left_out, []) == []
+
+
+def test_rows_of_a_long_run_stand_where_they_have_more_rounds(rows):
+    few = [row | {"rounds": 2} if "rounds" in row else row for row in rows]
+    long = [row | {"long": True} | ({"rounds": 3} if "rounds" in row else {}) for row in rows]
+    others = [row["contestant"] not in ("ours", "sdpa_unmasked") for row in rows]
+    assert sum(others) == 3
+    assert [row.get("long", False) for row in report.merged(few, long)] == others
+    assert report.merged(long, few) == long and report.merged(few, few) == few
+    failed = [{key: value for key, value in row.items() if key != "rounds"} | {"failed": "so"} for row in long]
+    assert report.merged(few, failed) == few
+    for why in ("it needs a GPU", "a mask of 11 GiB", "no time was left"):
+        for_another_reason = skipping(rows, "sdpa_mask", why)
+        assert report.merged(for_another_reason, rows) == for_another_reason
+
+
+@pytest.mark.parametrize(
+    "name", ["device", "processor", "threads", "torch", "dtype", "tokens", "batch", "heads", "head_dim"]
+)
+def test_rows_of_another_machine_s_long_run_are_left_out_and_told(rows, name):
+    left_out = skipping(skipping(rows, "sdpa_mask", cases.TOO_LONG["cpu"]), "grouped", cases.TOO_LONG["cpu"])
+    others = [row | {name: "another"} for row in rows]
+    assert report.merged(left_out, others) == left_out
+    told = f"of another machine or shape, and left out: {name}: another, here {rows[0][name]}"
+    assert report.not_merged(left_out, others) == [f"2 rows of a long run are {told}"]
+    assert report.not_merged(left_out, others[:2]) == [f"1 row of a long run is {told}"]
+    # both machines' in one file
+    assert report.merged(left_out, [*others, *rows]) == report.merged(left_out, [*rows, *others]) == rows
+
+
+def test_the_host_of_a_gpu_s_long_run_does_not_matter(rows):
+    rows = [row | {"driver": "1"} for row in rows]
+    left_out = skipping(rows, "sdpa_mask", cases.TOO_LONG["cuda"])
+    assert report.merged(left_out, [row | {"threads": 7, "processor": "abacus"} for row in rows]) != left_out
+    assert report.merged(left_out, [row | {"device": "abacus"} for row in rows]) == left_out
+
+
+def test_the_command_tells_of_rows_that_it_leaves_out(rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "FIGURES", ())
+    measure.write_rows(skipping(rows, "sdpa_mask", cases.TOO_LONG["cpu"]), tmp_path / "rows.json")
+    command = ["--rows", str(tmp_path / "rows.json"), "--out", str(tmp_path), "--beside", str(tmp_path / "long.json")]
+    for torch_s, told in (("2.0", 1), (rows[0]["torch"], 0)):
+        measure.write_rows([row | {"torch": torch_s} for row in rows], tmp_path / "long.json")
+        assert bench.main(command) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert out.count("1 row of a long run is of another machine or shape, and left out: torch: 2.0, here") == told
+
+
+def test_a_tie_is_judged_by_a_case_s_own_noise_where_that_is_larger(rows):
+    others = [{**rows[-1], "case": str(number), "noise": 0.05} for number in range(20)]
+    for own, expected in ((0.02, 0.05), (0.4, 0.4)):
+        here = [*rows[:-1], {**rows[-1], "noise": own}, *others]
+        here[1] = here[1] | {"rounds": 3, "step_ratio": quantiles(1.1, 1.2, 1.3)}
+        noise = report.noise_in(here)
+        assert noise(here[1]) == expected and noise(others[0]) == report.noise_of(here) == pytest.approx(0.05)
+        assert f"| tangled | {'= ' * (own > 0.2)}1.20 (1.10 to 1.30) |" in report.markdown(here, [])
+
+
+def test_shares_below_a_percent_have_two_digits():
+    found = [report.percent(share) for share in (1, 0.338, 0.01, 0.0096, 0.004, 0.000488)]
+    assert found == ["100.0 %", "33.8 %", "1.0 %", "0.96 %", "0.4 %", "0.049 %"]
+
+
+def test_the_report_says_what_flex_attention_s_memory_is(rows):
+    first = report.paragraph(report.FLEX_MEMORY)[0]
+    assert first not in report.markdown(rows, [])
+    forward = {key: value for key, value in rows[1].items() if not key.startswith(("step_", "backward_"))}
+    for name in report.FLEX:
+        text = report.markdown([*rows, forward | {"contestant": name}], [])
+        assert text.count(first) == 1 and text.index("MiB:") < text.index(first)
+        # on a GPU it trains
+        assert first not in report.markdown([*rows, rows[1] | {"contestant": name}], [])
 
 
 def test_what_runs_in_no_case_is_said_once(rows):
@@ -112,6 +204,16 @@ def test_a_terminal_shows_progress_and_the_last_cases_and_then_everything(tmp_pa
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--device", "cuda"], "--device cuda: torch finds no GPU here"),
         (["--rows", "no such file"], "No such file or directory: 'no such file'"),
+        (["--beside", README], f"{README}, line 1 is no row: Expecting value"),
+        (["--compare", README], f"{README}, line 1 is no row: Expecting value"),
+        (["--beside", DISPATCHER], f"{DISPATCHER}, line 1 is no row of this suite: it has no batch and no heads"),
+        (["--beside", AOT], f"{AOT}, line 1 is no row of this suite: it has no case and no contestant"),
+        (["--compare", DISPATCHER], f"{DISPATCHER}, line 1 is no row of this suite"),
+        (
+            ["--long", "--case", "robot"],
+            "robot leaves nobody out: there is nothing long to time; that is in fleet, video_65536, video_1048576",
+        ),
+        (["--long", "--case", "robots"], "no case is called 'robots'; there are fleet, video_65536, video_1048576"),
     ],
 )
 def test_the_command_refuses_what_it_does_not_know(arguments, complaint, monkeypatch, capsys, tmp_path):
@@ -119,7 +221,8 @@ def test_the_command_refuses_what_it_does_not_know(arguments, complaint, monkeyp
     monkeypatch.setattr(suite, "run", lambda *args: pytest.fail("this is not to be measured"))
     with pytest.raises(SystemExit) as ended:
         bench.main(["--device", "cpu", "--out", str(tmp_path), *arguments])
-    assert ended.value.code == 2 and complaint in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_without_a_time_are_said_to_be_such(tmp_path, capsys, recwarn):

@@ -138,6 +138,7 @@ def test_rows_hold_what_was_measured(rows):
     for row in rows[:-1]:
         assert max(row["errors"].values()) < 1e-5 and set(row["errors"]) == {"out", "dq", "dk", "dv"}
         assert row["rounds"] == 1 and row["tokens"] == 72 and row["commit"]
+        assert row["seconds_per_case"] == 0.0 and "long" not in row
         total = row["forward_seconds"]["p50"] + row["backward_seconds"]["p50"]
         assert math.isclose(row["step_seconds"]["p50"], total)
         assert math.isclose(row["step_tflops"], row["pairs"] * 14 * DIM * HEADS * 2 / total / 1e12)
@@ -203,6 +204,7 @@ def test_a_long_run_times_what_others_leave_out():
     without = dataclasses.replace(SMALL, without={"sdpa_mask": "no reason", "flex": "it is not asked for"})
     rows = suite.run_case(without, long)
     assert [row["contestant"] for row in rows] == ["ours", "sdpa_mask", "ours", "sdpa_unmasked"]
+    assert all(row["long"] is True for row in rows)
     assert rows[1]["errors"].keys() == {"out", "dq", "dk", "dv"} and rows[1]["step_ratio"]["p50"] > 0
     nobody = dataclasses.replace(long, only=frozenset({"grouped"}))
     rows = suite.run_case(without, nobody)
@@ -406,6 +408,12 @@ def test_cases_are_the_promised_ones():
         assert math.isclose(problem.plan("joint").density, share, abs_tol=0.01), name
     for case, share in zip((case for case in cases.CPU if case.group == "density"), (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)):
         assert math.isclose(Problem(case).plan("edge").density, share)
+    too_long = {case.name: {*case.without} for case in cases.CPU if case.without}
+    everyone = {"per_edge_loop", "sdpa_mask", "flex"}
+    assert too_long == {"fleet": everyone, "video_65536": everyone - {"flex"}, "video_1048576": everyone}
+    for known, device in ((cases.CPU, "cpu"), (cases.GPU, "cuda")):
+        assert {why for case in known for why in case.without.values()} == {cases.TOO_LONG[device]}
+    assert "--long" not in cases.TOO_LONG["cuda"], "make gpu never runs it"
     five = next(case for case in cases.GPU if case.name == "cogvideox_5b_sparse_tiles")
     assert Problem(five).plan("joint").density < 0.1 and five.heads == 48 and five.head_dim == 64
     heads = {case.name: (case.heads, case.head_dim) for case in cases.GPU if case.group == "cogvideox"}
