@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import textwrap
 from pathlib import Path
 
 from benchmarks import measure, report
@@ -45,9 +44,9 @@ def measured(
     dense = report.one(suite, case="cogvideox_previous_frame", contestant="sdpa_unmasked")
     forward, backward = (_ratio(_inverse(block[f"{part}_roofline"]), 2) for part in ("forward", "backward"))
     steps = {row["contestant"]: row for row in fleet if "contestant" in row}
-    first, loop, noise = dispatcher[0], steps["per_edge_loop"], report.noise_of(suite)
+    first, loop, noise = dispatcher[0], steps["per_edge_loop"], report.noise_in(suite)
     lines = [
-        *_paragraph(
+        *report.paragraph(
             f"A layer: the dispatcher, with its projections. {_where(dispatcher)}; medians of {first['rounds']} paired "
             f"rounds, the 10 % and 90 % quantiles in brackets; the fleet in {loop['rounds']}, commit {loop['commit']}. "
             "The loop takes one softmax per read, as the dispatcher does; a dense mask takes one softmax over all that "
@@ -67,12 +66,13 @@ def measured(
     lines += [
         f"| {WORDS['fleet']} | {loop['positions']:,} | {loop['ratio_of_medians']:.0f} | – |",
         "",
-        *_paragraph(
+        *report.paragraph(
             "Attention alone, on q, k and v: the time of others over ours, within one form; medians of at least "
             f"{report.MEDIAN_ROUNDS} paired rounds, or one round where that is said. {_where(suite)}. *=* marks "
-            f"ties: two calls of the same thing differ here by up to {100 * noise:.0f} %, and the median is as close "
-            "to 1, or the quartiles enclose 1. Each contestant's outputs and gradients agree with float64 to 1e-5 of "
-            "the largest in the run that times it. All cases, quartiles, rates, memory and figures are in [the report]"
+            f"ties: two calls of the same thing differ here by up to {100 * report.noise_of(suite):.0f} %, in some "
+            "cases by more, and the median is as close to 1, or the quartiles enclose 1. Each contestant's output and "
+            "gradients, FlexAttention's output, agree with float64 to 1e-5 of the largest in the run that times it. "
+            f"{report.SAMPLED} All cases, quartiles, rates, memory and figures are in [the report]"
             "(docs/benchmarks/report.md). FlexAttention has no backward on a CPU: forward alone is compared, in "
             "canvas order and in the order that our plan packs tokens in."
         ),
@@ -84,17 +84,17 @@ def measured(
         if row["case"] in WORDS:
             named = ({"form": form, "contestant": name} for form, name in ATTENTION.values())
             others = (report.one(suite, case=row["case"], **who) for who in named)
-            cells = ("–" if x is None else report.ratio_of(x, noise) for x in others)
-            first_cells = f"{WORDS[row['case']]} | {row['tokens']:,} | {100 * row['density']:.1f} %"
+            cells = ("–" if x is None else report.ratio_of(x, noise(x)) for x in others)
+            first_cells = f"{WORDS[row['case']]} | {row['tokens']:,} | {report.percent(row['density'])}"
             lines.append(f"| {first_cells} | {' | '.join(cells)} |")
     lines += [
         "",
-        *_paragraph(
+        *report.paragraph(
             f"Compiling the plan, cold: {1e3 * seconds['computer_use']:.0f} ms for a computer-use canvas of 16,384 "
             f"positions, {seconds['video of 256 frames']:.2f} s for a causal video of 256 frames of 64 × 64: 1,048,576."
         ),
         "",
-        *_paragraph(
+        *report.paragraph(
             f"Attention of a CogVideoX block ({block['tokens']:,} tokens; same frame + previous frame + text, "
             f"{100 * block['density']:.0f} % of all pairs; one softmax) takes {forward} times as long forward, and "
             f"{backward} times backward, as attention without a mask takes for as many pairs, of "
@@ -102,10 +102,6 @@ def measured(
         ),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _paragraph(text: str) -> list[str]:
-    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _where(rows: list[dict]) -> str:

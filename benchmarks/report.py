@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,16 @@ LABELS = {
     "varlen": "FlashAttention, varlen",
     "sdpa_unmasked": "SDPA without a mask",
 }
+FLEX = {"flex", "flex_packed"}
+FLEX_MEMORY = (
+    "FlexAttention's MiB are those of forward alone, ours and others' those of forward + backward; where it had to "
+    "compile for a shape, they hold the compiler's memory too."
+)
+SAMPLED = (
+    f"Query rows are sampled, up to {SAMPLED_ROWS[1]} of them ({SAMPLED_ROWS[0]} of the longest canvas) of up to "
+    f"{GATED_HEADS} heads; all keys take part."
+)
+"""What the gate compares."""
 MEDIAN_ROUNDS = 3
 """Fewer rounds give no median, no quartiles and no noise of a case by itself."""
 CASE = ("case", "tokens", "batch", "heads", "head_dim", "dtype")
@@ -146,6 +157,11 @@ def short(value: float) -> str:
     return f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
 
+def percent(share: float) -> str:
+    """One decimal, below 1 % two digits."""
+    return f"{100 * share:.1f} %" if share >= 0.00995 else f"{100 * share:.2g} %"
+
+
 def once(rounds: int) -> str:
     """What is said of a median that is none, of too few rounds; "" of others."""
     return "" if rounds >= MEDIAN_ROUNDS else "one round" if rounds == 1 else f"{rounds} rounds"
@@ -192,40 +208,49 @@ def markdown(rows: list[dict], figures: list[str]) -> str:
     first = rows[0]
     where = f"{first['device']}, {first['threads']} thread{'s' * (first['threads'] != 1)}"
     where = f"{first['device']}, driver {first['driver']}" if "driver" in first else where
-    noise = noise_of(rows)
+    noise = noise_in(rows)
     lines = [
         "# Block-sparse attention against what users have without it",
         "",
-        f"{where}, torch {first['torch']}, Python {first['python']}, {commits(rows)}, {first['dtype']}.",
-        "Written by `python -m canvas_engineering bench` from its rows. Before anything was timed, each contestant's",
-        "output and gradients agreed with float64 (up to 768 query rows of four heads, all keys), in float32 to 1e-5",
-        f"of the largest. Two calls of the same thing differ here by up to {100 * noise:.0f} %, in nine of ten",
-        "rounds of nine of ten cases.",
+        *paragraph(
+            f"{where}, torch {first['torch']}, Python {first['python']}, {commits(rows)}, {first['dtype']}. Written by "
+            "`python -m canvas_engineering bench` from its rows. Before anything was timed, each contestant's output "
+            "and gradients agreed with float64, in float32 to 1e-5 of the largest; of FlexAttention on a CPU, its "
+            f"output. {SAMPLED} Two calls of the same thing differ here by up to {100 * noise_of(rows):.0f} %, in nine "
+            "of ten rounds of nine of ten cases."
+        ),
         "",
         "*Joint* form has one softmax per query over all that it reads, *edge* form one per read. Contestants are",
         "compared within a form; FlexAttention has no backward on a CPU. Ratios and rates are medians over rounds,",
         "the quartiles behind them, or *one round* where a step takes too long for three. The rate is that of the",
         "selected pairs alone, over that of scaled_dot_product_attention without a mask in the same rounds. Columns",
-        "of contestants give their time over ours; *=* marks ties: the median is within that noise of 1, or 1 lies",
-        "between the quartiles. MiB are the most that was held at once, beyond what was there before, from building",
-        "what a contestant needs to the end of its first call, masks and tables included"
-        + ("." if "driver" in first else ": resident memory of the process."),
+        "of contestants give their time over ours; *=* marks ties: the median is within that noise of 1, or within the",
+        "case's own where that is larger, or 1 lies between the quartiles. MiB are the most that was held at once,",
+        "beyond what was there before, from building what a contestant needs to the end of its first call, masks and",
+        "tables included" + ("." if "driver" in first else ": resident memory of the process."),
         "`AttentionPlan.estimate` predicts less: the tensors of one call, `tensor_bytes` in the rows of ours.",
         "",
     ]
     for form in ("joint", "edge"):
         lines += [f"## {form.capitalize()} form", "", *_form_table(rows, form), ""]
         for part, title in (("step", "forward + backward"), ("forward", "forward alone")):
-            table = _by_contestant(rows, form, f"{part}_ratio", lambda row, part=part: _ratio(row, part, noise))
+            table = _by_contestant(rows, form, f"{part}_ratio", lambda row, part=part: _ratio(row, part, noise(row)))
             lines += [f"Time over ours, {title}:", "", *table, ""] if table else []
         table = _by_contestant(rows, form, "peak_bytes", lambda row: f"{row['peak_bytes'] / 2**20:.0f}")
-        lines += ["MiB:", "", *table, ""] if table else []
+        forward = {row["contestant"] for row in timed(rows, form=form) if part_of(row) == "forward"}
+        told = ["", *paragraph(FLEX_MEMORY)] if forward & FLEX else []
+        lines += ["MiB:", "", *table, *told, ""] if table else []
     lines += [f"![{name}]({name}.png)\n" for name in figures]
     lines += ["## What did not run", "", *_left_out(rows), ""]
     aot = measure.RESULTS / "aot.json"
     if aot.exists():
         lines += ["## The kernels, compiled ahead of time", "", *_aot_table(measure.read_rows(aot)), ""]
     return "\n".join(lines)
+
+
+def paragraph(text: str) -> list[str]:
+    """Its lines, of 120 characters at most."""
+    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(titles: list[str], cells: list[list[str]]) -> list[str]:
@@ -240,7 +265,7 @@ def _form_table(rows: list[dict], form: str) -> list[str]:
         [
             row["case"],
             f"{row['tokens']:,}",
-            f"{100 * row['density']:.1f} %",
+            percent(row["density"]),
             *(f"{1e3 * row[f'{part}_seconds']['p50']:.2f}" for part in ("forward", "step")),
             _spread(row["step_roofline"], row["rounds"]),
             f"{1e3 * row['setup_seconds']:.0f}",

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("rich", reason="benchmarks print their tables with rich")
 
-from benchmarks import cases, dispatcher, measure, plan_cost, program, readme
+from benchmarks import cases, dispatcher, measure, plan_cost, program, readme, report
 from benchmarks.naive import DenseMask, PerEdgeLoop
 from canvas_engineering import (
     AttentionDispatcher,
@@ -361,6 +361,17 @@ def test_readme_states_what_the_committed_rows_say():
     assert found != readme.measured(**rows)
     with pytest.raises(ValueError, match="has no section"):
         readme.section("no marks")
+
+
+def test_the_report_states_what_the_committed_rows_say():
+    suite, long = (measure.read_rows(measure.RESULTS / f"{name}.json") for name in ("suite", "long"))
+    written = readme.README.parent / "docs/benchmarks"
+    figures = [name for name in report.FIGURES if (written / f"{name}.png").exists()]
+    assert figures == list(report.FIGURES)
+    found = (written / "report.md").read_text()
+    assert found == report.markdown(report.merged(suite, long), figures)
+    suite[0]["forward_seconds"]["p50"] += 1
+    assert found != report.markdown(report.merged(suite, long), figures)
 
 
 def test_a_program_that_says_nothing_costs_a_row_of_equal_bits(tmp_path, monkeypatch):
