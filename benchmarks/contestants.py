@@ -1,7 +1,8 @@
 """Who is compared: functions of (q, k, v) for a problem, each within one form. What they need is built before timing.
 
 Joint form (one softmax per query): "ours" and on GPUs "ours_torch" (the torch backend, which is ours on a CPU),
-"sdpa_mask" (scaled_dot_product_attention under a dense additive mask), "flex" and "flex_packed" (compiled FlexAttention
+"sdpa_mask" (scaled_dot_product_attention under a dense additive mask of all tokens), "sdpa_mask_used" (of those that
+read or are read, gathered and put back), "flex" and "flex_packed" (compiled FlexAttention
 with a BlockMask, tokens in canvas order or in our packed order), and on GPUs where installed "xformers", "flashinfer"
 and "flashinfer_packed". Edge form (one softmax per read, averaged by weight): "ours", "ours_torch", "per_edge_loop"
 (gather, attend, scatter, read by read), "grouped" (reads of equal shape in one batched call, by hand: on views where
@@ -76,6 +77,7 @@ def of(device: str, backend: str = "auto") -> list[Contestant]:
         ours("joint"),
         ours("joint", "torch", "ours_torch"),
         Contestant("joint", "sdpa_mask", sdpa_mask),
+        Contestant("joint", "sdpa_mask_used", sdpa_mask_used),
         Contestant("joint", "flex", flex, on_cpu),
         Contestant("joint", "flex_packed", flex_packed, on_cpu),
         Contestant("joint", "xformers", on_gpus(xformers)),
@@ -138,16 +140,20 @@ def _packed_order(problem: Problem) -> np.ndarray:
 # -- joint form --------------------------------------------------------------------------------------------------------
 
 
-def additive_mask(problem: Problem, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def additive_mask(
+    problem: Problem, device: str, dtype: torch.dtype, tokens: np.ndarray | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(n, n): ln of the joint weights, −inf where a query does not read a key; (n, 1): the rows that read nothing, None
-    where all read. A softmax over no key is NaN: such rows read themselves here, and are to be cleared."""
+    where all read. A softmax over no key is NaN: such rows read themselves here, and are to be cleared. ``tokens``: of
+    those alone."""
     # Rows start at multiples of eight elements. Otherwise torch copies all of the mask into such rows at each call of
     # the memory-efficient kernel, and xformers refuses it.
-    n, wide = problem.tokens, -(-problem.tokens // 8) * 8
+    kinds = problem.kinds if tokens is None else problem.kinds[tokens]
+    n, wide = len(kinds), -(-len(kinds) // 8) * 8
     _fits(n * wide * dtype.itemsize, device)
     mask = torch.empty(n, wide, dtype=dtype, device=device)[:, :n]
     empty = torch.empty(n, 1, dtype=torch.bool, device=device)
-    kinds = torch.from_numpy(problem.kinds).to(device)
+    kinds = torch.from_numpy(kinds).to(device)
     logs = torch.from_numpy(problem.weight_of_kinds).log().to(device, dtype)
     for rows in torch.arange(n, device=device).split(1024):
         part = logs[kinds[rows]].index_select(1, kinds)
@@ -162,6 +168,25 @@ def additive_mask(problem: Problem, device: str, dtype: torch.dtype) -> tuple[Te
 def sdpa_mask(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     mask, empty = additive_mask(problem, device, dtype)
     return _cleared(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), empty)
+
+
+def sdpa_mask_used(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
+    """A dense mask over the tokens that read or are read, which are gathered before and put back behind."""
+    reads = [np.concatenate([read[side] for read in problem.reads]) for side in (0, 1)]
+    used = np.unique(np.concatenate(reads))
+    if len(used) == problem.tokens:
+        raise Unavailable("every token reads or is read")
+    mask, empty = additive_mask(problem, device, dtype, used)
+    plain = empty is None and not mask.any()
+    at = torch.from_numpy(used).to(device)
+
+    def attend(q, k, v):
+        parts = (x.index_select(2, at) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*parts, attn_mask=None if plain else mask)
+        out = out if empty is None else out.masked_fill(empty, 0)
+        return torch.zeros_like(q).index_copy(2, at, out)
+
+    return attend
 
 
 def xformers(problem: Problem, device: str, dtype: torch.dtype) -> Attend:

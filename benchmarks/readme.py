@@ -23,17 +23,23 @@ WORDS = {
     "cogvideox_tiles": "CogVideoX, spatial tiles",
 }
 ATTENTION = {
-    "dense mask": ("joint", "sdpa_mask"),
+    "joint form: dense mask": ("joint", "sdpa_mask"),
+    "mask of used positions": ("joint", "sdpa_mask_used"),
     "FlexAttention, forward": ("joint", "flex"),
     "in our packed order": ("joint", "flex_packed"),
-    "loop over edges": ("edge", "per_edge_loop"),
+    "edge form: loop over edges": ("edge", "per_edge_loop"),
     "grouped by hand": ("edge", "grouped"),
 }
-NAMES = ("dispatcher", "fleet", "suite", "long", "plan_cost")
+NAMES = ("dispatcher", "fleet", "suite", "long", "cogvideox", "plan_cost")
 
 
 def measured(
-    dispatcher: list[dict], fleet: list[dict], suite: list[dict], long: list[dict], plan_cost: list[dict]
+    dispatcher: list[dict],
+    fleet: list[dict],
+    suite: list[dict],
+    long: list[dict],
+    cogvideox: list[dict],
+    plan_cost: list[dict],
 ) -> str:
     """The Markdown between README's marks, from the rows of the benchmarks of those names."""
     suite = report.merged(suite, long)
@@ -48,11 +54,13 @@ def measured(
     lines = [
         *report.paragraph(
             f"A layer: the dispatcher, with its projections. {_where(dispatcher)}; medians of {first['rounds']} paired "
-            f"rounds, the 10 % and 90 % quantiles in brackets; the fleet in {loop['rounds']}, commit {loop['commit']}. "
-            "The loop takes one softmax per read, as the dispatcher does; a dense mask takes one softmax over all that "
-            "a position reads (the joint form), so it is timed against our attention of that form between the same "
-            "projections. Before anything is timed, outputs and all gradients of each contestant agree with its form "
-            "in float64 to 1e-5 of the largest (the fleet's with three vehicles)."
+            "rounds, the 10 % and 90 % quantiles in brackets; the fleet in "
+            f"{loop['rounds']}, {report.commits([loop])}. The loop takes one softmax per read, as the dispatcher does, "
+            "and projects what each read takes, as code with an attention module for each connection; the loop of the "
+            "second table has no projections. A dense mask takes one softmax over all that a position reads (the joint "
+            "form), so it is timed against our attention of that form between the same projections. Before anything is "
+            "timed, outputs and all gradients of each contestant agree with its form in float64 to 1e-5 of the largest "
+            "(the fleet's with three vehicles)."
         ),
         "",
         "| canvas | positions | times faster than the loop | in joint form, than the dense mask |",
@@ -74,7 +82,10 @@ def measured(
             "gradients, FlexAttention's output, agree with float64 to 1e-5 of the largest in the run that times it. "
             f"{report.SAMPLED} All cases, quartiles, rates, memory and figures are in [the report]"
             "(docs/benchmarks/report.md). FlexAttention has no backward on a CPU: forward alone is compared, in "
-            "canvas order and in the order that our plan packs tokens in."
+            "canvas order and in the order that our plan packs tokens in. A mask of used positions leaves out those "
+            "that neither read nor are read, which it gathers the others from. Density is that of joint form, where "
+            "edge form computes other pairs of that as well. –: it cannot run here, or it is another column's call; "
+            "the report says which."
         ),
         "",
         f"| canvas | tokens | density | {' | '.join(ATTENTION)} |",
@@ -85,7 +96,10 @@ def measured(
             named = ({"form": form, "contestant": name} for form, name in ATTENTION.values())
             others = (report.one(suite, case=row["case"], **who) for who in named)
             cells = ("–" if x is None else report.ratio_of(x, noise(x)) for x in others)
-            first_cells = f"{WORDS[row['case']]} | {row['tokens']:,} | {report.percent(row['density'])}"
+            edge = report.percent(report.one(suite, case=row["case"], form="edge", contestant="ours")["density"])
+            density = report.percent(row["density"])
+            density += f", edge {edge}" * (edge != density)
+            first_cells = f"{WORDS[row['case']]} | {row['tokens']:,} | {density}"
             lines.append(f"| {first_cells} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -98,10 +112,54 @@ def measured(
             f"Attention of a CogVideoX block ({block['tokens']:,} tokens; same frame + previous frame + text, "
             f"{100 * block['density']:.0f} % of all pairs; one softmax) takes {forward} times as long forward, and "
             f"{backward} times backward, as attention without a mask takes for as many pairs, of "
-            f"{dense['reference_tokens']:,} tokens, in the same {block['rounds']} rounds."
+            f"{dense['reference_tokens']:,} tokens, in the same {block['rounds']} rounds. {_against_stock(cogvideox)}"
         ),
+        "",
+        *report.paragraph(_where_it_does_not_help(suite)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _against_stock(rows: list[dict]) -> str:
+    """How many times faster than stock attention over all of a model's tokens: what its users have today."""
+    found = {row["case"].removeprefix("attention, "): row for row in rows if row["case"].startswith("attention")}
+    gains = {
+        part: _ratio(_inverse({name: share * row["density"] for name, share in row["ratio"].items()}))
+        for part, row in found.items()
+    }
+    row = found["forward"]
+    return (
+        f"Stock attention over all {row['tokens']:,} tokens takes {gains['forward']} times as long as ours forward and "
+        f"{gains['backward']} times backward, in {row['rounds']} paired rounds ({report.commits([row])})."
+    )
+
+
+def _where_it_does_not_help(suite: list[dict]) -> str:
+    """Who takes less time forward alone, or less memory."""
+    forward, larger = {}, {}
+    ours = {(row["case"], row["form"]): row for row in report.timed(suite, contestant="ours")}
+    for row in report.timed(suite):
+        own, who = ours.get((row["case"], row["form"])), row["contestant"]
+        if own is None or who == "ours":
+            continue
+        forward.setdefault(who, []).append((row["forward_ratio"]["p50"], row["case"]))
+        if own.get("peak_bytes") and row.get("peak_bytes"):
+            larger.setdefault(who, []).append((own["peak_bytes"] / row["peak_bytes"], row["case"]))
+    told = [
+        f"{report.LABELS[who]} {report.short(min(found)[0])} of ours ({min(found)[1]})"
+        for who, found in forward.items()
+        if min(found)[0] < 1
+    ]
+    held = [
+        f"{report.short(max(found)[0])} times {report.LABELS[who]} ({max(found)[1]})"
+        for who, found in larger.items()
+        if max(found)[0] > 1
+    ]
+    return (
+        "Where it does not help: ours keeps for backward what others compute again. The least time that others take "
+        f"forward alone: {'; '.join(told) or 'none'}. The most memory that ours takes, tables included: "
+        f"{'; '.join(held) or 'no more than others'}. A model trained dense loses what a topology leaves out."
+    )
 
 
 def _where(rows: list[dict]) -> str:

@@ -20,6 +20,7 @@ LABELS = {
     "ours": "ours",
     "ours_torch": "ours, torch backend",
     "sdpa_mask": "SDPA, dense mask",
+    "sdpa_mask_used": "SDPA, mask of used tokens",
     "flex": "FlexAttention",
     "flex_packed": "FlexAttention, packed order",
     "xformers": "xformers",
@@ -200,7 +201,8 @@ def commits(rows: list[dict]) -> str:
     """Of what code the rows are, most of them first."""
     found = [row["commit"] for row in rows]
     names = sorted(dict.fromkeys(found), key=found.count, reverse=True)
-    return f"commit{'s' * (len(names) > 1)} {', '.join(names)}"
+    changed = " (+: files were changed that were not committed yet)" if any("+" in name for name in names) else ""
+    return f"commit{'s' * (len(names) > 1)} {', '.join(names)}{changed}"
 
 
 def markdown(rows: list[dict], figures: list[str]) -> str:

@@ -181,7 +181,7 @@ def _wanted(case: Case, settings: Settings) -> list[Contestant]:
     everyone = contestants.of(settings.device, settings.backend)
     chosen = settings.only or {c.name for c in everyone}
     if settings.long:
-        chosen = chosen & case.without.keys()
+        chosen = chosen & {*case.without, *case.again}
     return [c for c in everyone if c.name in chosen | {"ours"}]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from benchmarks import cases, contestants, dispatcher, fleet, measure, report
+from benchmarks import cases, compare, contestants, dispatcher, fleet, measure, report
 
 
 def committed(name: str) -> list[dict]:
@@ -17,13 +19,23 @@ def suite_rows() -> list[dict]:
     return report.merged(committed("suite"), committed("long"))
 
 
-TIES = {("frames_10_d64", "edge", "grouped"): 0.01, ("frames_100_d64", "edge", "grouped"): 0.01}
-"""Who may be ahead of ours, and by how much at most: frames by hand are the very call that ours makes of them."""
+CHECKS = 0.04
+"""Of the time of the smallest canvases, what ours checks before its call."""
+TIES = {(case.name, "edge", "grouped"): 0.0 for case in cases.CPU if case.group == "density"} | {
+    (name, "joint", "sdpa_mask_used"): CHECKS for name in ("robot", "surgical_robot")
+}
+"""Who makes the very call that ours makes, and by how much it may be ahead, beside what its rounds leave open."""
 
 
 def shortfall(row: dict) -> float:
     """How far a contestant is ahead of ours: 0.05 where it takes 0.95 of our time."""
     return 1 - row[f"{report.part_of(row)}_ratio"]["p50"]
+
+
+def left_open(row: dict) -> float:
+    """By how much the median of so many rounds may be off (McGill's notch), at most 3 %."""
+    ratio = row[f"{report.part_of(row)}_ratio"]
+    return min(compare.NOTCH * (ratio["p75"] - ratio["p25"]) / math.sqrt(row["rounds"]), 0.03)
 
 
 def test_every_case_of_a_cpu_was_measured_in_both_forms(suite_rows):
@@ -36,6 +48,7 @@ def test_every_case_of_a_cpu_was_measured_in_both_forms(suite_rows):
 LEFT_OUT = {
     ("joint", "ours_torch"): "ours runs the torch backend here",
     ("edge", "ours_torch"): "ours runs the torch backend here",
+    ("joint", "sdpa_mask_used"): "every token reads or is read",
     ("joint", "flex_packed"): "packed order is canvas order",
     ("joint", "xformers"): "it needs a GPU",
     ("joint", "flashinfer"): "it needs a GPU",
@@ -94,10 +107,15 @@ def test_who_was_not_measured_is_seen():
 def test_nobody_is_faster_than_ours(suite_rows):
     others = [row for row in report.timed(suite_rows) if row["contestant"] != "ours" and row["form"] != "reference"]
     assert len(others) > 60
-    ahead = {
-        (row["case"], row["form"], row["contestant"]): round(shortfall(row), 3) for row in others if shortfall(row) > 0
-    }
-    assert ahead.keys() <= TIES.keys() and all(much <= TIES[who] for who, much in ahead.items()), ahead
+    ahead = {(row["case"], row["form"], row["contestant"]): row for row in others if shortfall(row) > 0}
+    told = {who: (round(shortfall(row), 3), round(left_open(row), 3)) for who, row in ahead.items()}
+    assert ahead.keys() <= TIES.keys(), told
+    assert all(shortfall(row) <= TIES[who] + left_open(row) for who, row in ahead.items()), told
+
+
+def test_what_is_close_to_ours_was_timed_more_than_once(suite_rows):
+    close = [row for row in report.timed(suite_rows) if 0 < row.get("step_ratio", {"p50": 9.0})["p50"] < 1.3]
+    assert len(close) > 15 and not [row for row in close if row["rounds"] < report.MEDIAN_ROUNDS]
 
 
 def test_each_dispatcher_contestant_agreed_with_its_form():

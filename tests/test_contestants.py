@@ -131,6 +131,27 @@ def test_a_dense_mask_has_aligned_rows_and_clears_those_that_read_nothing(monkey
     assert masks[0].shape == (37, 37) and masks[0].stride() == (40, 1)
 
 
+def test_a_mask_of_used_tokens_gathers_them(monkeypatch):
+    masks = []
+
+    def attention(q, k, v, attn_mask):
+        masks.append(attn_mask)
+        return real(q, k, v, attn_mask=attn_mask)
+
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    used = np.unique(np.concatenate([tokens for read in WEIGHTED.reads for tokens in read[:2]]))
+    assert 0 < len(used) < WEIGHTED.tokens
+    agrees(WEIGHTED, "joint", contestants.sdpa_mask_used(WEIGHTED, "cpu", torch.float32))
+    assert masks[0].shape == (len(used), len(used))
+    # three regions that read each other, beside empty positions: no mask is left
+    robot = Problem(cases.Case("robot", cases.robot))
+    agrees(robot, "joint", contestants.sdpa_mask_used(robot, "cpu", torch.float32))
+    assert masks[-1] is None
+    with pytest.raises(contestants.Unavailable, match="every token reads or is read"):
+        contestants.sdpa_mask_used(STRIPED, "cpu", torch.float32)
+
+
 def test_xformers_gets_a_bias_that_it_takes(monkeypatch):
     """As documented: (B, n, H, D), a bias (B, H, n, n) whose strides are multiples of eight, but for the last, 1."""
 

@@ -201,7 +201,7 @@ def test_who_fails_or_is_left_out_is_a_row(monkeypatch):
 
 def test_a_long_run_times_what_others_leave_out():
     long = dataclasses.replace(QUICK, long=True)
-    without = dataclasses.replace(SMALL, without={"sdpa_mask": "no reason", "flex": "it is not asked for"})
+    without = dataclasses.replace(SMALL, without={"flex": "it is not asked for"}, again=("sdpa_mask",))
     rows = suite.run_case(without, long)
     assert [row["contestant"] for row in rows] == ["ours", "sdpa_mask", "ours", "sdpa_unmasked"]
     assert all(row["long"] is True for row in rows)
@@ -410,7 +410,14 @@ def test_cases_are_the_promised_ones():
         assert math.isclose(Problem(case).plan("edge").density, share)
     too_long = {case.name: {*case.without} for case in cases.CPU if case.without}
     everyone = {"per_edge_loop", "sdpa_mask", "flex"}
-    assert too_long == {"fleet": everyone, "video_65536": everyone - {"flex"}, "video_1048576": everyone}
+    assert too_long == {
+        "fleet": everyone | {"sdpa_mask_used"},
+        "video_65536": everyone - {"flex"},
+        "video_1048576": everyone,
+    }
+    assert {case.name: case.again for case in (*cases.CPU, *cases.GPU) if case.again} == {
+        "cogvideox_dense": ("sdpa_mask", "per_edge_loop")
+    }
     for known, device in ((cases.CPU, "cpu"), (cases.GPU, "cuda")):
         assert {why for case in known for why in case.without.values()} == {cases.TOO_LONG[device]}
     assert "--long" not in cases.TOO_LONG["cuda"], "make gpu never runs it"
