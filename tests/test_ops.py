@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +88,19 @@ def test_graphs_kept_on_disk_are_of_one_grouping():
     rates = ops.costs.choosing()
     assert ops._executor_name(dict(reversed(rates.items()))) == ops.TORCH
     assert ops._executor_name(rates | {"slab": 2 * rates["slab"]}) != ops.TORCH
+
+
+def test_the_executors_name_stands_for_all_that_decides_what_is_kept():
+    folder, found, left = Path(ops.__file__).parent, set(), ["rectangles"]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            imports = [node for node in ast.walk(ast.parse((folder / f"{name}.py").read_text()))]
+            imports = [node for node in imports if isinstance(node, ast.ImportFrom) and node.level == 1]
+            left += [node.module or alias.name for node in imports for alias in node.names]
+    # the oracle, what moves rows and what autograd sees: no sizes
+    assert {f"{name}.py" for name in found - {"reference", "rows", "transforms"}} == set(ops._SOURCES)
 
 
 # -- compilation, checkpointing, autocast ------------------------------------------------------------------------------

@@ -28,10 +28,8 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 MAX_TRITON_HEAD_DIM = 256
 # How much the torch executor keeps for backward is a size in a compiled graph, and compilers keep graphs on disk. Its
 # sources, and the rates by which it groups cells, are in its name: what others of them compiled is another graph.
-_SOURCES = tuple(
-    f"{name}.py"
-    for name in ("grouping", "groups", "rectangles", "slabs", "batches", "indices", "tiling", "table", "costs")
-)
+_EXECUTOR = "rectangles grouping groups slabs batches indices frames tiling table costs"
+_SOURCES = tuple(f"{name}.py" for name in _EXECUTOR.split())
 
 
 def _executor_name(rates: dict[str, float]) -> str:
