@@ -45,7 +45,7 @@ bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, 
 		--out docs/benchmarks --save benchmarks/results/suite.json
 	@$(RUN) -m benchmarks.readme
 
-costs: $(READY_EXTRAS) ## what functions, programs, fleets and CogVideoX cost, and who takes too long for bench: two hours; docs, README's figures
+costs: $(READY_EXTRAS) ## what functions, programs, fleets and CogVideoX cost, and bench --long: an hour; docs/families.md, the report and README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.families
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.program
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cogvideox

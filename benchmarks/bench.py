@@ -57,7 +57,7 @@ def table_of(rows: list[dict]) -> Table:
 def chosen(options: argparse.Namespace, device: str) -> list[cases.Case]:
     """The cases that were asked for; ValueError where a pattern fits none."""
     every = cases.CPU if device == "cpu" else cases.GPU
-    known = tuple(case for case in every if case.without or case.again) if options.long else every
+    known = tuple(case for case in every if case.long) if options.long else every
     if not options.case:
         return list(known)
     names = ", ".join(case.name for case in known)

@@ -181,7 +181,7 @@ def _wanted(case: Case, settings: Settings) -> list[Contestant]:
     everyone = contestants.of(settings.device, settings.backend)
     chosen = settings.only or {c.name for c in everyone}
     if settings.long:
-        chosen = chosen & {*case.without, *case.again}
+        chosen = chosen & case.long
     return [c for c in everyone if c.name in chosen | {"ours"}]
 
 
@@ -206,7 +206,7 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
     for contestant in _wanted(case, settings):
         row = described | {"form": contestant.form, "contestant": contestant.name}
         rows.append(row)
-        if contestant.name in case.without and not settings.long:
+        if contestant.name in case.without and not (settings.long and contestant.name in case.long):
             row["skipped"] = case.without[contestant.name]
             continue
         if contestant.name != "ours" and time.perf_counter() > settings.deadline:

@@ -57,7 +57,10 @@ LEFT_OUT = {
     ("edge", "varlen"): "it needs a GPU",
 }
 """Why a contestant may be left out of any case."""
-TOO_LARGE = {("video_1048576", "joint", "sdpa_mask"): "a mask of "}
+TOO_LARGE = {
+    ("video_1048576", "joint", "sdpa_mask"): "a mask of ",
+    ("video_1048576", "edge", "per_edge_loop"): cases.NEVER,
+}
 """How the reason begins why one may be left out of a case: (2^20)² floats are 4 TiB."""
 
 

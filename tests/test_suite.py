@@ -419,7 +419,10 @@ def test_cases_are_the_promised_ones():
         "cogvideox_dense": ("sdpa_mask", "per_edge_loop")
     }
     for known, device in ((cases.CPU, "cpu"), (cases.GPU, "cuda")):
-        assert {why for case in known for why in case.without.values()} == {cases.TOO_LONG[device]}
+        reasons = {why for case in known for why in case.without.values()}
+        assert reasons == {cases.TOO_LONG[device]} | ({cases.NEVER} if device == "cpu" else set())
+    assert by_name["video_1048576"].long == {"sdpa_mask", "flex"} and not by_name["robot"].long
+    assert by_name["cogvideox_dense"].long == {"sdpa_mask", "per_edge_loop"}
     assert "--long" not in cases.TOO_LONG["cuda"], "make gpu never runs it"
     five = next(case for case in cases.GPU if case.name == "cogvideox_5b_sparse_tiles")
     assert Problem(five).plan("joint").density < 0.1 and five.heads == 48 and five.head_dim == 64
