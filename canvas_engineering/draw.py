@@ -23,8 +23,10 @@ __all__ = ["layout_figure", "plan_figure", "topology_figure"]
 
 MAX_PANELS = 8
 MAX_LABELS = 40
+MAX_NAMED = 12
 MAX_OUTLINED = 1000
 CHARACTERS_PER_PANEL = 44
+OFFSETS = "in cells: t_src, t_dst; all: every frame at once\n0, 0: each frame reads its own; 0, -1: the one before"
 BOUNDS = ("q_start", "q_stop", "k_start", "k_stop")
 
 
@@ -56,7 +58,8 @@ def layout_figure(layout: CanvasLayout) -> Figure:
 def topology_figure(topology: CanvasTopology) -> Figure:
     """Who reads whom as a matrix: rows ask, columns answer, the colour is the sum of the weights.
 
-    With up to 12 regions every cell names its connections: the frames (t_src, t_dst), or "all" for no offsets.
+    With up to 12 regions every cell names its connections: the frames (t_src, t_dst), or "all" for no offsets. The
+    title says so.
     """
     import numpy as np
 
@@ -74,7 +77,7 @@ def topology_figure(topology: CanvasTopology) -> Figure:
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_equal(weights, 0.0), cmap="Blues", vmin=0.0)
     figure.colorbar(image, ax=axes, shrink=0.7, label="sum of weights")
-    if len(names) <= 12:
+    if len(names) <= MAX_NAMED:
         for (row, column), texts in cells.items():
             dark = weights[row, column] > 0.6 * weights.max()
             axes.text(column, row, "\n".join(texts), ha="center", va="center", fontsize=7, color="w" if dark else "k")
@@ -82,7 +85,8 @@ def topology_figure(topology: CanvasTopology) -> Figure:
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set(xlabel="answers (dst)", ylabel="asks (src)")
-    axes.set_title(f"{len(topology.connections)} connections between {len(names)} regions", fontsize=10)
+    title = f"{len(topology.connections)} connections between {len(names)} regions"
+    axes.set_title(f"{title}\n{OFFSETS}" if len(names) <= MAX_NAMED else title, fontsize=9)
     return figure
 
 
