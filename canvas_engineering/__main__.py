@@ -1,7 +1,7 @@
 """``python -m canvas_engineering``: look at a saved schema, measure this machine.
 
     python -m canvas_engineering inspect SCHEMA.json --heads 24 --head-dim 64 --dtype bfloat16
-    python -m canvas_engineering draw SCHEMA.json --out PICTURE.png
+    python -m canvas_engineering draw SCHEMA.json --out PICTURE.png --normalize joint
     python -m canvas_engineering bench --case "frames_*"
 
 typer, rich and matplotlib are imported when the command runs; all three come with the ``dev`` extra.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from canvas_engineering.plan import NORMALIZE, compile_attention
 from canvas_engineering.plan.estimate import DTYPES, in_words
 
 MAX_ROWS = 60
@@ -39,7 +40,8 @@ def load_schema(path: Path):
     except OSError as cause:
         raise ValueError(f"{path}: {cause.strerror}") from cause
     except (ValueError, KeyError, TypeError) as cause:
-        raise ValueError(f"{path} is no schema: {cause}") from cause
+        why = str(cause).removeprefix(f"{path}: ")  # most causes name the file too
+        raise ValueError(f"{path} is no schema: {why}") from cause
 
 
 def region_table(layout):
@@ -90,6 +92,7 @@ def build_app():
     from rich.console import Console
 
     out_option = typer.Option(..., help="the layout's picture; the topology's and the table's lie beside it")
+    normalize_option = typer.Option("edge", help="edge: a softmax per read; joint: one per query over all it reads")
     options_argument = typer.Argument(None, help="what the suite takes")
     app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look at a saved canvas schema, or measure.")
 
@@ -97,8 +100,12 @@ def build_app():
         try:
             return load_schema(path)
         except ValueError as cause:
-            Console(stderr=True).print(str(cause), style="red", highlight=False)
+            Console(stderr=True).print(str(cause), style="red", highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(2) from cause
+
+    def check(option: str, value: str, known: tuple[str, ...]) -> None:
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}", param_hint=option)
 
     @app.command()
     def inspect(
@@ -107,29 +114,28 @@ def build_app():
         heads: int = typer.Option(1, min=1),
         head_dim: int = typer.Option(64, min=1),
         dtype: str = typer.Option("float32", help=f"of q, k and v: {', '.join(DTYPES)}"),
+        normalize: str = normalize_option,
     ) -> None:
         """Print regions, connections and what the compiled plan costs, which is attention alone, on q, k and v."""
-        from canvas_engineering.plan import compile_attention
-
-        if dtype not in DTYPES:
-            raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+        check("--dtype", dtype, DTYPES)
+        check("--normalize", normalize, NORMALIZE)
         found = open_schema(schema)
         console = Console()
         console.print(region_table(found.layout))
         if found.topology is None:
             console.print("no topology: nothing reads anything")
             return
-        plan = compile_attention(found.layout, found.topology)
+        plan = compile_attention(found.layout, found.topology, normalize=normalize)
         console.print(connection_table(found.layout, found.topology, plan))
         estimate = in_words(plan, batch, heads, head_dim, dtype)
         console.print(f"{plan}\n{estimate}\n{KEY}", highlight=False, markup=False, soft_wrap=True)
 
     @app.command()
-    def draw(schema: Path, out: Path = out_option) -> None:
+    def draw(schema: Path, out: Path = out_option, normalize: str = normalize_option) -> None:
         """Draw the layout to OUT and, with a topology, OUT's name with -topology and -table added."""
         from canvas_engineering import draw as pictures
-        from canvas_engineering.plan import compile_attention
 
+        check("--normalize", normalize, NORMALIZE)
         found = open_schema(schema)
         figures = {out: pictures.layout_figure(found.layout)}
         kinds = figures[out].canvas.get_supported_filetypes()
@@ -137,7 +143,7 @@ def build_app():
             raise typer.BadParameter(f"{out.name} has to end in one of .{', .'.join(kinds)}", param_hint="--out")
         if found.topology is not None:
             figures[out.with_stem(f"{out.stem}-topology")] = pictures.topology_figure(found.topology)
-            plan = compile_attention(found.layout, found.topology)
+            plan = compile_attention(found.layout, found.topology, normalize=normalize)
             figures[out.with_stem(f"{out.stem}-table")] = pictures.plan_figure(plan)
         for path, figure in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)

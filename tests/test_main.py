@@ -12,7 +12,7 @@ pytest.importorskip("rich", reason="the command line prints with rich")
 
 from typer.testing import CliRunner
 
-from canvas_engineering import CanvasLayout, CanvasSchema, CanvasTopology, Connection, RegionSpec
+from canvas_engineering import CanvasLayout, CanvasSchema, CanvasTopology, Connection, RegionSpec, draw
 from canvas_engineering.__main__ import KEY, MAX_ROWS, build_app, connection_table, load_schema, main, region_table
 from canvas_engineering.plan import compile_attention
 from canvas_kernels import costs
@@ -121,6 +121,27 @@ def test_what_is_missing_is_named_with_the_extra_that_has_it(path, tmp_path, mon
         main()
 
 
+def test_inspect_and_draw_take_the_form(path, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    titles = []
+
+    def drawn(plan):
+        titles.append(plan.normalize)
+        return figure(plan)
+
+    figure = draw.plan_figure
+    monkeypatch.setattr(draw, "plan_figure", drawn)
+    for form, options in (("edge", ()), ("edge", ("--normalize", "edge")), ("joint", ("--normalize", "joint"))):
+        plan = compile_attention(load_schema(path).layout, load_schema(path).topology, normalize=form)
+        assert f"{plan}\n" in run("inspect", path, *options).output
+        assert run("draw", path, "--out", tmp_path / "p.png", *options).exit_code == 0
+        assert titles.pop() == form
+    for command in (("inspect", path), ("draw", path, "--out", tmp_path / "other.png")):
+        done = run(*command, "--normalize", "both")
+        assert done.exit_code == 2 and "'both' is none of edge, joint" in done.output
+    assert not list(tmp_path.glob("other*"))
+
+
 def test_inspect_without_a_topology(schema, tmp_path):
     CanvasSchema(schema.layout).to_json(tmp_path / "bare.json")
     done = run("inspect", tmp_path / "bare.json")
@@ -148,7 +169,11 @@ def test_draw_says_which_pictures_there_are(path, tmp_path, name):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), ("{", "is no schema"), (json.dumps({"layout": {"T": 1}}), "is no schema")],
+    [
+        (None, "No such file"),
+        ("{", "is no schema: Expecting property name"),
+        (json.dumps({"layout": {"T": 1}}), "is no schema: "),
+    ],
 )
 def test_a_file_that_is_no_schema_is_named(tmp_path, content, message):
     path = tmp_path / "broken.json"
@@ -156,7 +181,8 @@ def test_a_file_that_is_no_schema_is_named(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(ValueError, match=rf"broken\.json.*{message}"):
         load_schema(path)
-    assert run("inspect", path).exit_code == 2
+    done = run("inspect", path)
+    assert done.exit_code == 2 and done.stderr.count("broken.json") == 1 and len(done.stderr.splitlines()) == 1
 
 
 def test_bench_starts_the_suite_with_its_options(monkeypatch):
