@@ -60,16 +60,23 @@ def compare(earlier: list[dict], later: list[dict]) -> tuple[list[str], bool]:
     lines += [f"not every row names its {name}: it is not compared" for name in unknown]
     noise = noise_of((*earlier, *later))
     lines.append(f"noise of all: {100 * noise:.0f} %. Our share of unmasked attention's rate, and how far it may fall:")
-    failed, coarse = False, 0
+    slower, larger, coarse = 0, 0, 0
     for key, (old, new) in zip(both, pairs):
         limits = {part: _limit(old, new, part, noise) for part in ("forward", "step")}
         coarse += min(limits.values()) < 1 / COARSE
-        found = [*(_time(old, new, part, limit) for part, limit in limits.items()), *_memory(old, new)]
-        failed |= any(is_worse for is_worse, _ in found)
-        lines.append(f"{_named(key)}: {'; '.join(text for _, text in found)}; {_told(old, new)}")
+        times, memory = [_time(old, new, part, limit) for part, limit in limits.items()], [*_memory(old, new)]
+        slower += any(is_slower for is_slower, _ in times)
+        larger += any(is_larger for is_larger, _ in memory)
+        lines.append(f"{_named(key)}: {'; '.join(text for _, text in (*times, *memory))}; {_told(old, new)}")
     if coarse:
         lines.append(f"{coarse} of {len(both)} cannot show a slow-down of {COARSE:.2f}: give them more --seconds")
-    return lines, failed
+    return [*lines, _verdict(slower, larger, len(both))], slower + larger > 0
+
+
+def _verdict(slower: int, larger: int, every: int) -> str:
+    """The last line: of how many rows ours has become slower, and larger."""
+    found = [f"{what}: {count} of {every}" for what, count in (("SLOWER", slower), ("LARGER", larger)) if count]
+    return ", ".join(found) or f"no slow-down and no growth in {every} of {every}"
 
 
 def _ours(rows: list[dict]) -> dict[tuple, dict]:
@@ -80,7 +87,9 @@ def _ours(rows: list[dict]) -> dict[tuple, dict]:
 
 
 def _named(key: tuple) -> str:
-    return f"{key[0]}, {key[-1]}, {key[-2]}"
+    """As in robot/edge, and robot/edge/bfloat16 where it is not float32."""
+    case, dtype, form = key[0], key[-2], key[-1]
+    return "/".join((case, form) if dtype == "float32" else (case, form, str(dtype)))
 
 
 def _machine(row: dict) -> tuple[str, ...]:

@@ -55,7 +55,8 @@ def test_a_case_is_judged_by_its_own_noise_where_that_is_larger():
         after = run_of({"quiet": 0.5, "noisy": 0.5} | {name: 0.5 / 1.2})
         lines, found = compare.compare(before, after)
         assert found is slower, "the larger noise of both runs"
-        assert [line.split(":")[0] for line in lines if "SLOWER" in line] == ["quiet, edge, float32"] * slower
+        assert [line.split(":")[0] for line in lines[:-1] if "SLOWER" in line] == ["quiet/edge"] * slower
+        assert lines[-1] == ("SLOWER: 1 of 2" if slower else "no slow-down and no growth in 2 of 2")
 
 
 def test_single_rounds_are_judged_by_the_noise_of_all():
@@ -66,7 +67,7 @@ def test_single_rounds_are_judged_by_the_noise_of_all():
         after = run_of({"few": 0.5 / factor}, 0.0, rounds=1, iqr=0.0) + others
         lines, found = compare.compare(before, after)
         assert found is slower and ("SLOWER" in lines[1]) is slower and "noise of all: 20 %" in lines[0]
-    assert lines[-1] == "1 of 10 cannot show a slow-down of 1.33: give them more --seconds"
+    assert lines[-2] == "1 of 10 cannot show a slow-down of 1.33: give them more --seconds"
 
 
 @pytest.mark.parametrize("part", ["forward", "step"])
@@ -74,8 +75,9 @@ def test_each_part_is_judged(part):
     before, after = run_of({"a": 0.5}), run_of({"a": 0.5})
     after[0][f"{part}_roofline"] = {"p25": 0.39, "p50": 0.4, "p75": 0.41}
     lines, slower = compare.compare(before, after)
-    assert slower and f"{part} 0.500 → 0.400, 0.80 of at least 0.90 SLOWER" in lines[-1]
-    assert compare.compare(after, before)[1] is False and lines[-1].count("SLOWER") == 1
+    assert slower and f"{part} 0.500 → 0.400, 0.80 of at least 0.90 SLOWER" in lines[-2]
+    assert lines[-2].count("SLOWER") == 1 and lines[-1] == "SLOWER: 1 of 1"
+    assert compare.compare(after, before)[1] is False
 
 
 def test_the_committed_rows_show_slow_downs_that_matter():
@@ -91,7 +93,7 @@ def test_the_committed_rows_show_slow_downs_that_matter():
         return found
 
     lines, slower = compare.compare(rows, slowed(1.25))
-    assert slower and sum("SLOWER" in line for line in lines) >= 20
+    assert slower and sum("SLOWER" in line for line in lines[:-1]) >= 20
     robot = [line for line in compare.compare(rows, slowed(1.16))[0] if line.startswith("robot")]
     assert len(robot) == 2 and all("SLOWER" in line for line in robot)
 
@@ -119,12 +121,13 @@ def test_the_committed_rows_show_slow_downs_that_matter():
 def test_memory_may_grow_by_a_tenth(changes, larger):
     before, after = (run_of({"a": 0.5}, **change) for change in changes)
     lines, failed = compare.compare(before, after)
-    assert failed is larger and ("LARGER" in lines[-1]) is larger
+    assert failed is larger and ("LARGER" in lines[-2]) is larger
+    assert lines[-1] == ("LARGER: 1 of 1" if larger else "no slow-down and no growth in 1 of 1")
 
 
 def test_what_a_plan_and_a_first_call_take_is_told():
     lines, failed = compare.compare(run_of({"a": 0.5}), run_of({"a": 0.5}, setup_seconds=9.0, first_seconds=8.0))
-    assert not failed and lines[-1].endswith("plan 0.002 → 9 s, first call 0.01 → 8 s")
+    assert not failed and lines[-2].endswith("plan 0.002 → 9 s, first call 0.01 → 8 s")
 
 
 # -- unlike runs -------------------------------------------------------------------------------------------------------
@@ -164,8 +167,12 @@ def test_rows_that_do_not_name_their_processor_say_so():
 def test_what_only_one_run_has_is_named_and_nothing_in_common_fails():
     before = run_of({"robot": 0.5, "fleet": 0.5})
     lines, failed = compare.compare(before, run_of({"robot": 0.5, "video": 0.5}))
-    assert not failed and lines[0] == "not in the later rows: fleet, edge, float32"
-    assert lines[1] == "not in the earlier rows: video, edge, float32"
+    assert not failed and lines[0] == "not in the later rows: fleet/edge"
+    assert lines[1] == "not in the earlier rows: video/edge"
+    for dtype, names in (("float32", "fleet/edge, video/edge"), ("float16", "fleet/edge/float16, video/edge/float16")):
+        every = run_of({"robot": 0.5, "video": 0.5, "fleet": 0.5}, dtype=dtype)
+        lines, _ = compare.compare(every, every[:2])
+        assert lines[0] == f"not in the later rows: {names}" and lines[-1].endswith("in 1 of 1")
     others = (run_of({"video": 0.5}), run_of({"robot": 0.5}, dtype="bfloat16"), [], before[1::2])
     for after in others:
         for pair in ((before, after), (after, before)):
