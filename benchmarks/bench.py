@@ -2,8 +2,8 @@
 
 Times every case of ``cases.py`` in both forms against whoever can run it here (:mod:`benchmarks.suite`), writes rows,
 and from the rows a Markdown report with figures. With ``--compare ROWS`` it exits with 1 where ours has become slower
-than those rows by more than noise, or larger, and where the two cannot be compared (:mod:`benchmarks.compare`). Rows of
-``benchmarks.aot`` are compared by what their kernels need.
+than those rows by more than noise, or larger, and where the two cannot be compared (:mod:`benchmarks.compare`); with
+``--case``, those cases are compared. Rows of ``benchmarks.aot`` are compared by what their kernels need.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import argparse
 import contextlib
 import fnmatch
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
 from rich.console import Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -26,6 +28,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 TABLE_LINES = 7
 """What the live display takes beside rows: progress, title, header and borders."""
+WHY = 40
+"""How many characters of a reason the table shows."""
 
 
 def table_of(rows: list[dict]) -> Table:
@@ -38,7 +42,7 @@ def table_of(rows: list[dict]) -> Table:
         end = following is None or following["case"] != row["case"]
         why = row.get("skipped") or row.get("failed")
         if why:
-            table.add_row(*names, f"[dim]{why[:40]}", end_section=end)
+            table.add_row(*names, f"[dim]{escape(textwrap.shorten(why, WHY, placeholder=' …'))}", end_section=end)
             continue
         part = "step" if "step_seconds" in row else "forward"
         ratio, share, peak = row.get(f"{part}_ratio"), row.get(f"{part}_roofline"), row.get("peak_bytes")
@@ -52,6 +56,24 @@ def table_of(rows: list[dict]) -> Table:
             end_section=end,
         )
     return table
+
+
+def nowhere(rows: list[dict]) -> dict[str, list[str]]:
+    """Who ran in none of the rows, always for the same reason, by that reason. Ours is not among them."""
+    reasons: dict[str, dict] = {}
+    for row in rows:
+        reasons.setdefault(row["contestant"], {})[row.get("skipped") or row.get("failed")] = None
+    found: dict[str, list[str]] = {}
+    for name, (why, *others) in reasons.items():
+        if name != "ours" and why and not others:
+            found.setdefault(why, []).append(name)
+    return found
+
+
+def shown(rows: list[dict]) -> list[dict]:
+    """The rows that a table has lines for: without those of :func:`nowhere`."""
+    absent = {name for names in nowhere(rows).values() for name in names}
+    return [row for row in rows if row["contestant"] not in absent]
 
 
 def chosen(options: argparse.Namespace, device: str) -> list[cases.Case]:
@@ -78,8 +100,20 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"no contestant is called {unknown[0]!r}; there are {', '.join(known)}")
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    if not options.seconds >= 0:  # nan is not, either
+        raise ValueError(f"--seconds must be at least 0, got {options.seconds:g}")
     if options.device == "cuda" and not (options.rows or options.list or torch.cuda.is_available()):
         raise ValueError("--device cuda: torch finds no GPU here")
+
+
+def check_writable(out: Path, save: Path | None) -> None:
+    """ValueError where the report, or rows, could not be written there."""
+    measure.check_folder(out)
+    if save is None:
+        return
+    measure.check_folder(save.parent)
+    if save.is_dir():
+        raise ValueError(f"{save} is a folder: --save takes a file")
 
 
 def rows_of_the_suite(path: Path, or_aot: bool = False) -> list[dict]:
@@ -91,7 +125,41 @@ def rows_of_the_suite(path: Path, or_aot: bool = False) -> list[dict]:
     for number, row in enumerate(rows, 1):
         lacking = [name for name in suite.NAMED if name not in row]
         if lacking:
-            raise ValueError(f"{path}, line {number} is no row of this suite: it has no {' and no '.join(lacking)}")
+            why = f"it has no {' and no '.join(lacking)}; these rows are another benchmark's"
+            raise ValueError(f"{path}, line {number} is no row of this suite: {why}")
+    return rows
+
+
+def of_cases(rows: list[dict], patterns: list[str] | None) -> list[dict]:
+    """The rows whose case fits one of the patterns; all of them without patterns."""
+    if not patterns:
+        return rows
+    if report.is_aot(rows):
+        raise ValueError("rows of compiled kernels have no cases: leave out --case")
+    return [row for row in rows if any(fnmatch.fnmatch(row["case"], pattern) for pattern in patterns)]
+
+
+def given(options: argparse.Namespace) -> list[dict] | None:
+    """The rows to report instead of measuring, of the cases that were asked for; ValueError where a pattern fits
+    none."""
+    if options.rows is None:
+        return None
+    rows = rows_of_the_suite(options.rows, or_aot=options.compare is not None)
+    for pattern in options.case or ():
+        if not of_cases(rows, [pattern]):
+            names = ", ".join(dict.fromkeys(row["case"] for row in rows))
+            raise ValueError(f"{options.rows} has no case {pattern!r}; there are {names}")
+    return of_cases(rows, options.case)
+
+
+def earlier_rows(options: argparse.Namespace, or_aot: bool) -> list[dict] | None:
+    """The rows to compare with, of the cases that were asked for; ValueError where there are none of these."""
+    if options.compare is None:
+        return None
+    every = rows_of_the_suite(options.compare, or_aot)
+    rows = of_cases(every, options.case)
+    if every and not rows:
+        raise ValueError(f"nothing to compare: {options.compare} has no case {' or '.join(map(repr, options.case))}")
     return rows
 
 
@@ -120,39 +188,66 @@ def measured(found: list[cases.Case], settings: suite.Settings, save: Path) -> l
             measure.write_rows(rows, save)
             progress.update(task, advance=1, description=found[number].name if number < len(found) else "done")
             # progress is first: what does not fit is cut off at the bottom
-            live.update(Group(progress, table_of(recent(rows, console.height - TABLE_LINES))))
+            live.update(Group(progress, table_of(recent(shown(rows), console.height - TABLE_LINES))))
             if not console.is_terminal:
                 console.print(f"{new[0]['case']}: {new[0].get('rounds', 'no')} rounds")
-    console.print(table_of(rows))
+    console.print(table_of(shown(rows)))
+    for why, names in nowhere(rows).items():
+        console.print(f"{', '.join(names)}: {why}", highlight=False, markup=False)
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m canvas_engineering bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", help="a name, or a pattern as in cogvideox_*; default: all")
-    parser.add_argument("--contestant", action="append", help="default: all; ours always runs")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+def parser_of_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m canvas_engineering bench",
+        description="Time every case in both forms against whoever can run it here; write rows and a report.",
+        epilog="Exit status 1: ours failed or was wrong in a case, nothing was timed, or what --compare says. 2: "
+        "options or files that cannot be used.",
+    )
+    names = ", ".join(dict.fromkeys(contestant.name for contestant in contestants.of("cuda")))
+    every = "may repeat (default: all)"
+    parser.add_argument("--case", action="append", help=f"a name, or a pattern as in cogvideox_*; {every}")
+    who = f"of {names}; {every}; ours always runs"
+    parser.add_argument("--contestant", action="append", metavar="NAME", help=who)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    which = "(default: cuda where torch finds a GPU, else cpu; here %(default)s)"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=which)
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: float32 on a CPU, bfloat16 on a GPU)")
     parser.add_argument("--long", action="store_true", help="what other runs leave out for its time, alone")
     parser.add_argument("--beside", type=Path, metavar="ROWS", help="of a long run, reported where these leave out")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timed rounds per case")
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the report and its figures")
-    parser.add_argument("--save", type=Path, metavar="ROWS", help="where rows go; default: rows.json in that folder")
-    parser.add_argument("--rows", type=Path, help="report and compare these rows instead of measuring")
-    parser.add_argument("--compare", type=Path, metavar="ROWS", help="exit with 1 where ours became slower or larger")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timed rounds per case (default: %(default)g)")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU (default: %(default)s)")
+    folder = "folder for the report and its figures (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help=folder)
+    parser.add_argument("--save", type=Path, metavar="ROWS", help="where rows go (default: rows.json in --out)")
+    parser.add_argument("--rows", type=Path, help="report and compare these, or their --case, instead of measuring")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="ROWS",
+        help="exit with 1 where ours became slower or larger than in these, or their --case, where they are another "
+        "machine's, and where no case is in both with equal shapes and dtype; of rows of compiled kernels, where one "
+        "became worse or is gone",
+    )
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = parser_of_options()
     options = parser.parse_args(argv)
     console = measure.console()
     try:
         check(options)
-        found = chosen(options, options.device)
+        rows = given(options)
+        found = chosen(options, options.device) if rows is None or options.list else []
         save = options.save or options.out / "rows.json"
-        if options.compare and not options.rows and options.compare.resolve() == save.resolve():
+        if options.compare and rows is None and options.compare.resolve() == save.resolve():
             raise ValueError(f"{save} would be written over, and is to be compared with: name another --save or --out")
-        earlier = rows_of_the_suite(options.compare, or_aot=True) if options.compare else None
+        earlier = earlier_rows(options, or_aot=rows is not None and report.is_aot(rows))
         beside = rows_of_the_suite(options.beside) if options.beside else []
-        rows = measure.read_rows(options.rows) if options.rows else None
+        if not options.list:
+            check_writable(options.out, save if rows is None else None)
     except (ValueError, OSError) as cause:
         parser.error(str(cause))
     torch.set_num_threads(options.threads)

@@ -155,6 +155,16 @@ def console():
     return found if found.is_terminal else Console(width=110)
 
 
+def check_folder(folder: Path) -> None:
+    """ValueError where no file can be made in that folder, which need not be there yet: told before, not after hours of
+    measuring."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise ValueError(f"nothing can be written into {folder}: {nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written into {folder}: {nearest} is not ours to write")
+
+
 def write_rows(rows: list[dict], path: Path) -> None:
     """One JSON object per line, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)

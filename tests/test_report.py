@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import os
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("rich", reason="benchmarks print their tables with rich")
 
 from rich.console import Console
 
-from benchmarks import bench, cases, measure, readme, report, suite
+from benchmarks import bench, cases, contestants, measure, readme, report, suite
 from tests.test_suite import QUICK, SMALL
 
 
@@ -25,7 +26,7 @@ def rows():
 
 
 README, DISPATCHER = str(readme.README), str(measure.RESULTS / "dispatcher.json")
-AOT = str(measure.RESULTS / "aot.json")
+AOT, SUITE, LONG = (str(measure.RESULTS / f"{name}.json") for name in ("aot", "suite", "long"))
 
 
 def quantiles(low: float, middle: float, high: float) -> dict[str, float]:
@@ -203,7 +204,22 @@ def test_a_terminal_shows_progress_and_the_last_cases_and_then_everything(tmp_pa
         (["--case", "robots"], "no case is called 'robots'; there are robot, causal_video,"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--device", "cuda"], "--device cuda: torch finds no GPU here"),
+        (["--seconds", "-1"], "--seconds must be at least 0, got -1"),
+        (["--seconds", "nan"], "--seconds must be at least 0, got nan"),
+        (["--out", README], f"nothing can be written into {README}: {README} is no folder"),
+        (["--out", f"{README}/new/folder"], f"new/folder: {README} is no folder"),
+        (["--rows", SUITE, "--out", f"{README}/new"], f"{README}/new: {README} is no folder"),
+        (["--save", f"{README}/new/rows.json"], f"nothing can be written into {README}/new: {README} is no folder"),
+        (["--save", str(measure.RESULTS)], f"{measure.RESULTS} is a folder: --save takes a file"),
         (["--rows", "no such file"], "No such file or directory: 'no such file'"),
+        (["--rows", DISPATCHER], f"{DISPATCHER}, line 1 is no row of this suite: it has no batch and no heads"),
+        (["--rows", DISPATCHER], "these rows are another benchmark's"),
+        (["--rows", AOT], f"{AOT}, line 1 is no row of this suite: it has no case and no contestant"),
+        (["--rows", AOT, "--compare", AOT, "--case", "robot"], "rows of compiled kernels have no cases"),
+        (["--rows", SUITE, "--case", "robot", "--case", "robots"], f"{SUITE} has no case 'robots'; there are robot, "),
+        (["--compare", SUITE, "--case", "long_video*", "--rows", SUITE], f"{SUITE} has no case 'long_video*'"),
+        (["--compare", LONG, "--case", "robot"], f"nothing to compare: {LONG} has no case 'robot'"),
+        (["--compare", AOT], f"{AOT}, line 1 is no row of this suite"),
         (["--beside", README], f"{README}, line 1 is no row: Expecting value"),
         (["--compare", README], f"{README}, line 1 is no row: Expecting value"),
         (["--beside", DISPATCHER], f"{DISPATCHER}, line 1 is no row of this suite: it has no batch and no heads"),
@@ -223,6 +239,68 @@ def test_the_command_refuses_what_it_does_not_know(arguments, complaint, monkeyp
         bench.main(["--device", "cpu", "--out", str(tmp_path), *arguments])
     assert ended.value.code == 2 and complaint in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_may_not_be_written_into_is_told(tmp_path, monkeypatch):
+    measure.check_folder(tmp_path / "new")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    with pytest.raises(ValueError, match=f"nothing can be written into {tmp_path}/new: {tmp_path} is not ours"):
+        measure.check_folder(tmp_path / "new")
+
+
+def test_the_command_reports_and_compares_the_cases_that_it_is_asked_for(tmp_path, capsys, monkeypatch):
+    reported = []
+    monkeypatch.setattr(report, "write", lambda rows, out: reported.append([row["case"] for row in rows]) or out)
+    rows = ["--rows", SUITE, "--out", str(tmp_path)]
+    two = ["--case", "robot", "--case", "fleet"]
+    for options, names in ((["--case", "rob*"], {"robot"}), (two, {"robot", "fleet"})):
+        assert bench.main([*rows, *options, "--compare", SUITE]) == 0
+        assert {*reported.pop()} == names
+        out = capsys.readouterr().out
+        assert "not in the" not in out and "frames_2" not in out
+        assert out.splitlines()[-1] == f"no slow-down and no growth in {2 * len(names)} of {2 * len(names)}"
+    assert bench.main(rows) == 0 and len({*reported.pop()}) == len(cases.CPU)
+    # a case of a GPU's rows need not be a processor's
+    other = [row | {"case": "of_a_gpu"} for row in measure.read_rows(measure.RESULTS / "suite.json")]
+    measure.write_rows(other, tmp_path / "other.json")
+    rows = ["--device", "cpu", "--rows", str(tmp_path / "other.json"), "--out", str(tmp_path)]
+    assert bench.main([*rows, "--case", "of_a_gpu"]) == 0 and {*reported.pop()} == {"of_a_gpu"}
+
+
+def test_help_says_defaults_who_there_is_and_when_a_comparison_fails(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for contestant in contestants.of("cuda"):
+        assert contestant.name in text
+    assert text.count("may repeat (default: all)") == 2 and "(default: 4)" in text and "(default: out/bench)" in text
+    for reason in ("slower or larger", "another machine's", "no case is in both", "worse or is gone"):
+        assert reason in text.split("--compare ROWS exit with 1")[1].split("--list")[0]
+
+
+def test_the_table_leaves_out_who_never_ran_and_says_why_below(tmp_path, monkeypatch):
+    def row(case: str, name: str, **why) -> dict:
+        return {"case": case, "form": "edge", "contestant": name} | (why or {"forward_seconds": {"p50": 0.5}})
+
+    gpu, long = {"skipped": "it needs a GPU"}, {"skipped": "a mask of [so many] GiB, more than the memory that is free"}
+    rows = []
+    for case, mask in (("alpha", {}), ("beta", long)):
+        rows += [row(case, "ours", **long), row(case, "varlen", **gpu), row(case, "sdpa_mask", **mask)]
+        rows += [row(case, "xformers", **gpu), row(case, "flex", skipped=f"not in {case}")]
+        rows += [row(case, "grouped", failed="RuntimeError: so")]
+    assert bench.nowhere(rows) == {"it needs a GPU": ["varlen", "xformers"], "RuntimeError: so": ["grouped"]}
+    assert bench.nowhere(rows[:6])["not in alpha"] == ["flex"]
+    console = Console(file=io.StringIO(), width=160, record=True)
+    monkeypatch.setattr(measure, "console", lambda: console)
+    monkeypatch.setattr(suite, "run", lambda *args: iter([rows[:6], rows[6:]]))
+    found = [dataclasses.replace(SMALL, name=name) for name in ("alpha", "beta")]
+    assert bench.measured(found, QUICK, tmp_path / "rows.json") == rows
+    assert measure.read_rows(tmp_path / "rows.json") == rows
+    table, below = console.export_text().split("└")
+    counts = {name: table.count(f" {name} ") for name in ("ours", "sdpa_mask", "flex", "varlen", "grouped")}
+    assert counts == {"ours": 3, "sdpa_mask": 2, "flex": 2, "varlen": 0, "grouped": 0}  # one is in a title
+    assert "a mask of [so many] GiB, more than the …" in table and "500.00" in table
+    assert below.splitlines()[1:] == ["varlen, xformers: it needs a GPU", "grouped: RuntimeError: so"]
 
 
 def test_rows_without_a_time_are_said_to_be_such(tmp_path, capsys, recwarn):
