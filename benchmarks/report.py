@@ -330,70 +330,115 @@ def _aot_table(rows: list[dict]) -> list[str]:
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 
+PARTS = {"step": "forward + backward", "forward": "forward alone"}
 
-def _axes(title: str, x: str, y: str):
+
+def _axes(title: str, *labels: tuple[str, str]):
+    """A figure with a panel for each pair of x's and y's label, both axes logarithmic."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.add_subplot()
-    axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
-    axes.grid(True, which="both", alpha=0.2)
-    return figure, axes
+    figure = Figure(figsize=(max(7.5, 5 * len(labels)), 5.5), layout="constrained")
+    figure.suptitle(title, fontsize="large")
+    panels = figure.subplots(1, len(labels), squeeze=False)[0]
+    for axes, (x, y) in zip(panels, labels):
+        axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
+        axes.grid(True, which="both", alpha=0.2)
+    return figure, *panels
+
+
+def _legend(figure, axes) -> None:
+    """Below the panels, where no point is."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+
+
+def _by_part(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    """Rows by what they are judged by."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(part_of(row), []).append(row)
+    return found
 
 
 def speedup_figure(rows: list[dict]):
-    """How many times faster than a dense mask, against density; None without such rows."""
-    others = [name for name in ("sdpa_mask", "flex", "flex_packed") if one(rows, form="joint", contestant=name)]
-    if not others:
+    """How many times as long as ours a dense mask and FlexAttention take, against density; the canvases that have names
+    are named. None without such rows."""
+    others = ("sdpa_mask", "sdpa_mask_used", "flex", "flex_packed")
+    found = [row for name in others for row in timed(rows, form="joint", contestant=name)]
+    if not found:
         return None
-    figure, axes = _axes("joint form: time of the contestant over ours", "density of the pairs", "times faster")
-    for name, marker in zip(others, "os^"):
-        found = list(timed(rows, form="joint", contestant=name))
-        density = [row["density"] for row in found]
-        ratio = [row[f"{part_of(row)}_ratio"]["p50"] for row in found]
-        what = "forward + backward" if part_of(found[0]) == "step" else "forward"
-        axes.scatter(density, ratio, marker=marker, label=f"{LABELS[name]}, {what}", alpha=0.8)
-    axes.axhline(1, color="grey", linewidth=1)
-    density = np.geomspace(min(row["density"] for row in timed(rows, form="joint")), 1, 50)
-    axes.plot(density, 1 / density, color="grey", linestyle=":", label="1 / density")
-    axes.legend()
+    labels = "share of all pairs that is computed (density)", "time over ours"
+    figure, axes = _axes("Joint form: how many times as long as ours others take", labels)
+    for number, (name, marker) in enumerate(zip(others, "oDs^")):
+        for part, own in _by_part(timed(rows, form="joint", contestant=name)).items():
+            ratio, density = [row[f"{part}_ratio"]["p50"] for row in own], [row["density"] for row in own]
+            colour, (fill, words) = f"C{number}", ("none", "open") if part == "forward" else (f"C{number}", "filled")
+            label = f"{LABELS[name]}, {PARTS[part]} ({words})"
+            axes.scatter(density, ratio, marker=marker, facecolors=fill, edgecolors=colour, label=label, zorder=3)
+    axes.axhline(1, color="grey", linewidth=1, label="as long as ours")
+    ends = np.array([min(row["density"] for row in found), max(row["density"] for row in found)])
+    axes.plot(ends, 1 / ends, color="grey", linestyle=":", label="1 / density: if time went with pairs alone")
+    _name_canvases(axes, found)
+    _legend(figure, axes)
     return figure
 
 
+def _name_canvases(axes, rows: list[dict]) -> None:
+    """Names over the panel, and a thin line down to the points of each."""
+    canvases = {row["case"]: row["density"] for row in rows if row.get("group") == "canvas"}
+    for density in canvases.values():
+        axes.axvline(density, color="grey", linewidth=0.6, alpha=0.5, zorder=1)
+    if canvases:
+        top = axes.secondary_xaxis("top")
+        top.set_xticks([*canvases.values()], [*canvases], rotation=35, ha="left", rotation_mode="anchor", fontsize=8)
+        top.minorticks_off()
+
+
 def roofline_figure(rows: list[dict]):
-    """Rate on the selected pairs as a share of unmasked attention's, against the length; None without rows."""
+    """Rate on the selected pairs as a share of unmasked attention's, against the keys that a query reads; None without
+    rows."""
     if not one(rows, contestant="ours"):
         return None
-    figure, axes = _axes("share of the rate of attention without a mask", "tokens", "share, forward + backward")
+    labels = "keys that a query reads, on average", "share of the speed, forward + backward"
+    figure, axes = _axes("Speed on the pairs that are read, as a share of attention without a mask", labels)
     kinds = (("ours", "joint", "o"), ("ours", "edge", "D"), ("sdpa_mask", "joint", "x"), ("per_edge_loop", "edge", "+"))
     for name, form, marker in kinds:
-        found = list(timed(rows, form=form, contestant=name))
+        found = [row for row in timed(rows, form=form, contestant=name) if "step_roofline" in row]
         if found:
             share = [row["step_roofline"]["p50"] for row in found]
-            axes.scatter([row["tokens"] for row in found], share, marker=marker, label=f"{LABELS[name]}, {form} form")
+            keys = [row["pairs"] / row["tokens"] for row in found]
+            axes.scatter(keys, share, marker=marker, label=f"{LABELS[name]}, {form} form", alpha=0.8, zorder=3)
     axes.axhline(1, color="grey", linewidth=1, label=LABELS["sdpa_unmasked"])
-    axes.legend()
+    _legend(figure, axes)
     return figure
 
 
 def scaling_figure(rows: list[dict]):
-    """Seconds and memory against length, of the cases of group "length"; None without such rows."""
+    """Seconds and memory against length, of the cases of group "length"; None without such rows. Beside those who have
+    no backward stands ours without it."""
     if not one(rows, group="length"):
         return None
-    figure, axes = _axes("causal video, frames of 16 × 16", "tokens", "seconds, forward + backward")
-    edge = ("ours", "per_edge_loop", "grouped")
-    kinds = [("ours", "joint"), ("sdpa_mask", "joint"), *((name, "edge") for name in edge)]
-    memory = axes.twinx()
-    memory.set(yscale="log", ylabel="MiB (dotted)")
-    for name, form in kinds:
-        found = list(timed(rows, group="length", form=form, contestant=name))
-        if not found:
-            continue
-        tokens = [row["tokens"] for row in found]
-        (line,) = axes.plot(
-            tokens, [r["step_seconds"]["p50"] for r in found], marker="o", label=f"{LABELS[name]}, {form} form"
-        )
-        if all(row["peak_bytes"] for row in found):
-            memory.plot(tokens, [r["peak_bytes"] / 2**20 for r in found], linestyle=":", color=line.get_color())
-    axes.legend(fontsize="small")
+    labels = [("tokens", y) for y in ("seconds", "MiB held at most")]
+    figure, seconds, memory = _axes("Causal video, frames of 16 × 16: time and memory by length", *labels)
+    joint, edge = ("ours", "sdpa_mask", "flex", "flex_packed"), ("ours", "per_edge_loop", "grouped")
+    kinds = [*((name, "joint") for name in joint), *((name, "edge") for name in edge)]
+    colours = {kind: f"C{number}" for number, kind in enumerate(kinds)}
+    styles = {"step": {"marker": "o"}, "forward": {"marker": "o", "linestyle": "--", "fillstyle": "none"}}
+
+    def draw(axes, name: str, form: str, part: str, rows: list[dict], value: Callable[[dict], float]) -> None:
+        label, style = f"{LABELS[name]}, {form} form, {PARTS[part]}", styles[part]
+        tokens = [row["tokens"] for row in rows]
+        axes.plot(tokens, [value(row) for row in rows], label=label, color=colours[name, form], **style)
+
+    shown = {kind: _by_part(timed(rows, group="length", contestant=kind[0], form=kind[1])) for kind in kinds}
+    for kind, parts in shown.items():
+        for part, own in parts.items():
+            draw(seconds, *kind, part, own, lambda row, part=part: row[f"{part}_seconds"]["p50"])
+            held = [row for row in own if row.get("peak_bytes")]
+            draw(memory, *kind, part, held, lambda row: row["peak_bytes"] / 2**20)
+    for form in ("joint", "edge"):
+        ours = shown["ours", form].get("step", [])
+        if ours and any("forward" in parts for (_, other), parts in shown.items() if other == form):
+            draw(seconds, "ours", form, "forward", ours, lambda row: row["forward_seconds"]["p50"])
+    _legend(figure, seconds)
     return figure
