@@ -17,9 +17,6 @@ from canvas_kernels.work import GpuWork, Work
 
 BY_NAME = {case.name: case for case in cases.CPU}
 
-
-# one round of a million positions is slowed by memory that the system has to find first: benchmarks/LOG.md
-PREDICTED = {case.name for case in cases.CPU} - {"video_1048576"}
 MEASURED = next(name for name, entry in costs.all_rates().items() if "backward" in entry)
 
 
@@ -142,6 +139,20 @@ def test_processors_of_one_name_have_their_own_rates(info, key, monkeypatch, tmp
         costs.cpuinfo.cache_clear()
 
 
+def test_an_entry_of_before_a_count_is_left_out_in_words(monkeypatch, tmp_path):
+    found = json.loads(costs.RATES.read_text())
+    older = json.loads(json.dumps(found[MEASURED]))
+    del older["forward"]["ragged"]
+    monkeypatch.setattr(costs, "RATES", tmp_path / "rates.json")
+    costs.RATES.write_text(json.dumps({"abacus": older} | found))
+    costs.all_rates.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="abacus has no rate for ragged, and is left out; `python -m benchmarks"):
+            assert costs.all_rates() == found
+    finally:
+        costs.all_rates.cache_clear()
+
+
 def test_every_measured_processor_has_every_rate():
     for name, entry in costs.all_rates().items():
         if "backward" in entry:
@@ -256,7 +267,7 @@ def committed() -> list[dict]:
 def test_measured_cases_were_predicted_within_a_quarter():
     rows = committed()
     assert {(row["case"], row["form"]) for row in rows} == {
-        (case.name, form) for case in rates.CHECKED_CASES for form in ("joint", "edge")
+        (case.name, form) for case in cases.CPU for form in ("joint", "edge")
     }
     for row in rows:
         for name in ("forward_seconds", "backward_seconds", "peak_bytes"):
@@ -264,7 +275,7 @@ def test_measured_cases_were_predicted_within_a_quarter():
             assert abs(error) <= rates.BOUND, f"{row['case']}, {row['form']} form, {name}: {error:+.0%}"
 
 
-@pytest.mark.parametrize("name", [case.name for case in rates.CHECKED_CASES])
+@pytest.mark.parametrize("name", [case.name for case in cases.CPU])
 def test_committed_rates_give_the_committed_predictions(name):
     rows = [row for row in committed() if row["case"] == name]
     assert len(rows) == 2
@@ -293,8 +304,8 @@ def test_the_suites_rows_are_predicted_within_a_quarter_where_their_noise_allows
         pytest.skip(f"the rows are of {rows[0]['device']}, the rates of {MEASURED}")
     noises = {row["case"]: row["noise"] for row in rows if "noise" in row}
     pooled, entry, errors = float(np.quantile(list(noises.values()), 0.9)), costs.all_rates()[MEASURED], {}
-    ours = [row for row in report.timed(rows, contestant="ours") if row["case"] in PREDICTED]
-    assert {row["case"] for row in ours} == PREDICTED and len(ours) == 2 * len(PREDICTED)
+    ours = [row for row in report.timed(rows, contestant="ours")]
+    assert {row["case"] for row in ours} == BY_NAME.keys() and len(ours) == 2 * len(BY_NAME)
     for row in ours:
         reference = report.one(rows, contestant="sdpa_unmasked", case=row["case"])
         case = BY_NAME[row["case"]]

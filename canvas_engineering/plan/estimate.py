@@ -1,8 +1,7 @@
 """What a plan costs on a device: seconds and bytes, from counts of its work and the device's measured rates.
 
 On the processor whose rates are committed, the cases of ``benchmarks/cases.py`` were predicted within 25 %, forward and
-backward each, but for two: video of 65,536 is predicted up to 160 % too slow, and a million positions take up to 40 %
-longer than predicted, for memory that the system has to find first. ``benchmarks/LOG.md`` says why.
+backward each (``benchmarks/results/estimate.json``).
 """
 
 from __future__ import annotations
