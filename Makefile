@@ -41,7 +41,7 @@ slow: $(READY_EXTRAS) ## the tests that take minutes: torch's own compiler, seve
 bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, ten minutes; docs/benchmarks and README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher --rounds 25 --misses-pass
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --seconds 3 --beside benchmarks/results/long.json \
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --seconds 2 --beside benchmarks/results/long.json \
 		--out docs/benchmarks --save benchmarks/results/suite.json
 	@$(RUN) -m benchmarks.readme
 

@@ -456,7 +456,7 @@ def kernels(call: Callable[[], None], device: str) -> list[str]:
 def _take_turns(runners: list[Runner], reference: Reference, settings: Settings) -> None:
     """As many rounds as fit ``settings.seconds``, within ``settings.rounds``, after the first one in
     :func:`measure.turns`. Steps that take too long, and those that are not CLOSE to ours, are in the first one only,
-    unless all fit."""
+    unless all fit; the others have the seconds for themselves then."""
     start = time.perf_counter()
     for runner in runners:
         runner.step(settings.device)
@@ -467,6 +467,8 @@ def _take_turns(runners: list[Runner], reference: Reference, settings: Settings)
         ours = {runner.contestant.form: runner for runner in runners if runner.contestant.name == "ours"}
         most = LONG_SECONDS if settings.long else REPEATED_SECONDS
         runners = [runner for runner in runners if _worth_repeating(runner, ours.get(runner.contestant.form), most)]
+        seconds = max(sum(runner.seconds for runner in runners), 1e-9)
+        rounds = int(np.clip(settings.seconds / seconds, *settings.rounds))
     for turn in measure.turns(runners, rounds - 1):
         for runner in turn:
             runner.step(settings.device)

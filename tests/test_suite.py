@@ -201,7 +201,8 @@ def test_who_fails_or_is_left_out_is_a_row(monkeypatch):
 
 def test_a_long_run_times_what_others_leave_out():
     long = dataclasses.replace(QUICK, long=True)
-    without = dataclasses.replace(SMALL, without={"flex": "it is not asked for"}, again=("sdpa_mask",))
+    reasons = {"flex": cases.TOO_LONG["cpu"], "sdpa_mask": cases.TOO_LONG["cpu"], "per_edge_loop": cases.NEVER}
+    without = dataclasses.replace(SMALL, without=reasons)
     rows = suite.run_case(without, long)
     assert [row["contestant"] for row in rows] == ["ours", "sdpa_mask", "ours", "sdpa_unmasked"]
     assert all(row["long"] is True for row in rows)
@@ -413,15 +414,15 @@ def test_cases_are_the_promised_ones():
     assert too_long == {
         "fleet": everyone | {"sdpa_mask_used"},
         "video_65536": everyone - {"flex"},
-        "video_1048576": everyone,
-    }
-    assert {case.name: case.again for case in (*cases.CPU, *cases.GPU) if case.again} == {
-        "cogvideox_dense": ("sdpa_mask", "per_edge_loop")
+        "video_1048576": everyone | {"grouped"},
+        "cogvideox_dense": {"sdpa_mask", "per_edge_loop"},
+        "cogvideox_three_frames": {"sdpa_mask"},
+        "cogvideox_tiles": {"sdpa_mask", "flex"},
     }
     for known, device in ((cases.CPU, "cpu"), (cases.GPU, "cuda")):
         reasons = {why for case in known for why in case.without.values()}
         assert reasons == {cases.TOO_LONG[device]} | ({cases.NEVER} if device == "cpu" else set())
-    assert by_name["video_1048576"].long == {"sdpa_mask", "flex"} and not by_name["robot"].long
+    assert by_name["video_1048576"].long == {"sdpa_mask", "flex", "grouped"} and not by_name["robot"].long
     assert by_name["cogvideox_dense"].long == {"sdpa_mask", "per_edge_loop"}
     assert "--long" not in cases.TOO_LONG["cuda"], "make gpu never runs it"
     five = next(case for case in cases.GPU if case.name == "cogvideox_5b_sparse_tiles")
@@ -493,7 +494,8 @@ def test_what_takes_long_is_timed_once(monkeypatch):
     monkeypatch.setattr(suite, "REPEATED_SECONDS", 0.05)
     quick, slow = Sleeper(0.01), Sleeper(0.1)
     suite._take_turns([quick, slow], Sleeper(0), suite.Settings(seconds=0.05))
-    assert (len(quick.taken), len(slow.taken)) == (3, 1)
+    # who is left has the seconds for itself
+    assert (len(quick.taken), len(slow.taken)) == (5, 1)
     # nothing is left out where all rounds fit
     quick, slow = Sleeper(0.01), Sleeper(0.1)
     suite._take_turns([quick, slow], Sleeper(0), suite.Settings(seconds=0.5))
