@@ -44,6 +44,8 @@ WAYS = ("batches", "slabs", "flash")
 HEAD_DIM = 64
 SHORT_SECONDS = 2e-2
 RUN = 16
+# elements whose bytes are as many as glibc lets its thresholds grow to
+LARGE_TENSOR = 31 << 18
 RESULTS = measure.RESULTS / "estimate.json"
 
 
@@ -99,6 +101,18 @@ def apart(pieces: int, rows: int, keys: int) -> BlockTable:
     step = 2 * max(rows, keys)
     q_start, k_start = (x.reshape(-1) for x in np.meshgrid(*2 * [np.arange(pieces) * step], indexing="ij"))
     return _table(pieces * step, q_start, rows, k_start + rows, keys, np.zeros(pieces**2, np.int64))
+
+
+def again(cells: int, rows: int, keys: int) -> BlockTable:
+    """Reads of their own keys by the same rows, each after the first added to what is there."""
+    return _table(rows + cells * keys, np.zeros(cells, np.int64), rows, rows + np.arange(cells) * keys, keys)
+
+
+def sliding(cells: int, rows: int, keys: int) -> BlockTable:
+    """Reads of ever more keys whose rows overlap by a quarter, so that those of one slab are in one read or in two."""
+    number, step = np.arange(cells), 3 * rows // 4
+    start = rows + cells * step + np.cumsum(keys + number) - keys - number
+    return _table(int(start[-1] + keys + cells), number * step, rows, start, keys + number)
 
 
 def weighted(cells: int, rows: int, keys: int) -> BlockTable:
@@ -158,12 +172,19 @@ def synthetic() -> list[Timed]:
     small = [crossed(*shape) for shape in ((4, 8, 8), (24, 8, 8), (24, 40, 40), (12, 16, 64), (12, 64, 16))]
     small += [crossed(8, 96, 96), *(scattered(40, *shape) for shape in ((8, 8, 2000), (32, 32, 4000), (8, 40, 4000)))]
     found += [timed(one_way(table, way), heads) for table in small for way in WAYS[:2] for heads in (1, 4)]
+    several = [again(*shape) for shape in ((16, 40, 16), (16, 120, 24), (8, 24, 120), (4, 256, 256))]
+    several += [sliding(*shape) for shape in ((16, 20, 8), (16, 40, 16), (12, 120, 24), (8, 24, 120), (4, 256, 256))]
+    found += [timed(one_way(table, "slabs"), heads) for table in several for heads in (1, 4)]
+    found += [timed(one_way(again(4, 256, 384), "flash"), heads) for heads in (1, 4)]
     middle = [crossed(*shape) for shape in ((4, 192, 224), (24, 192, 224), (48, 256, 512), (8, 384, 384))]
     middle += [crossed(32, 256, 256), *(beside(24, *shape) for shape in ((192, 224), (256, 512)))]
     found += [timed(one_way(table, way), heads) for table in middle for way in WAYS[1:] for heads in (1, 2)]
+    lengths = ((24, 64, 512), (24, 128, 320), (24, 448, 480), (12, 440, 960), (10, 700, 700), (16, 192, 640))
+    found += [timed(one_way(beside(*shape), "flash"), heads) for shape in lengths for heads in (1, 4)]
     found += [timed(table, 4, dtype=torch.bfloat16) for table in tables[1::6]]
     # whatever else is done, large tensors wait for their memory
-    return found + [timed(frames(256, 256), 1), timed(frames(512, 128), 2), timed(frames(1000, 40), 4, outside=40_000)]
+    found += [timed(frames(256, 256), 1), timed(frames(512, 128), 2), timed(frames(1000, 40), 4, outside=40_000)]
+    return found + [timed(beside(40, 200, 300), 4, outside=50_000), timed(frames(700, 20), 8, outside=30_000)]
 
 
 def timed(
@@ -211,6 +232,8 @@ def measured(calls: list[Timed], seconds: float, what: str, quiet: float | None 
     the seconds of the reference that they are relative to: ``quiet``, or what it takes in this run's quiet moments."""
     from rich.progress import Progress
 
+    # malloc keeps more for the next tensor once a large one was freed: as in any process that has run for a while
+    torch.empty(LARGE_TENSOR)
     reference, times = reference_call(), [[] for _ in calls]
     for call in calls:
         call.step()

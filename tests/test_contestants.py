@@ -118,28 +118,25 @@ def test_a_package_that_is_missing_is_a_reason(name, package, monkeypatch):
 # -- dense masks -------------------------------------------------------------------------------------------------------
 
 
-def test_a_dense_mask_has_aligned_rows_and_clears_those_that_read_nothing(monkeypatch):
-    masks = []
+@pytest.fixture
+def masks(monkeypatch) -> list[torch.Tensor | None]:
+    """The mask of each call of dense attention, as it is made."""
+    found, real = [], F.scaled_dot_product_attention
 
     def attention(q, k, v, attn_mask):
-        masks.append(attn_mask)
+        found.append(attn_mask)
         return real(q, k, v, attn_mask=attn_mask)
 
-    real = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    return found
+
+
+def test_a_dense_mask_has_aligned_rows_and_clears_those_that_read_nothing(masks):
     agrees(WEIGHTED, "joint", contestants.sdpa_mask(WEIGHTED, "cpu", torch.float32))
     assert masks[0].shape == (37, 37) and masks[0].stride() == (40, 1)
 
 
-def test_a_mask_of_used_tokens_gathers_them(monkeypatch):
-    masks = []
-
-    def attention(q, k, v, attn_mask):
-        masks.append(attn_mask)
-        return real(q, k, v, attn_mask=attn_mask)
-
-    real = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+def test_a_mask_of_used_tokens_gathers_them(masks):
     used = np.unique(np.concatenate([tokens for read in WEIGHTED.reads for tokens in read[:2]]))
     assert 0 < len(used) < WEIGHTED.tokens
     agrees(WEIGHTED, "joint", contestants.sdpa_mask_used(WEIGHTED, "cpu", torch.float32))

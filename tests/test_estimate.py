@@ -17,6 +17,8 @@ from canvas_kernels.work import GpuWork, Work
 
 BY_NAME = {case.name: case for case in cases.CPU}
 
+CHOOSING = costs.choosing.__wrapped__
+
 MEASURED = next(name for name, entry in costs.all_rates().items() if "backward" in entry)
 
 
@@ -153,6 +155,15 @@ def test_an_entry_of_before_a_count_is_left_out_in_words(monkeypatch, tmp_path):
         costs.all_rates.cache_clear()
 
 
+def test_an_entry_of_before_a_count_still_groups_cells(monkeypatch, tmp_path):
+    """What measures rates anew imports what groups by them."""
+    older = json.loads(costs.RATES.read_text())[MEASURED]
+    del older["forward"]["ragged"], older["backward"]["ragged"]
+    monkeypatch.setattr(costs, "RATES", tmp_path / "rates.json")
+    costs.RATES.write_text(json.dumps({"abacus": older}))
+    assert CHOOSING() == {**costs.both_passes(older), "ragged": 0.0} and CHOOSING()["call"] > 0
+
+
 def test_every_measured_processor_has_every_rate():
     for name, entry in costs.all_rates().items():
         if "backward" in entry:
@@ -182,6 +193,29 @@ def test_counts_of_lanes_thin_cells_and_pieces():
     once, again = (costs.batch_counts(2, 3, 4, 5, again=again, **shape) for again in (False, True))
     assert once["pair"] == 4 * 2 * 3 * 4 * 5 and again["pair"] == 1.25 * once["pair"]
     assert once["gathered"] == again["gathered"] == 4 * 2 * (3 + 4 * 5) * 8
+
+
+def test_what_slabs_add_to_and_scale_row_by_row_is_counted():
+    apart = Work(rates.one_way(rates.crossed(3, 40, 30), "slabs"), 2, 16)
+    assert [apart.counts(backward)[name] for backward in (False, True) for name in ("added", "uneven")] == [0] * 4
+    # three reads of own keys by the same rows: the first writes, and a row's coefficient is everywhere the same
+    again = Work(rates.one_way(rates.again(3, 40, 30), "slabs"), 2, 16)
+    assert [again.counts(backward)["added"] for backward in (False, True)] == [2 * 16 * 2 * 40] * 2
+    assert again.counts(True)["uneven"] == 0
+    # rows of 0 to 8, 6 to 14 and 12 to 20: whichever runs last adds to what both others wrote, or two add to one
+    sliding = Work(rates.one_way(rates.sliding(3, 8, 30), "slabs"), 2, 16)
+    fresh = [slab.fresh_rows for slab in grouping.group(sliding.table).slabs]
+    assert len(fresh) == 3 and 1 <= sum(fresh) < 3
+    for backward in (False, True):
+        assert sliding.counts(backward)["added"] == 2 * 16 * 8 * (3 - sum(fresh))
+        assert sliding.counts(backward)["uneven"] == 2 * 16 * 8 * 3
+    # keys that all share: both gradients are added, too
+    table = rates._table(150, np.arange(3) * 31, 30, np.full(3, 100), 40 - np.arange(3))
+    shared = Work(rates.one_way(table, "slabs"), 2, 16)
+    slabs = grouping.group(shared.table).slabs
+    added = sum(2 * slab.keys for slab in slabs if not slab.fresh_keys)
+    assert len(slabs) == 3 and added >= 2 * (38 + 39)
+    assert [shared.counts(backward)["added"] for backward in (False, True)] == [0, 2 * 16 * added]
 
 
 def test_canvases_in_another_order_and_several_of_them_cost_more(monkeypatch):
@@ -260,10 +294,6 @@ def test_bytes_of_large_tensors_are_those_that_are_made(name, form, monkeypatch)
 # -- against measurements ----------------------------------------------------------------------------------------------
 
 
-TOO_SLOW = 0.45
-"""How much longer than measured the fleet in joint form may be predicted: benchmarks/LOG.md."""
-
-
 def committed() -> list[dict]:
     return measure.read_rows(rates.RESULTS)
 
@@ -276,8 +306,7 @@ def test_measured_cases_were_predicted_within_a_quarter():
     for row in rows:
         for name in ("forward_seconds", "backward_seconds", "peak_bytes"):
             error = row[f"predicted_{name}"] / row[name] - 1
-            too_slow = TOO_SLOW if (row["case"], row["form"]) == ("fleet", "joint") and name != "peak_bytes" else 0.0
-            assert -rates.BOUND <= error <= max(rates.BOUND, too_slow), f"{row['case']}, {row['form']}, {name}: {error}"
+            assert abs(error) <= rates.BOUND, f"{row['case']}, {row['form']}, {name}: {error}"
 
 
 @pytest.mark.parametrize("name", [case.name for case in cases.CPU])

@@ -33,6 +33,16 @@ def inputs(batch: int, heads: int, n: int, dim: int, heads_first: bool):
     return [x.requires_grad_() for x in found[:3]], found[3]
 
 
+def are_the_references(own: BlockTable, leaves: list[torch.Tensor], upstream: torch.Tensor) -> None:
+    """Result and gradients, in float64."""
+    found = {}
+    for backend in ("torch", "reference"):
+        out = block_attention(*leaves, own, scale=0.7, backend=backend)
+        found[backend] = out, *torch.autograd.grad(out, leaves, upstream)
+    for ours, exact in zip(found["torch"], found["reference"]):
+        assert (ours - exact).abs().max() <= 1e-12 * exact.abs().max()
+
+
 @pytest.fixture
 def taken(monkeypatch) -> list[int]:
     """Rows of the frames of each call that ran on views."""
@@ -82,12 +92,7 @@ def test_numbers_are_the_references(form, count, rows, weight, batch, heads, hea
     monkeypatch.setattr(frames, "APART_KEYS", 1 if apart else 1 << 30)
     own = equal(count, rows, form, weight)
     leaves, upstream = inputs(batch, heads, own.n_positions, 16, heads_first)
-    found = {}
-    for backend in ("torch", "reference"):
-        out = block_attention(*leaves, own, scale=0.7, backend=backend)
-        found[backend] = out, *torch.autograd.grad(out, leaves, upstream)
-    for ours, exact in zip(found["torch"], found["reference"]):
-        assert (ours - exact).abs().max() <= 1e-12 * exact.abs().max()
+    are_the_references(own, leaves, upstream)
     # canvases of several heads that lie head by head have no frames of all heads side by side
     assert taken == ([] if heads_first and heads > 1 and batch > 1 and count > 1 else [rows])
 
@@ -119,12 +124,7 @@ def free_masks(monkeypatch):
 def test_numbers_under_a_mask_are_the_references(batch, heads, heads_first, taken, free_masks):
     own = regions((5, 31, 8, 13), RING, RING_WEIGHTS)
     leaves, upstream = inputs(batch, heads, 57, 16, heads_first)
-    found = {}
-    for backend in ("torch", "reference"):
-        out = block_attention(*leaves, own, scale=0.7, backend=backend)
-        found[backend] = out, *torch.autograd.grad(out, leaves, upstream)
-    for ours, exact in zip(found["torch"], found["reference"]):
-        assert (ours - exact).abs().max() <= 1e-12 * exact.abs().max()
+    are_the_references(own, leaves, upstream)
     assert taken == [57] and frames.frame_mask(own.key, torch.float64).shape == (57, 57)
 
 

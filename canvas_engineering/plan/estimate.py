@@ -1,8 +1,7 @@
 """What a plan costs on a device: seconds and bytes, from counts of its work and the device's measured rates.
 
 On the processor whose rates are committed, the cases of ``benchmarks/cases.py`` were predicted within 25 %, forward and
-backward each, but for the fleet in joint form, which took up to 31 % less time (``benchmarks/results/estimate.json``;
-``benchmarks/LOG.md`` says what is known of it).
+backward each (``benchmarks/results/estimate.json``).
 """
 
 from __future__ import annotations

@@ -37,6 +37,8 @@ COUNTS = {
     "spilled": "those of lanes beyond what stays in cache from one pass to the next",
     "bias": "those with an addend of their own",
     "row": "elements of slabs' queries and keys",
+    "added": "elements that slabs add to what others wrote, instead of writing first",
+    "uneven": "elements of queries in slabs whose rows have coefficients of their own",
     "copied": "elements of slabs that are copied side by side first",
     "flash_slab": "slabs computed by the flash kernel",
     "flash_matrix": "their (cell, head)s",
@@ -177,15 +179,15 @@ def processor_key(threads: int) -> str:
 @functools.cache
 def choosing() -> dict[str, float]:
     """Seconds of each count, forward and backward together, by which cells are grouped: one thread's of this
-    processor, or of the first one measured."""
-    rates = all_rates()
+    processor, or of the first one measured. What was measured before a count came up groups without it, as it did."""
+    rates = json.loads(RATES.read_text())
     entry = rates.get(processor_key(1)) or next(entry for entry in rates.values() if "backward" in entry)
     return both_passes(entry)
 
 
 def both_passes(entry: dict) -> dict[str, float]:
     """Seconds of each count, forward and backward together, of a processor's entry."""
-    return {name: entry["forward"][name] + entry["backward"][name] for name in COUNTS}
+    return {name: entry["forward"].get(name, 0.0) + entry["backward"].get(name, 0.0) for name in COUNTS}
 
 
 # -- GPUs --------------------------------------------------------------------------------------------------------------

@@ -51,10 +51,13 @@ class Work:
         element = self.table.n_positions * self.heads * self.head_dim
         parts = [{"element": element, "fresh": large}]
         parts += [{"stage": len(grouping.stages), "batch": len(grouping.batches)}]
-        for slab, flash, _ in self._slabs():
+        for slab, flash, even in self._slabs():
             lies = {"thin": slab.thin, "flash": flash, "bias": slab.bias is not None}
             pieces = {"row_pieces": len(slab.row_ranges), "key_pieces": len(slab.key_ranges)}
             parts.append(costs.slab_counts(slab.cells, slab.rows, slab.keys, **lies, **pieces, **shape))
+            rows, keys = (self.heads * self.head_dim * slab.cells * length for length in (slab.rows, slab.keys))
+            added = rows * (not slab.fresh_rows) + 2 * backward * keys * (not slab.fresh_keys)
+            parts.append({"added": added, "uneven": rows * (not even)})
         for batch in grouping.batches:
             again = backward and not rectangles.choices(self.table, self.head_dim).keeps
             parts.append(costs.batch_counts(*batch.shape, bias=batch.bias is not None, again=again, **shape))
