@@ -42,6 +42,8 @@ REFERENCE_TOKENS = {"cpu": 1024, "cuda": 16384}
 REPEATED_SECONDS, LONG_SECONDS, CLOSE = 3.0, 15.0, 2.0
 """Where a case's time is up, steps that take longer (the second in long runs), or so many times as long as ours, are
 taken once: they are no ties."""
+NEAR = 1.25
+"""Who takes up to so many times as long as ours, or ours as that one, takes turns with ours alone at the end."""
 COUNTED_SECONDS = 1.5
 GATED_HEADS = 4
 NAMED = ("case", "form", "contestant", "batch", "heads", "head_dim", "dtype")
@@ -456,7 +458,7 @@ def kernels(call: Callable[[], None], device: str) -> list[str]:
 def _take_turns(runners: list[Runner], reference: Reference, settings: Settings) -> None:
     """As many rounds as fit ``settings.seconds``, within ``settings.rounds``, after the first one in
     :func:`measure.turns`. Steps that take too long, and those that are not CLOSE to ours, are in the first one only,
-    unless all fit; the others have the seconds for themselves then."""
+    unless all fit; the others have the seconds for themselves then. As many seconds again are for those NEAR ours."""
     start = time.perf_counter()
     for runner in runners:
         runner.step(settings.device)
@@ -469,10 +471,31 @@ def _take_turns(runners: list[Runner], reference: Reference, settings: Settings)
         runners = [runner for runner in runners if _worth_repeating(runner, ours.get(runner.contestant.form), most)]
         seconds = max(sum(runner.seconds for runner in runners), 1e-9)
         rounds = int(np.clip(settings.seconds / seconds, *settings.rounds))
-    for turn in measure.turns(runners, rounds - 1):
+    _rounds(runners, reference, rounds - 1, settings.device)
+    near = _near(runners)
+    if near:
+        seconds = max(sum(runner.seconds for runner in near) / rounds, 1e-9)
+        more = min(int(settings.seconds / seconds), settings.rounds[1] - rounds)
+        _rounds(near, reference, more, settings.device)
+
+
+def _rounds(runners: list[Runner], reference: Reference, count: int, device: str) -> None:
+    for turn in measure.turns(runners, count):
         for runner in turn:
-            runner.step(settings.device)
+            runner.step(device)
         reference.step()
+
+
+def _near(runners: list[Runner]) -> list[Runner]:
+    """Those within NEAR of ours of their form, and ours."""
+    ours, found = {runner.contestant.form: runner for runner in runners if runner.contestant.name == "ours"}, []
+    for runner in runners:
+        own, part = ours.get(runner.contestant.form), "forward" if runner.contestant.forward_only else "step"
+        if own is not None and runner is not own:
+            ratio = np.median(runner.times(part)) / np.median(own.times(part))
+            if 1 / NEAR <= ratio <= NEAR:
+                found += [own] * (own not in found) + [runner]
+    return found
 
 
 def _worth_repeating(runner: Runner, ours: Runner | None, most: float) -> bool:

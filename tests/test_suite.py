@@ -510,6 +510,25 @@ def test_rounds_repeat_what_is_close_to_ours():
     assert [len(runner.taken) for runner in everyone] == [3, 3, 1, 3, 1]
 
 
+def test_who_is_near_ours_has_as_many_seconds_again():
+    def everyone() -> list[Sleeper]:
+        ours, near, ahead, far = Sleeper(0.02, "ours"), Sleeper(0.024), Sleeper(0.017), Sleeper(0.026)
+        return [ours, near, ahead, far, Sleeper(0.0061, forward_only=True), Sleeper(0.0064, forward_only=True)]
+
+    found = everyone()
+    suite._take_turns(found, Sleeper(0), suite.Settings(seconds=0.3))
+    shared = len(found[3].taken)
+    # of 0.1 s a round for all, and of 0.067 for those near
+    assert shared == 3 and [len(runner.taken) for runner in found] == [3 + 4] * 3 + [3, 3 + 4, 3]
+    found, reference = everyone(), Sleeper(0)
+    suite._take_turns(found, reference, suite.Settings(seconds=0.3, rounds=(3, 5)))
+    assert [len(runner.taken) for runner in (*found, reference)] == [5] * 3 + [3, 5, 3] + [5]
+    # nobody near: ours has rounds enough
+    found = [Sleeper(0.02, "ours"), Sleeper(0.026)]
+    suite._take_turns(found, Sleeper(0), suite.Settings(seconds=0.2))
+    assert len(found[0].taken) == len(found[1].taken) <= 4
+
+
 def test_nobody_follows_another_in_most_rounds():
     everyone = [Sleeper(0, name) for name in "abcdef"]
     reference = Sleeper(1e-3)
