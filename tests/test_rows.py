@@ -49,3 +49,22 @@ def test_row_sums_is_a_proper_operator():
     assert set(checks.values()) == {"SUCCESS"}
     with pytest.raises(ValueError, match=r"factor must be \(3,\), one entry per edge; got \(2,\)"):
         row_sums(table, torch.ones(2))
+
+
+FOUR = (2, 3, 5, 4)
+
+
+@pytest.mark.parametrize(("shape", "order"), [(FOUR, (0, 2, 1, 3)), (FOUR, (2, 0, 1, 3)), (FOUR, (0, 1, 2, 3))])
+def test_rows_are_put_as_they_lie(shape, order):
+    """Positions before heads, before batches, or after both: the result lies in memory as its rows do."""
+    generator = torch.Generator().manual_seed(0)
+    back = [order.index(dim) for dim in range(len(shape))]
+    y = torch.randn([shape[dim] for dim in order], generator=generator).permute(back).requires_grad_()
+    assert y.shape == shape
+    index, dim = torch.randperm(9, generator=generator)[: shape[-2]], len(shape) - 2
+    found = put_rows(y, index, 9)
+    expected = torch.zeros(*shape[:-2], 9, shape[-1]).index_copy(dim, index, y.detach())
+    assert torch.equal(found, expected) and found.permute(order).is_contiguous()
+    upstream = torch.randn(expected.shape, generator=generator)
+    (gradient,) = torch.autograd.grad(found, y, upstream)
+    assert torch.equal(gradient, upstream.index_select(dim, index))

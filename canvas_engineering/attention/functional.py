@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from canvas_kernels.ops import BACKENDS, block_attention
+from canvas_kernels.rows import put_rows, take_rows
 
 from ..plan import AttentionPlan
 
@@ -67,8 +68,10 @@ def canvas_attention(
     if q.shape[2] != positions:
         order = "packed" if packed else "canvas"
         raise ValueError(f"q {tuple(q.shape)} holds {q.shape[2]} positions; the plan has {positions} in {order} order")
-    if not packed:
-        q, k, v = plan.pack(q), plan.pack(k), plan.pack(v)
+    # shapes are known by now: packing by itself would look at them again, tensor by tensor
+    order = None if packed or plan.in_canvas_order else plan.rows("order", q.device)
+    if order is not None:
+        q, k, v = take_rows(q, order), take_rows(k, order), take_rows(v, order)
     out = block_attention(
         q,
         k,
@@ -82,4 +85,4 @@ def canvas_attention(
         backend=backend,
         activation=activation,
     )
-    return out if packed else plan.unpack(out)
+    return out if order is None else put_rows(out, order, plan.n_positions)

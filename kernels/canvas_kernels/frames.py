@@ -106,10 +106,12 @@ def _frame_rows(grouping: Grouping, n: int) -> int:
 def takes_frames(q: torch.Tensor, rows: int) -> bool:
     """Whether frames of ``rows`` rows in q (B, H, n, D) are faster by the kernel, and views of it are what it takes,
     or q itself."""
-    by_batch, by_head, by_position, by_element = q.stride()
     batch, heads, n, dim = q.shape
+    if n == rows > 1:
+        return True
+    by_batch, by_head, by_position, by_element = q.stride()
     views = by_element == 1 and (batch == 1 or by_batch == n * by_position)
-    return n == rows > 1 or (views and pays(rows, n, dim, heads == 1 or by_head > by_position))
+    return views and pays(rows, n, dim, heads == 1 or by_head > by_position)
 
 
 def pays(rows: int, n: int, head_dim: int, heads_first: bool) -> bool:

@@ -104,7 +104,7 @@ def block_attention(
     if activation != "softmax":
         _check_activation(activation, table, return_lse)
     if backend == "auto":
-        backend = "triton" if q.device.type == "cuda" and not dropout_p else "torch"
+        backend = "triton" if q.is_cuda and not dropout_p else "torch"
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "triton":
@@ -140,15 +140,15 @@ def block_attention(
         return sigmoid_attention(q, k, v, gain, active, row_scale, table.key, scale, backend)
     elif (
         backend == "torch"
-        and q.device.type == "cpu"
+        and q.is_cpu
         and not return_lse
         and (gain is None and active is None and row_scale is None)
         and not transformed()
-        and autocast_dtype(q) in (torch.float32, torch.float64)
+        and (dtype := autocast_dtype(q)) in (torch.float32, torch.float64)
         and (rows := frame_rows(table.key))
         and takes_frames(q, rows)
     ):
-        return frames_attention(q, k, v, rows, scale, frame_mask(table.key, autocast_dtype(q)))
+        return frames_attention(q, k, v, rows, scale, frame_mask(table.key, dtype))
     else:
         executor = TORCH if backend == "torch" else backend
         options = (gain, active, row_scale, table.key, scale, executor, return_lse)
@@ -173,11 +173,13 @@ def _check_inputs(q, k, v, table, scale, dropout_p) -> float:
         )
     if shape[2] != table.n_positions:
         raise ValueError(f"q, k, v {tuple(shape)} hold {shape[2]} positions, the table {table.n_positions}")
-    if q.device != k.device or q.device != v.device:
+    device = q.device
+    if k.device != device or v.device != device:
         raise ValueError(f"q, k and v must be on one device: q {q.device}, k {k.device}, v {v.device}")
-    if not q.dtype == k.dtype == v.dtype and len({autocast_dtype(x) for x in (q, k, v)}) > 1:
+    dtype = q.dtype
+    if not dtype == k.dtype == v.dtype and len({autocast_dtype(x) for x in (q, k, v)}) > 1:
         raise ValueError(f"q, k and v must have one dtype: q {q.dtype}, k {k.dtype}, v {v.dtype}")
-    if not q.is_floating_point():
+    if not dtype.is_floating_point:
         raise ValueError(f"q, k and v must be floating-point tensors, got {q.dtype}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")

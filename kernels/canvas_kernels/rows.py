@@ -6,13 +6,13 @@ import contextlib
 
 import torch
 
-from .transforms import Function, transformed
+from .transforms import Function
 
 
 def _plain(x: torch.Tensor) -> bool:
     """Whether autograd's own rules for rows, which add them to zeros, are the faster ones: on processors they are, 0.9
     of the time of a step and fewer calls; compilers make an atomic scatter of them."""
-    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed())
+    return x.is_cpu and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 class _TakeRows(Function):
@@ -35,9 +35,7 @@ class _TakeRows(Function):
 class _PutRows(Function):
     @staticmethod
     def forward(y, index, dim, size):
-        zeros = y.new_zeros((*y.shape[:dim], size, *y.shape[dim + 1 :]))
-        # rows do not repeat: both are a copy. Adding takes 0.9 of the time on processors, and atomics on GPUs
-        return zeros.index_add_(dim, index, y) if _plain(y) else zeros.index_copy_(dim, index, y)
+        return _put_rows(y, index, dim, size, _plain(y))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -48,6 +46,15 @@ class _PutRows(Function):
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
         return _TakeRows.call(grad, index, ctx.dim), None, None, None
+
+
+def _put_rows(y: torch.Tensor, index: torch.Tensor, dim: int, size: int, plain: bool) -> torch.Tensor:
+    if plain and dim and y.stride(dim) > y.stride(dim - 1) > 0:
+        # as it lies in memory: 0.95 of the time, and whoever reads positions whole needs no copy
+        return _put_rows(y.transpose(dim - 1, dim), index, dim - 1, size, plain).transpose(dim - 1, dim)
+    zeros = y.new_zeros((*y.shape[:dim], size, *y.shape[dim + 1 :]))
+    # rows do not repeat: both are a copy. Adding takes 0.9 of the time on processors, and atomics on GPUs
+    return zeros.index_add_(dim, index, y) if plain else zeros.index_copy_(dim, index, y)
 
 
 class _SplitRows(Function):
@@ -122,7 +129,7 @@ def put_rows(y: torch.Tensor, index: torch.Tensor, size: int, dim: int = -2) -> 
     [[2.0], [0.0], [1.0]]
     """
     dim %= y.dim()
-    return _PutRows.forward(y, index, dim, size) if _plain(y) else _PutRows.call(y, index, dim, size)
+    return _put_rows(y, index, dim, size, True) if _plain(y) else _PutRows.call(y, index, dim, size)
 
 
 def lasting() -> contextlib.AbstractContextManager:
