@@ -42,8 +42,9 @@ REFERENCE_TOKENS = {"cpu": 1024, "cuda": 16384}
 REPEATED_SECONDS, LONG_SECONDS, CLOSE = 3.0, 15.0, 2.0
 """Where a case's time is up, steps that take longer (the second in long runs), or so many times as long as ours, are
 taken once: they are no ties."""
-NEAR = 1.25
-"""Who takes up to so many times as long as ours, or ours as that one, takes turns with ours alone at the end."""
+NEAR, NEAR_ROUNDS = 1.25, 6
+"""Who takes up to so many times as long as ours, or ours as that one, takes turns with ours alone at the end, until it
+had at least so many rounds."""
 COUNTED_SECONDS = 1.5
 GATED_HEADS = 4
 NAMED = ("case", "form", "contestant", "batch", "heads", "head_dim", "dtype")
@@ -475,8 +476,8 @@ def _take_turns(runners: list[Runner], reference: Reference, settings: Settings)
     near = _near(runners)
     if near:
         seconds = max(sum(runner.seconds for runner in near) / rounds, 1e-9)
-        more = min(int(settings.seconds / seconds), settings.rounds[1] - rounds)
-        _rounds(near, reference, more, settings.device)
+        wanted = np.clip(rounds + int(settings.seconds / seconds), NEAR_ROUNDS, settings.rounds[1])
+        _rounds(near, reference, int(wanted) - rounds, settings.device)
 
 
 def _rounds(runners: list[Runner], reference: Reference, count: int, device: str) -> None:

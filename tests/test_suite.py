@@ -523,7 +523,11 @@ def test_who_is_near_ours_has_as_many_seconds_again():
     found, reference = everyone(), Sleeper(0)
     suite._take_turns(found, reference, suite.Settings(seconds=0.3, rounds=(3, 5)))
     assert [len(runner.taken) for runner in (*found, reference)] == [5] * 3 + [3, 5, 3] + [5]
-    # nobody near: ours has rounds enough
+    # those that take longer have rounds enough to tell
+    found = [Sleeper(0.02, "ours"), Sleeper(0.024), Sleeper(0.026)]
+    suite._take_turns(found, Sleeper(0), suite.Settings(seconds=0.01))
+    assert [len(runner.taken) for runner in found] == [6, 6, 3]
+    # nobody near
     found = [Sleeper(0.02, "ours"), Sleeper(0.026)]
     suite._take_turns(found, Sleeper(0), suite.Settings(seconds=0.2))
     assert len(found[0].taken) == len(found[1].taken) <= 4
