@@ -61,13 +61,14 @@ def canvas_attention(
     """
     if not isinstance(plan, AttentionPlan):
         raise ValueError(f"plan must be an AttentionPlan (from compile_attention), got {type(plan).__name__}")
-    if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
+    shape = q.shape
+    if len(shape) != 4 or k.shape != shape or v.shape != shape:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
         raise ValueError(f"q, k and v must share one shape (B, heads, positions, head_dim); got {shapes}")
     positions = plan.n_packed if packed else plan.n_positions
-    if q.shape[2] != positions:
+    if shape[2] != positions:
         order = "packed" if packed else "canvas"
-        raise ValueError(f"q {tuple(q.shape)} holds {q.shape[2]} positions; the plan has {positions} in {order} order")
+        raise ValueError(f"q {tuple(shape)} holds {shape[2]} positions; the plan has {positions} in {order} order")
     # shapes are known by now: packing by itself would look at them again, tensor by tensor
     order = None if packed or plan.in_canvas_order else plan.rows("order", q.device)
     if order is not None:

@@ -104,7 +104,7 @@ class AttentionPlan:
 
         ``which``: "order" [n]; "reading", the packed rows that have keys; "written", their canvas positions.
         """
-        key = ("rows", which, torch.device(device))
+        key = ("rows", which, device if isinstance(device, torch.device) else torch.device(device))
         if key not in self.cache:
             if which == "order":  # by itself, for a compiler that traces this follows no more numpy than it has to
                 rows = self.order
