@@ -474,7 +474,7 @@ class Sleeper:
     """A runner whose steps take so long, and a reference that takes no time."""
 
     def __init__(self, seconds: float, name: str = "other", forward_only: bool = False):
-        self.each, self.taken, self.turns = seconds, [], []
+        self.each, self.taken, self.turns, self.called = seconds, [], [], 0
         self.contestant = contestants.Contestant("joint", name, None, forward_only)
 
     def times(self, part: str) -> np.ndarray:
@@ -483,6 +483,9 @@ class Sleeper:
     @property
     def seconds(self) -> float:
         return sum(self.taken)
+
+    def call(self) -> None:
+        self.called += 1
 
     def step(self, device: str = "cpu") -> None:
         time.sleep(self.each)
@@ -523,6 +526,7 @@ def test_who_is_near_ours_has_as_many_seconds_again():
     found, reference = everyone(), Sleeper(0)
     suite._take_turns(found, reference, suite.Settings(seconds=0.3, rounds=(3, 5)))
     assert [len(runner.taken) for runner in (*found, reference)] == [5] * 3 + [3, 5, 3] + [5]
+    assert reference.called == 2 * 4, "before each of those near, untimed"
     # those that take longer have rounds enough to tell
     found = [Sleeper(0.02, "ours"), Sleeper(0.024), Sleeper(0.026)]
     suite._take_turns(found, Sleeper(0), suite.Settings(seconds=0.01))
