@@ -477,7 +477,7 @@ def _take_turns(runners: list[Runner], reference: Reference, settings: Settings)
     if near:
         seconds = max(sum(runner.seconds for runner in near) / rounds, 1e-9)
         wanted = np.clip(rounds + int(settings.seconds / seconds), NEAR_ROUNDS, settings.rounds[1])
-        # everyone after the same: whoever follows a like call finds the inputs in the caches, a fifth of a small forward
+        # everyone after the same: after a like call the inputs are in the caches, a fifth of a small forward
         _rounds(near, reference, int(wanted) - rounds, settings.device, reference.call)
 
 

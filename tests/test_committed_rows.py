@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-
 import pytest
 
 from benchmarks import cases, contestants, dispatcher, fleet, measure, report
@@ -19,13 +17,10 @@ def suite_rows() -> list[dict]:
     return report.merged(committed("suite"), committed("long"))
 
 
-TIES = (
-    {(case.name, "edge", "grouped") for case in cases.CPU if case.group == "density"},
-    {(name, "joint", "sdpa_mask_used") for name in ("robot", "surgical_robot")},
-)
-"""Who makes the very call that ours makes of these cases."""
-AHEAD = 0.02
-"""By how much such may be ahead in the median of their cases; in a single one, by its noise."""
+TIES = {(case.name, "edge", "grouped"): 0.01 for case in cases.CPU if case.group == "density"}
+TIES |= {(name, "joint", "sdpa_mask_used"): 0.02 for name in ("robot", "surgical_robot")}
+"""Who makes the very call that ours makes of these cases, and by how much it may be ahead: of two to four milliseconds,
+our checks take that."""
 
 
 def shortfall(row: dict) -> float:
@@ -107,11 +102,7 @@ def test_nobody_is_faster_than_ours(suite_rows):
     assert len(others) > 60
     by_who = {(row["case"], row["form"], row["contestant"]): row for row in others}
     ahead = {who: round(shortfall(row), 3) for who, row in by_who.items() if shortfall(row) > 0}
-    assert ahead.keys() <= set.union(*TIES), ahead
-    noise = report.noise_in(suite_rows)
-    assert all(report.is_tie(by_who[who]["step_ratio"], noise(by_who[who])) for who in ahead), ahead
-    for alike in TIES:
-        assert statistics.median(shortfall(by_who[who]) for who in alike) <= AHEAD, ahead
+    assert not {who: share for who, share in ahead.items() if share > TIES.get(who, 0.0)}, ahead
 
 
 def test_what_is_close_to_ours_was_timed_more_than_once(suite_rows):

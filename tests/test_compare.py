@@ -94,7 +94,7 @@ def test_the_committed_rows_show_slow_downs_that_matter():
 
     lines, slower = compare.compare(rows, slowed(1.25))
     assert slower and sum("SLOWER" in line for line in lines[:-1]) >= 20
-    robot = [line for line in compare.compare(rows, slowed(1.18))[0] if line.startswith("robot")]
+    robot = [line for line in compare.compare(rows, slowed(1.16))[0] if line.startswith("robot")]
     assert len(robot) == 2 and all("SLOWER" in line for line in robot)
 
 
