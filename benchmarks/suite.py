@@ -459,7 +459,7 @@ def kernels(call: Callable[[], None], device: str) -> list[str]:
 def _take_turns(runners: list[Runner], reference: Reference, settings: Settings) -> None:
     """As many rounds as fit ``settings.seconds``, within ``settings.rounds``, after the first one in
     :func:`measure.turns`. Steps that take too long, and those that are not CLOSE to ours, are in the first one only,
-    unless all fit; the others have the seconds for themselves then. As many seconds again are for those NEAR ours."""
+    unless all fit; the others have the seconds for themselves then. As many seconds again are for those NEAR."""
     start = time.perf_counter()
     for runner in runners:
         runner.step(settings.device)

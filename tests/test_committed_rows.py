@@ -103,6 +103,8 @@ def test_nobody_is_faster_than_ours(suite_rows):
     by_who = {(row["case"], row["form"], row["contestant"]): row for row in others}
     ahead = {who: round(shortfall(row), 3) for who, row in by_who.items() if shortfall(row) > 0}
     assert not {who: share for who, share in ahead.items() if share > TIES.get(who, 0.0)}, ahead
+    noise = report.noise_in(suite_rows)
+    assert all(report.is_tie(by_who[who]["step_ratio"], noise(by_who[who])) for who in ahead), ahead
 
 
 def test_what_is_close_to_ours_was_timed_more_than_once(suite_rows):

@@ -8,6 +8,7 @@ import torch
 from canvas_kernels.row_sums import row_sums
 from canvas_kernels.rows import put_rows, take_rows
 from canvas_kernels.table import BlockTable
+from canvas_kernels.transforms import autocast_dtype
 
 
 @pytest.mark.parametrize("dim", [1, -2])
@@ -64,7 +65,12 @@ def test_rows_are_put_as_they_lie(shape, order):
     index, dim = torch.randperm(9, generator=generator)[: shape[-2]], len(shape) - 2
     found = put_rows(y, index, 9)
     expected = torch.zeros(*shape[:-2], 9, shape[-1]).index_copy(dim, index, y.detach())
-    assert torch.equal(found, expected) and found.permute(order).is_contiguous()
+    assert torch.equal(found, expected) and found.permute(order).is_contiguous() and not found._is_view()
     upstream = torch.randn(expected.shape, generator=generator)
     (gradient,) = torch.autograd.grad(found, y, upstream)
     assert torch.equal(gradient, upstream.index_select(dim, index))
+
+
+def test_what_autocast_does_not_know_keeps_its_dtype():
+    for dtype in (torch.float64, torch.int64):
+        assert autocast_dtype(torch.empty(2, dtype=dtype, device="meta")) == dtype

@@ -72,6 +72,8 @@ def canvas_attention(
     # shapes are known by now: packing by itself would look at them again, tensor by tensor
     order = None if packed or plan.in_canvas_order else plan.rows("order", q.device)
     if order is not None:
+        if k.device != order.device or v.device != order.device:
+            raise ValueError(f"q, k and v must be on one device: q {q.device}, k {k.device}, v {v.device}")
         q, k, v = take_rows(q, order), take_rows(k, order), take_rows(v, order)
     out = block_attention(
         q,

@@ -49,10 +49,15 @@ class _PutRows(Function):
 
 
 def _put_rows(y: torch.Tensor, index: torch.Tensor, dim: int, size: int, plain: bool) -> torch.Tensor:
+    shape = (*y.shape[:dim], size, *y.shape[dim + 1 :])
     if plain and dim and y.stride(dim) > y.stride(dim - 1) > 0:
         # as it lies in memory: 0.95 of the time, and whoever reads positions whole needs no copy
-        return _put_rows(y.transpose(dim - 1, dim), index, dim - 1, size, plain).transpose(dim - 1, dim)
-    zeros = y.new_zeros((*y.shape[:dim], size, *y.shape[dim + 1 :]))
+        strides, step = [1] * y.dim(), 1
+        for each in sorted(range(y.dim()), key=y.stride):
+            strides[each], step = step, step * shape[each]
+        zeros = y.new_empty_strided(shape, strides).zero_()
+    else:
+        zeros = y.new_zeros(shape)
     # rows do not repeat: both are a copy. Adding takes 0.9 of the time on processors, and atomics on GPUs
     return zeros.index_add_(dim, index, y) if plain else zeros.index_copy_(dim, index, y)
 
