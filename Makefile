@@ -16,10 +16,10 @@ RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench costs gpu lint aot oldest
+.PHONY: help setup demo test slow matrix bench costs gpu lint aot versions
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
 	@scripts/setup.sh
@@ -38,6 +38,9 @@ test: $(READY_EXTRAS) ## the whole suite; JOBS=processes, ARGS="what pytest take
 slow: $(READY_EXTRAS) ## the tests that take minutes: torch's own compiler, several processes
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m slow $(ARGS)
 
+matrix: $(READY_EXTRAS) ## every attention function in every mode of torch, and 2,200 random canvases: half an hour
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q -m matrix $(ARGS)
+
 bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, ten minutes; docs/benchmarks and README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher --rounds 25 --misses-pass
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
@@ -54,8 +57,8 @@ costs: $(READY_EXTRAS) ## what functions, programs, fleets and CogVideoX cost, a
 	@$(RUN) -m benchmarks.bench --rows benchmarks/results/suite.json --beside benchmarks/results/long.json --out docs/benchmarks
 	@$(RUN) -m benchmarks.readme
 
-oldest: $(READY) ## CogVideoX's tests against the oldest diffusers that is supported
-	@scripts/oldest.sh
+versions: ## the suite on the oldest, the reference and the newest versions, beside .venv; ARGS="what pytest takes"
+	@ARGS="$(ARGS)" JOBS=$(JOBS) scripts/versions.sh
 
 lint: $(READY) ## ruff
 	@$(RUN) -m ruff check .

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +38,7 @@ from canvas_engineering import (
     CanvasTopology,
     Connection,
 )
+from canvas_engineering.files import replace_file
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"
 SIZES = tuple(2**i for i in range(6, 14))
@@ -414,9 +414,7 @@ def document(rows: list[dict]) -> str:
 
 
 def write_document(rows: list[dict], path: Path = DOCS) -> None:
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text(document(rows))
-    os.replace(unfinished, path)
+    replace_file(path, document(rows).encode())
 
 
 def table(rows: list[dict]) -> Table:

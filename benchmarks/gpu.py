@@ -26,6 +26,8 @@ import time
 import traceback
 from pathlib import Path
 
+from canvas_engineering.files import replace_file
+
 PHASES = ("correctness", "timings", "profile", "dispatcher", "sweep")
 DEFAULT_PHASES = PHASES[:-1]
 SWEPT_PASSES = (
@@ -210,9 +212,7 @@ def profile(session: Session) -> list[dict]:
             torch.autograd.grad(call(), leaves, grad_out)
     order = "self_device_time_total" if session.device == "cuda" else "self_cpu_time_total"
     text = recorded.key_averages().table(sort_by=order, row_limit=25)
-    unfinished = session.out / "profile.txt.partial"
-    unfinished.write_text(f"{name}, {form} form, 5 steps\n{text}\n")
-    os.replace(unfinished, session.out / "profile.txt")
+    replace_file(session.out / "profile.txt", f"{name}, {form} form, 5 steps\n{text}\n".encode())
     session.say(f"profile of {name}, {form} form\n{text}")
     return []
 

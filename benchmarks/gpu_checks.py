@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.naive import PerEdgeLoop
 from canvas_kernels import configs, launch, reference
-from canvas_kernels.table import BlockTable
+from canvas_kernels.table import BlockTable, row_scale
 
 FLOAT32_BUDGET = 2e-5
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 160, 256)
@@ -80,8 +80,8 @@ def run_task(task: Task, device: str) -> dict:
     q, k, v, grad_out = (torch.randn(shape, generator=generator, device=device).to(task.dtype) for _ in range(4))
     gain = torch.tensor([1.2, -0.7, 0.0, 0.9], device=device) if task.gained else None
     active = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device) if task.gained else None
-    row_scale = None if task.form == "joint" else table.row_scale(active, device)
-    options = dict(scale=task.head_dim**-0.5, gain=gain, active=active, row_scale=row_scale)
+    scales = None if task.form == "joint" else row_scale(table, active, torch.float32, torch.device(device))
+    options = dict(scale=task.head_dim**-0.5, gain=gain, active=active, row_scale=scales)
 
     def compute():
         if task.form == "sigmoid":

@@ -17,9 +17,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from canvas_kernels.costs import processor, processor_key
+from canvas_engineering.files import replace_file
 
 RESULTS = Path(__file__).parent / "results"
+CPUINFO = Path("/proc/cpuinfo")
+IDENTITY = {"vendor_id": "", "cpu family": "family", "model": "model", "stepping": "stepping"}
+IDENTITY |= {f"CPU {word}": word for word in ("implementer", "part", "variant", "revision")}
+"""What /proc/cpuinfo calls the parts of a processor's identity, on x86 and on ARM, and what rows call them."""
 WRITTEN = ("benchmarks/results", "docs", "README.md")
 """What benchmarks write into the tree, which is no other code."""
 ON_GPUS = ("triton", "xformers", "flashinfer-python")
@@ -111,6 +115,25 @@ def free_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/f
     return free
 
 
+def cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    pairs = (line.split(":", 1) for line in reversed(lines) if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def processor() -> str:
+    """The name of this machine's processor, which others may share: :func:`processor_key` tells them apart."""
+    return cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def processor_key(threads: int) -> str:
+    """What machine rows are of, and with how many threads: many processors call themselves Xeon."""
+    info = cpuinfo()
+    found = (f"{label} {info[name]}".strip() for name, label in IDENTITY.items() if name in info)
+    return f"{processor()} ({', '.join(found) or platform.machine()}), {threads} thread{'s' * (threads != 1)}"
+
+
 def environment(device: str = "cpu") -> dict[str, str | int]:
     """Device, driver, versions and commit of a row; on a GPU also the versions of what contestants are made of."""
     found = {
@@ -123,10 +146,6 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         "commit": commit_of(Path(__file__).parent.parent),
     }
     if device == "cuda":
-        from canvas_kernels.launch import arch_of
-
-        found["architecture"] = arch_of(torch.device("cuda"))
-        found["multiprocessors"] = torch.cuda.get_device_properties("cuda").multi_processor_count
         ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which(ask[0]) else None
         found["driver"] = done.stdout.split("\n")[0] if done and done.returncode == 0 else "unknown"
@@ -168,9 +187,7 @@ def check_folder(folder: Path) -> None:
 def write_rows(rows: list[dict], path: Path) -> None:
     """One JSON object per line, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(unfinished, path)
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read_rows(path: Path) -> list[dict]:

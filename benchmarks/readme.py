@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from benchmarks import measure, report
+from canvas_engineering.files import replace_file
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- measured: python -m benchmarks.readme -->\n", "<!-- end of measured -->\n"
@@ -189,9 +189,7 @@ def section(text: str) -> tuple[str, str, str]:
 def main() -> int:
     rows = (measure.read_rows(measure.RESULTS / f"{name}.json") for name in NAMES)
     before, _, after = section(README.read_text())
-    unfinished = README.with_name("README.md.partial")
-    unfinished.write_text(f"{before}{BEGIN}{measured(*rows)}{END}{after}")
-    os.replace(unfinished, README)
+    replace_file(README, f"{before}{BEGIN}{measured(*rows)}{END}{after}".encode())
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from benchmarks import measure
 from benchmarks.cases import TOO_LONG
 from benchmarks.problem import SAMPLED_ROWS
 from benchmarks.suite import GATED_HEADS
+from canvas_engineering.files import replace_file, replacing
 
 FIGURES = ("speedup", "roofline", "scaling")
 LABELS = {
@@ -186,14 +186,10 @@ def write(rows: list[dict], folder: Path) -> Path:
     for name in FIGURES:
         figure = globals()[f"{name}_figure"](rows)
         if figure is not None:
-            unfinished = folder / f"{name}.partial.png"
-            figure.savefig(unfinished, dpi=120, bbox_inches="tight")
-            os.replace(unfinished, folder / f"{name}.png")
+            with replacing(folder / f"{name}.png") as file:
+                figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
             drawn.append(name)
-    text = markdown(rows, drawn)
-    unfinished = folder / "report.md.partial"
-    unfinished.write_text(text)
-    os.replace(unfinished, folder / "report.md")
+    replace_file(folder / "report.md", markdown(rows, drawn).encode())
     return folder / "report.md"
 
 
@@ -230,7 +226,7 @@ def markdown(rows: list[dict], figures: list[str]) -> str:
         "case's own where that is larger, or 1 lies between the quartiles. MiB are the most that was held at once,",
         "beyond what was there before, from building what a contestant needs to the end of its first call, masks and",
         "tables included" + ("." if "driver" in first else ": resident memory of the process."),
-        "`AttentionPlan.estimate` predicts less: the tensors of one call, `tensor_bytes` in the rows of ours.",
+        "`tensor_bytes` in the rows of ours is less: the tensors of one call.",
         "",
     ]
     for form in ("joint", "edge"):

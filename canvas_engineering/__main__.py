@@ -12,12 +12,15 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from canvas_engineering.files import replacing
 from canvas_engineering.plan import NORMALIZE, compile_attention
-from canvas_engineering.plan.estimate import DTYPES, in_words
 
 MAX_ROWS = 60
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of an element."""
 KEY = """
 asks: the region whose positions query, and get the result; answers: the region that is read
 frames: t → t-1 asks at each frame and reads the frame before; all is every frame at once
@@ -25,8 +28,6 @@ between frames: what is read where the region that answers has no frame at that 
 read: one softmax of some positions over some others; rectangle: a block of the table that attention runs from
 density: share of all pairs of positions that is computed; tile fill: how full the tiles of pairs are that a GPU walks
 log-sum-exp slots: numbers that each head keeps for the backward pass
-slab: rectangles of one size at equal distances, computed in one call as they lie; batch: others of one size, gathered
-of the time: what the shares below it are of, forward and backward together; other is what takes less
 in the picture: down, positions that ask; across, positions that are read; the darker, the more pairs are computed
 """
 
@@ -81,6 +82,17 @@ def connection_table(layout, topology, plan):
     return table
 
 
+def call_in_words(plan, batch: int, heads: int, head_dim: int, dtype: str) -> str:
+    """FLOPs of one attention call over the plan, bytes of its tensors, and how full tiles of each size are."""
+    forward, backward = (plan.flops(head_dim, batch * heads, is_backward) / 1e9 for is_backward in (False, True))
+    tensors = 4 * batch * heads * plan.n_positions * head_dim * DTYPES[dtype]
+    fills = "".join(f", {tile} tiles {share:.0%} full" for tile, share in plan.fill_by_tile.items())
+    return (
+        f"batch {batch}, {heads} head{'s' * (heads != 1)} of {head_dim}, {dtype}: {forward:.3g} GFLOP forward, "
+        f"{backward:.3g} backward; q, k, v and the result {tensors / 2**20:.3g} MiB{fills}"
+    )
+
+
 def _say_what_is_left_out(table, total: int) -> None:
     if total > MAX_ROWS:
         table.caption = f"the first {MAX_ROWS} of {total}"
@@ -103,7 +115,7 @@ def build_app():
             Console(stderr=True).print(str(cause), style="red", highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(2) from cause
 
-    def check(option: str, value: str, known: tuple[str, ...]) -> None:
+    def check(option: str, value: str, known: Iterable[str]) -> None:
         if value not in known:
             raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}", param_hint=option)
 
@@ -116,7 +128,7 @@ def build_app():
         dtype: str = typer.Option("float32", help=f"of q, k and v: {', '.join(DTYPES)}"),
         normalize: str = normalize_option,
     ) -> None:
-        """Print regions, connections and what the compiled plan costs, which is attention alone, on q, k and v."""
+        """Print regions, connections, the compiled plan, and FLOPs, bytes and fill of attention on q, k and v."""
         check("--dtype", dtype, DTYPES)
         check("--normalize", normalize, NORMALIZE)
         found = open_schema(schema)
@@ -127,8 +139,8 @@ def build_app():
             return
         plan = compile_attention(found.layout, found.topology, normalize=normalize)
         console.print(connection_table(found.layout, found.topology, plan))
-        estimate = in_words(plan, batch, heads, head_dim, dtype)
-        console.print(f"{plan}\n{estimate}\n{KEY}", highlight=False, markup=False, soft_wrap=True)
+        call = call_in_words(plan, batch, heads, head_dim, dtype)
+        console.print(f"{plan}\n{call}\n{KEY}", highlight=False, markup=False, soft_wrap=True)
 
     @app.command()
     def draw(schema: Path, out: Path = out_option, normalize: str = normalize_option) -> None:
@@ -147,7 +159,8 @@ def build_app():
             figures[out.with_stem(f"{out.stem}-table")] = pictures.plan_figure(plan)
         for path, figure in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=120, bbox_inches="tight")
+            with replacing(path) as file:
+                figure.savefig(file, format=path.suffix[1:].lower(), dpi=120, bbox_inches="tight")
             Console().print(str(path), highlight=False)
 
     @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .checked import checked_int
+from .derived_buffers import CanvasModule
+
 __all__ = ["ActionHead"]
 
 
-class ActionHead(nn.Module):
+class ActionHead(CanvasModule):
     """Linear → GELU → Linear on the mean over time and space of a latent prediction.
 
     Args:
@@ -22,11 +25,10 @@ class ActionHead(nn.Module):
 
     def __init__(self, latent_channels: int = 16, action_dim: int = 7, hidden_dim: int | None = None):
         super().__init__()
-        hidden_dim = max(latent_channels // 2, 8) if hidden_dim is None else hidden_dim
-        self.latent_channels, self.action_dim = latent_channels, action_dim
-        self.net = nn.Sequential(
-            nn.Linear(latent_channels, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, action_dim)
-        )
+        self.latent_channels = latent_channels = checked_int(latent_channels, "latent_channels", 1)
+        self.action_dim = action_dim = checked_int(action_dim, "action_dim", 1)
+        hidden_dim = max(latent_channels // 2, 8) if hidden_dim is None else checked_int(hidden_dim, "hidden_dim", 1)
+        self.net = nn.Sequential(nn.Linear(latent_channels, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, action_dim))
 
     def forward(self, noise_pred: torch.Tensor) -> torch.Tensor:
         """(B, T, C, *spatial), averaged over T and space, or (B, N, C), averaged over N → (B, action_dim).

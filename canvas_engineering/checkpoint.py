@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checked import checked_depth, checked_ints, checked_items, checked_kind, checked_path, parsed_json
+from .files import replace_file
 from .looped_block import LOOP_PARAMETER_NAMES
-from .schema import replace_file
 
 __all__ = ["load_loop_checkpoint", "save_loop_checkpoint"]
 
-FORMAT_VERSION = "1.0.0"
+FORMATS = ("1.0.0",)
 _KEY = "canvas_engineering"
+_Tensors = dict[str, dict[str, torch.Tensor]]
 
 
 def save_loop_checkpoint(
@@ -40,12 +42,13 @@ def save_loop_checkpoint(
     Raises:
         ValueError: metadata that JSON does not hold.
     """
-    path = Path(path)
+    path, looped_blocks = checked_path(path, "path"), _checked_blocks(looped_blocks, action_head)
     description = _describe(looped_blocks, action_head)
-    description |= {"versions": _versions(), "metadata": metadata or {}}
+    checked_depth(metadata, "metadata")
+    description |= {"versions": _versions(), "metadata": {} if metadata is None else metadata}
     try:
-        text = json.dumps(description)
-    except TypeError as error:
+        text = json.dumps(description, allow_nan=False)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"metadata must be of the kinds that JSON holds: {error}") from None
     blocks = {f"block_{i}": _parameters(block) for i, block in enumerate(looped_blocks)}
     head = None
@@ -77,9 +80,47 @@ def load_loop_checkpoint(
         what the file says of itself (format, versions, metadata); empty for a file of the published package.
 
     Raises:
-        ValueError: no such checkpoint, or one of another model: the message lists what differs.
+        OSError: the file cannot be read.
+        ValueError: no loop checkpoint, one that was cut short, one of another format, or one of another model: the
+            message names the file, and lists what differs.
     """
-    blocks, head, description = _read(Path(path))
+    path, looped_blocks = checked_path(path, "path"), _checked_blocks(looped_blocks, action_head)
+    try:
+        blocks, head, description = _read(path)
+        loops = _checked_loops(description, len(blocks))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a loop checkpoint: {error}") from error
+    moves, differences = _compared(blocks, head, description, looped_blocks, action_head)
+    if differences:
+        shown = "; ".join(differences[:8]) + ("; …" if len(differences) > 8 else "")
+        raise ValueError(f"{path} is a loop checkpoint of another model: it has {shown}")
+    with torch.no_grad():
+        for target, source in moves:
+            target.copy_(source)
+    for block, count in zip(looped_blocks, loops):
+        block.set_loops(count)
+    return description
+
+
+def _checked_loops(description: dict[str, Any], n_blocks: int) -> list[int]:
+    """Loops by block; none where the file does not say. ValueError: another format, or numbers that are none."""
+    if not description:
+        return []
+    if description.get("format") not in FORMATS:
+        raise ValueError(
+            f"its format is {_short(description.get('format'))}, known are {', '.join(FORMATS)}: a newer version "
+            "of this package reads it, if any does"
+        )
+    loops = checked_ints(description.get("loops"), "loops", 1)
+    if len(loops) != n_blocks:
+        raise ValueError(f"it says the loops of {len(loops)} blocks, and holds {n_blocks}")
+    return list(loops)
+
+
+def _compared(
+    blocks: _Tensors, head: dict[str, torch.Tensor] | None, description: dict[str, Any], looped_blocks, action_head
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[str]]:
+    """The copies to make, and in words what keeps them from being made."""
     differences = [] if len(blocks) == len(looped_blocks) else [f"{len(blocks)} blocks, the model {len(looped_blocks)}"]
     if description:
         own = _describe(looped_blocks, action_head)
@@ -89,9 +130,9 @@ def load_loop_checkpoint(
         differences.append('gate "sigmoid" (it does not say, as the published package), the model "tanh"')
     moves: list[tuple[torch.Tensor, torch.Tensor]] = []
     for number, block in enumerate(looped_blocks):
-        saved = blocks.get(f"block_{number}", {})
         own = {name: getattr(block, name, None) for name in LOOP_PARAMETER_NAMES}
-        _match(f"block_{number}", saved, {name: t for name, t in own.items() if t is not None}, moves, differences)
+        own = {name: tensor for name, tensor in own.items() if tensor is not None}
+        _match(f"block_{number}", blocks.get(f"block_{number}", {}), own, moves, differences)
     if action_head is not None and head is not None:
         own = action_head.state_dict()
         if set(head) != set(own) and len(head) == len(own):
@@ -99,15 +140,16 @@ def load_loop_checkpoint(
         _match("action_head", head, own, moves, differences)
     elif action_head is not None:
         differences.append("no action head, the model has one")
-    if differences:
-        shown = "; ".join(differences[:8]) + ("; …" if len(differences) > 8 else "")
-        raise ValueError(f"{path} is a loop checkpoint of another model: it has {shown}")
-    with torch.no_grad():
-        for target, source in moves:
-            target.copy_(source)
-    for block, loops in zip(looped_blocks, description.get("loops", [])):
-        block.set_loops(loops)
-    return description
+    return moves, differences
+
+
+def _checked_blocks(looped_blocks: Any, action_head: Any) -> tuple[nn.Module, ...]:
+    checked_kind(action_head, "action_head", nn.Module, optional=True)
+    blocks = checked_items(looped_blocks, "looped_blocks", "looped blocks")
+    for number, block in enumerate(blocks):
+        if not isinstance(block, nn.Module) or not hasattr(block, "set_loops"):
+            raise ValueError(f"looped_blocks[{number}] must be a block that loops, got a {type(block).__name__}")
+    return blocks
 
 
 def _parameters(block: nn.Module) -> dict[str, torch.Tensor]:
@@ -119,7 +161,7 @@ def _describe(blocks: list[nn.Module], action_head: nn.Module | None) -> dict[st
     first = blocks[0] if blocks else None
     processor = getattr(getattr(first, "attn1", None), "processor", None)
     return {
-        "format": FORMAT_VERSION,
+        "format": FORMATS[-1],
         "blocks": [type(block).__name__ for block in blocks],
         "max_loops": [block.max_loops for block in blocks],
         "loops": [block.loops for block in blocks],
@@ -142,14 +184,37 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _read(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None, dict[str, Any]]:
+def _read(path: Path) -> tuple[_Tensors, dict[str, torch.Tensor] | None, dict[str, Any]]:
+    """Tensors by block, those of an action head, and the description. ValueError: the file is something else."""
     with open(path, "rb") as file:
         is_zip = file.read(2) == b"PK"
-    if is_zip:
+    blocks, head, description = _read_zip(path) if is_zip else _read_safetensors(path)
+    for where, group in {**blocks, "action_head": {} if head is None else head}.items():
+        kept = isinstance(group, dict) and all(isinstance(name, str) and _is_plain(t) for name, t in group.items())
+        if not kept:
+            raise ValueError(f"its {where} holds something else than plain tensors by name")
+    return blocks, head, checked_kind(description, "its description", dict)
+
+
+def _is_plain(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
+
+
+def _read_zip(path: Path) -> tuple[_Tensors, Any, Any]:
+    try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not isinstance(content.get("loop_blocks"), dict):
-            raise ValueError(f"{path} is not a loop checkpoint: it has no loop_blocks")
-        return content["loop_blocks"], content.get("action_head"), content.get("metadata") or {}
+    except OSError:
+        raise
+    except Exception as error:  # a file that was cut short, or is something else, may raise anything
+        raise ValueError(f"torch cannot load it: {error}") from error
+    blocks = content.get("loop_blocks") if isinstance(content, dict) else None
+    if not isinstance(blocks, dict):
+        raise ValueError("it has no loop_blocks")
+    metadata = content.get("metadata")
+    return blocks, content.get("action_head"), {} if metadata is None else metadata
+
+
+def _read_safetensors(path: Path) -> tuple[_Tensors, Any, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -157,19 +222,20 @@ def _read(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, tor
             text = (file.metadata() or {}).get(_KEY)
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is neither a safetensors file nor one of torch.save: {error}") from None
+    except (SafetensorError, OSError) as error:  # an empty file is an OSError to it
+        raise ValueError(f"{path.name} is neither a safetensors file nor one of torch.save: {error}") from error
     if text is None:
-        raise ValueError(f"{path} is not a loop checkpoint: its metadata has no {_KEY!r}")
-    blocks: dict[str, dict[str, torch.Tensor]] = {}
+        raise ValueError(f"its metadata has no {_KEY!r}")
+    blocks: _Tensors = {}
     head = {}
     for name, tensor in tensors.items():
-        if name.startswith("loop_blocks."):
-            _, block, parameter = name.split(".", 2)
+        group, _, rest = name.partition(".")
+        block, _, parameter = rest.partition(".")
+        if group == "loop_blocks" and parameter:
             blocks.setdefault(block, {})[parameter] = tensor
         else:
             head[name.removeprefix("action_head.")] = tensor
-    return blocks, head or None, json.loads(text)
+    return blocks, head or None, parsed_json(text)
 
 
 def _match(where, saved, own, moves, differences) -> None:
@@ -179,6 +245,8 @@ def _match(where, saved, own, moves, differences) -> None:
             differences.append(f"{where}.{name} {'only in the file' if name in saved else 'only in the model'}")
         elif saved[name].shape != own[name].shape:
             differences.append(f"{where}.{name} {tuple(saved[name].shape)}, the model {tuple(own[name].shape)}")
+        elif saved[name].is_floating_point() != own[name].is_floating_point() or saved[name].is_complex():
+            differences.append(f"{where}.{name} of {saved[name].dtype}, the model {own[name].dtype}")
         else:
             moves.append((own[name], saved[name]))
 
@@ -196,5 +264,5 @@ def _compare(where: str, saved: Any, own: Any, differences: list[str]) -> None:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, default=repr)
     return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from torch import nn
 
 from canvas_engineering import clock_ir
+from canvas_engineering.derived_buffers import CanvasModule
 from canvas_engineering.program import ClockSpec
 from canvas_engineering.residuals import ResidualAccumulator
 
@@ -15,7 +16,7 @@ _LEAVES = ("always", "step", "event_count", "above", "below", "event", "any_even
 _AND, _OR, _AND_NOT = (False, False, False, True), (False, True, True, True), (False, False, True, False)
 
 
-class ClockFormulas(nn.Module):
+class ClockFormulas(CanvasModule):
     """Whether clocks fire, each by the rules of `RegionScheduler`, on the device that their summaries are on.
 
     Args:
@@ -44,17 +45,13 @@ class ClockFormulas(nn.Module):
             "root": [place[key] for key in roots],
         }
         for name, values in index.items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
-        # as bits, so that a model in 16 bits keeps its thresholds
-        bits = torch.tensor(threshold, dtype=torch.float64).view(torch.int64)
-        self.register_buffer("threshold", bits, persistent=False)
+            self.register_table(name, np.array(values, np.int64))
+        self.register_table("threshold", np.array(threshold, np.float64))
         self._n_levels = joins[-1][1][0] if joins else 0
         for level in range(1, self._n_levels + 1):
             members = [(place[a], place[b], table) for _, (own, table, a, b) in joins if own == level]
-            sides = torch.tensor([member[:2] for member in members]).T.contiguous()
-            self.register_buffer(f"sides_{level}", sides, persistent=False)
-            tables = torch.tensor([member[2] for member in members])
-            self.register_buffer(f"tables_{level}", tables, persistent=False)
+            self.register_table(f"sides_{level}", np.array([member[:2] for member in members], np.int64).T)
+            self.register_table(f"tables_{level}", np.array([member[2] for member in members], bool))
 
     def forward(
         self,
@@ -71,14 +68,13 @@ class ClockFormulas(nn.Module):
         known = last.new_zeros(0) if summaries is None else summaries.reshape(-1)
         # one more column, for what nothing keeps
         value = torch.cat([known.double(), known.new_zeros(1).double()])[self.column]
-        threshold = self.threshold.view(torch.float64)
         counted = boundary_t % self.divisor == 0
         truths = (
             always,
             (last * 0 + external_t) % self.divisor == 0,
             counted if boundary is not None else ~always,
-            value > threshold,
-            value < threshold,
+            value > self.threshold,
+            value < self.threshold,
             self.number == self._events.get(boundary, -1),
             always if boundary is not None else ~always,
             ~never & (since <= self.number),

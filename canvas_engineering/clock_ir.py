@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from canvas_engineering.canvas.layout import checked_int, checked_number, checked_string
+from canvas_engineering.checked import (
+    DEEPEST,
+    checked_depth,
+    checked_int,
+    checked_kind,
+    checked_number,
+    checked_string,
+    shown,
+)
 
 __all__ = [
     "And",
@@ -25,6 +33,7 @@ __all__ = [
 ]
 
 TIME_DOMAINS = ("external", "boundary")
+MOST_NODES = 10_000
 
 Summaries = dict[str, dict[str, float]]
 
@@ -85,6 +94,9 @@ class ClockExpr:
     True
     """
 
+    # of the tree from here on down, a node that is held twice counted twice
+    _depth, _n_nodes = 1, 1
+
     def evaluate(self, ctx: ClockContext) -> bool:
         """Whether the clock fires in this context."""
         raise NotImplementedError(f"{type(self).__name__} is no node of its own: use one of {', '.join(_NODES)}")
@@ -105,22 +117,23 @@ class ClockExpr:
         Raises:
             ValueError: an unknown type, listing those there are; a field that is missing, unknown or wrong.
         """
+        checked_depth(d, "a clock expression")
         found = d.get("type") if isinstance(d, dict) else d
         if not isinstance(found, str) or not isinstance(d, dict) or found not in _NODES:
-            raise ValueError(f"unknown clock expression type {found!r}: choose one of {', '.join(_NODES)}")
-        kind = _NODES[d["type"]]
+            raise ValueError(f"unknown clock expression type {shown(found)}: choose one of {', '.join(_NODES)}")
+        kind = _NODES[found]
         given = {name: value for name, value in d.items() if name != "type"}
         known = [f.name for f in fields(kind)]
         unknown = [name for name in given if name not in known]
         if unknown:
-            raise ValueError(f"clock expression {d['type']!r} has unknown fields {unknown}; known are {known}")
+            raise ValueError(f"clock expression {found!r} has unknown fields {shown(unknown)}; known are {known}")
         for name in ("left", "right", "child"):
             if name in given:
                 given[name] = ClockExpr.from_dict(given[name])
         try:
             return kind(**given)
         except TypeError as error:
-            raise ValueError(f"clock expression {d!r} is incomplete: {error}") from None
+            raise ValueError(f"clock expression {shown(d)} is incomplete: {error}") from None
 
     def nodes(self) -> Iterator[ClockExpr]:
         """The node and everything below it."""
@@ -131,9 +144,15 @@ class ClockExpr:
 
 
 def _check_children(node: ClockExpr, *names: str) -> None:
-    for name in names:
-        if not isinstance(getattr(node, name), ClockExpr):
-            raise ValueError(f"{type(node).__name__} {name} must be a ClockExpr, got {getattr(node, name)!r}")
+    children = [checked_kind(getattr(node, name), f"{type(node).__name__} {name}", ClockExpr) for name in names]
+    depth, n_nodes = 1 + max(child._depth for child in children), 1 + sum(child._n_nodes for child in children)
+    if depth > DEEPEST or n_nodes > MOST_NODES:
+        raise ValueError(
+            f"a clock expression of {depth} levels and {n_nodes} nodes: it may have {DEEPEST} and {MOST_NODES}; join "
+            "many clocks in pairs, and the pairs in pairs"
+        )
+    object.__setattr__(node, "_depth", depth)
+    object.__setattr__(node, "_n_nodes", n_nodes)
 
 
 @dataclass(frozen=True)
@@ -161,7 +180,8 @@ class OnEvent(ClockExpr):
     "boundary" it only fires at steps with a lifecycle event.
 
     Raises:
-        ValueError: neither bound, a bound that is not a finite number, or a source without a dot.
+        ValueError: neither bound, a bound that is not a finite number, bounds with nothing between them, or a source
+            without a dot.
     """
 
     source: str
@@ -171,12 +191,14 @@ class OnEvent(ClockExpr):
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not all(self.source.rpartition(".")[::2]):
-            raise ValueError(f"OnEvent source must be 'region.kind', got {self.source!r}")
+            raise ValueError(f"OnEvent source must be 'region.kind', got {shown(self.source)}")
         if self.gt is None and self.lt is None:
             raise ValueError(f"OnEvent of {self.source!r} needs gt or lt: without a bound it would always fire")
         for name in ("gt", "lt"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, checked_number(getattr(self, name), f"OnEvent {name}"))
+        if self.gt is not None and self.lt is not None and self.gt >= self.lt:
+            raise ValueError(f"OnEvent of {self.source!r}: no value lies above gt={self.gt} and below lt={self.lt}")
         checked_string(self.domain, "OnEvent domain")
 
     def evaluate(self, ctx: ClockContext) -> bool:

@@ -16,11 +16,13 @@ from torch import nn
 
 from canvas_engineering.canvas.layout import CanvasLayout
 from canvas_engineering.canvas.tensor import parameter_key
+from canvas_engineering.checked import checked_bool, checked_kind, checked_path, parsed_json
 from canvas_engineering.connectivity import CanvasTopology, Connection
+from canvas_engineering.files import alone_in, replace_file
 from canvas_engineering.program import CanvasProgram
 from canvas_engineering.program.checks import check_program
 from canvas_engineering.program.edges import resolve_edges
-from canvas_engineering.schema import CanvasSchema, replace_file
+from canvas_engineering.schema import CanvasSchema
 
 __all__ = ["CompiledProgram", "ProgramCompiler", "load_exported"]
 
@@ -126,7 +128,9 @@ class ProgramCompiler:
                 modes; the module is then as it was.
             ImportError: an export without safetensors.
         """
-        modes = self._modes(family_defaults)
+        checked_kind(module, "module", nn.Module, optional=True)
+        export_dir = None if export_dir is None else checked_path(export_dir, "export_dir")
+        modes = self._modes(checked_bool(family_defaults, "family_defaults"))
         compiled = self._decide(modes)
         if module is None:
             return compiled
@@ -138,7 +142,7 @@ class ProgramCompiler:
                 raise ValueError(f"regions {sorted(exported)} are to be exported: export_dir must say where to")
             for region in exported:
                 tensors = _state_of(module, region, owned[region])
-                compiled.exported_paths[region] = _export(Path(export_dir), region, tensors, self.program.version)
+                compiled.exported_paths[region] = _export(export_dir, region, tensors, self.program.version)
         for region, mode in modes.items():
             if mode in ("freeze", "export"):
                 for parameter in owned[region].values():
@@ -188,11 +192,18 @@ def load_exported(path: str | Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = Path(path)
+    path = checked_path(path, "path")
     manifest_path = path if path.suffix == ".json" else path.with_name(f"{path.name.rpartition('@')[0]}.json")
-    manifest = _read_manifest(manifest_path)
-    path = path.with_name(manifest["file"])
-    content = path.read_bytes()
+    while True:
+        manifest = _read_manifest(manifest_path)
+        path = path.with_name(manifest["file"])
+        try:
+            content = path.read_bytes()
+            break
+        except FileNotFoundError:
+            if _read_manifest(manifest_path) == manifest:
+                raise
+            # else another export took its place between the two, and what it names is there
     found = hashlib.sha256(content).hexdigest()
     if found != manifest["sha256"]:
         raise ValueError(f"{path} has the checksum {found}, its manifest says {manifest['sha256']}")
@@ -207,7 +218,7 @@ def load_exported(path: str | Path) -> dict[str, torch.Tensor]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parsed_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is no manifest of an exported region: {error}") from error
     kinds = {"region": str, "file": str, "sha256": str, "tensors": dict}
@@ -227,7 +238,7 @@ def _forms(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
 
 def _export(folder: Path, region: str, tensors: dict[str, torch.Tensor], version: str) -> str:
     """Writes the tensors, then the manifest that names their file, and removes what no manifest names any more: a
-    crash at any point leaves a manifest whose file is whole."""
+    crash at any point leaves a manifest whose file is whole, and so do several processes that export at once."""
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -243,11 +254,12 @@ def _export(folder: Path, region: str, tensors: dict[str, torch.Tensor], version
         "sha256": checksum,
         "tensors": _forms(tensors),
     }
-    replace_file(path, content)
-    replace_file(folder / f"{stem}.json", f"{json.dumps(manifest, indent=2)}\n".encode())
-    for other in folder.iterdir():
-        if other.name.startswith(f"{stem}@") and other.suffix == ".safetensors" and other != path:
-            other.unlink()
+    with alone_in(folder) as alone:
+        replace_file(path, content)
+        replace_file(folder / f"{stem}.json", f"{json.dumps(manifest, indent=2)}\n".encode())
+        for other in folder.iterdir() if alone else ():
+            if other.name.startswith(f"{stem}@") and other.suffix == ".safetensors" and other != path:
+                other.unlink()
     return str(path)
 
 

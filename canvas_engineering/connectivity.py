@@ -15,6 +15,18 @@ import numpy as np
 import torch
 
 from canvas_engineering.canvas.layout import CanvasLayout
+from canvas_engineering.checked import (
+    LARGEST_INT,
+    checked_bool,
+    checked_choice,
+    checked_int,
+    checked_items,
+    checked_kind,
+    checked_name,
+    checked_names,
+    checked_number,
+    shown,
+)
 from canvas_engineering.masks import MaskSpec, mask_parts
 from canvas_engineering.notices import some, warn
 
@@ -30,7 +42,6 @@ __all__ = [
 _WRITE_MODES = ("add", "replace", "gate")
 # Weights and fractions lie so far inside of float32 that their products, sums and reciprocals do too.
 _SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-18, 1e18
-_LARGEST_OFFSET = 2**31 - 1
 
 
 class TemporalFill(enum.Enum):
@@ -177,16 +188,6 @@ def _nearest_anchors(time, floor, exact, first, end, period, order):
     return anchors, ratio / ratio.sum(axis=1, keepdims=True)
 
 
-def _checked_offset(value: Any, what: str) -> int:
-    try:
-        offset = operator.index(value)
-    except TypeError:
-        offset = None
-    if offset is None or isinstance(value, bool) or abs(offset) > _LARGEST_OFFSET:
-        raise ValueError(f"{what} must be an int below 2**31 in magnitude, or None, got {value!r}")
-    return offset
-
-
 @dataclass(frozen=True, slots=True)
 class Connection:
     """One attention operation: the positions of ``src`` query those of ``dst``.
@@ -232,9 +233,10 @@ class Connection:
             and self.operator
             and type(self.weight) is float
             and (self.weight == 0.0 or _SMALLEST_WEIGHT <= self.weight <= _LARGEST_WEIGHT)
-            and (self.t_src is None or (type(self.t_src) is int and -_LARGEST_OFFSET <= self.t_src <= _LARGEST_OFFSET))
-            and (self.t_dst is None or (type(self.t_dst) is int and -_LARGEST_OFFSET <= self.t_dst <= _LARGEST_OFFSET))
+            and (self.t_src is None or (type(self.t_src) is int and -LARGEST_INT <= self.t_src <= LARGEST_INT))
+            and (self.t_dst is None or (type(self.t_dst) is int and -LARGEST_INT <= self.t_dst <= LARGEST_INT))
             and self.fn is None
+            and type(self.write_mode) is str
             and self.write_mode in _WRITE_MODES
             and type(self.temporal_fill) is TemporalFill
             and type(self.interpolation_order) is int
@@ -245,49 +247,37 @@ class Connection:
         self._check()
 
     def _check(self) -> None:
-        for name in ("src", "dst", "operator"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value:
-                raise self._error(f"{name} must be a string of at least one character, got {value!r}")
-        weight = self.weight
-        if type(weight) is not float:
-            try:
-                weight = math.nan if isinstance(weight, (bool, str)) else float(weight)
-            except (TypeError, ValueError):
-                weight = math.nan
-            object.__setattr__(self, "weight", self.weight if weight != weight else weight)
-        if not (weight == 0.0 or _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT):
-            allowed = f"0, or a number from {_SMALLEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}"
-            raise self._error(f"weight must be {allowed}, got {self.weight!r}")
-        for name in ("t_src", "t_dst"):
-            value = getattr(self, name)
-            if value is not None:
-                try:
-                    object.__setattr__(self, name, _checked_offset(value, name))
-                except ValueError as error:
-                    raise self._error(str(error)) from None
-        if self.fn is not None and (not isinstance(self.fn, str) or not self.fn):
-            raise self._error(f"fn must be the name of an attention function, or None, got {self.fn!r}")
-        if self.write_mode not in _WRITE_MODES:
-            raise self._error(f"unknown write_mode {self.write_mode!r}: choose one of {', '.join(_WRITE_MODES)}")
-        if not isinstance(self.temporal_fill, TemporalFill):
-            try:
-                object.__setattr__(self, "temporal_fill", TemporalFill(self.temporal_fill))
-            except ValueError:
-                choices = ", ".join(fill.value for fill in TemporalFill)
-                raise self._error(f"unknown temporal_fill {self.temporal_fill!r}: choose one of {choices}") from None
         try:
-            order = -1 if isinstance(self.interpolation_order, bool) else operator.index(self.interpolation_order)
-        except TypeError:
-            order = -1
-        if order < 0:
-            raise self._error(f"interpolation_order must be an int of at least 0, got {self.interpolation_order!r}")
-        object.__setattr__(self, "interpolation_order", order)
-        if self.mask is not None and not isinstance(self.mask, MaskSpec):
-            raise self._error(f"mask must be a MaskSpec, or None, got {self.mask!r}")
+            self._take()
+        except ValueError as error:
+            raise ValueError(f"connection {shown(self.src)} -> {shown(self.dst)}: {error}") from None
 
-    def _error(self, problem: str) -> ValueError:
-        return ValueError(f"connection {self.src!r} -> {self.dst!r}: {problem}")
+    def _take(self) -> None:
+        """Checks every field, and puts plain types in the place of numpy's and others."""
+        put = object.__setattr__
+        for name in ("src", "dst", "operator"):
+            checked_name(getattr(self, name), name)
+        allowed = f"0, or a number from {_SMALLEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}"
+        weight = checked_number(self.weight, "weight", allowed)
+        if not (weight == 0.0 or _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT):
+            raise ValueError(f"weight must be {allowed}, got {shown(self.weight)}")
+        put(self, "weight", weight)
+        for name in ("t_src", "t_dst"):
+            if getattr(self, name) is not None:
+                put(self, name, checked_int(getattr(self, name), name, kind="an int below 2**31 in magnitude, or None"))
+        if self.fn is not None:
+            checked_name(self.fn, "fn", "be the name of an attention function, or None")
+        checked_choice(self.write_mode, "write_mode", _WRITE_MODES)
+        put(self, "temporal_fill", _checked_fill(self.temporal_fill))
+        order = checked_int(self.interpolation_order, "interpolation_order", 0, kind="an int of at least 0")
+        put(self, "interpolation_order", order)
+        checked_kind(self.mask, "mask", MaskSpec, optional=True)
+
+
+def _checked_fill(value: Any) -> TemporalFill:
+    if isinstance(value, TemporalFill):
+        return value
+    return TemporalFill(checked_choice(value, "temporal_fill", tuple(fill.value for fill in TemporalFill)))
 
 
 class _ConnectionsKey(tuple):
@@ -321,10 +311,10 @@ class CanvasTopology:
     connections: list[Connection] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.connections = list(self.connections)
+        self.connections = list(checked_items(self.connections, "connections", "Connections"))
         for position, connection in enumerate(self.connections):
             if not isinstance(connection, Connection):
-                raise ValueError(f"connections[{position}] must be a Connection, got {connection!r}")
+                raise ValueError(f"connections[{position}] must be a Connection, got {shown(connection)}")
         self._key = (None, None)  # the connections that it was made of, and the key
 
     def __getstate__(self) -> dict[str, Any]:
@@ -348,17 +338,19 @@ class CanvasTopology:
     @staticmethod
     def dense(regions: Sequence[str]) -> CanvasTopology:
         """Every region reads every region, itself included."""
+        regions = checked_names(regions, "regions")
         return CanvasTopology([Connection(src, dst) for src in regions for dst in regions])
 
     @staticmethod
     def isolated(regions: Sequence[str]) -> CanvasTopology:
         """Every region reads itself only."""
-        return CanvasTopology([Connection(name, name) for name in regions])
+        return CanvasTopology([Connection(name, name) for name in checked_names(regions, "regions")])
 
     @staticmethod
     def hub_spoke(hub: str, spokes: Sequence[str], bidirectional: bool = True) -> CanvasTopology:
         """All regions read themselves, the hub reads each spoke, and the spokes read the hub if ``bidirectional``."""
-        connections = [Connection(name, name) for name in (hub, *spokes)]
+        spokes, bidirectional = checked_names(spokes, "spokes"), checked_bool(bidirectional, "bidirectional")
+        connections = [Connection(name, name) for name in (checked_name(hub, "hub"), *spokes)]
         for spoke in spokes:
             connections.append(Connection(hub, spoke))
             if bidirectional:
@@ -368,6 +360,7 @@ class CanvasTopology:
     @staticmethod
     def causal_chain(regions: Sequence[str]) -> CanvasTopology:
         """All regions read themselves, and each its predecessor."""
+        regions = checked_names(regions, "regions")
         connections = [Connection(name, name) for name in regions]
         connections += [Connection(name, before) for before, name in pairwise(regions)]
         return CanvasTopology(connections)
@@ -383,7 +376,8 @@ class CanvasTopology:
         Raises:
             KeyError: a layout is given and has no such region.
         """
-        if layout is not None:
+        regions = checked_names(regions, "regions")
+        if checked_kind(layout, "layout", CanvasLayout, optional=True) is not None:
             for name in regions:
                 layout.region_spec(name)
         connections = []
@@ -405,7 +399,8 @@ class CanvasTopology:
 
     def resolve_fn(self, connection: Connection, layout: CanvasLayout | None = None) -> str:
         """The connection's ``fn``, else src's ``default_attn`` in the layout, else "cross_attention"."""
-        if connection.fn is not None:
+        checked_kind(layout, "layout", CanvasLayout, optional=True)
+        if checked_kind(connection, "connection", Connection).fn is not None:
             return connection.fn
         if layout is not None and connection.src in layout.regions:
             return layout.region_spec(connection.src).default_attn
@@ -413,6 +408,7 @@ class CanvasTopology:
 
     def resolve_fns(self, layout: CanvasLayout | None = None) -> list[str]:
         """`resolve_fn` of every connection, in declaration order."""
+        checked_kind(layout, "layout", CanvasLayout, optional=True)
         specs = {} if layout is None else {name: layout.region_spec(name) for name in layout.regions}
         defaults = {name: spec.default_attn for name, spec in specs.items()}
         return [defaults.get(c.src, "cross_attention") if c.fn is None else c.fn for c in self.connections]
@@ -494,7 +490,7 @@ def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> Itera
     Connections of weight 0 or of fn "none" make none. Those that name a region that the layout lacks are skipped, with
     one UserWarning for all of them.
     """
-    known = layout.regions
+    known = checked_kind(layout, "layout", CanvasLayout).regions
     missing = [c for c in topology.connections if c.src not in known or c.dst not in known]
     if missing:
         names = dict.fromkeys(repr(name) for c in missing for name in (c.src, c.dst) if name not in known)
@@ -530,7 +526,7 @@ def _boxes(c: Connection, layout: CanvasLayout) -> tuple[np.ndarray, np.ndarray,
 
 def _paint(topology: CanvasTopology, layout: CanvasLayout, background: float, value) -> tuple[np.ndarray, np.ndarray]:
     """float32 (N, N) with ``value(weight)`` of the largest read at every pair, and which rows hold a pair."""
-    N = layout.num_positions
+    N = checked_kind(layout, "layout", CanvasLayout).num_positions
     strokes: list[tuple[slice, ...]] = []  # of the matrix as (t, s0, … of the query, t, s0, … of the key)
     weights = [np.zeros(0)]
     for index, c, _ in resolve_connections(topology, layout):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from canvas_engineering.canvas.layout import CanvasLayout, checked_int
+from canvas_engineering.canvas.layout import CanvasLayout
+from canvas_engineering.checked import checked_bool, checked_ints, checked_kind, checked_name, shown
 from canvas_engineering.masks import MaskSpec
 
 __all__ = ["CortexRegistry", "CortexSpec"]
@@ -37,20 +38,16 @@ class CortexSpec:
     shared_cache: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"CortexSpec name must be a string of at least one character, got {self.name!r}")
-        if not isinstance(self.local_backend, str) or not self.local_backend:
-            raise ValueError(
-                f"cortex {self.name!r}: local_backend must name an attention function, got {self.local_backend!r}"
-            )
-        bounds = tuple(checked_int(bound, f"cortex {self.name!r}: every bound", 0) for bound in self.bounds)
+        checked_name(self.name, "CortexSpec name")
+        checked_name(self.local_backend, f"cortex {self.name!r}: local_backend", "name an attention function")
+        bounds = checked_ints(self.bounds, f"cortex {self.name!r}: bounds", 0)
         if len(bounds) < 2 or len(bounds) % 2 or any(low >= high for low, high in zip(bounds[::2], bounds[1::2])):
             raise ValueError(f"cortex {self.name!r}: bounds must be pairs (low, high) with low < high, got {bounds}")
         object.__setattr__(self, "bounds", bounds)
-        tile = tuple(checked_int(size, f"cortex {self.name!r}: every tile size", 1) for size in self.tile)
+        tile = checked_ints(self.tile, f"cortex {self.name!r}: tile", 1, each=f"cortex {self.name!r}: every tile size")
         object.__setattr__(self, "tile", tile)
-        if not isinstance(self.shared_cache, bool):
-            raise ValueError(f"cortex {self.name!r}: shared_cache must be a bool, got {self.shared_cache!r}")
+        shared = checked_bool(self.shared_cache, f"cortex {self.name!r}: shared_cache")
+        object.__setattr__(self, "shared_cache", shared)
 
     @property
     def mask(self) -> MaskSpec:
@@ -78,8 +75,7 @@ class CortexRegistry:
         Raises:
             ValueError: there is one of this name.
         """
-        if not isinstance(spec, CortexSpec):
-            raise ValueError(f"register takes a CortexSpec, got {spec!r}")
+        checked_kind(spec, "spec", CortexSpec)
         if spec.name in self._cortices:
             raise ValueError(f"cortex {spec.name!r} is registered already: {self._cortices[spec.name]}")
         self._cortices[spec.name] = spec
@@ -102,6 +98,7 @@ class CortexRegistry:
             ValueError: the region is in another one.
         """
         self._check(cortex_name)
+        checked_name(region, "region")
         current = self._assigned.get(region, cortex_name)
         if current != cortex_name:
             raise ValueError(
@@ -115,8 +112,8 @@ class CortexRegistry:
         Raises:
             KeyError: it is in none.
         """
-        if region not in self._assigned:
-            raise KeyError(f"region {region!r} is in no cortex; assigned are {sorted(self._assigned)}")
+        if not isinstance(region, str) or region not in self._assigned:
+            raise KeyError(f"region {shown(region)} is in no cortex; assigned are {sorted(self._assigned)}")
         del self._assigned[region]
 
     def cortex_for(self, region: str) -> CortexSpec | None:
@@ -159,6 +156,7 @@ class CortexRegistry:
     def check(self, layout: CanvasLayout) -> None:
         """ValueError: a region outside of its cortex's bounds, bounds of other dimensions than the layout's, or a
         cortex without shared keys and values."""
+        checked_kind(layout, "layout", CanvasLayout)
         for spec in self.specs:
             if not spec.shared_cache:
                 raise ValueError(
@@ -190,5 +188,5 @@ class CortexRegistry:
         return "\n".join(lines)
 
     def _check(self, name: str) -> None:
-        if name not in self._cortices:
-            raise KeyError(f"no cortex {name!r}; registered are {self.cortex_names}")
+        if not isinstance(name, str) or name not in self._cortices:
+            raise KeyError(f"no cortex {shown(name)}; registered are {self.cortex_names}")

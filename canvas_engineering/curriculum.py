@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from .checked import checked_int, checked_number
+
 __all__ = ["CurriculumScheduler"]
 
 
@@ -26,16 +28,15 @@ class CurriculumScheduler:
     """
 
     def __init__(self, max_loops: int = 3, total_steps: int = 5000, warmup_fraction: float = 0.0):
-        if max_loops < 1 or total_steps < 1:
-            raise ValueError(f"max_loops and total_steps must be at least 1, got {max_loops} and {total_steps}")
-        if not 0.0 <= warmup_fraction < 1.0:
+        self.max_loops = checked_int(max_loops, "max_loops", 1)
+        self.total_steps = checked_int(total_steps, "total_steps", 1, most=2**63 - 1)
+        self.warmup_fraction = checked_number(warmup_fraction, "warmup_fraction", "a number in [0, 1)")
+        if not 0.0 <= self.warmup_fraction < 1.0:
             raise ValueError(f"warmup_fraction must lie in [0, 1), got {warmup_fraction}")
-        self.max_loops, self.total_steps, self.warmup_fraction = max_loops, total_steps, warmup_fraction
 
     def get_loops(self, step: int) -> int:
         """Number of loops at training step ``step`` (from 0)."""
-        if step < 0:
-            raise ValueError(f"step must be at least 0, got {step}")
+        step = checked_int(step, "step", 0, most=2**63 - 1)
         warmup = int(self.warmup_fraction * self.total_steps)
         phase = (step - warmup) * self.max_loops // (self.total_steps - warmup)
         return max(1, min(self.max_loops, phase + 1))

@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
-from canvas_kernels.rows import join_rows, lasting, split_rows, take_rows
+from canvas_kernels.index_map import IndexMap, gather_rows, replace_rows
+from canvas_kernels.table import touched
 
 from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
-from .attention.grouped import attend_grouped, fit, is_fused, prepare
+from .attention.grouped import attend_grouped, fit, is_fused
 from .canvas import ATTENTION_TYPES, CanvasLayout
 from .canvas.tensor import parameter_key
 from .compiler import CompiledProgram
 from .connectivity import CanvasTopology
 from .cortex import CortexRegistry
+from .derived_buffers import CanvasModule
 from .identity import SlotBindingModule
 from .plan import AttentionPlan, compile_attention
 from .program import CanvasProgram
 from .residuals import ResidualAccumulator, TriggerFlags
 
 __all__ = ["AttentionDispatcher", "surviving_state"]
-
-_ACTIVITY_CACHE_SIZE = 256
-
 
 @dataclass(frozen=True, eq=False)
 class _Errors:
@@ -35,9 +35,10 @@ class _Errors:
     region: str
     fn: str
     plan: AttentionPlan
+    attending: IndexMap
 
 
-class AttentionDispatcher(nn.Module):
+class AttentionDispatcher(CanvasModule):
     """Runs every connection of a topology on a canvas tensor, in edge form (docs/semantics.md, sections 4 and 5).
 
     At each position the outputs of its reads are averaged by weight, out_i = Σ_r a_r f_r(i) / Σ_r w_r, with a_r = w_r,
@@ -118,27 +119,10 @@ class AttentionDispatcher(nn.Module):
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
-        order = plan.rows("order")
-        self._n_rows = n_rows = int((order < layout.num_positions).sum())
-        self._in_canvas_order = n_rows == layout.num_positions and bool((order[:-1] < order[1:]).all())
-        # tables are made on the host, whatever the default device is
-        reads = torch.zeros(plan.n_packed, 1, dtype=torch.bool, device="cpu")
-        reads[plan.rows("reading")] = True
-        self._every_row_reads = bool(reads[:n_rows].all())
-        index = {
-            "_order": order[:n_rows],
-            "_reads": reads[:n_rows],
-            "_gates": torch.tensor(gates, dtype=torch.int64, device="cpu"),
-            "_source_region": torch.tensor(
-                [regions.get(c.src, 0) for c in plan.connections], dtype=torch.int64, device="cpu"
-            ),
-        }
-        for name, tensor in index.items():
-            self.register_buffer(name, tensor, persistent=False)
+        self._map_rows(plan, gates, regions)
         self._region_number = regions
         self._readers = frozenset(plan.connections[number].src for number in plan.reads.connection.tolist())
-        self._activity: dict[tuple, torch.Tensor] = {}
-        self._add_banks(program, n_heads, order[n_rows:] - layout.num_positions)
+        self._add_banks(program, n_heads)
         self.residual_accumulator = residual_accumulator
         self._errors = self._residual_connections(program, compiled)
         self.triggers = None
@@ -159,7 +143,8 @@ class AttentionDispatcher(nn.Module):
             active_regions: regions whose reads run: names, or a tensor (regions,) in the layout's order, 0 for those
                 that do not, which stays on the device and has no gradient, as `DeviceScheduler` gives it. The others'
                 positions pass through and stay readable. None: all. Under ``torch.compile`` give a tensor: each set of
-                names is a graph of its own.
+                names is a graph of its own. Where no gradients are kept, names of which nothing runs return x itself;
+                in training every parameter takes part, with a gradient of zero, as other processes wait for it.
             add_to: like x. Results are added to it, and positions without a read keep it, bit for bit: a pre-norm block
                 is ``x = attention(norm(x), add_to=x)``.
 
@@ -181,39 +166,83 @@ class AttentionDispatcher(nn.Module):
         if active_regions is not None and not isinstance(active_regions, torch.Tensor):
             active_regions = frozenset([active_regions] if isinstance(active_regions, str) else active_regions)
         active = self._active_connections(active_regions, x.device)
-        if not self.fn_modules or (isinstance(active_regions, frozenset) and self._readers.isdisjoint(active_regions)):
+        if not self.fn_modules or self._may_skip(active_regions):
             return x if add_to is None else add_to
-        plan = self.plan
-        canvas_rows, kept, rest = x, x if add_to is None else add_to, None
-        if not self._in_canvas_order:
-            kept, rest = split_rows(kept, self._order, 1)
-            canvas_rows = kept if add_to is None else take_rows(x, self._order, 1)
-        rows = self._with_banks(x, canvas_rows) if self._bound else canvas_rows
-        gain, single = self._gain(), len(self.fn_modules) == 1
+        kept = x if add_to is None else add_to
+        rows = self._rows(x, active)
+        written, row_scale = self._attended(rows, active)
+        written = gather_rows(written, self._written, 1)
+        own = gather_rows(kept, self._targets, 1)
+        written = written.to(own.dtype) if add_to is None else own + written.to(own.dtype)
+        if row_scale is not None:
+            in_force = gather_rows((row_scale > 0).any(0)[:, None].to(torch.float32), self._written) > 0
+            written = torch.where(in_force, written, own)
+        return replace_rows(kept, self._targets, written, 1)
+
+    def _map_rows(self, plan: AttentionPlan, gates: list[int], regions: dict[str, int]) -> None:
+        """Makes the index maps of a step."""
+        order, n = plan.order, self.layout.num_positions
+        self._n_rows = n_rows = int((order < n).sum())
+        attending = plan.table.has_keys()[:n_rows].nonzero()[0]
+        # canvas → packed rows; packed rows → those that attend to something; canvas → these
+        self._packed = IndexMap.gather(order[:n_rows], n)
+        self._written = IndexMap.gather(attending, plan.n_packed)
+        self._targets = IndexMap.gather(order[attending], n)
+        # (gates, 1) → connections: 1 where there is no gate
+        place = np.full(plan.n_connections, len(gates))
+        place[gates] = np.arange(len(gates))
+        self._gate_of = IndexMap.gather(place, len(gates) + 1)
+        sources = np.array([regions.get(c.src, 0) for c in plan.connections], np.int64)
+        self._source_region = IndexMap.gather(sources, max(len(regions), 1))
+        # rows that a function does not touch are none of its inputs
+        self._touches_all = {fn: bool(own.table.touched_rows().all()) for fn, own in self._plans.items()}
+
+    def _rows(self, x: torch.Tensor, active: torch.Tensor | None) -> torch.Tensor:
+        """Packed rows of the canvas, and after them the slots of each bank that is attended to, bound to x. Under
+        ``active``, what no active connection touches is 0: what is not finite there reaches nothing."""
+        rows = gather_rows(x, self._packed, 1)
+        if not self._bound:
+            return rows
+        used = None if active is None else touched(self.plan.table, active)
+        parts = [rows]
+        for key, canvas_rows, first, slots in self._bound:
+            own = gather_rows(x, canvas_rows, 1)
+            if used is not None:
+                own = torch.where(used[first : first + slots.n_out].any(), own, own.new_zeros(()))
+            bank = self.slot_modules[key](own)
+            parts.append(gather_rows(bank, slots, 1).to(rows.dtype))
+        return torch.cat(parts, 1)
+
+    def _attended(self, rows: torch.Tensor, active: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What every packed row attends to, (B, n, d_model), and with ``active`` the scales in force, (2, n)."""
+        plan, gain, single = self.plan, self._gain(), len(self.fn_modules) == 1
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        if self._errors:
+            self._accumulate(rows, active)
         row_scale = None
         if active is not None or gain is not None or not single:
             everyone = active
             if active is None:
-                everyone = torch.ones(plan.n_connections, dtype=torch.float32, device=x.device)
-            row_scale = plan.row_scale(everyone)
-            factor = everyone if gain is None else gain * everyone
+                everyone = torch.ones(plan.n_connections, dtype=dtype, device=rows.device)
+            row_scale = plan.row_scale(active, dtype, rows.device)
+            factor = everyone.to(dtype) if gain is None else gain.to(dtype) * everyone
         written = None
         for fn, module in self.fn_modules.items():
-            share = None
+            own, share = self._plans[fn], None
             if gain is not None or not single:
-                share = self._plans[fn].row_share(factor, row_scale)
-            part = self._attend(module, rows, self._plans[fn], gain, active, row_scale, share)
+                share = own.row_share(factor, row_scale)
+            part = self._attend(module, self._touched(rows, fn, active), own, gain, active, row_scale, share)
             written = part if written is None else written + part
-        if self._errors:
-            self._accumulate(rows, active)
-        written = written.to(kept.dtype)[:, : self._n_rows]
-        if add_to is not None:
-            written = kept + written
-        if active is not None:
-            written = torch.where((row_scale.sum(0)[: self._n_rows] > 0)[:, None], written, kept)
-        elif not self._every_row_reads:
-            written = torch.where(self._reads, written, kept)
-        return written if rest is None else join_rows(rest, self._order, written, 1)
+        return written, None if active is None else row_scale
+
+    def _touched(self, rows: torch.Tensor, fn: str, active: torch.Tensor | None) -> torch.Tensor:
+        """``rows`` with 0 where the function touches none: the gradients of its projections would see what is there."""
+        if active is None and self._touches_all[fn]:
+            return rows
+        table = self._plans[fn].table
+        if active is None:
+            active = torch.ones(table.n_edges, device=rows.device)
+        return torch.where(touched(table, active)[:, None], rows, rows.new_zeros(()))
 
     def _check_dtype(self, x: torch.Tensor) -> None:
         first = next(self.fn_modules.parameters(), None)
@@ -226,15 +255,6 @@ class AttentionDispatcher(nn.Module):
                 f"x is {x.dtype} and the dispatcher's parameters are {first.dtype}: cast one of them, as by "
                 f"x.to({first.dtype}), or run under torch.autocast"
             )
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        if self._order.device.type != "meta":
-            for name, module in self.fn_modules.items():
-                prepare(module, self._plans[name], self._order.device)
-            for errors in self._errors:
-                prepare(self.fn_modules[errors.fn], errors.plan, self._order.device)
-        return self
 
     def _attend(self, module, rows, plan, gain=None, active=None, row_scale=None, bias_share=None) -> torch.Tensor:
         options = {"gain": gain, "active": active, "row_scale": row_scale}
@@ -255,24 +275,21 @@ class AttentionDispatcher(nn.Module):
 
     # -- identity
 
-    def _add_banks(self, program: CanvasProgram | None, n_heads: int, slots: torch.Tensor) -> None:
-        """``slots``: those that some read uses, numbered over all banks."""
+    def _add_banks(self, program: CanvasProgram | None, n_heads: int) -> None:
         self.slot_modules, self._bound = nn.ModuleDict(), []
-        used = set(slots.tolist())
+        order, n = self.plan.order, self.layout.num_positions
         for bank in self.plan.banks:
             identity, key = program.regions[bank.region].identity, parameter_key(bank.region)
             if key in self.slot_modules or hasattr(nn.ModuleDict, key):
                 raise ValueError(f"region {bank.region!r} cannot have a slot bank: the name {key!r} is taken")
             self.slot_modules[key] = SlotBindingModule(self.d_model, bank.size, n_heads, identity.birth_death)
-            if bank.start in used:
-                name = f"_bank_rows_{len(self._bound)}"
-                self.register_buffer(name, self.layout.region_index(bank.region), persistent=False)
-                self._bound.append((key, name))
-
-    def _with_banks(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Packed rows of the canvas, and after them the slots of each bank that is read, bound to x."""
-        slots = [self.slot_modules[key](x.index_select(1, getattr(self, name))) for key, name in self._bound]
-        return torch.cat([rows, *(bank.to(rows.dtype) for bank in slots)], 1)
+            # packed rows of the bank's slots, which stand together
+            bounds = [n + bank.start, n + bank.start + bank.size]
+            first, stop = np.searchsorted(order[self._n_rows :], bounds) + self._n_rows
+            if stop > first:
+                canvas_rows = IndexMap.gather(self.layout.region_positions(bank.region), n)
+                slots = IndexMap.gather(order[first:stop] - n - bank.start, bank.size)
+                self._bound.append((key, canvas_rows, int(first), slots))
 
     # -- residuals
 
@@ -290,26 +307,30 @@ class AttentionDispatcher(nn.Module):
             if "residual" in carriers and region in kept:
                 fn = plan.fns[number]
                 own = fit(fn, self.fn_modules[fn], plan.for_connection(number), self.layout, self.backend)
-                self.register_buffer(f"_error_rows_{number}", own.rows("reading"), persistent=False)
-                found.append(_Errors(number, region, fn, own))
+                attending = IndexMap.gather(own.table.has_keys().nonzero()[0], plan.n_packed)
+                found.append(_Errors(number, region, fn, own, attending))
         return found
 
     @torch.no_grad()
     def _accumulate(self, rows: torch.Tensor, active: torch.Tensor | None) -> None:
         for errors in self._errors:
             attended = self._attend(self.fn_modules[errors.fn], rows, errors.plan)
-            index = getattr(self, f"_error_rows_{errors.number}")
-            error = attended.index_select(1, index) - rows.index_select(1, index)
+            error = gather_rows(attended, errors.attending, 1) - gather_rows(rows, errors.attending, 1)
             on = None if active is None else active[errors.number]
             self.residual_accumulator.update(errors.region, error, on)
 
     # -- activity
 
+    def _may_skip(self, active_regions) -> bool:
+        # in training every process touches every parameter: DDP and FSDP2 wait for the gradients of each
+        named = isinstance(active_regions, frozenset) and not torch.is_grad_enabled()
+        return named and self._readers.isdisjoint(active_regions)
+
     def _gain(self) -> torch.Tensor | None:
         if self.edge_gates is None:
             return None
-        ones = torch.ones(self.plan.n_connections, dtype=torch.float32, device=self.edge_gates.device)
-        return ones.index_copy(0, self._gates, torch.sigmoid(self.edge_gates.float()))
+        shares = torch.sigmoid(self.edge_gates.to(torch.promote_types(self.edge_gates.dtype, torch.float32)))
+        return gather_rows(torch.nn.functional.pad(shares, (0, 1), value=1.0)[:, None], self._gate_of)[:, 0]
 
     def _active_connections(self, active_regions, device) -> torch.Tensor | None:
         active = self._sources_active(active_regions, device)
@@ -322,28 +343,25 @@ class AttentionDispatcher(nn.Module):
     def _sources_active(self, active_regions, device) -> torch.Tensor | None:
         if active_regions is None:
             return None
-        if isinstance(active_regions, torch.Tensor):
-            if active_regions.shape != (len(self._region_number),):
-                raise ValueError(
-                    f"active_regions must be ({len(self._region_number)},), one entry per region of the layout; got "
-                    f"{tuple(active_regions.shape)}"
-                )
-            # a copy: a backward that is still pending keeps the activity of its own forward
-            return (active_regions.detach().to(device) != 0).to(torch.float32)[self._source_region]
-        key = (active_regions, str(device))
-        if key not in self._activity:
-            unknown = sorted(active_regions - self._region_number.keys(), key=str)
-            if unknown:
-                known = ", ".join(list(self._region_number)[:12])
-                raise KeyError(f"active_regions names {unknown}, which the layout does not have; it has {known}")
-            flags = [float(c.src in active_regions) for c in self.plan.connections]
-            if len(self._activity) >= _ACTIVITY_CACHE_SIZE:
-                self._activity.pop(next(iter(self._activity)))
-            # pinned, so that the host need not wait for the copy
-            with lasting():
-                flags = torch.tensor(flags, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
-                self._activity[key] = flags.to(device, non_blocking=True)
-        return self._activity[key]
+        if not isinstance(active_regions, torch.Tensor):
+            active_regions = self._region_flags(active_regions, device)
+        if active_regions.shape != (len(self._region_number),):
+            raise ValueError(
+                f"active_regions must be ({len(self._region_number)},), one entry per region of the layout; got "
+                f"{tuple(active_regions.shape)}"
+            )
+        flags = (active_regions.detach().to(device) != 0).to(torch.float32)
+        return gather_rows(flags[:, None], self._source_region)[:, 0]
+
+    def _region_flags(self, names: frozenset, device: torch.device) -> torch.Tensor:
+        """(regions,) of names."""
+        unknown = sorted(names - self._region_number.keys(), key=str)
+        if unknown:
+            known = ", ".join(list(self._region_number)[:12])
+            raise KeyError(f"active_regions names {unknown}, which the layout does not have; it has {known}")
+        flags = torch.tensor([name in names for name in self._region_number])
+        # pinned, so that the host need not wait for the copy
+        return flags.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flags.to(device)
 
 
 def surviving_state(

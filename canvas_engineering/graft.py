@@ -12,9 +12,11 @@ from torch import nn
 from .action_heads import ActionHead
 from .attention import BACKENDS
 from .canvas import CanvasLayout
+from .checked import checked_bool, checked_int, checked_kind, shown
 from .cogvideox import LoopedCogVideoXBlock, TopologyMeasure, detect_inner_dim, measure_topology
 from .cogvideox.model import graft_cogvideox, is_cogvideox, ungraft_cogvideox
 from .connectivity import CanvasTopology
+from .derived_buffers import outside_inference, refuse_inference_tensors
 from .looped_block import LOOP_PARAMETER_NAMES, LoopedBlockWrapper, checked_loops
 from .notices import warn
 
@@ -24,6 +26,7 @@ _log = logging.getLogger(__name__)
 _FREEZE = ("full", "half", "none")
 
 
+@outside_inference
 def graft_looped_blocks(
     transformer: nn.Module,
     max_loops: int = 3,
@@ -74,8 +77,9 @@ def graft_looped_blocks(
 
     Raises:
         ValueError: no such list of blocks, an unknown ``freeze``, ``gate`` or ``backend``, a model that is grafted
-            otherwise already, blocks that are offloaded, a declaration that attention over tokens cannot compute, one
-            of ``layout`` and ``topology`` without the other, or attention options for a model that is not CogVideoX.
+            otherwise already, blocks that are offloaded, inference tensors in the model, a declaration that attention
+            over tokens cannot compute, one of ``layout`` and ``topology`` without the other, or attention options for
+            a model that is not CogVideoX.
 
     >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2)
     >>> blocks, _ = graft_looped_blocks(encoder, block_attr="layers", loops=2)
@@ -84,10 +88,16 @@ def graft_looped_blocks(
     """
     if freeze not in _FREEZE:
         raise ValueError(f"freeze must be one of {', '.join(_FREEZE)}; got {freeze!r}")
+    checked_kind(transformer, "transformer", nn.Module)
+    packed = checked_bool(packed, "packed")
+    max_loops = checked_int(max_loops, "max_loops", kind="an int of at least 1", least=1)
+    if wrapper_class is not None and not callable(wrapper_class):
+        raise ValueError(f"wrapper_class must be a class of blocks, got {shown(wrapper_class)}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if measure_on is not None and topology is None:
         raise ValueError("measure_on= is what a topology is measured on: give layout= and topology= too")
+    refuse_inference_tensors(transformer, "the model")
     originals = _blocks(transformer, block_attr)
     running = checked_loops(1 if loops is None else loops, max_loops)
     inner_dim = detect_inner_dim(transformer) if inner_dim is None else inner_dim

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from canvas_engineering.canvas.layout import checked_int, checked_string
+from canvas_engineering.checked import checked_bool, checked_choice, checked_heads, checked_int, checked_string
+from canvas_engineering.derived_buffers import CanvasModule
 
 __all__ = ["IdentitySpec", "SlotBindingModule"]
 
@@ -39,17 +40,15 @@ class IdentitySpec:
         for name in ("mode", "binding_fn"):
             checked_string(getattr(self, name), f"IdentitySpec {name}")
         object.__setattr__(self, "slot_capacity", checked_int(self.slot_capacity, "IdentitySpec slot_capacity", 1))
-        if not isinstance(self.birth_death, bool):
-            raise ValueError(f"IdentitySpec birth_death must be a bool, got {self.birth_death!r}")
+        object.__setattr__(self, "birth_death", checked_bool(self.birth_death, "IdentitySpec birth_death"))
 
     def check(self) -> None:
         """ValueError: a mode or binding function that does not exist, with those that do."""
         for name, choices in (("mode", IDENTITY_MODES), ("binding_fn", BINDING_FNS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"unknown identity {name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+            checked_choice(getattr(self, name), f"identity {name}", choices)
 
 
-class _Binding(nn.Module):
+class _Binding(CanvasModule):
     """softmax(q kᵀ / √head_dim) v of slots over positions, projected."""
 
     def __init__(self, d_model: int, n_heads: int):
@@ -65,7 +64,7 @@ class _Binding(nn.Module):
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class SlotBindingModule(nn.Module):
+class SlotBindingModule(CanvasModule):
     """A bank of learned slots that binds to observations: LayerNorm(binding_attn(slots → observations) + slots).
 
     With ``birth_death`` each bound slot is multiplied by its life gate, σ(Linear(GELU(Linear(slot)))).
@@ -85,9 +84,8 @@ class SlotBindingModule(nn.Module):
 
     def __init__(self, d_model: int, n_slots: int, n_heads: int = 4, birth_death: bool = False):
         super().__init__()
-        checked_int(n_slots, "n_slots", 1)
-        if n_heads < 1 or d_model % n_heads:
-            raise ValueError(f"n_heads {n_heads} must divide d_model {d_model}")
+        d_model, n_slots = checked_int(d_model, "d_model", 1), checked_int(n_slots, "n_slots", 1)
+        n_heads, birth_death = checked_heads(n_heads, d_model), checked_bool(birth_death, "birth_death")
         self.slots = nn.Parameter(torch.randn(n_slots, d_model) * 0.02)
         self.binding_attn = _Binding(d_model, n_heads)
         self.layer_norm = nn.LayerNorm(d_model)

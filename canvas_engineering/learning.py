@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from canvas_engineering.canvas.layout import checked_string, checked_strings
+from canvas_engineering.checked import checked_string, checked_strings
 
 __all__ = ["FAMILY_DEFAULTS", "LearningSpec", "default_learning"]
 
@@ -48,4 +48,4 @@ FAMILY_DEFAULTS: dict[str, LearningSpec] = {
 
 def default_learning(family: str) -> LearningSpec:
     """The recipe of a family; a plain LearningSpec for a family that is not among the five."""
-    return FAMILY_DEFAULTS.get(family, LearningSpec())
+    return FAMILY_DEFAULTS.get(checked_string(family, "family"), LearningSpec())

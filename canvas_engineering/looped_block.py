@@ -6,6 +6,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from canvas_engineering.derived_buffers import CanvasModule, refuse_inference_tensors
+
+from .checked import checked_bool, checked_int, checked_kind, checked_number, shown
+
 __all__ = ["LoopParameters", "LoopedBlockWrapper", "checked_loops"]
 
 GATES = ("tanh", "sigmoid")
@@ -18,12 +22,13 @@ def checked_loops(n: int, max_loops: int) -> int:
     Raises:
         ValueError: n below 1, or no int.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"a block runs at least 1 loop, got {n!r}")
-    return min(n, max_loops)
+    try:
+        return min(checked_int(n, "loops", 1), max_loops)
+    except ValueError:
+        raise ValueError(f"a block runs at least 1 loop, got {shown(n)}") from None
 
 
-class LoopParameters(nn.Module):
+class LoopParameters(CanvasModule):
     """What looping adds to a block: an embedding per loop and stream, and a gate per loop.
 
     A module of its own, for what moves parameters between devices (offloading, sharding) does so around a forward.
@@ -45,15 +50,18 @@ class LoopParameters(nn.Module):
 
     def __init__(self, max_loops, dim, streams=1, gate="tanh", gate_init=0.0, device=None, dtype=None):
         super().__init__()
-        if gate not in GATES:
-            raise ValueError(f"gate must be one of {', '.join(GATES)}; got {gate!r}")
-        if isinstance(max_loops, bool) or not isinstance(max_loops, int) or max_loops < 1:
-            raise ValueError(f"max_loops must be an int of at least 1, got {max_loops!r}")
+        if not isinstance(gate, str) or gate not in GATES:
+            raise ValueError(f"gate must be one of {', '.join(GATES)}; got {shown(gate)}")
+        try:
+            max_loops = checked_int(max_loops, "max_loops", 1)
+        except ValueError:
+            raise ValueError(f"max_loops must be an int of at least 1, got {shown(max_loops)}") from None
+        dim, gate_init = checked_int(dim, "the width of a block", 1), checked_number(gate_init, "what gates start at")
         self.max_loops, self.gate = max_loops, gate
         zeros = {"device": device, "dtype": dtype}
         self.loop_emb = nn.Parameter(torch.zeros(max_loops, dim, **zeros))
         self.loop_emb_enc = nn.Parameter(torch.zeros(max_loops, dim, **zeros)) if streams == 2 else None
-        self.loop_gate = nn.Parameter(torch.full((max_loops, 1), float(gate_init), **zeros))
+        self.loop_gate = nn.Parameter(torch.full((max_loops, 1), gate_init, **zeros))
 
     def forward(self, loop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(e_l, e_l of the encoder stream or None, gate value (1,)) of loop ``loop``, cast to ``dtype``.
@@ -84,7 +92,7 @@ class LoopParameters(nn.Module):
             missing_keys.extend(absent)
 
 
-class LoopedBlockWrapper(nn.Module):
+class LoopedBlockWrapper(CanvasModule):
     """Any transformer block, run ``loops`` times on its own output (docs/semantics.md, section 6).
 
     The wrapped block is called as ``block(hidden_states, *args, **kwargs)`` and gives a tensor like ``hidden_states``,
@@ -94,7 +102,7 @@ class LoopedBlockWrapper(nn.Module):
     Attributes that the wrapper does not have are the block's.
 
     Args:
-        original: the block.
+        original: the block; its tensors must not be inference tensors.
         block_idx: its number in the model.
         max_loops: the most loops that :meth:`set_loops` allows. It starts at 1 loop.
         embed_dim: width of ``hidden_states``.
@@ -105,6 +113,9 @@ class LoopedBlockWrapper(nn.Module):
     Attributes:
         loop_emb: (max_loops, embed_dim).
         loop_gate: (max_loops, 1).
+
+    Raises:
+        ValueError: the block holds inference tensors, an unknown gate, or max_loops that is no int of at least 1.
 
     >>> block = LoopedBlockWrapper(nn.Linear(8, 8), max_loops=3, embed_dim=8)
     >>> x = torch.randn(2, 5, 8)
@@ -124,8 +135,11 @@ class LoopedBlockWrapper(nn.Module):
         gate: str = "tanh",
     ):
         super().__init__()
-        self.original, self.block_idx, self.embed_dim = original, block_idx, embed_dim
-        self.use_gradient_checkpointing = use_gradient_checkpointing
+        self.original = checked_kind(original, "original", nn.Module)
+        self.block_idx = checked_int(block_idx, "block_idx")
+        self.embed_dim = embed_dim = checked_int(embed_dim, "embed_dim", 1)
+        self.use_gradient_checkpointing = checked_bool(use_gradient_checkpointing, "use_gradient_checkpointing")
+        refuse_inference_tensors(original, f"block {block_idx}")
         self.loop = LoopParameters(max_loops, embed_dim, 1, gate, gate_init_bias, *parameter_home(original))
         self.loops = 1
 

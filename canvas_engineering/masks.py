@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import heapq
 import math
-import operator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from canvas_engineering.canvas import CanvasLayout
+from canvas_engineering.canvas.layout import CanvasLayout
+from canvas_engineering.checked import checked_choice, checked_int, checked_ints, checked_kind, shown
 
 __all__ = [
     "MaskSpec",
@@ -34,16 +33,6 @@ __all__ = [
 _KINDS = ("full", "tile", "sparse")
 
 
-def _checked_tile(value: Any, what: str) -> int:
-    try:
-        size = operator.index(value)
-    except TypeError:
-        size = 0
-    if isinstance(value, bool) or size < 1:
-        raise ValueError(f"MaskSpec {what} must be an int of at least 1, got {value!r}")
-    return size
-
-
 def _nested(values: Any) -> Any:
     return tuple(_nested(value) for value in values) if isinstance(values, list) else values
 
@@ -51,7 +40,7 @@ def _nested(values: Any) -> Any:
 def _checked_pattern(pattern: Any) -> tuple:
     try:
         array = pattern.detach().cpu().numpy() if isinstance(pattern, torch.Tensor) else np.asarray(pattern)
-    except ValueError as error:
+    except (TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise ValueError(
             f"MaskSpec pattern must be a nested tuple of bools with rows of equal length: {error}"
         ) from error
@@ -95,16 +84,13 @@ class MaskSpec:
     pattern: tuple | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise ValueError(f"unknown mask kind {self.kind!r}: choose one of {', '.join(_KINDS)}")
-        object.__setattr__(self, "tile_h", _checked_tile(self.tile_h, "tile_h"))
-        object.__setattr__(self, "tile_w", _checked_tile(self.tile_w, "tile_w"))
+        checked_choice(self.kind, "mask kind", _KINDS)
+        for name in ("tile_h", "tile_w"):
+            size = checked_int(getattr(self, name), f"MaskSpec {name}", 1, kind="an int of at least 1")
+            object.__setattr__(self, name, size)
         if self.tile_shape is not None:
-            try:
-                sizes = tuple(self.tile_shape)
-            except TypeError:
-                raise ValueError(f"MaskSpec tile_shape must be a tuple of ints, got {self.tile_shape!r}") from None
-            object.__setattr__(self, "tile_shape", tuple(_checked_tile(size, "tile_shape") for size in sizes))
+            sizes = checked_ints(self.tile_shape, "MaskSpec tile_shape", 1, kind="an int of at least 1")
+            object.__setattr__(self, "tile_shape", sizes)
         if (self.kind == "sparse") != (self.pattern is not None):
             problem = "needs a pattern" if self.pattern is None else "takes no pattern (only 'sparse' does)"
             raise ValueError(f"a mask of kind {self.kind!r} {problem}")
@@ -378,13 +364,15 @@ class Rect:
             raise ValueError(f"Rect takes either flat (lo, hi) pairs or ranges, got {args!r} and ranges={ranges!r}")
         given = args if ranges is None else ranges
         try:
+            if isinstance(given, bytes):
+                raise TypeError
             if len(args) == 1:  # Rect(((t0, t1), (h0, h1), ...))
                 given = args[0]
             if not isinstance(given[0], (tuple, list)):
                 given = [given[start : start + 2] for start in range(0, len(given), 2)]
-            pairs = tuple((operator.index(low), operator.index(high)) for low, high in given)
-        except (TypeError, ValueError, IndexError):
-            raise ValueError(f"Rect bounds must be ints in (lo, hi) pairs, got {given!r}") from None
+            pairs = tuple((checked_int(low, "a bound"), checked_int(high, "a bound")) for low, high in given)
+        except (TypeError, ValueError, LookupError):
+            raise ValueError(f"Rect bounds must be ints in (lo, hi) pairs, got {shown(given)}") from None
         for low, high in pairs:
             if low > high:
                 raise ValueError(f"Rect range ({low}, {high}) ends before it starts")
@@ -480,16 +468,20 @@ def rect_cover(mask: torch.Tensor, min_area: int = 4) -> list[Rect]:
         first corner, so the result is deterministic.
 
     Raises:
-        ValueError: a mask without dimensions, or a min_area below 1.
+        ValueError: a mask of other values than bools, or without dimensions, or a min_area below 1.
 
     >>> rect_cover(torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool))
     [Rect(0, 2, 0, 2), Rect(1, 2, 2, 3)]
     """
-    cells = np.array(mask.detach().cpu().bool().numpy() if isinstance(mask, torch.Tensor) else mask, dtype=bool)
+    try:
+        cells = np.array(mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"rect_cover needs a mask of bools with rows of equal length: {error}") from None
+    if cells.dtype != np.bool_:
+        raise ValueError(f"rect_cover needs a mask of bools, got {cells.dtype}: compare it first, as in mask > 0")
     if cells.ndim == 0:
         raise ValueError("rect_cover needs a mask of at least one dimension, got a scalar")
-    if min_area < 1:
-        raise ValueError(f"rect_cover needs a min_area of at least 1, got {min_area}")
+    min_area = checked_int(min_area, "rect_cover", 1, kind="given a min_area of at least 1")
     if not cells.any():
         return []
     # Equal neighbouring slabs always belong to the same boxes, so the search may treat them as one.
@@ -578,13 +570,14 @@ def mask_to_index_pairs(
         KeyError: a region that the layout does not have.
         ValueError: tiles or a pattern that do not fit the layout.
     """
-    q_box, k_box = layout.region_box(src), layout.region_box(dst)
+    checked_kind(mask_spec, "mask_spec", MaskSpec)
+    q_box, k_box = checked_kind(layout, "layout", CanvasLayout).region_box(src), layout.region_box(dst)
     if mask_spec.kind != "sparse":
         boxes = zip(*split_boxes(mask_spec, q_box, k_box), strict=True)
         return [
             (_box_indices(layout, queries).tolist(), _box_indices(layout, keys).tolist()) for queries, keys in boxes
         ]
-    queries, keys = layout.region_index(src).numpy(), layout.region_index(dst).numpy()
+    queries, keys = layout.region_positions(src), layout.region_positions(dst)
     cover = pattern_cover(mask_spec, layout.region_size(src), layout.region_size(dst))
     pattern = np.array(mask_spec.pattern, dtype=bool)
     if not cover.pair:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import nn
+import torch.distributed as dist
 
+from canvas_engineering.checked import checked_choice, checked_kind, checked_names, checked_number, shown
+from canvas_engineering.derived_buffers import CanvasModule
 from canvas_engineering.notices import warn
 from canvas_engineering.program.edges import parse_trigger
-from canvas_engineering.program.specs import choices
 
 __all__ = ["ResidualAccumulator", "ResidualSpec"]
 
@@ -35,23 +37,32 @@ class ResidualSpec:
     decay: float = 0.95
 
     def __post_init__(self) -> None:
-        kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
-        if not kinds or len(set(kinds)) < len(kinds) or not all(isinstance(kind, str) and kind for kind in kinds):
-            raise ValueError(f"ResidualSpec kinds must be distinct names, at least one, got {self.kinds!r}")
+        kinds = checked_names((self.kinds,) if isinstance(self.kinds, str) else self.kinds, "ResidualSpec kinds")
+        if not kinds or len(set(kinds)) < len(kinds):
+            raise ValueError(f"ResidualSpec kinds must be distinct names, at least one, got {shown(self.kinds)}")
         if any("." in kind for kind in kinds):
-            raise ValueError(f"ResidualSpec kinds may have no dot (triggers name 'region.kind'), got {self.kinds!r}")
+            raise ValueError(f"ResidualSpec kinds may have no dot (triggers name 'region.kind'), got {shown(kinds)}")
         object.__setattr__(self, "kinds", kinds)
-        choices("reduce", self.reduce, _REDUCTIONS)
-        if not 0.0 <= self.decay <= 1.0:
-            raise ValueError(f"ResidualSpec decay must lie in [0, 1], got {self.decay!r}")
+        checked_choice(self.reduce, "reduce", _REDUCTIONS)
+        decay = checked_number(self.decay, "ResidualSpec decay", "a number in [0, 1]")
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"ResidualSpec decay must lie in [0, 1], got {decay!r}")
+        object.__setattr__(self, "decay", decay)
 
 
-class ResidualAccumulator(nn.Module):
-    """Running averages of errors by region and kind, in one buffer; it has no parameters and takes no gradient.
+class ResidualAccumulator(CanvasModule):
+    """Running averages of errors by region and kind, in one tensor; it has no parameters and takes no gradient.
+
+    With several processes each keeps its own averages: ``DistributedDataParallel`` does not replace them by those of
+    rank 0, so clocks and triggers of ranks fire apart. Where they are to fire alike, call `average_over_ranks` after
+    each step.
 
     Args:
         region_names: the regions whose errors are kept.
         spec: what is kept; by default the mean magnitude, as "prediction".
+
+    Attributes:
+        values: (regions, kinds) float32, the averages by sorted name of the region; saved with the module.
 
     Raises:
         ValueError: a region twice.
@@ -64,12 +75,12 @@ class ResidualAccumulator(nn.Module):
 
     def __init__(self, region_names: list[str], spec: ResidualSpec | None = None):
         super().__init__()
-        self.spec = ResidualSpec() if spec is None else spec
-        self._names = sorted(region_names)
+        self.spec = checked_kind(ResidualSpec() if spec is None else spec, "spec", ResidualSpec)
+        self._names = sorted(checked_names(region_names, "region_names"))
         if len(set(self._names)) < len(self._names):
             raise ValueError(f"region_names has a name twice: {self._names}")
         self._row = {name: row for row, name in enumerate(self._names)}
-        self.register_buffer("values", torch.zeros(len(self._names), len(self.spec.kinds)))
+        self.register_state("values", torch.zeros(len(self._names), len(self.spec.kinds)))
 
     @property
     def region_names(self) -> list[str]:
@@ -111,6 +122,19 @@ class ResidualAccumulator(nn.Module):
         takes = mixed.isfinite() if active is None else mixed.isfinite() & (active.to(old.device) > 0)
         self.values[row] = torch.where(takes, mixed, old)
 
+    @torch.no_grad()
+    def average_over_ranks(self, group: dist.ProcessGroup | None = None) -> None:
+        """Replaces each average by its mean over the ranks of a process group, without waiting for the device.
+
+        Every rank of the group calls it, whether or not its regions ran. As averages are linear in what they are of,
+        ranks that call it after each step keep the running average of the mean over ranks.
+
+        Args:
+            group: the process group; by default all processes.
+        """
+        dist.all_reduce(self.values, group=group)
+        self.values.div_(dist.get_world_size(group))
+
     def summaries(self) -> dict[str, dict[str, float]]:
         """Region to kind to value, as plain floats: waits for the device."""
         kinds = self.spec.kinds
@@ -124,16 +148,8 @@ class ResidualAccumulator(nn.Module):
         """Back to zero."""
         self.values.zero_()
 
-    def _apply(self, fn, recurse=True):
-        # running averages stay in float32 when a model goes to 16 bits: 1 − decay would round away
-        values = self.values
-        super()._apply(fn, recurse)
-        if self.values.dtype != values.dtype:
-            self.values = values.to(self.values.device)
-        return self
 
-
-class TriggerFlags(nn.Module):
+class TriggerFlags(CanvasModule):
     """Triggers as tensors: which connections may run, decided on the device.
 
     Args:
@@ -168,20 +184,14 @@ class TriggerFlags(nn.Module):
         of_trigger = [
             [next(numbers) for _ in trigger] + [len(clauses)] * (longest - len(trigger)) for trigger in parsed
         ]
-        trigger_of = torch.full((n_connections,), len(parsed))
-        trigger_of[list(triggers)] = torch.arange(len(parsed))
-        # as bits, so that a model in 16 bits keeps its thresholds
-        threshold = torch.tensor([clause.number for clause in clauses], dtype=torch.float64).view(torch.int64)
-        index = {
-            "column": torch.tensor(column),
-            "known": torch.tensor(known),
-            "wants": torch.tensor(wants),
-            "threshold": threshold,
-            "of_trigger": torch.tensor(of_trigger),
-            "trigger_of": trigger_of,
-        }
-        for name, tensor in index.items():
-            self.register_buffer(name, tensor, persistent=False)
+        trigger_of = np.full(n_connections, len(parsed), np.int64)
+        trigger_of[list(triggers)] = np.arange(len(parsed))
+        self.register_table("column", np.array(column, np.int64))
+        self.register_table("known", np.array(known, bool))
+        self.register_table("wants", np.array(wants, bool).reshape(-1, len(self._OPS)))
+        self.register_table("threshold", np.array([clause.number for clause in clauses], np.float64))
+        self.register_table("of_trigger", np.array(of_trigger, np.int64))
+        self.register_table("trigger_of", trigger_of)
 
     @staticmethod
     def _warn_of_unkept(clauses, rows, kinds) -> None:
@@ -202,7 +212,7 @@ class TriggerFlags(nn.Module):
             held = torch.zeros_like(self.known)
         else:
             value = summaries.reshape(-1).double().index_select(0, self.column)[:, None]
-            threshold = self.threshold.view(torch.float64)[:, None]
+            threshold = self.threshold[:, None]
             compared = (value < threshold, value > threshold, value == threshold, value != threshold)
             held = (torch.cat(compared, 1) & self.wants).any(1) & self.known
         always = torch.ones_like(held[:1])

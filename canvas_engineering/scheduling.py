@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
-from canvas_engineering.canvas.layout import checked_int
+from canvas_engineering.checked import checked_int, checked_kind, checked_names, checked_number
 from canvas_engineering.clock_formulas import ClockFormulas
 from canvas_engineering.clock_ir import ClockContext, Summaries
+from canvas_engineering.derived_buffers import CanvasModule, outside_inference
 from canvas_engineering.program import CanvasProgram, ClockSpec
 from canvas_engineering.program.checks import check_program
 from canvas_engineering.residuals import ResidualAccumulator
@@ -113,12 +115,12 @@ class RegionScheduler:
         return context.boundary is not None and context.boundary == clock.event_source
 
 
-class DeviceScheduler(nn.Module):
+class DeviceScheduler(CanvasModule):
     """The clocks of a program as tensors: fires the regions that `RegionScheduler` does, and waits for no device.
 
     Summaries are read where the accumulator keeps them, and who fires is a tensor that `AttentionDispatcher` takes as
-    it is: a loop of both runs ahead of its device, and compiles as a whole. When regions fired last is a buffer, saved
-    with the module.
+    it is: a loop of both runs ahead of its device, and compiles as a whole. When regions fired last is saved with the
+    module, and each process's own, as the averages are.
 
     Args:
         program: every region of its layout is scheduled.
@@ -138,15 +140,16 @@ class DeviceScheduler(nn.Module):
     def __init__(self, program: CanvasProgram, accumulator: ResidualAccumulator | None = None):
         super().__init__()
         check_program(program)
+        checked_kind(accumulator, "accumulator", ResidualAccumulator, optional=True)
         self.program, self.accumulator = program, accumulator
         regions = program.schema.layout.regions
         clocks = {name: program.regions[name].clock for name in regions if name in program.regions}
         self.formulas = ClockFormulas([clocks.get(name) for name in regions], accumulator)
         inner = [0 if c is None or c.domain != "internal" else c.max_inner_steps or 0 for c in map(clocks.get, regions)]
         self._n_inner = max(inner, default=0)
-        self.register_buffer("_inner", torch.tensor(inner, dtype=torch.int64), persistent=False)
-        self.register_buffer("last_fired", torch.full((len(regions),), -1))
-        self.register_buffer("boundary_t", torch.zeros((), dtype=torch.int64))
+        self.register_table("_inner", np.array(inner, np.int64))
+        self.register_state("last_fired", torch.full((len(regions),), -1))
+        self.register_state("boundary_t", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def step(self, external_t: int | torch.Tensor, boundary: str | None = None) -> torch.Tensor:
@@ -174,7 +177,15 @@ class DeviceScheduler(nn.Module):
         self.boundary_t.zero_()
 
 
-class LearnedScheduler(nn.Module):
+class _LazyLinear(nn.LazyLinear):
+    """One whose parameters can be trained although the first call was an evaluation."""
+
+    @outside_inference
+    def initialize_parameters(self, *args, **kwargs) -> None:
+        super().initialize_parameters(*args, **kwargs)
+
+
+class LearnedScheduler(CanvasModule):
     """Scores regions from summaries and takes the best: Linear → GELU → Linear, with Gumbel noise in training.
 
     Args:
@@ -189,16 +200,15 @@ class LearnedScheduler(nn.Module):
 
     def __init__(self, n_regions: int, summary_dim: int | None, max_active: int, temperature: float = 1.0):
         super().__init__()
-        checked_int(n_regions, "n_regions", 1)
-        checked_int(max_active, "max_active", 1)
-        if not temperature > 0:
+        n_regions, max_active = checked_int(n_regions, "n_regions", 1), checked_int(max_active, "max_active", 1)
+        if checked_number(temperature, "temperature", "a number above 0") <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature!r}")
         self.n_regions, self.max_active, self.temperature = n_regions, min(max_active, n_regions), temperature
         if summary_dim is None:
             with warnings.catch_warnings():
                 # torch warns of every lazy module that its interface may change
                 warnings.simplefilter("ignore", UserWarning)
-                first = nn.LazyLinear(2 * n_regions)
+                first = _LazyLinear(2 * n_regions)
         else:
             first = nn.Linear(checked_int(summary_dim, "summary_dim", 1), 2 * n_regions)
         self.scorer = nn.Sequential(first, nn.GELU(), nn.Linear(2 * n_regions, n_regions))
@@ -229,7 +239,7 @@ class LearnedScheduler(nn.Module):
         return set(taken), torch.log_softmax(scores, dim=-1)
 
 
-class HybridScheduler(nn.Module):
+class HybridScheduler(CanvasModule):
     """Declared clocks for most regions, a learned scorer for some.
 
     Args:
@@ -259,7 +269,7 @@ class HybridScheduler(nn.Module):
     ):
         super().__init__()
         self.declared = RegionScheduler(program)
-        self.learned_regions = sorted(set(learned_regions))
+        self.learned_regions = sorted(set(checked_names(learned_regions, "learned_regions")))
         if not self.learned_regions:
             raise ValueError("learned_regions names no region: use RegionScheduler for a program that is all declared")
         unknown = [name for name in self.learned_regions if name not in self.declared._clocks]

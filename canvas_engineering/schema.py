@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from canvas_engineering.canvas.layout import CanvasLayout, RegionSpec, cosine_distances
+from canvas_engineering.checked import checked_depth, checked_kind, checked_number, checked_string, read_json, shown
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
+from canvas_engineering.files import replace_file
 from canvas_engineering.masks import MaskSpec
 
 __all__ = ["CanvasSchema"]
@@ -43,11 +43,11 @@ def built(cls: type, given: Any, what: str) -> Any:
         ValueError: not a dict, or a field that is missing or unknown.
     """
     if not isinstance(given, dict):
-        raise ValueError(f"{what} must be a dict of its fields, got {given!r}")
+        raise ValueError(f"{what} must be a dict of its fields, got {shown(given)}")
     _refuse_unknown(given, tuple(f.name for f in fields(cls)), what)
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]
     if missing:
-        raise ValueError(f"{what} lacks {', '.join(missing)}: {given!r}")
+        raise ValueError(f"{what} lacks {', '.join(missing)}: {shown(given)}")
     try:
         return cls(**given)
     except ValueError as error:
@@ -57,7 +57,7 @@ def built(cls: type, given: Any, what: str) -> Any:
 def _refuse_unknown(given: dict[str, Any], known: tuple[str, ...], what: str) -> None:
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise ValueError(f"{what} has unknown fields {unknown}; known are {', '.join(known)}")
+        raise ValueError(f"{what} has unknown fields {shown(unknown)}; known are {', '.join(known)}")
 
 
 def _connection_from_dict(given: Any, index: int) -> Connection:
@@ -73,32 +73,14 @@ def dumped(form: dict[str, Any], metadata: dict[str, Any]) -> bytes:
     Raises:
         ValueError: metadata that JSON has no exact form for.
     """
+    checked_depth(metadata, "the schema's metadata")
     try:
         text = json.dumps(form, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the schema's metadata cannot be written as JSON: {error}") from error
     if json.loads(text)["metadata"] != metadata:  # a tuple, say, which would come back as a list
-        raise ValueError(f"the schema's metadata would come back from JSON changed: {_shortened(metadata)}")
+        raise ValueError(f"the schema's metadata would come back from JSON changed: {shown(metadata)}")
     return f"{text}\n".encode()
-
-
-def replace_file(path: str | Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it: it is never seen half-written."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a crash of the machine may keep the new name and not the content
-        # mkstemp makes files that only their owner may read; a declaration is as readable as any other file.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 @dataclass
@@ -127,14 +109,12 @@ class CanvasSchema:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layout, CanvasLayout):
-            raise ValueError(f"CanvasSchema layout must be a CanvasLayout, got {self.layout!r}")
-        if self.topology is not None and not isinstance(self.topology, CanvasTopology):
-            raise ValueError(f"CanvasSchema topology must be a CanvasTopology, or None, got {self.topology!r}")
-        if not isinstance(self.version, str):
-            raise ValueError(f"CanvasSchema version must be a string, got {self.version!r}")
+        checked_kind(self.layout, "CanvasSchema layout", CanvasLayout)
+        checked_kind(self.topology, "CanvasSchema topology", CanvasTopology, optional=True)
+        checked_string(self.version, "CanvasSchema version")
         if not isinstance(self.metadata, dict) or not all(isinstance(name, str) for name in self.metadata):
-            raise ValueError(f"CanvasSchema metadata must be a dict with string keys, got {self.metadata!r}")
+            raise ValueError(f"CanvasSchema metadata must be a dict with string keys, got {shown(self.metadata)}")
+        checked_depth(self.metadata, "CanvasSchema metadata")
 
     def to_dict(self) -> dict[str, Any]:
         """The schema in JSON types: regions and connections with the fields that differ from their defaults.
@@ -167,32 +147,32 @@ class CanvasSchema:
             ValueError: something is missing, unknown or wrong; the message names the entry.
         """
         if not isinstance(d, dict) or not isinstance(d.get("layout"), dict):
-            raise ValueError(f"a schema must be a dict with a 'layout', got {_shortened(d)}")
+            raise ValueError(f"a schema must be a dict with a 'layout', got {shown(d)}")
         grid = d["layout"]
         _refuse_unknown(d, _ENTRIES, "a schema")
         _refuse_unknown(grid, _GRID_FIELDS, "layout")
         if "spatial_shape" not in grid and "H" not in grid:
-            raise ValueError(f"layout needs spatial_shape, or H and W, got {grid!r}")
+            raise ValueError(f"layout needs spatial_shape, or H and W, got {shown(grid)}")
         missing = [name for name in ("T", "d_model") if name not in grid]
         if missing:
-            raise ValueError(f"layout lacks {', '.join(missing)}: {grid!r}")
+            raise ValueError(f"layout lacks {', '.join(missing)}: {shown(grid)}")
         regions, connections = d.get("regions", {}), d.get("topology")
         if not isinstance(regions, dict):
-            raise ValueError(f"regions must be a dict of names to fields, got {_shortened(regions)}")
+            raise ValueError(f"regions must be a dict of names to fields, got {shown(regions)}")
         if connections is not None and not isinstance(connections, list):
-            raise ValueError(f"topology must be a list of connections, got {_shortened(connections)}")
+            raise ValueError(f"topology must be a list of connections, got {shown(connections)}")
         specs = {
             name: tuple(given) if isinstance(given, list) else built(RegionSpec, given, f"region {name!r}")
             for name, given in regions.items()
         }
-        topology = None
+        topology, metadata = None, d.get("metadata")
         if connections is not None:
             topology = CanvasTopology([_connection_from_dict(given, index) for index, given in enumerate(connections)])
         return cls(
             layout=CanvasLayout(**grid, regions=specs),
             topology=topology,
             version=d.get("schema_version", cls.version),
-            metadata=dict(d.get("metadata") or {}),
+            metadata=dict(checked_kind({} if metadata is None else metadata, "metadata", dict)),
         )
 
     def to_json(self, path: str | Path) -> None:
@@ -211,11 +191,7 @@ class CanvasSchema:
             OSError: the file cannot be read.
             ValueError: it holds no JSON, or no schema; the message names the file.
         """
-        text = Path(path).read_text(encoding="utf-8")
-        try:
-            return cls.from_dict(json.loads(text))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_json(path, cls.from_dict)
 
     def compatible_regions(self, other: CanvasSchema, threshold: float = 0.3) -> list[tuple[str, str, float]]:
         """(own region, other's region, distance) of all pairs within a transfer distance, nearest first.
@@ -223,7 +199,8 @@ class CanvasSchema:
         Pairs that cannot be compared, for want of an embedding or with embeddings of different models or lengths, are
         left out.
         """
-        own, others = _embedded(self.layout), _embedded(other.layout)
+        checked_number(threshold, "threshold")
+        own, others = (_embedded(checked_kind(schema, "a schema", CanvasSchema).layout) for schema in (self, other))
         pairs = []
         for space in own.keys() & others.keys():
             (names, vectors), (other_names, other_vectors) = own[space], others[space]
@@ -243,8 +220,3 @@ def _embedded(layout: CanvasLayout) -> dict[tuple[str, int], tuple[list[str], li
             names.append(name)
             vectors.append(spec.semantic_embedding)
     return spaces
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from canvas_engineering.canvas.layout import CanvasLayout, RegionSpec, checked_int, transfer_distance
+from canvas_engineering.canvas.layout import CanvasLayout, RegionSpec, transfer_distance
+from canvas_engineering.checked import checked_bool, checked_int, checked_kind, checked_names, checked_string, shown
+from canvas_engineering.derived_buffers import CanvasModule
 
 __all__ = ["SemanticConditioner", "auto_semantic_type", "compute_semantic_embeddings", "program_distance"]
 
@@ -23,7 +25,7 @@ def auto_semantic_type(path: str) -> str:
     >>> auto_semantic_type("vehicles[3].front_camera")
     'vehicles 3 / front camera'
     """
-    return re.sub(r"\[(\d+)\]", r" \1", path).replace(".", " / ").replace("_", " ")
+    return re.sub(r"\[(\d+)\]", r" \1", checked_string(path, "path")).replace(".", " / ").replace("_", " ")
 
 
 def program_distance(a_spec: RegionSpec, a_program: Any, b_spec: RegionSpec, b_program: Any) -> float:
@@ -33,6 +35,9 @@ def program_distance(a_spec: RegionSpec, a_program: Any, b_spec: RegionSpec, b_p
     Raises:
         ValueError: embeddings that are missing or cannot be compared.
     """
+    for program in (a_program, b_program):
+        if not hasattr(program, "family") or not hasattr(program, "carrier"):
+            raise ValueError(f"a program must have a family and a carrier, got {shown(program)}")
     distance = transfer_distance(a_spec, b_spec)
     distance += _OTHER_FAMILY if a_program.family != b_program.family else 0.0
     return distance + (_OTHER_CARRIER if a_program.carrier != b_program.carrier else 0.0)
@@ -56,7 +61,10 @@ def compute_semantic_embeddings(
     >>> compute_semantic_embeddings(["arm.grip"], lambda texts: [[len(text), 1.0] for text in texts])
     {'arm.grip': (10.0, 1.0)}
     """
-    field_paths, semantic_types = list(field_paths), semantic_types or {}
+    field_paths = checked_names(field_paths, "field_paths")
+    semantic_types = {} if semantic_types is None else checked_kind(semantic_types, "semantic_types", Mapping)
+    if not callable(embed_fn):
+        raise ValueError(f"embed_fn must be a function from strings to vectors, got {shown(embed_fn)}")
     if not field_paths:
         return {}
     texts = [semantic_types.get(path) or auto_semantic_type(path) for path in field_paths]
@@ -77,7 +85,7 @@ def compute_semantic_embeddings(
 def _vector(values: Any, what: str) -> torch.Tensor:
     try:
         vector = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{what} must be a vector of numbers: {error}") from None
     if vector.ndim != 1 or not len(vector):
         raise ValueError(f"{what} must be a vector, got shape {tuple(vector.shape)}")
@@ -86,7 +94,7 @@ def _vector(values: Any, what: str) -> torch.Tensor:
     return vector
 
 
-class SemanticConditioner(nn.Module):
+class SemanticConditioner(CanvasModule):
     """Vectors that tell a canvas what each region means: projected semantic embeddings, and learned residuals.
 
     The conditioning of region r is ``projector(embedding_r) + residual_r``.
@@ -119,10 +127,16 @@ class SemanticConditioner(nn.Module):
         projector_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.d_model, self.embed_dim = checked_int(d_model, "d_model", 1), checked_int(embed_dim, "embed_dim", 1)
+        self.d_model = d_model = checked_int(d_model, "d_model", 1)
+        self.embed_dim = embed_dim = checked_int(embed_dim, "embed_dim", 1)
+        if not isinstance(region_embeddings, Mapping):
+            raise ValueError(f"region_embeddings must map regions to embeddings, got {shown(region_embeddings)}")
         if not region_embeddings:
             raise ValueError("a SemanticConditioner needs the embedding of at least one region")
-        self._names = sorted(region_embeddings)
+        self._names = sorted(checked_names(region_embeddings, "region_embeddings"))
+        freeze_embeddings = checked_bool(freeze_embeddings, "freeze_embeddings")
+        learn_residuals = checked_bool(learn_residuals, "learn_residuals")
+        projector_bias = checked_bool(projector_bias, "projector_bias")
         self._row = {name: row for row, name in enumerate(self._names)}
         rows = []
         for name in self._names:
@@ -156,9 +170,9 @@ class SemanticConditioner(nn.Module):
         Raises:
             KeyError: no such region.
         """
-        if region_name not in self._row:
+        if not isinstance(region_name, str) or region_name not in self._row:
             known = ", ".join(map(repr, self._names[:12])) + (", ..." if len(self._names) > 12 else "")
-            raise KeyError(f"no semantic embedding for region {region_name!r}; there are {known}")
+            raise KeyError(f"no semantic embedding for region {shown(region_name)}; there are {known}")
         row = self._row[region_name]
         vector = self.projector(self._embeddings[row])
         return vector if self.residuals is None else vector + self.residuals[row]
@@ -196,6 +210,7 @@ class SemanticConditioner(nn.Module):
                 row = torch.tensor([self._row[name] for name in named], dtype=torch.int64)
                 positions = torch.cat([torch.zeros(0, dtype=torch.int64), *index]).to(canvas.device)
                 rows = row.repeat_interleave(counts).to(canvas.device)
+            if not compiling and type(rows) is torch.Tensor:  # neither traced nor fake
                 self._places = (layout.key(), positions, rows)
         added = self.get_all_conditioning().to(canvas.dtype)[rows]
         return canvas.index_add(1, positions, added.expand(canvas.shape[0], -1, -1))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .checked import checked_choice, checked_int, checked_number
+
 __all__ = ["SharpeningSchedule"]
 
 _SHAPES = {
@@ -36,17 +38,17 @@ class SharpeningSchedule:
     schedule: str = "linear"
 
     def __post_init__(self) -> None:
-        if self.schedule not in _SHAPES:
-            raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(_SHAPES)}")
-        if self.max_loops < 1:
-            raise ValueError(f"max_loops must be at least 1, got {self.max_loops}")
+        checked_choice(self.schedule, "schedule", tuple(_SHAPES))
+        object.__setattr__(self, "max_loops", checked_int(self.max_loops, "max_loops", 1))
         for name in ("beta_min", "beta_max"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)!r}")
+            beta = checked_number(getattr(self, name), name, "positive and finite")
+            if beta <= 0:
+                raise ValueError(f"{name} must be positive and finite, got {beta!r}")
+            object.__setattr__(self, name, beta)
 
     def __call__(self, loop_idx: int) -> float:
         """β of loop ``loop_idx``, 0 … max_loops − 1; ValueError outside."""
-        if not 0 <= loop_idx < self.max_loops:
+        if not 0 <= checked_int(loop_idx, "loop_idx") < self.max_loops:
             raise ValueError(f"loop_idx must lie in 0 … {self.max_loops - 1}, got {loop_idx}")
         share = loop_idx / (self.max_loops - 1) if self.max_loops > 1 else 0.0
         return _SHAPES[self.schedule](self.beta_min, self.beta_max, share)

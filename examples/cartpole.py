@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.naive import DenseMask, PerEdgeLoop
 from canvas_engineering import AttentionDispatcher, draw
+from canvas_engineering.files import replacing
 from canvas_engineering.plan import compile_attention
 from examples import cartpole_data
 from examples.cartpole_model import FRAMES, OBSERVED, WorldModel, declare
@@ -272,7 +273,8 @@ def main(argv: list[str] | None = None) -> int:
         "loss": loss_figure(losses),
     }
     for name, figure in figures.items():
-        figure.savefig(options.out / f"{name}.png", dpi=120, bbox_inches="tight")
+        with replacing(options.out / f"{name}.png") as file:
+            figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
     console.print(f"pictures: {', '.join(str(options.out / f'{name}.png') for name in figures)}")
     console.print(f"{time.perf_counter() - began:.0f} s")
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from canvas_engineering.files import replacing
+
 HEIGHT, WIDTH = 16, 24
 BAND = slice(160, 320)  # rows of the 400 x 600 picture that the pole can reach
 STEPS_PER_FRAME = 2
@@ -94,13 +96,8 @@ def record(n_frames: int, seed: int = 0, advance: Callable[[], None] = lambda: N
 def save(recording: Recording, path: Path) -> None:
     """Write an npz in one step: a reader finds the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(unfinished, "wb") as file:
-            np.savez_compressed(file, **vars(recording))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as file:
+        np.savez_compressed(file, **vars(recording))
 
 
 def load(path: Path) -> Recording:

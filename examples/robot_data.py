@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from canvas_engineering.files import replacing
 from examples.cartpole_data import exploring_policy
 
 
@@ -145,10 +146,5 @@ def vae_pictures(vae: torch.nn.Module, latents: Tensor) -> Tensor:
 def save(path: Path, **arrays: np.ndarray) -> None:
     """Write an npz in one step: a reader finds the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(unfinished, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as file:
+        np.savez_compressed(file, **arrays)

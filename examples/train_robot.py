@@ -36,6 +36,7 @@ from canvas_engineering import (
     window_topology,
 )
 from canvas_engineering.checkpoint import load_loop_checkpoint
+from canvas_engineering.files import replace_file, replacing
 from examples import robot_data
 from examples.cartpole import progress
 
@@ -220,13 +221,15 @@ class Checkpoint:
         self.backbone = {name: p for name, p in trainable if id(p) not in loop_names}
 
     def save(self) -> None:
-        unfinished = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.partial")
+        # one name for all: what a killed run left is cleared away by the next
+        unfinished = self.folder.with_name(f"{self.folder.name}.partial")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save_loop_checkpoint(self.blocks, self.head, unfinished / "loops.safetensors", {"step": len(self.log)})
         state = {"log": self.log, **{name: part.state_dict() for name, part in self.stateful.items()}}
         state["backbone"] = {name: p.detach().cpu() for name, p in self.backbone.items()}
-        torch.save(state, unfinished / "trainer.pt")
+        with replacing(unfinished / "trainer.pt") as file:
+            torch.save(state, file)
         if self.folder.exists():  # at no time is there neither
             shutil.rmtree(self.previous, ignore_errors=True)
             os.replace(self.folder, self.previous)
@@ -301,7 +304,8 @@ def draw(out: Path, log: list[dict], latents: Tensor, vae: nn.Module | None) -> 
             axes.annotate(f"{entry['loops']} loops", (entry["step"], axes.get_ylim()[1]), va="top", fontsize=8)
     axes.set(xlabel="optimizer step", ylabel="mean squared error", yscale="log", title="training on simulated data")
     axes.legend()
-    figure.savefig(out / "loss.png", dpi=120)
+    with replacing(out / "loss.png") as file:
+        figure.savefig(file, format="png", dpi=120)
     if vae is None:
         rows = torch.cat([robot_data.pictures(clip) for clip in latents.split(1)])
     else:
@@ -311,7 +315,8 @@ def draw(out: Path, log: list[dict], latents: Tensor, vae: nn.Module | None) -> 
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
         axes.set_axis_off()
     figure.suptitle(f"{'pooled latents' if vae is None else 'decoded'}: simulated above, sampled below", fontsize=8)
-    figure.savefig(out / "samples.png", dpi=120)
+    with replacing(out / "samples.png") as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -336,10 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = (model, blocks, head, conditions, scheduler, (latents, actions))
     log = train(options, accelerator, *parts, console)
     if accelerator.is_main_process:
-        lines = "".join(json.dumps(entry) + "\n" for entry in log)
-        unfinished = options.out / f"metrics.jsonl.{os.getpid()}.partial"
-        unfinished.write_text(lines)
-        os.replace(unfinished, options.out / "metrics.jsonl")
+        replace_file(options.out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
         save_loop_checkpoint(blocks, head, options.out / "loops.safetensors", {"command": vars_as_text(options)})
         model.eval()
         sampled = sample(model, conditions, scheduler, latents[:1].shape, options.seed)

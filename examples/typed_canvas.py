@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from canvas_engineering import AttentionDispatcher, BoundSchema, compile_attention, draw
+from canvas_engineering.files import replacing
 
 
 class TypedModel(nn.Module):
@@ -112,7 +113,8 @@ def draw_schema(bound: BoundSchema, out: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(out / f"{name}.png")
-        figure.savefig(paths[-1])
+        with replacing(paths[-1]) as file:
+            figure.savefig(file, format="png")
     return paths
 
 

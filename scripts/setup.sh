@@ -71,7 +71,7 @@ else
 fi
 
 "$venv" -c 'import torch' || {
-    echo "setup: there is no torch, and none could be installed: install torch>=2.6 for $python and run make again." >&2
+    echo "setup: there is no torch, and none could be installed: install torch>=2.10 for $python and run make again." >&2
     exit 1
 }
 if [ -n "$complete" ]; then touch "$stamp"; fi

@@ -115,8 +115,11 @@ def _masked(layout, mask, queries, keys, src_bounds, dst_bounds) -> Iterator[dic
         yield marked
 
 
-def reads(layout, topology) -> list[Read]:
-    """All reads of a topology on a layout, by connection, reference frame and tile."""
+def reads(layout, topology, banks=None) -> list[Read]:
+    """All reads of a topology on a layout, by connection, reference frame and tile.
+
+    ``banks``: region to the rows that every read of it has as its keys, whatever frame or tile it names.
+    """
     found = []
     for index, c in enumerate(topology.connections):
         if c.src not in layout.regions or c.dst not in layout.regions or c.weight == 0:
@@ -133,16 +136,18 @@ def reads(layout, topology) -> list[Read]:
             queries = [position for position in _positions(src) if position[0] in q_frames]
             keys = [position for position in _positions(dst) if position[0] in k_frames]
             for pairs in _masked(layout, c.mask, queries, keys, src, dst):
+                if c.dst in (banks or {}):
+                    pairs = dict.fromkeys(pairs, banks[c.dst])
                 if pairs:
                     found.append(Read(index, c.weight * float(share), pairs))
     return found
 
 
-def joint_matrix(layout, topology) -> torch.Tensor:
-    """float64 (N, N): the largest weight of all reads that pair i with j, else 0."""
-    N = layout.T * math.prod(layout.spatial_shape)
+def joint_matrix(layout, topology, banks=None) -> torch.Tensor:
+    """float64 (N, N): the largest weight of all reads that pair i with j, else 0; N with the rows of all ``banks``."""
+    N = layout.T * math.prod(layout.spatial_shape) + sum(map(len, (banks or {}).values()))
     matrix = [[0.0] * N for _ in range(N)]
-    for read in reads(layout, topology):
+    for read in reads(layout, topology, banks):
         for query, keys in read.keys.items():
             for key in keys:
                 matrix[query][key] = max(matrix[query][key], read.weight)

@@ -87,64 +87,124 @@ def bound_slots(parameters, heads, observations):
     return bound * gate, gate[..., 0]
 
 
-def step(dispatcher, x, heads, layout, topology, program=None, cortex=None, active_regions=None, summaries=None):
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A step's connections, resolved; the reads that run; and by region the rows of its slots."""
+
+    edges: list[Edge]
+    reads: list[oracle.Read]
+    banks: dict[str, tuple[int, ...]]
+
+    def silenced(self) -> set[tuple[int, int]]:
+        """(number in ``reads``, query) where a replacing read silences the read."""
+        replaces = [self.edges[read.connection].connection.write_mode == "replace" for read in self.reads]
+        replaced = {query for read, own in zip(self.reads, replaces) if own for query in read.keys}
+        return {
+            (number, query)
+            for number, (read, own) in enumerate(zip(self.reads, replaces))
+            if not own
+            for query in read.keys
+            if query in replaced
+        }
+
+    def attention_sets(self, with_silenced=False) -> dict[int, set[int]]:
+        """Query to all rows that it attends to, in every read that counts there, or in every read that runs."""
+        silenced, sets = set() if with_silenced else self.silenced(), {}
+        for number, read in enumerate(self.reads):
+            for query, keys in read.keys.items():
+                if (number, query) not in silenced:
+                    sets.setdefault(query, set()).update(keys)
+        return sets
+
+
+def banks_of(layout, program=None) -> dict[str, tuple[int, ...]]:
+    """Region to the rows of its slots, which stand after the canvas in declared order."""
+    first, banks = layout.T * math.prod(layout.spatial_shape), {}
+    for name, region in ({} if program is None else program.regions).items():
+        if region.identity is not None and name in layout.regions:
+            banks[name] = tuple(range(first, first + region.identity.slot_capacity))
+            first += region.identity.slot_capacity
+    return banks
+
+
+def running(layout, topology, program=None, cortex=None, active_regions=None, summaries=None) -> Run:
+    """What runs in a step."""
+    resolved, banks = edges(layout, topology, program, cortex), banks_of(layout, program)
+    runs = [
+        (active_regions is None or edge.connection.src in active_regions) and holds(edge.trigger, summaries or {})
+        for edge in resolved
+    ]
+    found = oracle.reads(layout, type(topology)([edge.connection for edge in resolved]), banks)
+    return Run(resolved, [read for read in found if runs[read.connection]], banks)
+
+
+def observed(layout, region) -> list[int]:
+    """The positions of a region, in canvas order: what its slots bind to."""
+    return [oracle._flat(layout, position) for position in oracle._positions(_bounds(layout, region))]
+
+
+def step(
+    dispatcher, x, heads, layout, topology, program=None, cortex=None, active_regions=None, summaries=None, add_to=None
+):
     """(out, errors): the step's output, and (region, attended − queries) of every residual connection that ran.
 
-    ``dispatcher`` gives parameters only; x (B, N, d) and they are float64.
+    ``dispatcher`` gives parameters only; x and add_to (B, N, d) and they are float64.
     """
-    run = edges(layout, topology, program, cortex)
-    programs = {} if program is None else program.regions
-    # the slots of a region's bank stand after the canvas
-    rows, bank = x, {}
-    for name, region in programs.items():
-        if region.identity is not None and name in layout.regions:
-            module = dispatcher.slot_modules[name.replace(".", "__").replace("[", "_").replace("]", "_")]
-            observations = x[:, [oracle._flat(layout, p) for p in oracle._positions(_bounds(layout, name))]]
-            slots, _ = bound_slots(dict(module.named_parameters()), heads, observations)
-            bank[name] = tuple(range(rows.shape[1], rows.shape[1] + slots.shape[1]))
-            rows = torch.cat([rows, slots], 1)
-    # (connection, weight, query, f_r(query)) of every read that runs
-    results = []
-    for read in oracle.reads(layout, type(topology)([edge.connection for edge in run])):
-        edge = run[read.connection]
-        c = edge.connection
-        if active_regions is not None and c.src not in active_regions:
-            continue
-        if not holds(edge.trigger, summaries or {}):
-            continue
-        by_keys: dict[tuple[int, ...], list[int]] = {}
-        for query, keys in read.keys.items():
-            by_keys.setdefault(bank.get(c.dst, keys), []).append(query)
-        module = dispatcher.fn_modules[c.fn]
-        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        for keys, queries in by_keys.items():
-            out = family_oracle.oracle(c.fn, state, rows[:, queries], rows[:, list(keys)], heads)
-            some = family_oracle.sees(c.fn, len(queries), len(keys))
-            results += [
-                (read.connection, read.weight, query, out[:, place])
-                for place, query in enumerate(queries)
-                if some[place]
-            ]
-    modes = [edge.connection.write_mode for edge in run]
+    run = running(layout, topology, program, cortex, active_regions, summaries)
+    rows = x
+    for name in run.banks:
+        module = dispatcher.slot_modules[name.replace(".", "__").replace("[", "_").replace("]", "_")]
+        slots, _ = bound_slots(dict(module.named_parameters()), heads, x[:, observed(layout, name)])
+        rows = torch.cat([rows, slots], 1)
+    modes = [edge.connection.write_mode for edge in run.edges]
     gated = [number for number, mode in enumerate(modes) if mode == "gate"]
     gates = {number: torch.sigmoid(dispatcher.edge_gates[place]) for place, number in enumerate(gated)}
-    replaced = {query for number, _, query, _ in results if modes[number] == "replace"}
-    total, weight = [0.0] * x.shape[1], [0.0] * x.shape[1]
-    own: dict[int, dict[int, list]] = {}
-    for number, share, query, result in results:
-        own.setdefault(number, {}).setdefault(query, []).append((share, result))
-        if modes[number] == "replace" or query not in replaced:
-            total[query] = total[query] + share * gates.get(number, 1.0) * result
-            weight[query] += share
-    out = torch.stack([total[i] / weight[i] if weight[i] else x[:, i] for i in range(x.shape[1])], 1)
+    # (connection, weight, queries, their results) of every read that runs, by their keys
+    results, known = [], {}
+    for read in run.reads:
+        fn = run.edges[read.connection].connection.fn
+        by_keys: dict[tuple[int, ...], list[int]] = {}
+        for query, keys in read.keys.items():
+            by_keys.setdefault(keys, []).append(query)
+        for keys, queries in by_keys.items():
+            # many reads attend from the same queries over the same keys
+            if (fn, tuple(queries), keys) not in known:
+                module = dispatcher.fn_modules[fn]
+                state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+                out = family_oracle.oracle(fn, state, rows[:, queries], rows[:, list(keys)], heads)
+                some = [place for place, one in enumerate(family_oracle.sees(fn, len(queries), len(keys))) if one]
+                known[fn, tuple(queries), keys] = [queries[place] for place in some], out[:, some]
+            results.append((read.connection, read.weight, *known[fn, tuple(queries), keys]))
+    replaced = {query for number, _, queries, _ in results if modes[number] == "replace" for query in queries}
+    total, weight = torch.zeros_like(x), torch.zeros(x.shape[1], dtype=torch.float64)
+    for number, share, queries, result in results:
+        kept = [place for place, query in enumerate(queries) if modes[number] == "replace" or query not in replaced]
+        at = torch.tensor([queries[place] for place in kept], dtype=torch.int64)
+        total = total.index_add(1, at, share * gates.get(number, 1.0) * result[:, kept])
+        weight[at] += share
+    attended = total / weight.clamp_min(1e-300)[:, None]
+    if add_to is not None:
+        attended = attended + add_to
+    out = torch.where(weight[:, None] > 0, attended, x if add_to is None else add_to)
+    return out, _errors(run, results, x, layout, {} if program is None else program.regions)
+
+
+def _errors(run, results, x, layout, programs):
     errors = []
-    for number in sorted(own):
-        region = run[number].connection.dst
+    for number in sorted({number for number, *_ in results}):
+        region = run.edges[number].connection.dst
         carrier = programs[region].carrier if region in programs else None
-        if "residual" in (carrier, getattr(layout.regions[region], "carrier", None)):
-            attended = {q: sum(w * r for w, r in found) / sum(w for w, _ in found) for q, found in own[number].items()}
-            errors.append((region, torch.stack([result - x[:, q] for q, result in attended.items()], 1).detach()))
-    return out, errors
+        if "residual" not in (carrier, getattr(layout.regions[region], "carrier", None)):
+            continue
+        total, weight = torch.zeros_like(x), torch.zeros(x.shape[1], dtype=torch.float64)
+        for other, share, queries, result in results:
+            if other == number:
+                total = total.index_add(1, torch.tensor(queries, dtype=torch.int64), share * result)
+                weight[queries] += share
+        own = weight > 0
+        if own.any():
+            errors.append((region, (total[:, own] / weight[own, None] - x[:, own]).detach()))
+    return errors
 
 
 def _bounds(layout, name):

@@ -1,10 +1,15 @@
-"""Random canvases for hypothesis: small, odd-shaped, overlapping, at several rates, with every kind of connection."""
+"""Random canvases: small, odd-shaped, overlapping or equal, at several rates, with every kind of connection.
+
+All are drawn from a ``random.Random``: a seeded one gives the same canvas for ever, and hypothesis draws by one of its
+own, which it shrinks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-import random
+from random import Random
 
 from hypothesis import strategies as st
 
@@ -26,90 +31,155 @@ from canvas_engineering import (
 
 MAX_POSITIONS = 120
 FNS = (None, None, None, None, "cross_attention", "none")
+OFFSETS = (None, None, None, None, -3, -2, -1, -1, 0, 0, 0, 0, 1, 1, 2, 3)
+WEIGHTS = (1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 2.0, 2.0, 3.7, 3.7, 0.0)
 
 
-@st.composite
-def ranges(draw, size):
-    low = draw(st.integers(0, size - 1))
-    return low, draw(st.integers(low + 1, size))
+def drawn(make):
+    """``make(rng, …)`` as a hypothesis strategy ``(…)``."""
+
+    @st.composite
+    def strategy(draw, *args, **options):
+        return make(draw(st.randoms(use_true_random=False)), *args, **options)
+
+    return strategy
 
 
-@st.composite
-def region_specs(draw, grid, none=True):
-    bounds = [bound for size in grid for bound in draw(ranges(size))]
-    attn = draw(st.sampled_from(["cross_attention"] * 9 + ["none"])) if none else "cross_attention"
-    return RegionSpec(tuple(bounds), period=draw(st.integers(1, 4)), default_attn=attn)
+# -- layouts -----------------------------------------------------------------------------------------------------------
 
 
-@st.composite
-def layouts(draw, max_positions=MAX_POSITIONS, none=True):
-    """Layouts of 1 to 3 spatial dimensions and up to 5 frames, with up to 4 regions that may overlap."""
-    grid = [draw(st.integers(1, 5))]
-    for _ in range(draw(st.integers(1, 3))):
-        grid.append(draw(st.integers(1, max(1, min(6, max_positions // math.prod(grid))))))
-    regions = {f"r{i}": draw(region_specs(grid, none)) for i in range(draw(st.integers(1, 4)))}
+def random_layout(rng: Random, max_positions=MAX_POSITIONS, none=True):
+    """1 to 3 spatial dimensions, up to 6 frames, and up to 4 regions: boxes that lie anywhere, or regions side by side
+    in all frames. Some boxes are there twice."""
+    grid = [rng.choice([1, 2, 3, 3, 4, 4, 5, 6])]
+    for _ in range(rng.randint(1, 3)):
+        grid.append(rng.randint(1, max(1, min(6, max_positions // math.prod(grid)))))
+    if rng.random() < 0.4:
+        boxes = _side_by_side(rng, grid)
+    else:
+        boxes = [_box(rng, grid) for _ in range(rng.choice([1, 2, 3, 3, 4]))]
+    if len(boxes) < 4 and rng.random() < 0.25:
+        boxes.append(rng.choice(boxes))
+    period = rng.choice([None, None, rng.randint(1, 4)])
+    regions = {}
+    for number, box in enumerate(boxes):
+        attn = "none" if none and rng.random() < 0.1 else "cross_attention"
+        regions[f"r{number}"] = RegionSpec(box, period=period or rng.randint(1, 4), default_attn=attn)
     return CanvasLayout(T=grid[0], spatial_shape=tuple(grid[1:]), d_model=8, regions=regions)
 
 
-def _bools(draw, shape):
+def _box(rng, grid):
+    bounds = []
+    for size in grid:
+        low = rng.randint(0, size - 1)
+        bounds += [low, rng.randint(low + 1, size)]
+    return tuple(bounds)
+
+
+def _side_by_side(rng, grid):
+    """Up to 3 boxes over all frames, cut along the first spatial axis; not always all of it."""
+    cuts = sorted(rng.sample(range(grid[1] + 1), min(grid[1] + 1, rng.randint(2, 4))))
+    if rng.random() < 0.5:
+        cuts[0], cuts[-1] = 0, grid[1]
+    rest = [bound for size in grid[2:] for bound in (0, size)]
+    return [(0, grid[0], low, high, *rest) for low, high in itertools.pairwise(cuts)]
+
+
+# -- topologies --------------------------------------------------------------------------------------------------------
+
+
+def _nested_bools(rng, shape):
     if not shape:
-        return draw(st.booleans())
-    return tuple(_bools(draw, shape[1:]) for _ in range(shape[0]))
+        return rng.random() < 0.5
+    return tuple(_nested_bools(rng, shape[1:]) for _ in range(shape[0]))
 
 
-@st.composite
-def masks(draw, layout, src, dst, pairs=True):
-    """None, a full mask, tiles, or a pattern over dst's box or, if ``pairs``, over pairs (small regions only)."""
-    kinds = ["none", "none", "full", "tile", "tile"]
+def random_mask(rng: Random, layout, src, dst, pairs=True):
+    """Tiles, or a pattern over dst's box or, if ``pairs``, over pairs (small regions only)."""
     src_shape, dst_shape = layout.region_size(src), layout.region_size(dst)
-    if math.prod(dst_shape) <= 24:
-        kinds.append("box")
+    kinds = ["tile", *(["box"] if math.prod(dst_shape) <= 24 else [])]
     if pairs and math.prod(src_shape) * math.prod(dst_shape) <= 64:
         kinds.append("pairs")
-    kind = draw(st.sampled_from(kinds))
-    if kind == "none":
-        return None
-    if kind == "full":
-        return MaskSpec()
+    kind = rng.choice(kinds)
     if kind == "tile":
-        return MaskSpec("tile", tile_shape=tuple(draw(st.integers(1, 4)) for _ in layout.spatial_shape))
+        return MaskSpec("tile", tile_shape=tuple(rng.randint(1, 4) for _ in layout.spatial_shape))
     shape = dst_shape if kind == "box" else (math.prod(src_shape), math.prod(dst_shape))
-    return MaskSpec("sparse", pattern=_bools(draw, shape))
+    return MaskSpec("sparse", pattern=_nested_bools(rng, shape))
 
 
-@st.composite
-def topologies(draw, layout, pairs=True, write_modes=("add",), fns=FNS):
-    """Up to 6 connections with all offsets, fills, orders, weights (0 too), masks and repetitions."""
+def any_mask(rng: Random, layout, src, dst, pairs=True):
+    """:func:`random_mask`, or None, or a full mask."""
+    kind = rng.randint(0, 4)
+    return None if kind < 2 else MaskSpec() if kind == 2 else random_mask(rng, layout, src, dst, pairs)
+
+
+def random_topology(rng: Random, layout, pairs=True, write_modes=("add",), fns=FNS):
+    """Up to 6 connections with all offsets, fills, orders, weights (0 too), masks and repetitions. In some topologies
+    all connections share some of these; in some regions attend to themselves alone, or each once and all alike."""
     names = list(layout.regions)
-    offsets = st.one_of(st.none(), st.integers(-3, 3))
+    # reads of several regions are alike, then
+    shared = {
+        "weight": rng.choice(WEIGHTS[:-1]),
+        "fn": rng.choice(fns),
+        "t_src": rng.choice(OFFSETS),
+        "t_dst": rng.choice(OFFSETS),
+        "temporal_fill": rng.choice(list(TemporalFill)),
+    }
+    if rng.random() < 0.2:
+        alike = rng.sample(names, rng.randint(1, len(names)))
+        shared["t_src"], shared["t_dst"] = rng.choice([(None, 0), (0, 0), (None, -1), (0, -1)])
+        return CanvasTopology([Connection(name, name, **shared) for name in alike])
+    kept = {name: value for name, value in shared.items() if rng.random() < 0.5}
+    plain, alone = rng.random() < 0.4, rng.random() < 0.25
     connections = []
-    for _ in range(draw(st.integers(1, 6))):
-        if connections and draw(st.integers(0, 5)) == 0:
-            connections.append(draw(st.sampled_from(connections)))
+    for _ in range(rng.choice([1, 2, 2, 3, 3, 4, 5, 6])):
+        if connections and rng.randint(0, 5) == 0:
+            connections.append(rng.choice(connections))
             continue
-        src, dst = draw(st.sampled_from(names)), draw(st.sampled_from(names))
-        connections.append(
-            Connection(
-                src,
-                dst,
-                weight=draw(st.sampled_from([1.0, 0.5, 0.25, 2.0, 3.7, 0.0])),
-                t_src=draw(offsets),
-                t_dst=draw(offsets),
-                fn=draw(st.sampled_from(fns)),
-                write_mode=draw(st.sampled_from(write_modes)),
-                temporal_fill=draw(st.sampled_from(TemporalFill)),
-                interpolation_order=draw(st.integers(0, 4)),
-                mask=draw(masks(layout, src, dst, pairs)),
-            )
-        )
+        src = rng.choice(names)
+        dst = src if alone or rng.random() < 0.1 else rng.choice(names)
+        own = {
+            "weight": rng.choice(WEIGHTS),
+            "fn": rng.choice(fns),
+            "t_src": rng.choice(OFFSETS),
+            "t_dst": rng.choice(OFFSETS),
+            "temporal_fill": rng.choice(list(TemporalFill)),
+            "interpolation_order": rng.randint(0, 4),
+            "write_mode": rng.choice(write_modes),
+            "mask": None if plain else any_mask(rng, layout, src, dst, pairs),
+        }
+        connections.append(Connection(src, dst, **{**own, **kept}))
     return CanvasTopology(connections)
 
 
-@st.composite
-def canvases(draw, max_positions=MAX_POSITIONS, pairs=True, write_modes=("add",), fns=FNS):
+def random_canvas(rng: Random, max_positions=MAX_POSITIONS, pairs=True, write_modes=("add",), fns=FNS):
     """(layout, topology); connections draw their function from ``fns``."""
-    layout = draw(layouts(max_positions))
-    return layout, draw(topologies(layout, pairs, write_modes, fns))
+    layout = random_layout(rng, max_positions)
+    return layout, random_topology(rng, layout, pairs, write_modes, fns)
+
+
+def scattered_canvas(rng: Random, write_modes=("add",), fns=(None,)):
+    """(layout, topology) of one region that attends to another under a random pattern of many pairs, so that hardly two
+    rows have equal keys, and some plain connections."""
+    rows, keys = rng.randint(72, 90), rng.randint(7, 9)
+    regions = {"r0": RegionSpec((0, 1, 0, rows)), "r1": RegionSpec((0, 1, rows, rows + keys))}
+    layout = CanvasLayout(T=1, spatial_shape=(rows + keys + rng.randint(0, 2),), d_model=8, regions=regions)
+    mask = MaskSpec("sparse", pattern=_nested_bools(rng, (rows, keys)))
+    others = rng.sample([("r0", "r0"), ("r1", "r0"), ("r1", "r1")], rng.randint(0, 2))
+    connections = [
+        Connection(
+            *pair,
+            weight=rng.choice(WEIGHTS[:-1]),
+            fn=rng.choice(fns),
+            write_mode=rng.choice(write_modes),
+            mask=mask if pair == ("r0", "r1") else None,
+        )
+        for pair in [("r0", "r1"), *others]
+    ]
+    return layout, CanvasTopology(connections)
+
+
+layouts, masks, canvases = drawn(random_layout), drawn(any_mask), drawn(random_canvas)
 
 
 @st.composite
@@ -132,47 +202,27 @@ def videos(draw):
     return CanvasLayout(T=frames, d_model=8, spatial_shape=(start,), regions=regions), topology
 
 
+# -- programs ----------------------------------------------------------------------------------------------------------
+
 KINDS = ("prediction", "novelty")
 LEVELS = (0.0, 0.25, 0.5, 1.0)
+SOFTMAX = ("cogvideox",)
+FAMILIES = ("cogvideox", "local_attention", "pooling", "linear_attention", "gated", "sigmoid_attention", "perceiver")
 
 
 def _trigger(rng, names):
     clauses = []
     for _ in range(rng.choice([1, 1, 2])):
-        region = rng.choice([*names, *names, *names, "nowhere"])
+        region = rng.choice([*names, *names, *names, *names, "nowhere"])
         # summaries are drawn from the same few numbers: every comparison has its turn
-        kind, op = rng.choice([*KINDS, *KINDS, *KINDS, "other"]), rng.choice(["<", ">", "<=", ">=", "==", "!="])
+        kind = rng.choice([*KINDS, *KINDS, *KINDS, *KINDS, "other"])
+        op = rng.choice(["<", ">", "<=", ">=", "<=", ">=", "==", "!="])
         clauses.append(f"{region}.{kind} {op} {rng.choice(LEVELS)}")
     return " && ".join(clauses)
 
 
-def _nested_bools(rng, shape):
-    if not shape:
-        return rng.random() < 0.5
-    return tuple(_nested_bools(rng, shape[1:]) for _ in range(shape[0]))
-
-
-def _mask(rng, layout, src, dst, pairs):
-    src_shape, dst_shape = layout.region_size(src), layout.region_size(dst)
-    kinds = ["tile", *(["box"] if math.prod(dst_shape) <= 24 else [])]
-    if pairs and math.prod(src_shape) * math.prod(dst_shape) <= 64:
-        kinds.append("pairs")
-    kind = rng.choice(kinds)
-    if kind == "tile":
-        return MaskSpec("tile", tile_shape=tuple(rng.randint(1, 4) for _ in layout.spatial_shape))
-    shape = dst_shape if kind == "box" else (math.prod(src_shape), math.prod(dst_shape))
-    return MaskSpec("sparse", pattern=_nested_bools(rng, shape))
-
-
-SOFTMAX = ("cogvideox",)
-FAMILIES = ("cogvideox", "local_attention", "pooling", "linear_attention", "gated", "sigmoid_attention", "perceiver")
-
-
-def programmed(rng, layout, topology, pairs=True, fns=SOFTMAX):
-    """(topology, program, cortex, summaries, active region names or None), all of it likely to matter.
-
-    Drawn from a seeded generator: hypothesis would spend its examples on programs that say next to nothing.
-    """
+def programmed(rng: Random, layout, topology, pairs=True, fns=SOFTMAX):
+    """(topology, program, cortex, summaries, active region names or None), all of it likely to matter."""
     names = list(layout.regions)
     connections = [
         dataclasses.replace(c, fn=rng.choice([None, None, None, rng.choice(fns)]) if c.fn != "none" else "none")
@@ -181,11 +231,11 @@ def programmed(rng, layout, topology, pairs=True, fns=SOFTMAX):
     # a full read of a random pair, so that something is read in most canvases
     connections.append(Connection(rng.choice(names), rng.choice(names), t_src=rng.choice([None, 0]), t_dst=None))
     topology = CanvasTopology(connections)
-    operators = ["attend", "write", "act", "retrieve", "unheard of", *([] if fns is SOFTMAX else ["compress"])]
-    regions, programs = {}, {}
-    for name in names:
+    operators = ["attend", "write", "act", "retrieve", "unheard of", *([] if pairs else ["compress"])]
+    regions, programs, identities = {}, {}, rng.choice([0.3, 0.3, 0.9])
+    for name in rng.sample(names, len(names)):
         identity = None
-        if rng.random() < 0.3:
+        if rng.random() < identities:
             identity = IdentitySpec(slot_capacity=rng.randint(1, 4), birth_death=rng.random() < 0.5)
         carrier = rng.choice(["deterministic", "residual"])
         if identity is not None or carrier != "deterministic":
@@ -194,9 +244,9 @@ def programmed(rng, layout, topology, pairs=True, fns=SOFTMAX):
         if rng.random() < 0.7:
             programs[src, dst] = ConnectionProgram(
                 rng.choice(operators),
-                _trigger(rng, names) if rng.random() < 0.6 else None,
+                _trigger(rng, names) if rng.random() < 0.4 else None,
                 rng.choice(["add", "add", "add", "replace", "gate"]),
-                _mask(rng, layout, src, dst, pairs) if rng.random() < 0.4 else None,
+                random_mask(rng, layout, src, dst, pairs) if rng.random() < 0.4 else None,
             )
     cortex = CortexRegistry()
     cortex.register(CortexSpec("home", local_backend=rng.choice(["self_attention", *fns])))
@@ -204,13 +254,15 @@ def programmed(rng, layout, topology, pairs=True, fns=SOFTMAX):
         if rng.random() < 0.3:
             cortex.assign(name, "home")
     summaries = {name: {kind: rng.choice(LEVELS) for kind in KINDS} for name in names if rng.random() < 0.8}
-    active = None if rng.random() < 0.4 else {name for name in names if rng.random() < 0.7}
+    active = None if rng.random() < 0.5 else {name for name in names if rng.random() < 0.8}
     return topology, CanvasProgram(CanvasSchema(layout, topology), regions, programs), cortex, summaries, active
 
 
-@st.composite
-def programmed_canvases(draw, max_positions=40, pairs=True, fns=SOFTMAX):
+def random_programmed_canvas(rng: Random, max_positions=40, pairs=True, fns=SOFTMAX):
     """(layout, topology, program, cortex, summaries, active region names or None)."""
-    layout = draw(layouts(max_positions, none=False))
-    topology = draw(topologies(layout, pairs, ("add", "add", "replace", "gate")))
-    return layout, *programmed(random.Random(draw(st.integers(0, 2**32))), layout, topology, pairs, fns)
+    layout = random_layout(rng, max_positions, none=False)
+    topology = random_topology(rng, layout, pairs, ("add", "add", "replace", "gate"))
+    return layout, *programmed(rng, layout, topology, pairs, fns)
+
+
+programmed_canvases = drawn(random_programmed_canvas)

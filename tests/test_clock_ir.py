@@ -28,7 +28,8 @@ from canvas_engineering.clock_ir import (
 bounds = st.floats(-10, 10)
 leaves = st.one_of(
     st.builds(Periodic, st.integers(1, 9), st.sampled_from(["external", "internal"])),
-    st.builds(OnEvent, st.just("a.b.kind"), bounds, st.none() | bounds),
+    st.builds(OnEvent, st.just("a.b.kind"), bounds, st.none()),
+    st.lists(bounds, min_size=2, max_size=2, unique=True).map(lambda two: OnEvent("a.b.kind", *sorted(two))),
     st.builds(OnEvent, st.just("a.kind"), st.none(), bounds),
     st.builds(BoundaryExpr, st.text(max_size=4)),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from canvas_engineering import CanvasLayout, RegionSpec, compile_attention
 from canvas_engineering.cogvideox import PixelBox, cogvideox_layout, dense_topology, tile_topology, window_topology
@@ -129,16 +128,17 @@ def test_spatial_tiles_with_text_and_first_frame_global():
     assert torch.equal(reads, expected)
 
 
-@st.composite
-def declarations(draw):
+@strategies.drawn
+def declarations(rng):
     """A token layout with up to two more regions, at several rates, and a random topology on it."""
-    layout = cogvideox_layout(CONFIG, 32, 48, 9, text_tokens=draw(st.sampled_from([1, 2, 5])))
+    layout = cogvideox_layout(CONFIG, 32, 48, 9, text_tokens=rng.choice([1, 2, 5]))
     regions = dict(layout.regions)
-    for number in range(draw(st.integers(0, 2))):
-        bounds = [bound for size in (3, 2, 3) for bound in draw(strategies.ranges(size))]
-        regions[f"r{number}"] = RegionSpec(tuple(bounds), period=draw(st.integers(1, 3)))
+    for number in range(rng.randint(0, 2)):
+        lows = [rng.randrange(size) for size in (3, 2, 3)]
+        bounds = [bound for size, low in zip((3, 2, 3), lows) for bound in (low, rng.randint(low + 1, size))]
+        regions[f"r{number}"] = RegionSpec(tuple(bounds), period=rng.randint(1, 3))
     layout = CanvasLayout(layout.T, layout.d_model, layout.spatial_shape, regions)
-    return layout, draw(strategies.topologies(layout))
+    return layout, strategies.random_topology(rng, layout)
 
 
 @given(declarations())

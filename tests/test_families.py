@@ -24,7 +24,7 @@ from canvas_engineering import (
     TemporalFill,
     create_attention,
 )
-from canvas_kernels import costs
+from canvas_kernels import grouping
 from tests import family_oracle, oracle
 from tests.strategies import canvases
 
@@ -389,8 +389,8 @@ def test_functions_with_kernels_mix_on_triton():
 @pytest.mark.parametrize("fn", sorted(set(EVERY) - {"none"}))
 def test_the_number_of_calls_does_not_grow_with_edges(fn, monkeypatch):
     # whatever this machine's rates say of few and of many edges
-    rates = costs.choosing() | {"slab": 1e15, "flash_slab": 1e15, "batch": 0.0}
-    monkeypatch.setattr(costs, "choosing", lambda: rates)
+    monkeypatch.setattr(grouping, "STRIDED_CELLS", 0)
+    monkeypatch.setattr(grouping, "STRIDED_PAIRS", 1 << 60)
     counts = []
     for edges in (3, 40):
         regions = {f"r{i}": (0, 1, 4 * i, 4 * i + 4) for i in range(edges)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +23,6 @@ from canvas_engineering import (
     register_attention,
 )
 from canvas_engineering.attention.grouped import is_fused, read_groups
-from canvas_kernels.gathers import RowMap, gather_rows, sum_rows
 from tests import family_oracle, oracle
 from tests.strategies import canvases
 
@@ -223,24 +221,3 @@ def test_groups_are_cached_by_plan_and_stand_in_canvas_order():
     order = torch.from_numpy(plan.order.copy())
     assert order[groups.queries.index].tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
     assert order[groups.keys.index].tolist() == [1, 5, 8, 10, 11]
-
-
-@settings(max_examples=30)
-@given(index=st.lists(st.integers(0, 6), max_size=12), width=st.integers(0, 3))
-def test_gathered_rows_and_their_sums_are_adjoint(index, width):
-    rows = RowMap.of(np.array(index, dtype=np.int64), 7)
-    x = torch.randn(7, width, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(len(index), width, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(gather_rows(x, rows), x[torch.tensor(index, dtype=torch.int64)])
-    expected = torch.zeros_like(x).index_add(0, torch.tensor(index, dtype=torch.int64), y)
-    torch.testing.assert_close(sum_rows(y, rows), expected, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda x: gather_rows(x, rows), (x,))
-    assert torch.autograd.gradgradcheck(lambda y: sum_rows(y, rows).square(), (y,))
-    with pytest.raises(ValueError, match=rf"7 rows: wanted \(7, D\), got \(6, {width}\)"):
-        gather_rows(x[:6], rows)
-
-
-def test_sums_of_16_bits_round_once():
-    rows = RowMap.of(np.zeros(600, np.int64), 1)
-    y = torch.full((600, 1), 1.0078125, dtype=torch.bfloat16)
-    assert sum_rows(y, rows).item() == torch.tensor(600 * 1.0078125).bfloat16().item()

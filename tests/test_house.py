@@ -22,15 +22,18 @@ MAX_LINES = 600
 
 # Down the list only. Modules of one layer may import each other.
 LAYERS = {
-    "declare": "notices canvas connectivity masks schema types semantic program learning clock_ir cortex identity",
+    "declare": "notices checked files derived_buffers canvas connectivity masks schema types semantic program learning "
+    "clock_ir cortex identity",
     "plan": "plan compiler",
     "run": "attention dispatch scheduling clock_formulas residuals",
     "graft": "looped_block cogvideox graft curriculum sharpening action_heads checkpoint",
     "look": "draw __main__",
 }
-# attention alone executes tables. plan builds them, orders rows, sums weights and says what they cost; dispatch moves
-# rows into that order.
-KERNEL_PARTS = {"plan": ("table.", "tiling.", "rows.", "row_sums.", "costs.", "work."), "dispatch": ("rows.",)}
+# attention alone executes tables. plan builds them, orders rows and sums weights; dispatch moves rows into that order.
+KERNEL_PARTS = {
+    "plan": ("table.", "tiling.", "derived.", "index_map."),
+    "dispatch": ("index_map.", "table.touched"),
+}
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS.values()) for module in modules.split()}
 
 

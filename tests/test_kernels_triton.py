@@ -10,7 +10,7 @@ import torch
 
 from canvas_kernels import block_attention, configs, launch
 from canvas_kernels.configs import Config
-from canvas_kernels.table import BlockTable
+from canvas_kernels.table import BlockTable, row_scale
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT32_BUDGET = 2e-5
@@ -22,6 +22,10 @@ TILES = {
     "64": (Config(64, 64, 4, 2),),
     "32+16": (Config(32, 32, 4, 2), Config(16, 16, 1, 2)),
 }
+
+
+def row_scale_of(table, active=None, device="cpu") -> torch.Tensor:
+    return row_scale(table, active, torch.float32, torch.device(device))
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -178,7 +182,7 @@ def computed(table, inputs, scale, gain=None, active=None, row_scale=None):
 
 def check(table, inputs, gain=None, active=None, scale=0.3):
     """Every result within its budget; returns the kernels' results."""
-    row_scale = table.row_scale(active, "cpu") if table.form == "edge" else None
+    row_scale = row_scale_of(table, active) if table.form == "edge" else None
     wanted = expected(table, inputs, scale, gain, active, row_scale)
     found = computed(table, inputs, scale, gain, active, row_scale)
     dtype = inputs[0].dtype
@@ -303,7 +307,7 @@ def test_rows_outside_every_rectangle_may_hold_anything(tiles):
     tiles("16")
     table = edge_table(60, [(0, 0, 1.0, 3, 20, 18, 37), (1, 1, 0.5, 21, 30, 40, 51)])
     clean = make_inputs(table, 16, torch.float32)
-    row_scale = table.row_scale(None, "cpu")
+    row_scale = row_scale_of(table)
     wanted = expected(table, clean, 0.3, row_scale=row_scale)
     q, k, v, grad_out = (x.clone() for x in clean)
     for x in (k, v):
@@ -369,7 +373,7 @@ def test_inactive_edges_are_as_if_they_were_not_there(tiles, name, active, tile)
     table = TABLES[name]()
     active = torch.tensor(active, dtype=torch.float32)
     gain = torch.linspace(0.5, 1.5, table.n_edges)
-    row_scale = table.row_scale(active, "cpu")
+    row_scale = row_scale_of(table, active)
     if not active.any():
         found = computed(table, make_inputs(table, 16, torch.float32), 0.3, gain, active, row_scale)
         assert all((found[key] == 0).all() for key in ("out", "dq", "dk", "dv", "dgain"))
@@ -412,7 +416,7 @@ def test_the_same_inputs_give_the_same_bits(tiles, name):
     tiles("32+16")
     table = TABLES[name]()
     inputs = make_inputs(table, 16, torch.float16)
-    row_scale = table.row_scale(None, "cpu") if table.form == "edge" else None
+    row_scale = row_scale_of(table) if table.form == "edge" else None
     gain = torch.tensor([1.0, -0.5, 2.0]) if table.form == "edge" else None
     first, second = (computed(table, inputs, 0.3, gain, None, row_scale) for _ in range(2))
     for key, value in first.items():
@@ -424,7 +428,7 @@ def test_the_operator_runs_the_kernels_with_autograd(tiles):
     table = TABLES["replace"]()
     inputs = make_inputs(table, 16, torch.float32)
     gain, active = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([1.0, 1.0, 0.0])
-    row_scale = table.row_scale(active, "cpu")
+    row_scale = row_scale_of(table, active)
     wanted = expected(table, inputs, 0.3, gain, active, row_scale)
     leaves = [x.to(DEVICE).requires_grad_() for x in (*inputs[:3], gain)]
     out = block_attention(*leaves[:3], table, scale=0.3, gain=leaves[3], active=active.to(DEVICE), backend="triton")
@@ -444,7 +448,7 @@ def test_a_step_neither_waits_for_the_device_nor_escapes_a_captured_graph(name):
     gain = torch.tensor([1.0, -0.5, 2.0], device="cuda") if edge else None
 
     def step():
-        row_scale = table.row_scale(active, "cuda") if edge else None
+        row_scale = row_scale_of(table, active, "cuda") if edge else None
         options = dict(scale=0.1, gain=gain, active=active, row_scale=row_scale)
         out, lse = launch.forward(*inputs[:3], table, **options)
         return out, *launch.backward(inputs[3], *inputs[:3], out, lse, table, **options, need_gain=edge)[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,3 +172,115 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
     with pytest.raises(ValueError, match="metadata must be of the kinds that JSON holds"):
         save_loop_checkpoint(looped(), None, tmp_path / "c.pt", {"tensor": torch.zeros(1)})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.pt"]
+
+
+# -- files that were cut short, and others ----------------------------------------------------------------------------
+
+
+def state_of(blocks, head) -> list:
+    tensors = [p.detach().clone() for module in [*blocks, head] for p in module.parameters()]
+    return [*tensors, *(block.loops for block in blocks)]
+
+
+def assert_refused(path, message):
+    """Refused with the file's name, by a model that it changes nothing of."""
+    blocks, head = looped(), ActionHead(4, 2)
+    before = state_of(blocks, head)
+    with pytest.raises(ValueError, match=rf"{re.escape(path.name)} is (not )?a loop checkpoint.*({message})"):
+        load_loop_checkpoint(blocks, head, path)
+    for old, new in zip(before, state_of(blocks, head)):
+        assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
+
+
+@pytest.mark.parametrize("name", ["cut.pt", "cut.safetensors"])
+def test_a_file_that_was_cut_short_is_named_and_changes_nothing(name, tmp_path):
+    pytest.importorskip("safetensors", reason="loop checkpoints are safetensors files")
+    save_loop_checkpoint(looped(), ActionHead(4, 2), tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for length in (0, 1, 2, 8, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / name).write_bytes(whole[:length])
+        assert_refused(tmp_path / name, "torch cannot load it|neither a safetensors file")
+
+
+def described(tmp_path, change) -> Path:
+    """A safetensors checkpoint whose description is changed."""
+    safetensors = pytest.importorskip("safetensors", reason="loop checkpoints are safetensors files")
+    from safetensors.torch import save_file
+
+    blocks, head = looped(), ActionHead(4, 2)
+    for parameter in [p for module in [*blocks, head] for p in module.parameters()]:
+        torch.nn.init.ones_(parameter)
+    save_loop_checkpoint(blocks, head, tmp_path / "a.safetensors")
+    with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        text = file.metadata()["canvas_engineering"]
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+    save_file(tensors, tmp_path / "changed.safetensors", metadata={"canvas_engineering": change(text)})
+    return tmp_path / "changed.safetensors"
+
+
+def with_entry(name, value):
+    return lambda text: json.dumps({**json.loads(text), name: value})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (with_entry("loops", [0, 1]), "loops must be at least 1, got 0"),
+        (with_entry("loops", ["2", 1]), "loops must be an int, got '2'"),
+        (with_entry("loops", [True, 1]), "loops must be an int, got True"),
+        (with_entry("loops", [1]), "the loops of 1 blocks, and holds 2"),
+        (with_entry("loops", None), "loops must be a tuple of ints, got None"),
+        (with_entry("loops", 2), "loops must be a tuple of ints, got 2"),
+        (with_entry("format", "99.0.0"), r'its format is "99\.0\.0", known are 1\.0\.0'),
+        (with_entry("format", "1.1.0"), r'its format is "1\.1\.0"'),
+        (with_entry("format", None), "its format is null"),
+        (with_entry("format", ["1.0.0"]), "its format is"),
+        (with_entry("canvas", [[[1]]]), r"canvas \[\[\[1\]\]\], the model null"),
+        (lambda text: "[1]", r"its description must be a dict, got \[1\]"),
+        (lambda text: "null", "its description must be a dict, got None"),
+        (lambda text: text[:-9], "Expecting|Unterminated"),
+        (lambda text: "[" * 5000 + "]" * 5000, "nested more than 120 levels"),
+    ],
+)
+def test_descriptions_that_cannot_be_meant_are_refused_before_anything_is_set(change, message, tmp_path):
+    assert_refused(described(tmp_path, change), message)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([1], "it has no loop_blocks"),
+        ({"loop_blocks": [1]}, "it has no loop_blocks"),
+        ({"loop_blocks": {"block_0": 1, "block_1": {}}}, "its block_0 holds something else than plain tensors"),
+        ({"loop_blocks": {"block_0": {"loop_emb": [1.0]}}}, "its block_0 holds something else"),
+        ({"loop_blocks": {}, "action_head": [1]}, "its action_head holds something else"),
+        ({"loop_blocks": {}, "metadata": [1]}, "its description must be a dict"),
+        ({"loop_blocks": {}, "metadata": {"format": "2.0.0"}}, r'its format is "2\.0\.0"'),
+    ],
+)
+def test_what_another_program_saved_is_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "foreign.pt")
+    assert_refused(tmp_path / "foreign.pt", message)
+
+
+def test_tensors_of_another_kind_are_told(tmp_path):
+    group = {"loop_emb": torch.ones(3, 4, dtype=torch.complex64), "loop_gate": torch.ones(3, 1, dtype=torch.int64)}
+    torch.save({"loop_blocks": {"block_0": group, "block_1": group}}, tmp_path / "kinds.pt")
+    assert_refused(tmp_path / "kinds.pt", r"block_0.loop_emb of torch.complex64, the model torch.float32")
+    sparse = {name: tensor.float().to_sparse() for name, tensor in {"loop_gate": group["loop_gate"]}.items()}
+    torch.save({"loop_blocks": {"block_0": sparse}}, tmp_path / "sparse.pt")
+    assert_refused(tmp_path / "sparse.pt", "its block_0 holds something else than plain tensors")
+
+
+def test_a_checkpoint_that_is_not_there_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+        load_loop_checkpoint(looped(), None, tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("metadata", [{"x": float("nan")}, {"x": {1, 2}}, [[torch.ones(1)]]])
+def test_metadata_that_json_has_no_form_for_leaves_the_file_alone(metadata, tmp_path):
+    save_loop_checkpoint(looped(), None, tmp_path / "a.pt", {"step": 1})
+    with pytest.raises(ValueError, match="metadata must be of the kinds that JSON holds"):
+        save_loop_checkpoint(looped(), None, tmp_path / "a.pt", metadata)
+    assert load_loop_checkpoint(looped(), None, tmp_path / "a.pt")["metadata"] == {"step": 1}

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from canvas_engineering import CanvasLayout, CanvasSchema, CanvasTopology, Connection, RegionSpec, draw
 from canvas_engineering.__main__ import KEY, MAX_ROWS, build_app, connection_table, load_schema, main, region_table
 from canvas_engineering.plan import compile_attention
-from canvas_kernels import costs
 
 
 @pytest.fixture
@@ -80,25 +79,15 @@ def test_inspect_prints_regions_connections_and_the_plan(path):
         assert words in done.output
 
 
-def test_inspect_estimates_the_time_on_this_machine(path, monkeypatch):
-    measured = next(name for name, entry in costs.all_rates().items() if "backward" in entry)
-    for key, words in ((measured, f"MiB on {measured}"), ("abacus", "not known: no rates were measured on abacus")):
-        monkeypatch.setattr("canvas_engineering.plan.estimate.processor_key", lambda threads, key=key: key)
-        assert words in run("inspect", path).output
-
-
-def test_inspect_estimates_what_it_is_asked_for(path, monkeypatch):
-    measured = next(name for name, entry in costs.all_rates().items() if "backward" in entry)
-    monkeypatch.setattr("canvas_engineering.plan.estimate.processor_key", lambda threads: measured)
+def test_inspect_prints_flops_bytes_and_fill_of_what_it_is_asked_for(path):
     plan = compile_attention(load_schema(path).layout, load_schema(path).topology)
-    asked = {"batch": 2, "heads": 48, "head_dim": 32, "dtype": "bfloat16"}
-    found = plan.estimate(measured, **asked)
-    options = [text for name, value in asked.items() for text in (f"--{name.replace('_', '-')}", value)]
-    printed = run("inspect", path, *options).output
-    assert f"batch 2, 48 heads of 32, bfloat16: {found}\n" in printed
+    call = {"--batch": 2, "--heads": 48, "--head-dim": 32, "--dtype": "bfloat16"}
+    printed = run("inspect", path, *(text for option in call.items() for text in option)).output
+    pairs = plan.table.pairs
+    assert f"batch 2, 48 heads of 32, bfloat16: {pairs * 2 * 48 * 32 * 4 / 1e9:.3g} GFLOP forward, " in printed
+    assert f"{pairs * 2 * 48 * 32 * 10 / 1e9:.3g} backward; q, k, v and the result 1.5 MiB, " in printed
+    assert all(f", {tile} tiles {fill:.0%} full" in printed for tile, fill in plan.fill_by_tile.items())
     assert "batch 1, 1 head of 64, float32: " in run("inspect", path).output
-    first = next(iter(found.breakdown))
-    assert f"    {first}: {costs.COUNTS[first]}\n" in printed
     for wrong in (("--dtype", "int8"), ("--heads", "0")):
         assert run("inspect", path, *wrong).exit_code == 2
 
@@ -110,7 +99,6 @@ def test_the_key_explains_what_is_printed(schema):
     printed = compile_attention(schema.layout, schema.topology).summary()
     for word in ("read", "rectangle", "density", "tile fill", "log-sum-exp slots"):
         assert word in explained and word in printed
-    assert {"slab", "batch"} <= explained  # of which the estimate's words are made
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "typer"])

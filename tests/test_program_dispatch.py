@@ -414,9 +414,21 @@ def test_a_step_of_which_nothing_runs_costs_nothing(monkeypatch):
     x, out, dispatcher = ran(layout, topology)
     assert torch.equal(dispatcher(x, iter(["c", "a"])), out)
     monkeypatch.setattr(dispatcher, "_attend", None)
-    assert dispatcher(x, {"b", "c"}) is x and dispatcher(x, []) is x and dispatcher(x, "b") is x
+    with torch.no_grad():
+        assert dispatcher(x, {"b", "c"}) is x and dispatcher(x, []) is x and dispatcher(x, "b") is x
     with pytest.raises(KeyError, match=r"active_regions names \['z'\]"):
         dispatcher(x, {"z"})
+
+
+def test_a_step_of_which_nothing_runs_touches_every_parameter_in_training():
+    # other processes wait for the gradients of each
+    layout, topology = three(("a", "b"), Connection("b", "a", write_mode="gate"))
+    x, _, dispatcher = ran(layout, topology)
+    out = dispatcher(x, {"c"})
+    assert torch.equal(out, x)
+    out.sum().backward()
+    for parameter in dispatcher.parameters():
+        assert parameter.grad is not None and not parameter.grad.any()
 
 
 def test_clocks_drive_the_active_set_and_inner_steps():
@@ -534,7 +546,7 @@ def test_a_hundred_changes_of_activity_rebuild_nothing(monkeypatch, backend):
     plans = [dispatcher.plan, *dispatcher._plans.values(), *(errors.plan for errors in dispatcher._errors)]
     held = [plan_tensors(plan) for plan in plans]
     buffers = {name: tensor.data_ptr() for name, tensor in dispatcher.named_buffers()}
-    assert sum(map(len, held)) > 100 and len(buffers) > 8
+    assert sum(map(len, held)) > 50 and len(buffers) >= 6
     if backend == "triton":
         assert launch_caches() >= made
         made = launch_caches()
@@ -544,8 +556,8 @@ def test_a_hundred_changes_of_activity_rebuild_nothing(monkeypatch, backend):
 
     for target in ("edge_table", "pack_positions", "topology_reads", "resolve_edges"):
         monkeypatch.setattr(f"canvas_engineering.plan.{target}", forbidden)
-    monkeypatch.setattr("canvas_kernels.rectangles.build_grouping", forbidden, raising=False)
-    monkeypatch.setattr("canvas_kernels.grouping.build_grouping", forbidden)
+    monkeypatch.setattr("canvas_kernels.grouping._parts", forbidden)
+    monkeypatch.setattr("canvas_kernels.index_map.IndexMap.sums", forbidden)
     pending = step(first)
     first.copy_(torch.tensor([0.0, 1.0, 0.0]))
     outputs = set()
@@ -670,7 +682,7 @@ def test_one_call_a_function_whatever_the_mix(monkeypatch):
     dispatcher(torch.randn(1, dispatcher.layout.num_positions, D_MODEL))
     # and one more for each connection into a residual region
     errors = [(errors.fn, errors.plan) for errors in dispatcher._errors]
-    assert calls == [*dispatcher._plans.items(), *errors] and len(errors) == 2
+    assert calls == [*errors, *dispatcher._plans.items()] and len(errors) == 2
 
 
 def test_programmed_steps_save_checkpoint_and_copy(tmp_path):

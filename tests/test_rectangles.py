@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from canvas_kernels import BlockTable, block_attention, costs, grouping, rectangles, slabs
+from canvas_kernels import BlockTable, block_attention, grouping, groups, rectangles, slabs
 from tests.test_reference import check, dense_oracle, error, random_case, random_table
 
-NEVER, ALWAYS = 1e15, -1e15
+ENDLESS = 1 << 60
 
 
 def frames(rows_per_frame: list[int], n_frames: int, reads, weight=None) -> BlockTable:
@@ -55,10 +55,13 @@ def inputs_for(table, dtype=torch.float64, batch=1, heads=2, head_dim=8, gain=Fa
 )
 def mode(request, monkeypatch):
     """Each way of executing, forced."""
-    rates = costs.choosing() | dict.fromkeys(("slab", "flash_slab"), ALWAYS if "slabs" in request.param else NEVER)
-    monkeypatch.setattr(costs, "choosing", lambda: rates)
+    if "slabs" in request.param:
+        monkeypatch.setattr(grouping, "MAX_STRIDED", ENDLESS)
+    else:
+        monkeypatch.setattr(grouping, "STRIDED_CELLS", 0)
+        monkeypatch.setattr(grouping, "STRIDED_PAIRS", ENDLESS)
     if request.param == "slabs of products in lanes":
-        monkeypatch.setattr(grouping, "THIN_SIDE", 1)
+        monkeypatch.setattr(groups, "THIN_SIDE", 1)
     if request.param == "slabs of flash":
         monkeypatch.setattr(grouping, "FLASH_SIDE", 1)
         monkeypatch.setattr(grouping, "FLASH_PAIRS", 1)
@@ -166,7 +169,7 @@ def test_grouping_holds_every_pair_once(form, mode):
     if form == "edge":
         tables.append(frames([6, 3], 9, [(0, 0, 0), (0, 0, -1), (0, 1, 0), (1, 0, -1)]))
     for table in tables:
-        built, found = grouping.build_grouping(table), {}
+        built, found = grouping.group(table), {}
         for slab in built.slabs:
             for g in range(slab.cells):
                 keys, rows = members(slab.key_ranges, g), members(slab.row_ranges, g)
@@ -211,15 +214,15 @@ def test_calls_grow_with_shapes_not_with_edges():
             weight=[1.0] * edge,
             edge=edges,
         )
-        built = grouping.build_grouping(table)
+        built = grouping.group(table)
         return len(built.slabs) + len(built.batches)
 
-    assert parts(200) <= parts(25) <= 20
+    assert parts(200) <= parts(25) <= grouping.MAX_STRIDED
 
 
 def test_every_row_and_key_that_is_written_first_is_written_once():
     table = frames([6, 3], 9, [(0, 0, 0), (0, 0, -1), (0, 1, 0), (1, 1, 0), (1, 0, 0)])
-    built = grouping.build_grouping(table)
+    built = grouping.group(table)
     for name, stale in (("row", built.stale_rows), ("key", built.stale_keys)):
         seen: set = set()
         written: set = set()
@@ -258,7 +261,7 @@ def test_sixteen_bits_cost_at_most_twice_what_dense_attention_does(dtype, mode):
 
     plain = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     dense = torch.zeros_like(plain["q"])
-    row_scale = table.row_scale().to(dtype)
+    row_scale = table.row_scale(torch.device("cpu"), dtype)
     for segment in np.unique(table.segment):
         i = int(np.flatnonzero(table.segment == segment)[0])
         rows, keys = slice(table.q_start[i], table.q_stop[i]), slice(table.k_start[i], table.k_stop[i])
@@ -338,34 +341,14 @@ def test_no_positions_and_no_batch():
     assert x.grad.shape == x.shape
 
 
-def test_attention_without_a_flash_kernel(monkeypatch):
-    """What other devices than the CPU run, in several pieces of rows."""
-    monkeypatch.setattr(slabs, "DENSE_FLOATS", 40)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, g = (torch.randn(2, 3, n, 4, generator=generator, dtype=torch.float64) for n in (5, 7, 7, 5))
-    bias = torch.randn(2, 1, 1, 7, generator=generator, dtype=torch.float64)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    logits = 0.7 * (q @ k.transpose(-1, -2)) + bias
-    expected = torch.softmax(logits, -1) @ v
-    gradients = torch.autograd.grad(expected, inputs, g)
-    monkeypatch.setattr(slabs, "_has_flash", lambda x: False)
-    q, k, v, expected = (x.detach() for x in (q, k, v, expected))
-    out, lse = slabs._dense(q, k, v, bias, 0.7)
-    assert error(out, expected) <= 1e-12 and error(lse, torch.logsumexp(logits, -1).detach()) <= 1e-12
-    found = slabs._dense_backward(g, q, k, v, out, lse, bias, 0.7)
-    assert all(error(mine, want) <= 1e-12 for mine, want in zip(found, gradients))
-
-
 def laid_out(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """``x`` with its dimensions in ``order`` in memory, the outermost first."""
     back = [order.index(dim) for dim in range(4)]
     return x.permute(order).contiguous().permute(back)
 
 
-def test_where_lanes_lie_is_kept_for_each_layout(monkeypatch):
+def test_where_lanes_lie_is_kept_for_each_layout():
     """One table, called with rows that lie another way each time, also inside of larger tensors."""
-    rates = costs.choosing() | dict.fromkeys(("slab", "flash_slab"), ALWAYS)
-    monkeypatch.setattr(costs, "choosing", lambda: rates)
     table = frames([40, 32], 3, [(0, 0, 0), (0, 1, 0), (1, 0, 0)])
     shape, generator = (1, 2, table.n_positions, 8), torch.Generator().manual_seed(0)
     for _ in range(2):
@@ -387,12 +370,12 @@ def test_what_is_kept_does_not_grow_with_the_square_of_the_canvas():
     sizes = []
     for n_frames in (8, 64):
         table = frames([16], n_frames, [(0, 0, 0), (0, 0, -1)])
-        sizes.append(rectangles.saved_size(table, 1, 8, False) / table.n_positions)
+        sizes.append(rectangles.saved_size(table, 1, 8) / table.n_positions)
     assert sizes[1] <= 1.3 * sizes[0]
     dense = BlockTable.from_rectangles(
         "joint", 4096, 0, q_start=[0], q_stop=[4096], k_start=[0], k_stop=[4096], weight=[1.0]
     )
-    assert rectangles.saved_size(dense, 1, 64, False) == 4096 * 65
+    assert rectangles.saved_size(dense, 1, 64) == 4096 * 65
 
 
 def test_inactive_rows_of_a_joined_slab_are_not_computed(monkeypatch):
@@ -427,24 +410,80 @@ def test_any_layout_in_memory_gives_the_same_numbers(mode, batch):
     shape = (batch, 3, table.n_positions, 8)
     q, k, v, upstream = (torch.randn(shape, dtype=torch.float64) for _ in range(4))
 
+    plain, positions, heads = (0, 1, 2, 3), (2, 0, 1, 3), (1, 0, 2, 3)
+
     def results(orders):
         inputs = [laid_out(x, order).requires_grad_() for x, order in zip((q, k, v), orders)]
         weights = gain.clone().requires_grad_()
         out, lse = block_attention(*inputs, table, gain=weights, backend="torch", return_lse=True)
         found = torch.autograd.grad(out, [*inputs, weights], laid_out(upstream, orders[-1]))
-        assert out.permute(orders[0]).is_contiguous()
+        # heads outermost come back as batches of heads
+        assert out.permute(plain if orders[0] == heads else orders[0]).is_contiguous()
         return [out.detach(), lse, *found]
 
-    plain, positions, heads = (0, 1, 2, 3), (2, 0, 1, 3), (1, 0, 2, 3)
     expected = results([plain] * 4)
     for orders in ([positions] * 4, [heads] * 4, (heads, plain, positions, plain), (positions, heads, plain, heads)):
         for mine, want in zip(results(orders), expected):
             assert torch.allclose(mine, want, rtol=1e-12, atol=1e-12)
 
 
-def test_large_cells_are_slabs_whatever_the_rates(monkeypatch):
-    monkeypatch.setattr(costs, "choosing", lambda: dict.fromkeys(costs.COUNTS, 0.0) | {"slab": 1e9, "flash_slab": 1e9})
-    table = frames([512], 3, [(0, 0, 0)])
-    built = grouping.build_grouping(table)
-    assert [(slab.cells, slab.rows, slab.keys) for slab in built.slabs] == [(3, 512, 512)] and not built.batches
-    assert grouping.build_grouping(frames([64], 3, [(0, 0, 0)])).batches
+def scattered(sizes, keys=3, seed=0) -> BlockTable:
+    """Cells of ``sizes`` rows at uneven distances, a connection each, that attend to ``keys`` keys somewhere."""
+    rng, at, rows = np.random.default_rng(seed), 0, []
+    for size in sizes:
+        at += int(rng.integers(1, 9))
+        rows.append((at, at + size))
+        at += size
+    first = rng.integers(0, at - keys, len(sizes))
+    q0, q1 = zip(*rows)
+    number = range(len(sizes))
+    return BlockTable.from_rectangles(
+        "edge", at, len(sizes), q_start=q0, q_stop=q1, k_start=first, k_stop=first + keys, segment=number,
+        weight=rng.uniform(0.5, 2, len(sizes)), edge=number,
+    )  # fmt: skip
+
+
+def test_three_constants_choose_the_grouping():
+    few = grouping.group(frames([6, 3], 5, [(0, 0, 0), (0, 1, 0), (1, 0, -1)]))
+    assert few.slabs and not few.batches
+    rng = np.random.default_rng(1)
+    many = scattered(rng.integers(1, 40, 300))
+    built = grouping.group(many)
+    # more strided groups than are allowed: those of few pairs are gathered, and shapes rounded up to a ladder
+    assert all(slab.pairs >= grouping.STRIDED_PAIRS for slab in built.slabs) and built.batches
+    assert len({batch.shape[1:] for batch in built.batches}) <= 12
+    check(many, inputs_for(many, gain=True), {}, 1e-12)
+    large = grouping.group(frames([512], 3, [(0, 0, 0)]))
+    assert [(slab.cells, slab.rows, slab.keys) for slab in large.slabs] == [(3, 512, 512)] and not large.batches
+
+
+def test_grouping_is_a_function_of_the_table_alone(monkeypatch):
+    built = [grouping.group(scattered([5] * 100 + [9] * 50)) for _ in range(2)]
+    shapes = [([s.row_ranges for s in g.slabs], [b.shape for b in g.batches]) for g in built]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_inactive_may_hold_anything(seed, mode):
+    """NaN that only inactive connections touch: outputs and gradients are those of zeros there, all kinds of groups."""
+    table = frames([6, 3], 5, [(0, 0, 0), (0, 1, 0), (1, 0, -1), (1, 1, 0)], weight=lambda edge, t: 1.0 + edge)
+    rng = np.random.default_rng(seed)
+    active = torch.from_numpy(rng.integers(0, 2, table.n_edges).astype(np.float64))
+    on = active.numpy()[table.edge] > 0
+    touched = np.zeros(table.n_positions, bool)
+    for start, stop in ((table.q_start, table.q_stop), (table.k_start, table.k_stop)):
+        for low, high in zip(start[on], stop[on]):
+            touched[low:high] = True
+    results = []
+    for filling in (0.0, float("nan"), float("inf")):
+        inputs = inputs_for(table, gain=True, seed=seed)
+        with torch.no_grad():
+            for name in "qkv":
+                inputs[name][:, :, ~touched] = filling
+        out = block_attention(**inputs, table=table, active=active, backend="torch")
+        upstream = torch.ones_like(out)
+        upstream[:, :, ~touched] = filling
+        results.append([out.detach(), *torch.autograd.grad(out, list(inputs.values()), upstream)])
+    for other in results[1:]:
+        for want, found in zip(results[0], other):
+            assert torch.equal(want, found)

@@ -1,4 +1,4 @@
-"""scripts/setup.sh: what it calls ready, with a stand-in for Python that installs what a machine could."""
+"""scripts/setup.sh: what it calls ready, with a stand-in for Python that installs what a machine could; versions.sh."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "setup.sh"
 STAND_IN = """#!/bin/sh
 case "$*" in
     "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python && exit $VENV ;;
-    *importlib.metadata*) echo 2.6.0 ;;
+    *importlib.metadata*) echo 2.10.0 ;;
     *"import torch"*) exit $TORCH ;;
     *--no-deps*) exit $ALONE ;;
     *--no-index*) exit $OFFLINE ;;
@@ -72,3 +72,29 @@ def test_extras_are_ready_when_they_are_installed(tmp_path):
     assert not (tmp_path / ".venv/ready-export").exists()
     set_up(tmp_path, "export")
     assert (tmp_path / ".venv/ready-export").exists()
+
+
+def try_versions(folder: Path, *names: str) -> subprocess.CompletedProcess:
+    """versions.sh on a machine that has no Python at all."""
+    (folder / "scripts").mkdir()
+    shutil.copy(SCRIPT.with_name("versions.sh"), folder / "scripts")
+    (folder / "bin").mkdir()
+    for tool in ("bash", "cat", "dirname", "mkdir"):
+        (folder / "bin" / tool).symlink_to(shutil.which(tool))
+    environment = {"PATH": str(folder / "bin"), "PYENV_ROOT": str(folder)}
+    command = [str(folder / "bin/bash"), str(folder / "scripts/versions.sh"), *names]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_python_that_is_missing_is_a_row_of_the_table(tmp_path):
+    done = try_versions(tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["oldest", "reference", "newest"]
+    assert all(row[1] == "skipped:" for row in rows)
+
+
+def test_an_environment_that_there_is_not_is_named(tmp_path):
+    done = try_versions(tmp_path, "old")
+    assert done.returncode != 0
+    assert "choose among oldest, reference and newest, not old" in done.stderr

@@ -118,8 +118,8 @@ def test_chunks_change_nothing(monkeypatch):
 def test_the_operators_are_well_formed():
     table = TABLES["replace"]()
     leaves, _, gain, active = inputs(table, torch.float64, batch=1, heads=1, dim=3)
-    arguments = (*leaves, gain, active, None, table.key, 0.5, "torch")
-    torch.library.opcheck(torch.ops.canvas_kernels.sigmoid_attention.default, arguments)
+    arguments = (*leaves, gain, active, None, table.key, "", 0.5, "torch", "sigmoid", False, True)
+    torch.library.opcheck(torch.ops.canvas_kernels.attention.default, arguments)
 
 
 def test_extreme_logits_are_numbers():

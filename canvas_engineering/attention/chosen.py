@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from canvas_kernels.ops import block_attention
 from canvas_kernels.table import BlockTable
 
+from ..derived_buffers import outside_inference
 from ..plan import AttentionPlan
 from ..plan.pairs import choose_pairs, pair_rectangles
 from .softmax import CrossAttention
@@ -39,14 +41,14 @@ class ChosenKeys(CrossAttention):
     def chosen(self, plan: AttentionPlan) -> AttentionPlan:
         """``plan`` with the pairs that count alone, cached on it."""
         key = ("chosen", *self.choice_key())
-        if key not in plan.cache:
-            plan.cache[key] = choice = choose_pairs(plan, self.pairs)
-            choice.cache[key] = choice
-        return plan.cache[key]
+        if key not in plan.index_sets:
+            plan.index_sets[key] = choice = choose_pairs(plan, self.pairs)
+            choice.index_sets[key] = choice
+        return plan.index_sets[key]
 
-    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
-        """Makes the table of ``plan``, and its row scales on ``device``."""
-        self.chosen(plan).to(device)
+    def prepare(self, plan: AttentionPlan) -> None:
+        """Makes the table of ``plan``."""
+        self.chosen(plan)
 
     def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
         n, m = q.shape[2], k.shape[2]
@@ -109,16 +111,20 @@ class RandomFixedAttention(ChosenKeys):
         if n_random < 1:
             raise ValueError(f"n_random must be at least 1, got {n_random}")
         self.n_random = n_random
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
-        self._prepared: list[tuple[AttentionPlan, torch.device | str]] = []
-        self._read_seed()
+        self._host_seed = _drawn_seed() if seed is None else seed
+        self.register_buffer("seed", torch.tensor(self._host_seed, dtype=torch.int64))
+        self._prepared: list[AttentionPlan] = []
+        self._seen = self._buffer_state()
 
-    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
-        """Makes the table of ``plan``, and its row scales on ``device``; again when another seed is loaded."""
-        if not any(plan is known and device == other for known, other in self._prepared):
-            self._prepared.append((plan, device))
-        super().prepare(plan, device)
+    def prepare(self, plan: AttentionPlan) -> None:
+        """Makes the table of ``plan``; again when another seed is loaded."""
+        if not any(plan is known for known in self._prepared):
+            self._prepared.append(plan)
+        super().prepare(plan)
+
+    def refine(self, plan: AttentionPlan) -> AttentionPlan:
+        """The plan with the pairs that are drawn alone."""
+        return self.chosen(plan)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
         # published checkpoints hold no seed, and any draw is as good as theirs, which no two calls shared
@@ -126,12 +132,26 @@ class RandomFixedAttention(ChosenKeys):
             state_dict = {**state_dict, f"{prefix}seed": self.seed}
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._read_seed()
-        for plan, device in self._prepared:
-            super().prepare(plan, device)
+        for plan in self._prepared:
+            super().prepare(plan)
+
+    @outside_inference
+    def _apply(self, fn, recurse=True):
+        self.choice_key()
+        super()._apply(fn, recurse)
+        if self._is_real():  # to_empty leaves what lay in memory
+            self.seed = torch.tensor(self._host_seed, dtype=torch.int64, device=self.seed.device)
+        self._seen = self._buffer_state()
+        return self
+
+    def _is_real(self) -> bool:
+        return type(self.seed) is torch.Tensor and not self.seed.is_meta
 
     def _read_seed(self) -> None:
         """Takes the seed to the host; once for each time that the buffer is moved or written."""
-        self._host_seed, self._seen = int(self.seed), self._buffer_state()
+        if self._is_real():
+            self._host_seed = int(self.seed)
+        self._seen = self._buffer_state()
 
     def _buffer_state(self) -> tuple:
         return (id(self.seed), None if self.seed.is_inference() else self.seed._version)
@@ -150,6 +170,11 @@ class RandomFixedAttention(ChosenKeys):
     def pairs(self, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
         keys = self.draw(n, m)
         return np.repeat(np.arange(n), keys.shape[1]), keys.reshape(-1)
+
+
+def _drawn_seed() -> int:
+    with _disable_current_modes():
+        return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 
 def draw_keys(seed: int, n: int, m: int, count: int) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from canvas_kernels.ops import BACKENDS, block_attention
-from canvas_kernels.rows import put_rows, take_rows
 
 from ..plan import AttentionPlan
 
@@ -45,8 +44,8 @@ def canvas_attention(
         activation: "softmax", or in edge form "sigmoid": σ(scale · q·k) for each pair by itself, without a normaliser.
 
     Returns:
-        like q; rows that read nothing are 0. Of ``torch.func``, grad, vjp, jacrev and vmap (slice by slice) work;
-        second derivatives and activation "sigmoid" want backend "reference" there, and nothing has jvp.
+        like q; rows that attend to nothing are 0. Derivatives of any order, forward and reverse, and transforms of
+        ``torch.func`` work, vmap slice by slice.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit the plan or the backend, with what would.
@@ -69,13 +68,7 @@ def canvas_attention(
     if shape[2] != positions:
         order = "packed" if packed else "canvas"
         raise ValueError(f"q {tuple(shape)} holds {shape[2]} positions; the plan has {positions} in {order} order")
-    # shapes are known by now: packing by itself would look at them again, tensor by tensor
-    order = None if packed or plan.in_canvas_order else plan.rows("order", q.device)
-    if order is not None:
-        if k.device != order.device or v.device != order.device:
-            raise ValueError(f"q, k and v must be on one device: q {q.device}, k {k.device}, v {v.device}")
-        q, k, v = take_rows(q, order), take_rows(k, order), take_rows(v, order)
-    out = block_attention(
+    return block_attention(
         q,
         k,
         v,
@@ -87,5 +80,5 @@ def canvas_attention(
         dropout_p=dropout_p,
         backend=backend,
         activation=activation,
+        rows=None if packed else plan.order_map,
     )
-    return out if order is None else put_rows(out, order, plan.n_positions)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from canvas_kernels.gathers import RowMap, gather_rows, sum_rows
+from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
 
 from ..canvas import CanvasLayout
 from ..masks import pattern_cover
@@ -34,33 +35,110 @@ class ReadGroup:
 
 
 @dataclass(frozen=True, eq=False)
+class QueryPlaces:
+    """Where queries of reads stand: maps to S query places.
+
+    Attributes:
+        scale: takes entries of the flattened row_scale (2 · n), times the weight of each place's read.
+        connections: takes connections.
+        reads: takes reads.
+        partial: whether some places weigh nothing.
+    """
+
+    scale: IndexMap
+    connections: IndexMap
+    reads: IndexMap
+    partial: bool
+
+
+def query_places(
+    plan: AttentionPlan, sets, read: np.ndarray, row: np.ndarray, number: np.ndarray, weight: np.ndarray | None = None
+) -> QueryPlaces:
+    """Returns the places of ``read`` (numbers in ``sets``) at packed ``row``; reads are numbered anew by ``number``,
+    and weigh what ``sets`` says unless ``weight`` is given."""
+    connection = sets.connection[read]
+    entry = plan.replace[connection] * plan.n_packed + row
+    weight = sets.weight[read] if weight is None else weight
+    return QueryPlaces(
+        IndexMap.sums(entry, np.arange(len(entry) + 1), 2 * plan.n_packed, weight),
+        IndexMap.gather(connection, plan.n_connections),
+        IndexMap.gather(number, int(number.max()) + 1 if len(number) else 0),
+        bool((weight == 0).any()),
+    )
+
+
+class Coefficients(NamedTuple):
+    """``factor`` (S, 1) of every query place; ``live`` bool (S, 1), those that count, and ``live_reads`` bool (reads,
+    1), those of which some place does; None where all do."""
+
+    factor: torch.Tensor
+    live: torch.Tensor | None
+    live_reads: torch.Tensor | None
+
+    def weigh(self, results: torch.Tensor) -> torch.Tensor:
+        """``results`` (S, …) times their factors; 0 where they do not count, whatever they are."""
+        return only(results * self.factor, self.live)
+
+
+def only(x: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    """x (S, …) where it is ``live`` (S, 1), else 0: what is not finite there reaches neither results nor gradients."""
+    return x if live is None else torch.where(live, x, x.new_zeros(()))
+
+
+def coefficients(
+    places: QueryPlaces,
+    plan: AttentionPlan,
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    active: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+) -> Coefficients:
+    """Returns w_r · gain · active · row_scale at every query place, in float32 or, for such ``x``, float64.
+
+    ``active`` (connections,) and ``row_scale`` (2, n) as for :func:`canvas_attention`, and with its defaults; the
+    result is differentiable in ``gain`` (connections,).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    everything = active is None and row_scale is None and not (plan.replaces or places.partial)
+    if row_scale is None:
+        row_scale = plan.row_scale(active, dtype, x.device)
+    factor = gather_rows(row_scale.detach().to(dtype).reshape(-1, 1), places.scale)
+    if active is not None:
+        factor = factor * gather_rows((active.detach() != 0).to(dtype)[:, None], places.connections)
+    live = live_reads = None
+    if not everything:
+        live = factor != 0
+        live_reads = scatter_rows(live.to(dtype), places.reads) > 0
+    if gain is not None:
+        factor = factor * gather_rows(gain.to(dtype)[:, None], places.connections)
+    return Coefficients(factor, live, live_reads)
+
+
+@dataclass(frozen=True, eq=False)
 class ReadGroups:
-    """The reads of a plan in groups of equal shape, as index tensors of one device.
+    """The reads of a plan in groups of equal shape.
 
     Attributes:
         groups: by (n, m).
-        queries, keys: RowMaps of S query places and K key places over the plan's packed rows, group after group.
-        weight: (S,) float32, the weight of each query place's read.
-        scale_row: int64 (S,), where ``row_scale.view(-1)`` holds the place's factor.
-        connections: RowMap of the S query places over connections.
+        queries, keys: maps to S query places and K key places from the plan's packed rows, group after group.
+        places: of the queries.
+        key_reads: takes the reads that the key places belong to.
     """
 
     groups: tuple[ReadGroup, ...]
-    queries: RowMap
-    keys: RowMap
-    weight: torch.Tensor
-    scale_row: torch.Tensor
-    connections: RowMap
+    queries: IndexMap
+    keys: IndexMap
+    places: QueryPlaces
+    key_reads: IndexMap
 
 
-def read_groups(plan: AttentionPlan, device: torch.device | str = "cpu") -> ReadGroups:
-    """The groups of a plan's reads, made once per plan and device.
+def read_groups(plan: AttentionPlan) -> ReadGroups:
+    """Returns the groups of a plan's reads, made once per plan.
 
     Raises:
-        ValueError: a read whose queries see different keys.
+        ValueError: a read whose queries attend to different keys.
     """
-    key = ("read groups", str(device))
-    if key not in plan.cache:
+    if "read groups" not in plan.index_sets:
         sets = plan.sets()
         n, m = sets.lengths(sets.queries), sets.lengths(sets.keys)
         order = np.lexsort((np.arange(len(n)), m, n))
@@ -73,40 +151,15 @@ def read_groups(plan: AttentionPlan, device: torch.device | str = "cpu") -> Read
         shapes = (stop - first, n[first], m[first], q_start[first], k_start[first])
         groups = tuple(ReadGroup(*numbers) for numbers in zip(*(a.tolist() for a in shapes)))
         place, q_rows = sets.rows_of(sets.queries[order])
-        _, k_rows = sets.rows_of(sets.keys[order])
-        plan.cache[key] = ReadGroups(
+        key_place, k_rows = sets.rows_of(sets.keys[order])
+        plan.index_sets["read groups"] = ReadGroups(
             groups,
-            RowMap.of(q_rows, plan.n_packed, device),
-            RowMap.of(k_rows, plan.n_packed, device),
-            *query_places(plan, sets, order[place], q_rows, device),
+            IndexMap.gather(q_rows, plan.n_packed),
+            IndexMap.gather(k_rows, plan.n_packed),
+            query_places(plan, sets, order[place], q_rows, place),
+            IndexMap.gather(key_place, len(order)),
         )
-    return plan.cache[key]
-
-
-def query_places(plan: AttentionPlan, sets, read: np.ndarray, row: np.ndarray, device):
-    """``(weight, scale_row, connections)`` as in :class:`ReadGroups`, of places of ``read`` at packed ``row``."""
-    connection = sets.connection[read]
-    weight = torch.from_numpy(sets.weight[read].astype(np.float32)).to(device)
-    scale_row = torch.from_numpy(plan.replace[connection] * plan.n_packed + row).to(device)
-    return weight, scale_row, RowMap.of(connection, plan.n_connections, device)
-
-
-def coefficients(
-    places, plan: AttentionPlan, gain: torch.Tensor | None, active: torch.Tensor | None, row_scale: torch.Tensor | None
-) -> torch.Tensor:
-    """(S, 1) float32: w_r · gain · active · row_scale at every query place; differentiable in ``gain`` (connections,).
-
-    ``places`` has ``weight``, ``scale_row`` and ``connections`` as :class:`ReadGroups` has. ``active`` (connections,)
-    and ``row_scale`` (2, n) as for :func:`canvas_attention`, and with its defaults.
-    """
-    if row_scale is None:
-        row_scale = plan.table.row_scale(active, places.weight.device)
-    factor = (places.weight * row_scale.reshape(-1).index_select(0, places.scale_row))[:, None]
-    if active is not None:
-        factor = factor * active.to(factor.dtype)[places.connections.index, None]
-    if gain is not None:
-        factor = factor * gather_rows(gain.to(factor.dtype)[:, None], places.connections)
-    return factor
+    return plan.index_sets["read groups"]
 
 
 def attend_grouped(
@@ -133,9 +186,11 @@ def attend_grouped(
         ValueError: an output of another shape, with the shapes; a read whose queries see different keys.
     """
     batch, _, width = x.shape
-    found = read_groups(plan, x.device)
-    flat = rows_of(x)
-    q_all, k_all = gather_rows(flat, found.queries), gather_rows(flat, found.keys)
+    found = read_groups(plan)
+    flat, weights = rows_of(x), coefficients(found.places, plan, x, gain, active, row_scale)
+    q_all, k_all = only(gather_rows(flat, found.queries), weights.live), gather_rows(flat, found.keys)
+    if weights.live_reads is not None:
+        k_all = only(k_all, gather_rows(weights.live_reads.to(x.dtype), found.key_reads) > 0)
     pieces = []
     for group in found.groups:
         queries = to_reads(q_all[group.q_start : group.q_start + group.reads * group.n], group.reads, batch)
@@ -149,8 +204,7 @@ def attend_grouped(
             )
         pieces.append(from_reads(out, group.reads, batch))
     results = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    results = results * coefficients(found, plan, gain, active, row_scale)
-    return sum_rows(results, found.queries).unflatten(1, (batch, width)).transpose(0, 1)
+    return scatter_rows(weights.weigh(results), found.queries).unflatten(1, (batch, width)).transpose(0, 1)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -218,10 +272,10 @@ def fit(fn: str, module: nn.Module, plan: AttentionPlan, layout: CanvasLayout, b
     return plan
 
 
-def prepare(module: nn.Module, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
-    """Makes what running ``plan`` needs on ``device`` ahead of the first step: a fused class by its own
-    ``prepare(plan, device)``, where it has one."""
+def prepare(module: nn.Module, plan: AttentionPlan) -> None:
+    """Makes the index sets that running ``plan`` needs ahead of the first step: a fused class by its own
+    ``prepare(plan)``, where it has one."""
     if not is_fused(type(module)):
-        read_groups(plan, device)
+        read_groups(plan)
     elif hasattr(module, "prepare"):
-        module.prepare(plan, device)
+        module.prepare(plan)

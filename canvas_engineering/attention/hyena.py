@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from canvas_kernels.autograd import apply_map, mark_for_compilers
+from canvas_kernels.index_map import RESOLVERS, IndexMap
+from canvas_kernels.tiling import expand_ranges
+
+from ..derived_buffers import CanvasModule
 from .memories import check_dropout
 
 
-class HyenaAttention(nn.Module):
+class HyenaAttention(CanvasModule):
     """``order`` gated convolutions along the keys (Poli et al., 2023), with filters that are learned as spectra.
 
         v, x_1 … = in_proj(x_k);  per order o: v ← irfft(rfft(v · σ(gate_o(x_o))) · filter_o);  out_proj(v)
@@ -33,6 +40,7 @@ class HyenaAttention(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0, order: int = 2, max_len: int = 4096):
         super().__init__()
+        mark_for_compilers()
         if order < 1 or max_len < 2:
             raise ValueError(f"order must be at least 1 and max_len at least 2, got {order} and {max_len}")
         check_dropout(dropout)
@@ -96,26 +104,19 @@ def average_to(x: torch.Tensor, n: int) -> torch.Tensor:
         return x.unflatten(1, (n, m // n)).mean(2)
     if n % m == 0:
         return x[:, :, None].expand(-1, -1, n // m, -1).flatten(1, 2)
-    return _Average.apply(x, n)
+    return apply_map(x, f"{MEANS}:{m} {n}", False, 1)
 
 
-class _Average(torch.autograd.Function):
-    """Row j is in the mean of row i just where row i would be in the mean of row j the other way round: so the gradient
-    is an average too, and needs none of the atomics of the library's own."""
-
-    @staticmethod
-    def forward(ctx, x, n):
-        ctx.m = x.shape[1]
-        return F.adaptive_avg_pool1d(x.transpose(1, 2), n).transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        m, n = ctx.m, grad.shape[1]
-        there, back = (_window_lengths(*sizes, grad.device).to(grad.dtype)[:, None] for sizes in ((m, n), (n, m)))
-        return _Average.apply(grad / there, m) * back, None
+@functools.lru_cache(maxsize=256)
+def _means(sizes: str) -> IndexMap:
+    """The map of :func:`average_to` for "m n"."""
+    m, n = map(int, sizes.split())
+    i = np.arange(n)
+    start, stop = i * m // n, -(-(i + 1) * m // n)
+    owner, row = expand_ranges(start, stop - start)
+    offset = np.concatenate([[0], np.cumsum(stop - start)])
+    return IndexMap.sums(row, offset, m, 1.0 / (stop - start)[owner])
 
 
-def _window_lengths(m: int, n: int, device: torch.device) -> torch.Tensor:
-    """How many of m rows each of n means takes."""
-    i = torch.arange(n, device=device)
-    return -(-(i + 1) * m // n) - i * m // n
+MEANS = "means"
+RESOLVERS[MEANS] = _means

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .dense import dense_attention
 from .memories import MemoryAttention, check_dropout
 from .scan import selective_scan
 
@@ -79,4 +80,4 @@ class MambaAttention(MemoryAttention):
 
     def respond(self, features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         q, y = features[:, None].to(memory.dtype), memory[:, None]
-        return F.scaled_dot_product_attention(q, y, y, dropout_p=self.dropout if self.training else 0.0)[:, 0]
+        return dense_attention(q, y, y, dropout_p=self.dropout if self.training else 0.0)[:, 0]

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from canvas_kernels.gathers import RowMap, gather_rows, sum_rows
+from canvas_kernels.autograd import mark_for_compilers
+from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
 
+from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
-from .grouped import coefficients, from_reads, query_places, rows_of, to_reads
+from .grouped import QueryPlaces, coefficients, from_reads, only, query_places, rows_of, to_reads
 from .softmax import project_out
 
 
@@ -31,7 +33,7 @@ def check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
 
 
-class MemoryAttention(nn.Module):
+class MemoryAttention(CanvasModule):
     """out_projection(respond(query_features(x_q), summarise(key_features(x_k)))), the four of a subclass's own.
 
     What depends on one position alone (the features) is computed once per position, whatever number of reads hold it;
@@ -45,6 +47,11 @@ class MemoryAttention(nn.Module):
 
     takes_pairs = False
     causal = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        # of scans that run without a plan
+        mark_for_compilers()
 
     def key_features(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """(…, d_model), twice → (…, F), position by position."""
@@ -75,9 +82,9 @@ class MemoryAttention(nn.Module):
         memory = self.summarise(self.key_features(keys, values))
         return self.out_projection(self.respond(self.query_features(queries), memory))
 
-    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
-        """Makes the index tensors of ``plan`` on ``device``."""
-        shared_memories(plan, device)
+    def prepare(self, plan: AttentionPlan) -> None:
+        """Makes the index sets of ``plan``."""
+        shared_memories(plan)
 
     def attend(
         self,
@@ -92,30 +99,34 @@ class MemoryAttention(nn.Module):
     ) -> torch.Tensor:
         """Every read of ``plan``, one call for all memories of a length and one for all reads of a shape; arguments and
         result as for :meth:`CrossAttention.attend`."""
-        found = shared_memories(plan, x.device)
-        batch = x.shape[0]
+        found = shared_memories(plan)
+        batch, weights = x.shape[0], coefficients(found.places, plan, x, gain, active, row_scale)
         rows = rows_of(x)
         own = gather_rows(rows, found.key_rows).unflatten(1, (batch, -1))
         keys = gather_rows(self.key_features(own, own).flatten(1), found.keys)
         own = gather_rows(rows, found.query_rows).unflatten(1, (batch, -1))
-        queries = gather_rows(self.query_features(own).flatten(1), found.queries)
-        pieces = []
+        queries = only(gather_rows(self.query_features(own).flatten(1), found.queries), weights.live)
+        pieces, first_read = [], 0
         for group in found.groups:
             features = to_reads(keys[group.start : group.start + group.sets * group.m], group.sets, batch)
             memory = self.summarise(features[:, : group.longest] if self.causal else features, backend)
             shape = memory.shape[1:]
             memory = memory.reshape(group.sets, -1)  # [sets, B · rows · M]
             for part in group.parts:
-                taken = gather_rows(memory, part.of).reshape(part.reads * batch, *shape)
+                taken = gather_rows(memory, part.of)
+                if weights.live_reads is not None:
+                    taken = only(taken, weights.live_reads[first_read : first_read + part.reads])
+                first_read += part.reads
+                taken = taken.reshape(part.reads * batch, *shape)
                 asking = to_reads(queries[part.start : part.start + part.reads * part.n], part.reads, batch)
                 pieces.append(from_reads(self.respond(asking, taken), part.reads, batch))
         results = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        weighted = results * coefficients(found, plan, gain, active, row_scale)
-        out = sum_rows(weighted, found.queries).to(results.dtype).unflatten(1, (batch, -1)).transpose(0, 1)
+        out = scatter_rows(weights.weigh(results), found.queries).to(results.dtype)
+        out = out.unflatten(1, (batch, -1)).transpose(0, 1)
         if bias_share is not None:
             bias_share = gather_rows(bias_share[:, None], found.query_rows)[:, 0]
         out = project_out(self.out_projection, out, bias_share)
-        return sum_rows(rows_of(out), found.query_rows).unflatten(1, (batch, -1)).transpose(0, 1)
+        return scatter_rows(rows_of(out), found.query_rows).unflatten(1, (batch, -1)).transpose(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +137,7 @@ class Part:
     reads: int
     n: int
     start: int
-    of: RowMap
+    of: IndexMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,30 +154,27 @@ class MemoryGroup:
 
 @dataclass(frozen=True, eq=False)
 class SharedMemories:
-    """A plan's reads by the sets of their keys, and those by length, as index tensors of one device.
+    """A plan's reads by the sets of their keys, and those by length.
 
     Attributes:
-        groups: by m; their parts by n.
-        key_rows: RowMap of the distinct packed rows that are keys.
-        keys: RowMap of the K key places over those.
+        groups: by m; their parts by n; reads stand in that order.
+        key_rows: takes the distinct packed rows that are keys.
+        keys: takes those to the K key places.
         query_rows, queries: the same of the S query places.
-        weight, scale_row, connections: of the query places, as in :class:`.grouped.ReadGroups`.
+        places: of the queries.
     """
 
     groups: tuple[MemoryGroup, ...]
-    key_rows: RowMap
-    keys: RowMap
-    query_rows: RowMap
-    queries: RowMap
-    weight: torch.Tensor
-    scale_row: torch.Tensor
-    connections: RowMap
+    key_rows: IndexMap
+    keys: IndexMap
+    query_rows: IndexMap
+    queries: IndexMap
+    places: QueryPlaces
 
 
-def shared_memories(plan: AttentionPlan, device: torch.device | str = "cpu") -> SharedMemories:
-    """Made once per plan and device. Reads whose queries see different keys are split into such as see the same."""
-    key = ("shared memories", str(device))
-    if key not in plan.cache:
+def shared_memories(plan: AttentionPlan) -> SharedMemories:
+    """Made once per plan. Reads whose queries attend to different keys are split into such as attend to the same."""
+    if "shared memories" not in plan.index_sets:
         sets = plan.row_sets()
         n = sets.lengths(sets.queries)
         used = np.unique(sets.keys)
@@ -177,16 +185,16 @@ def shared_memories(plan: AttentionPlan, device: torch.device | str = "cpu") -> 
         order = np.lexsort((read_set, n, sets.lengths(sets.keys)))
         place, q_rows = sets.rows_of(sets.queries[order])
         _, k_rows = sets.rows_of(used)
-        plan.cache[key] = SharedMemories(
-            _groups(sets.lengths(used), n[order], read_set[order], device),
-            *_distinct(k_rows, plan.n_packed, device),
-            *_distinct(q_rows, plan.n_packed, device),
-            *query_places(plan, sets, order[place], q_rows, device),
+        plan.index_sets["shared memories"] = SharedMemories(
+            _groups(sets.lengths(used), n[order], read_set[order]),
+            *_distinct(k_rows, plan.n_packed),
+            *_distinct(q_rows, plan.n_packed),
+            query_places(plan, sets, order[place], q_rows, place),
         )
-    return plan.cache[key]
+    return plan.index_sets["shared memories"]
 
 
-def _groups(m: np.ndarray, n: np.ndarray, read_set: np.ndarray, device) -> tuple[MemoryGroup, ...]:
+def _groups(m: np.ndarray, n: np.ndarray, read_set: np.ndarray) -> tuple[MemoryGroup, ...]:
     """From the ascending lengths m of key sets, and of each read its length and its set, reads in order of (m, n)."""
     k_start, q_start = np.cumsum(m) - m, np.cumsum(n) - n
     read_m = m[read_set]
@@ -197,14 +205,14 @@ def _groups(m: np.ndarray, n: np.ndarray, read_set: np.ndarray, device) -> tuple
         parts = []
         for size in np.unique(n[low:high]):
             begin, end = low + np.searchsorted(n[low:high], [size, size + 1])
-            of = RowMap.of(read_set[begin:end] - first, int(stop - first), device)
+            of = IndexMap.gather(read_set[begin:end] - first, int(stop - first))
             parts.append(Part(int(end - begin), int(size), int(q_start[begin]), of))
         longest = min(int(length), parts[-1].n)
         groups.append(MemoryGroup(int(stop - first), int(length), int(k_start[first]), longest, tuple(parts)))
     return tuple(groups)
 
 
-def _distinct(rows: np.ndarray, size: int, device) -> tuple[RowMap, RowMap]:
+def _distinct(rows: np.ndarray, size: int) -> tuple[IndexMap, IndexMap]:
     """The distinct rows among ``size``, and where each of ``rows`` stands among them."""
     found, place = np.unique(rows, return_inverse=True)
-    return RowMap.of(found, size, device), RowMap.of(place.reshape(-1), len(found), device)
+    return IndexMap.gather(found, size), IndexMap.gather(place.reshape(-1), len(found))

@@ -6,10 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from canvas_kernels.derived import is_plain
+
+from ..derived_buffers import CanvasModule
+from .dense import dense_attention
 from .softmax import CrossAttention
 
 
-class MixtureAttention(nn.Module):
+class MixtureAttention(CanvasModule):
     """Experts are cross attentions over consecutive chunks of the keys; a query takes the ``top_k_experts`` of largest
     router logit, mixed by the softmax of those logits.
 
@@ -51,7 +55,7 @@ class MixtureAttention(nn.Module):
         taken = torch.zeros_like(logits, dtype=torch.int64).scatter_(-1, chosen, 1)  # [B, n, E]
         place = taken.cumsum(1) - taken  # among the queries of one expert
         room = n
-        if queries.device.type == "cpu" and not torch.compiler.is_compiling() and n:
+        if n and queries.is_cpu and is_plain(taken):
             room = int(taken.sum(1).max())
         if room == n:
             out = self._experts(queries[:, None].expand(-1, filled, -1, -1), keys, values, filled)  # [B, E, n, d]
@@ -80,7 +84,7 @@ class MixtureAttention(nn.Module):
             seen = torch.cat([seen.expand(filled - 1, -1), seen.new_ones(1, longest)])
             seen = seen[:, None, None].expand(-1, self.n_heads, 1, -1).flatten(0, 1)  # [E · heads, 1, longest]
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(2, 3).flatten(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, seen, dropout_p=self.dropout if self.training else 0.0)
+        out = dense_attention(q, k, v, seen, dropout_p=self.dropout if self.training else 0.0)
         out = out.unflatten(1, (filled, self.n_heads)).transpose(2, 3).flatten(3)
         return self._project("out_proj", out, filled)
 

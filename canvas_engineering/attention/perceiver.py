@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from .dense import dense_attention
 from .memories import MemoryAttention
 from .softmax import CrossAttention
 
@@ -59,5 +59,5 @@ class PerceiverAttention(MemoryAttention):
 
     def _attention(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, dim=-1)))
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        out = dense_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return out.transpose(1, 2).flatten(2)

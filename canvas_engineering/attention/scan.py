@@ -6,7 +6,11 @@ it adds; then, what the chunks before it add up to being known, from its true st
 
 from __future__ import annotations
 
+import functools
+
 import torch
+
+from canvas_kernels.autograd import DEVICES, OPERATIONS, TAGS, Operation, operate, under_autograd
 
 from . import fla_scans
 from .chunks import by_position, by_step, carry
@@ -60,7 +64,7 @@ def selective_scan(
         raise ValueError(f"one dtype, float32 or float64, for all: {_described(dt, x, b, c, rate)}")
     if rate.requires_grad:
         raise ValueError("rate is a constant of the scan: it has no gradient")
-    return _scan(dt, x, b, c, rate, backend == "auto")[0]
+    return operate("selective_scan", dt, x, b, c, rate, backend == "auto")[0]
 
 
 def _described(*tensors: torch.Tensor) -> str:
@@ -90,7 +94,6 @@ def _columns(steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
 # `out` alone.
 
 
-@torch.library.custom_op("canvas_engineering::selective_scan", mutates_args=())
 def _scan(
     dt: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rate: torch.Tensor, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,8 +120,7 @@ def _scan(
     return by_position(out, batch, length), start
 
 
-@_scan.register_fake
-def _(dt, x, b, c, rate, kernels):
+def _scan_fake(dt, x, b, c, rate, kernels):
     if kernels and fla_scans.recurrence(dt) is not None:
         return torch.empty_like(dt), dt.new_empty(0)
     batch, length, width = dt.shape
@@ -126,7 +128,6 @@ def _(dt, x, b, c, rate, kernels):
     return torch.empty_like(dt), dt.new_empty(batch * count, rate.shape[1], width)
 
 
-@torch.library.custom_op("canvas_engineering::selective_scan_backward", mutates_args=())
 def _scan_backward(
     grad: torch.Tensor,
     dt: torch.Tensor,
@@ -181,24 +182,15 @@ def _scan_backward(
     return d_dt, d_x, d_b, d_c
 
 
-@_scan_backward.register_fake
-def _(grad, dt, x, b, c, rate, start, kernels):
+def _scan_backward_fake(grad, dt, x, b, c, rate, start, kernels):
     return torch.empty_like(dt), torch.empty_like(x), torch.empty_like(b), torch.empty_like(c)
 
 
-def _setup(ctx, inputs, output):
-    *tensors, ctx.kernels = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 6
-    return *_scan_backward(grad.contiguous(), *ctx.saved_tensors, ctx.kernels), None, None
-
-
-_scan.register_autograd(_backward, setup_context=_setup)
+def _compose_scan(dt, x, b, c, rate, kernels):
+    """The same by doubling: what each position adds to the states, carried to all positions behind it."""
+    added = x[:, :, None] * b[..., None]  # [batch, length, states, width]
+    kept = torch.exp(rate.t() * dt[:, :, None])
+    return ((carry(added, kept) * kept + added) * c[..., None]).sum(2)
 
 
 # -- constant decay ----------------------------------------------------------------------------------------------------
@@ -215,10 +207,9 @@ def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor, backend: str = "auto")
     if x.dim() != 3 or log_keep.shape != x.shape[2:] or log_keep.dtype != x.dtype:
         given = f"x {tuple(x.shape)} {x.dtype} and log_keep {tuple(log_keep.shape)} {log_keep.dtype}"
         raise ValueError(f"wanted x (batch, length, width) and log_keep (width,) of one dtype; got {given}")
-    return _sums(x, log_keep, False, backend == "auto")
+    return operate("decayed_sums", x, log_keep, False, backend == "auto")[0]
 
 
-@torch.library.custom_op("canvas_engineering::decayed_sums", mutates_args=())
 def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: bool) -> torch.Tensor:
     """``backwards``: S_t = Σ_{j>t} exp(log_keep)^(j−1−t) x_j."""
     recur = fla_scans.recurrence(x) if kernels else None
@@ -245,22 +236,66 @@ def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: boo
     return out.flip(1) if backwards else out
 
 
-@_sums.register_fake
-def _(x, log_keep, backwards, kernels):
+def _sums_fake(x, log_keep, backwards, kernels):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup_sums(ctx, inputs, output):
-    _, log_keep, ctx.backwards, ctx.kernels = inputs
-    ctx.save_for_backward(log_keep, output)
-
-
-def _sums_backward(ctx, grad):
-    log_keep, sums = ctx.saved_tensors
+def _sums_backward(grad, needs, kept, x, log_keep, backwards, kernels):
+    (sums,) = kept
     # what a position adds to the sums beyond it; and S' = w S + x gives dL/dw = Σ S · that
-    d_x = _sums(grad.contiguous(), log_keep, not ctx.backwards, ctx.kernels)
-    d_keep = (d_x * sums).sum((0, 1)) * torch.exp(log_keep)
-    return d_x, d_keep, None, None
+    d_x = torch.ops.canvas_engineering.decayed_sums.default(grad.contiguous(), log_keep, not backwards, kernels)
+    return d_x, (d_x * sums).sum((0, 1)) * torch.exp(log_keep)
 
 
-_sums.register_autograd(_sums_backward, setup_context=_setup_sums)
+def _compose_sums(x, log_keep, backwards, kernels):
+    x = x.flip(1) if backwards else x
+    out = carry(x[:, :, None], torch.exp(log_keep).expand(*x.shape)[:, :, None])[:, :, 0]
+    return out.flip(1) if backwards else out
+
+
+def _as_operator(name: str, *args):
+    results = operate(name, *args)
+    return results if len(results) > 1 else results[0]
+
+
+# -- registration ------------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("canvas_engineering", "FRAGMENT")
+_INPUTS = "Tensor dt, Tensor x, Tensor b, Tensor c, Tensor rate"
+for _name, _signature, _kernel, _fake in (
+    ("selective_scan", f"({_INPUTS}, bool kernels) -> (Tensor, Tensor)", _scan, _scan_fake),
+    (
+        "selective_scan_backward",
+        f"(Tensor grad, {_INPUTS}, Tensor start, bool kernels) -> (Tensor, Tensor, Tensor, Tensor)",
+        _scan_backward,
+        _scan_backward_fake,
+    ),
+    ("decayed_sums", "(Tensor x, Tensor log_keep, bool backwards, bool kernels) -> Tensor", _sums, _sums_fake),
+):
+    _LIBRARY.define(_name + _signature, tags=TAGS)
+    for _key in DEVICES:
+        _LIBRARY.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"canvas_engineering::{_name}", _fake, lib=_LIBRARY)
+
+_OPS = torch.ops.canvas_engineering
+OPERATIONS["selective_scan"] = Operation(
+    forward=lambda keep, *args: _OPS.selective_scan.default(*args),
+    backward=lambda grad, needs, kept, *args: (
+        *_OPS.selective_scan_backward.default(grad.contiguous(), *args[:5], kept[1], args[5]),
+        None,
+    ),
+    composition=_compose_scan,
+    n_tensors=5,
+    differentiable=(0, 1, 2, 3),
+)
+OPERATIONS["decayed_sums"] = Operation(
+    forward=lambda keep, *args: (_OPS.decayed_sums.default(*args),),
+    backward=_sums_backward,
+    composition=_compose_sums,
+    n_tensors=2,
+    differentiable=(0, 1),
+    keeps_result=lambda *args: True,
+)
+for _name in ("selective_scan", "decayed_sums"):
+    _operator = getattr(_OPS, _name).default
+    _LIBRARY.impl(_name, under_autograd(_operator, functools.partial(_as_operator, _name)), "Autograd")

@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from canvas_kernels.projections import linear_of_heads, project_heads, split_heads
-
+from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
 from .functional import BACKENDS, canvas_attention
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(CanvasModule):
     """Multi-head attention, softmax(q kᵀ / √head_dim) v, with biased projections ``q_proj``, ``k_proj``, ``v_proj``,
     ``out_proj``.
 
@@ -31,8 +30,6 @@ class CrossAttention(nn.Module):
     # of q·k: head_dim^−½ for None
     _scale: float | None = None
     _activation = "softmax"
-    # on a CPU; where rows are gathered, all heads of a position together are the faster
-    _heads_first = True
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
@@ -111,10 +108,9 @@ class CrossAttention(nn.Module):
         """q, k, v (B, heads, n, head_dim) of x (B, n, d_model), by one product, as the logits take them."""
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
-        if self._heads_first:
-            q, k, v = project_heads(x, weight, bias, 3, self.n_heads)
-        else:
-            q, k, v = split_heads(F.linear(x, weight, bias), 3, self.n_heads)
+        # (B, n, 3 · heads · head_dim) as three views (B, heads, n, head_dim)
+        projected = F.linear(x, weight, bias).unflatten(2, (3, self.n_heads, -1))
+        q, k, v = projected.permute(2, 0, 3, 1, 4).unbind()
         return self._logit_factors(q, k) + (v,)
 
     def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
@@ -138,10 +134,11 @@ def project_out(
     if factor is not None:
         # on d² numbers rather than on all rows
         weight, bias = factor * weight, factor * bias
-    linear = F.linear if out.dim() == 3 else linear_of_heads
+    if out.dim() == 4:
+        out = out.transpose(1, 2).flatten(2)
     if bias_share is None:
-        return linear(out, weight, bias)
-    out = linear(out, weight)
+        return F.linear(out, weight, bias)
+    out = F.linear(out, weight)
     return out + bias_share[:, None].to(out.dtype) * bias
 
 
@@ -182,14 +179,13 @@ class SigmoidAttention(CrossAttention):
     """
 
     _activation = "sigmoid"
-    _heads_first = False
 
     def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
         p = torch.sigmoid(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5)
         return F.dropout(p, dropout_p, training=dropout_p > 0) @ v
 
 
-class GatedAttention(nn.Module):
+class GatedAttention(CanvasModule):
     """σ(gate) · cross attention, in ``cross_attn``; ``gate`` (1,) is zero at first, so the gate starts half open.
 
     >>> torch.sigmoid(GatedAttention(8, n_heads=2).gate).item()

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from canvas_kernels.gathers import BagMap, RowMap, gather_rows, sum_bags, sum_rows
+from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
 
+from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
-from .grouped import coefficients, query_places, rows_of
+from .grouped import QueryPlaces, coefficients, only, query_places, rows_of
 from .softmax import project_out
 
 LINEAR_EPSILON = 1e-6
@@ -40,37 +41,30 @@ class SharedKeys:
 
     Attributes:
         key_sets: stretches of the K key places, of equal length each.
-        keys: RowMap of the key places over packed rows.
-        bags: BagMap of the sets, in the same order.
-        set_length: (sets, 1) float32.
+        keys: takes packed rows to the key places.
+        means: the mean of each set's packed rows, sets in the same order.
         reads: stretches of the S query places.
-        queries: RowMap of the query places.
-        read_set: RowMap of the reads over key sets.
-        place_read: RowMap of the query places over reads.
-        weight, scale_row, connections: of the query places, as in :class:`.grouped.ReadGroups`.
+        queries: takes packed rows to the query places.
+        read_set: takes key sets to reads.
+        places: of the queries.
     """
 
     key_sets: tuple[Stretch, ...]
-    keys: RowMap
-    bags: BagMap
-    set_length: torch.Tensor
+    keys: IndexMap
+    means: IndexMap
     reads: tuple[Stretch, ...]
-    queries: RowMap
-    read_set: RowMap
-    place_read: RowMap
-    weight: torch.Tensor
-    scale_row: torch.Tensor
-    connections: RowMap
+    queries: IndexMap
+    read_set: IndexMap
+    places: QueryPlaces
 
 
-def shared_keys(plan: AttentionPlan, device: torch.device | str = "cpu") -> SharedKeys:
-    """Made once per plan and device.
+def shared_keys(plan: AttentionPlan) -> SharedKeys:
+    """Made once per plan.
 
     Raises:
-        ValueError: the queries of a read see different keys.
+        ValueError: the queries of a read attend to different keys.
     """
-    key = ("shared keys", str(device))
-    if key not in plan.cache:
+    if "shared keys" not in plan.index_sets:
         sets = plan.sets()
         used = np.unique(sets.keys)
         used = used[np.argsort(sets.lengths(used), kind="stable")]
@@ -80,18 +74,17 @@ def shared_keys(plan: AttentionPlan, device: torch.device | str = "cpu") -> Shar
         length = sets.lengths(used)
         order = np.argsort(sets.lengths(sets.queries), kind="stable")
         place, q_rows = sets.rows_of(sets.queries[order])
-        plan.cache[key] = SharedKeys(
+        offset = np.concatenate([[0], np.cumsum(length)])
+        plan.index_sets["shared keys"] = SharedKeys(
             _stretches(length),
-            RowMap.of(k_rows, plan.n_packed, device),
-            BagMap.of(k_rows, np.concatenate([[0], np.cumsum(length)]), plan.n_packed, device),
-            torch.from_numpy(length.astype(np.float32))[:, None].to(device),
+            IndexMap.gather(k_rows, plan.n_packed),
+            IndexMap.sums(k_rows, offset, plan.n_packed, np.repeat(1.0 / length, length)),
             _stretches(sets.lengths(sets.queries[order])),
-            RowMap.of(q_rows, plan.n_packed, device),
-            RowMap.of(number[sets.keys[order]], len(used), device),
-            RowMap.of(place, len(order), device),
-            *query_places(plan, sets, order[place], q_rows, device),
+            IndexMap.gather(q_rows, plan.n_packed),
+            IndexMap.gather(number[sets.keys[order]], len(used)),
+            query_places(plan, sets, order[place], q_rows, place),
         )
-    return plan.cache[key]
+    return plan.index_sets["shared keys"]
 
 
 def _stretches(lengths: np.ndarray) -> tuple[Stretch, ...]:
@@ -106,7 +99,7 @@ def _check_heads(d_model: int, n_heads: int) -> None:
         raise ValueError(f"n_heads {n_heads} must divide d_model {d_model}")
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(CanvasModule):
     """φ(q)·Σ_j φ(k_j) v_jᵀ / (φ(q)·Σ_j φ(k_j) + 1e-6) with φ = elu + 1, and biased projections as
     :class:`CrossAttention` has.
 
@@ -124,9 +117,9 @@ class LinearAttention(nn.Module):
         self.dropout = dropout
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
 
-    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
-        """Makes the index tensors of ``plan`` on ``device``."""
-        shared_keys(plan, device)
+    def prepare(self, plan: AttentionPlan) -> None:
+        """Makes the index sets of ``plan``."""
+        shared_keys(plan)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
@@ -151,7 +144,8 @@ class LinearAttention(nn.Module):
         backend: str = "auto",
     ) -> torch.Tensor:
         """Every read of ``plan``; arguments and result as for :meth:`CrossAttention.attend`."""
-        found = shared_keys(plan, x.device)
+        found = shared_keys(plan)
+        weights = coefficients(found.places, plan, x, gain, active, row_scale)
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
         projected = F.linear(x, weight, bias)
@@ -167,8 +161,9 @@ class LinearAttention(nn.Module):
                 for stretch in found.key_sets
             ]
             sums = torch.cat(sums) if len(sums) > 1 else sums[0]
-            sums = gather_rows(sums.flatten(1), found.read_set).unflatten(1, sums.shape[1:])
-            q, pieces, first = gather_rows(q, found.queries), [], 0
+            by_read = only(gather_rows(sums.flatten(1), found.read_set), weights.live_reads)
+            sums = by_read.unflatten(1, sums.shape[1:])
+            q, pieces, first = only(gather_rows(q, found.queries), weights.live), [], 0
             for stretch in found.reads:
                 own = sums[first : first + stretch.count]
                 first += stretch.count
@@ -176,8 +171,7 @@ class LinearAttention(nn.Module):
                 out = _normalised(self._split(stretch.of(q), batch), own)
                 pieces.append(out.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1))
             results = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            results = results * coefficients(found, plan, gain, active, row_scale)
-            out = sum_rows(results, found.queries).unflatten(1, (batch, -1)).transpose(0, 1)
+            out = scatter_rows(weights.weigh(results), found.queries).unflatten(1, (batch, -1)).transpose(0, 1)
         return project_out(self.out_proj, out.to(dtype), bias_share)
 
     def _with_ones(self, v: torch.Tensor) -> torch.Tensor:
@@ -203,7 +197,7 @@ def _normalised(q: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     return out[..., :-1] / (out[..., -1:] + LINEAR_EPSILON)
 
 
-class PoolingAttention(nn.Module):
+class PoolingAttention(CanvasModule):
     """proj(mean of the keys), the same for every query of a read. ``n_heads`` and ``dropout`` have nothing to act on.
 
     >>> module = PoolingAttention(2)
@@ -217,9 +211,9 @@ class PoolingAttention(nn.Module):
         super().__init__()
         self.proj = nn.Linear(d_model, d_model)
 
-    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
-        """Makes the index tensors of ``plan`` on ``device``."""
-        shared_keys(plan, device)
+    def prepare(self, plan: AttentionPlan) -> None:
+        """Makes the index sets of ``plan``."""
+        shared_keys(plan)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """One read: the projected mean of ``values`` (B, m, d_model) for each of the queries (B, n, d_model)."""
@@ -238,17 +232,17 @@ class PoolingAttention(nn.Module):
     ) -> torch.Tensor:
         """Every read of ``plan``; arguments and result as for :meth:`CrossAttention.attend`. One projection for each
         distinct set of keys, whose bias needs no share: it is weighed with the rest."""
-        found = shared_keys(plan, x.device)
-        batch = x.shape[0]
-        means = sum_bags(rows_of(x), found.bags) / found.set_length.to(x.dtype)
+        found = shared_keys(plan)
+        batch, weights = x.shape[0], coefficients(found.places, plan, x, gain, active, row_scale)
+        means = gather_rows(rows_of(x), found.means)
         # [sets, B, d]
         pooled = self.proj(means.unflatten(1, (batch, -1)))
-        by_read = gather_rows(pooled.flatten(1), found.read_set)
-        results = gather_rows(by_read, found.place_read) * coefficients(found, plan, gain, active, row_scale)
-        return sum_rows(results, found.queries).unflatten(1, (batch, -1)).transpose(0, 1)
+        by_read = only(gather_rows(pooled.flatten(1), found.read_set), weights.live_reads)
+        results = weights.weigh(gather_rows(by_read, found.places.reads))
+        return scatter_rows(results, found.queries).unflatten(1, (batch, -1)).transpose(0, 1)
 
 
-class CopyAttention(nn.Module):
+class CopyAttention(CanvasModule):
     """Query i takes key i as it is; zeros where there are fewer keys. No parameters.
 
     >>> CopyAttention(1)(torch.zeros(1, 3, 1), *[torch.tensor([[[1.0], [2.0]]])] * 2).flatten().tolist()
@@ -258,9 +252,9 @@ class CopyAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
 
-    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
-        """Makes the index tensors of ``plan`` on ``device``."""
-        copies(plan, device)
+    def prepare(self, plan: AttentionPlan) -> None:
+        """Makes the index sets of ``plan``."""
+        copies(plan)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """One read: the first n rows of ``values`` (B, m, d_model), zeros beyond → (B, n, d_model)."""
@@ -279,41 +273,39 @@ class CopyAttention(nn.Module):
         backend: str = "auto",
     ) -> torch.Tensor:
         """Every read of ``plan``; arguments and result as for :meth:`CrossAttention.attend`. There is no bias."""
-        found = copies(plan, x.device)
-        results = gather_rows(rows_of(x), found.sources) * coefficients(found, plan, gain, active, row_scale)
-        return sum_rows(results, found.targets).unflatten(1, (x.shape[0], -1)).transpose(0, 1)
+        found = copies(plan)
+        weights = coefficients(found.places, plan, x, gain, active, row_scale)
+        results = weights.weigh(gather_rows(rows_of(x), found.sources))
+        return scatter_rows(results, found.targets).unflatten(1, (x.shape[0], -1)).transpose(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Copies:
-    """Rows that queries take: RowMaps of C places over packed rows, and what :func:`.grouped.coefficients` wants."""
+    """Rows that queries take: maps from packed rows to C places, of the keys and of the queries."""
 
-    sources: RowMap
-    targets: RowMap
-    weight: torch.Tensor
-    scale_row: torch.Tensor
-    connections: RowMap
+    sources: IndexMap
+    targets: IndexMap
+    places: QueryPlaces
 
 
-def copies(plan: AttentionPlan, device: torch.device | str = "cpu") -> Copies:
-    """Made once per plan and device.
+def copies(plan: AttentionPlan) -> Copies:
+    """Made once per plan.
 
     Raises:
-        ValueError: the queries of a read see different keys.
+        ValueError: the queries of a read attend to different keys.
     """
-    key = ("copies", str(device))
-    if key not in plan.cache:
+    if "copies" not in plan.index_sets:
         sets = plan.sets()
         taken = np.minimum(sets.lengths(sets.queries), sets.lengths(sets.keys))
         read = np.repeat(np.arange(len(taken)), taken)
         nth = np.arange(len(read)) - (np.cumsum(taken) - taken)[read]
         targets, sources = (sets.rows[sets.ptr[side[read]] + nth] for side in (sets.queries, sets.keys))
-        maps = (RowMap.of(rows, plan.n_packed, device) for rows in (sources, targets))
-        plan.cache[key] = Copies(*maps, *query_places(plan, sets, read, targets, device))
-    return plan.cache[key]
+        maps = (IndexMap.gather(rows, plan.n_packed) for rows in (sources, targets))
+        plan.index_sets["copies"] = Copies(*maps, query_places(plan, sets, read, targets, read))
+    return plan.index_sets["copies"]
 
 
-class NoneAttention(nn.Module):
+class NoneAttention(CanvasModule):
     """What "none" declares: an edge that does not run. Zeros for every query; a dispatcher makes no read of it at all.
 
     >>> NoneAttention(2)(torch.ones(1, 1, 2), *[torch.ones(1, 3, 2)] * 2).tolist()

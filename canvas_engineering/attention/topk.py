@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from canvas_kernels.derived import is_plain
+
+from .dense import dense_attention
 from .memories import MemoryAttention, check_heads
 
 # Logits of one pass: 2^22 are 16 MB in float32.
@@ -62,7 +65,7 @@ class SparseAttention(MemoryAttention):
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (features, *memory.chunk(2, dim=-1)))
         dropout = self.dropout if self.training else 0.0
         if k.shape[2] <= self.top_k:
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            out = dense_attention(q, k, v, dropout_p=dropout)
         else:
             out = top_k_attention(q, k, v, self.top_k, dropout)
         return out.transpose(1, 2).flatten(2)
@@ -78,7 +81,7 @@ def top_k_attention(
     parts.
     """
     rows = max(1, MOST_LOGITS // (k.shape[0] * k.shape[1] * k.shape[2]))
-    if q.device.type == "cpu" and not torch.compiler.is_compiling() and k.shape[2] >= SPARSE_FROM * top_k + MOST_TIES:
+    if q.is_cpu and is_plain(q) and k.shape[2] >= SPARSE_FROM * top_k + MOST_TIES:
         kept = _kept(q, k, top_k, rows)
         if kept is not None:
             return _gathered(q, k, v, *kept, dropout)

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from canvas_kernels.gathers import RowMap, gather_rows, sum_rows
+from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
 from canvas_kernels.tiling import expand_ranges
 
 from ..plan import AttentionPlan
-from .chosen import ChosenKeys
-from .grouped import coefficients
-from .grouped import query_places as places_of
+from .chosen import KEPT_TABLES, ChosenKeys
+from .grouped import Coefficients, QueryPlaces, coefficients, only, query_places
 from .softmax import CrossAttention
 
 # Queries of one block of a window of at most as many keys, and at most.
@@ -43,8 +42,8 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class BlockGroup:
-    """``reads`` reads cut alike into ``blocks`` blocks of ``rows`` × ``keys``, from those places on. ``bias`` float32
-    [blocks, 1, 1, rows, keys], 0 where a pair counts and −inf where it does not."""
+    """``reads`` reads cut alike into ``blocks`` blocks of ``rows`` × ``keys``, from those places on. ``bias`` is
+    the constant (blocks · rows · keys), 0 where a pair counts and −inf where it does not."""
 
     reads: int
     blocks: int
@@ -52,30 +51,28 @@ class BlockGroup:
     keys: int
     q_start: int
     k_start: int
-    bias: torch.Tensor
+    bias: IndexMap
 
     @classmethod
-    def of(cls, reads: int, blocks: Blocks, q_start: int, k_start: int, device: torch.device | str) -> BlockGroup:
+    def of(cls, reads: int, blocks: Blocks, q_start: int, k_start: int) -> BlockGroup:
         """``reads`` reads cut into ``blocks``."""
-        bias = torch.zeros(blocks.seen.shape).masked_fill_(torch.from_numpy(~blocks.seen), -math.inf)
         shape = (len(blocks.query), blocks.query.shape[1], blocks.key.shape[1])
-        return cls(reads, *shape, q_start, k_start, bias[:, None, None].to(device))
+        return cls(reads, *shape, q_start, k_start, IndexMap.constant(np.where(blocks.seen, 0.0, -np.inf)))
 
 
 @dataclass(frozen=True, eq=False)
 class BlockedReads:
-    """All reads of a plan, cut: RowMaps of the query and key places over packed rows, and what
-    :func:`.grouped.coefficients` wants, with weight 0 at places that do not count."""
+    """All reads of a plan, cut: maps from packed rows to the query and key places, from reads to key places, and the
+    places of the queries, with weight 0 where they do not count."""
 
     groups: tuple[BlockGroup, ...]
-    queries: RowMap
-    keys: RowMap
-    weight: torch.Tensor
-    scale_row: torch.Tensor
-    connections: RowMap
+    queries: IndexMap
+    keys: IndexMap
+    key_reads: IndexMap
+    places: QueryPlaces
 
 
-def block_reads(plan: AttentionPlan, cut, device: torch.device | str) -> BlockedReads:
+def block_reads(plan: AttentionPlan, cut) -> BlockedReads:
     """Cuts every read of ``plan``; ``cut(n, m)`` gives the :class:`Blocks` of those of n queries and m keys."""
     sets = plan.sets()
     n, m = sets.lengths(sets.queries), sets.lengths(sets.keys)
@@ -88,48 +85,56 @@ def block_reads(plan: AttentionPlan, cut, device: torch.device | str) -> Blocked
             sets.rows[sets.ptr[side[reads]][:, None] + place.reshape(-1)].reshape(-1)
             for side, place in ((sets.queries, blocks.query), (sets.keys, blocks.key))
         )
-        owner = np.repeat(reads, blocks.query.size)
-        parts.append((q_rows, k_rows, owner, np.tile(blocks.counts.reshape(-1), len(reads))))
-        groups.append(BlockGroup.of(len(reads), blocks, q_start, k_start, device))
+        owners = (np.repeat(reads, side.size) for side in (blocks.query, blocks.key))
+        parts.append((q_rows, k_rows, *owners, np.tile(blocks.counts.reshape(-1), len(reads))))
+        groups.append(BlockGroup.of(len(reads), blocks, q_start, k_start))
         q_start += len(q_rows)
         k_start += len(k_rows)
-    q_rows, k_rows, owner, counts = (np.concatenate(column) for column in zip(*parts))
-    weight, scale_row, connections = places_of(plan, sets, owner, q_rows, device)
-    weight = weight * torch.from_numpy(counts).to(weight)
-    maps = (RowMap.of(rows, plan.n_packed, device) for rows in (q_rows, k_rows))
-    return BlockedReads(tuple(groups), *maps, weight, scale_row, connections)
+    q_rows, k_rows, owner, key_owner, counts = (np.concatenate(column) for column in zip(*parts))
+    places = query_places(plan, sets, owner, q_rows, owner, sets.weight[owner] * counts)
+    maps = (IndexMap.gather(rows, plan.n_packed) for rows in (q_rows, k_rows))
+    return BlockedReads(tuple(groups), *maps, IndexMap.gather(key_owner, int(owner.max()) + 1), places)
 
 
 def attend_blocks(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    groups: tuple[BlockGroup, ...],
-    query_places: RowMap,
-    key_places: RowMap,
-    factor: torch.Tensor,
+    found: BlockedReads,
+    weights: Coefficients,
     scale: float,
     dropout_p: float,
 ) -> torch.Tensor:
-    """Σ over reads of ``factor`` (query places, 1) · softmax over the pairs that count: q (B, heads, n, D), k and v (B,
-    heads, m, D) → (n, B, heads, D)."""
+    """Σ over reads of factor · softmax over the pairs that count: q (B, heads, n, D), k and v (B, heads, m, D) → (n, B,
+    heads, D)."""
     batch, heads, _, dim = q.shape
     # places, B, heads, D
-    q = gather_rows(_by_row(q), query_places).unflatten(1, (batch, heads, dim))
-    k, v = (gather_rows(_by_row(x), key_places).unflatten(1, (batch, heads, dim)) for x in (k, v))
-    pieces = []
-    for g in groups:
+    q = only(gather_rows(_by_row(q), found.queries), weights.live).unflatten(1, (batch, heads, dim))
+    live = None
+    if weights.live_reads is not None:
+        live = gather_rows(weights.live_reads.to(k.dtype), found.key_reads) > 0
+    k, v = (only(gather_rows(_by_row(x), found.keys), live).unflatten(1, (batch, heads, dim)) for x in (k, v))
+    # a block holds keys outside of a row's window: what is not finite is taken out, and put back into rows that attend
+    # to it
+    broken = ~(k.detach().isfinite() & v.detach().isfinite()).all(-1, keepdim=True)
+    k, v = (torch.where(broken, x.new_zeros(()), x) for x in (k, v))
+    one, pieces = q.new_ones(1, 1), []
+    for g in found.groups:
         units = g.reads * g.blocks
         queries = _blocks(q, g.q_start, units, g.rows)
         keys, values = (_blocks(x, g.k_start, units, g.keys) for x in (k, v))
+        bias = gather_rows(one, g.bias).view(g.blocks, 1, 1, g.rows, g.keys)
         # [units, B, heads, rows, keys]
         logits = scale * (queries @ keys.transpose(-1, -2))
-        logits = (logits.unflatten(0, (g.reads, g.blocks)) + g.bias.to(logits.dtype)).flatten(0, 1)
+        logits = (logits.unflatten(0, (g.reads, g.blocks)) + bias).flatten(0, 1)
         wide = torch.promote_types(logits.dtype, torch.float32)
         p = F.dropout(torch.softmax(logits, -1, dtype=wide).to(values.dtype), dropout_p, training=dropout_p > 0)
-        pieces.append((p @ values).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1))
+        lost = _blocks(broken.to(bias.dtype), g.k_start, units, g.keys).unflatten(0, (g.reads, g.blocks))
+        lost = (((bias == 0).to(bias.dtype) @ lost) > 0).flatten(0, 1)
+        out = torch.where(lost, p.new_full((), math.nan), p @ values)
+        pieces.append(out.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1))
     results = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    return sum_rows(results * factor, query_places).unflatten(1, (batch, heads, dim))
+    return scatter_rows(weights.weigh(results), found.queries).unflatten(1, (batch, heads, dim))
 
 
 def _by_row(x: torch.Tensor) -> torch.Tensor:
@@ -153,13 +158,12 @@ class LocalAttention(ChosenKeys):
     [[0, 0, 1, 1, 1, 2, 2], [0, 1, 0, 1, 2, 1, 2]]
     """
 
-    _heads_first = False
-
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0, window_size: int = 8):
         super().__init__(d_model, n_heads, dropout)
         if window_size < 0:
             raise ValueError(f"window_size must not be negative, got {window_size}")
         self.window_size = window_size
+        self._blocked: dict[tuple, BlockedReads] = {}
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model); 0 for queries that
@@ -170,13 +174,26 @@ class LocalAttention(ChosenKeys):
         return torch.where(sees, out, torch.zeros_like(out))
 
     def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
-        n, m = q.shape[2], k.shape[2]
-        blocks = self.cut(n, m)
-        group = BlockGroup.of(1, blocks, 0, 0, q.device)
-        places = (RowMap.of(place.reshape(-1), rows, q.device) for place, rows in ((blocks.query, n), (blocks.key, m)))
-        factor = torch.from_numpy(blocks.counts.reshape(-1, 1)).to(q)
-        out = attend_blocks(q, k, v, (group,), *places, factor, q.shape[-1] ** -0.5, dropout_p)
-        return out.permute(1, 2, 0, 3)
+        found = self._single(q.shape[2], k.shape[2])
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        factor = gather_rows(q.new_ones(1, 1, dtype=dtype), found.places.scale)
+        weights = Coefficients(factor, factor != 0, None)
+        out = attend_blocks(q, k, v, found, weights, q.shape[-1] ** -0.5, dropout_p)
+        return out.permute(1, 2, 0, 3).to(v.dtype)
+
+    def _single(self, n: int, m: int) -> BlockedReads:
+        """One read of n queries and m keys; the last few are kept."""
+        key = (n, m, *self.choice_key())
+        if key not in self._blocked:
+            if len(self._blocked) >= KEPT_TABLES:
+                self._blocked.pop(next(iter(self._blocked)))
+            blocks = self.cut(n, m)
+            maps = (IndexMap.gather(place.reshape(-1), rows) for place, rows in ((blocks.query, n), (blocks.key, m)))
+            one = IndexMap.gather(np.zeros(blocks.query.size, np.int64), 1)
+            places = QueryPlaces(IndexMap.constant(blocks.counts.astype(np.float64)), one, one, True)
+            key_reads = IndexMap.gather(np.zeros(blocks.key.size, np.int64), 1)
+            self._blocked[key] = BlockedReads((BlockGroup.of(1, blocks, 0, 0),), *maps, key_reads, places)
+        return self._blocked[key]
 
     def choice_key(self) -> tuple:
         return ("window", self.window_size // 2)
@@ -188,17 +205,17 @@ class LocalAttention(ChosenKeys):
     # beside this class's own forward: see grouped.is_fused
     attend = CrossAttention.attend
 
-    def blocked(self, plan: AttentionPlan, device: torch.device | str) -> BlockedReads:
-        """``plan`` cut into blocks, cached on it."""
-        key = ("blocked", *self.choice_key(), str(device))
-        if key not in plan.cache:
-            plan.cache[key] = block_reads(plan, self.cut, device)
-        return plan.cache[key]
+    def blocked(self, plan: AttentionPlan) -> BlockedReads:
+        """``plan`` cut into blocks, made once per plan."""
+        key = ("blocked", *self.choice_key())
+        if key not in plan.index_sets:
+            plan.index_sets[key] = block_reads(plan, self.cut)
+        return plan.index_sets[key]
 
-    def prepare(self, plan: AttentionPlan, device: torch.device | str = "cpu") -> None:
-        """Makes the table and the index tensors of ``plan`` on ``device``."""
-        super().prepare(plan, device)
-        self.blocked(self.chosen(plan), device)
+    def prepare(self, plan: AttentionPlan) -> None:
+        """Makes the table and the index sets of ``plan``."""
+        super().prepare(plan)
+        self.blocked(self.chosen(plan))
 
     def weighted_values(
         self,
@@ -214,12 +231,11 @@ class LocalAttention(ChosenKeys):
         if backend not in ("auto", "torch"):
             return super().weighted_values(x, plan, gain=gain, active=active, row_scale=row_scale, backend=backend)
         chosen = self.chosen(plan)
-        found = self.blocked(chosen, x.device)
+        found = self.blocked(chosen)
         q, k, v = self._project(x)
-        factor = coefficients(found, chosen, gain, active, row_scale)
+        weights = coefficients(found.places, chosen, q, gain, active, row_scale)
         dropout_p = self.dropout if self.training else 0.0
-        places = (found.groups, found.queries, found.keys)
-        out = attend_blocks(q, k, v, *places, factor, q.shape[-1] ** -0.5, dropout_p)
+        out = attend_blocks(q, k, v, found, weights, q.shape[-1] ** -0.5, dropout_p)
         # (n, B, heads, D) → (B, heads, n, D)
         return out.permute(1, 2, 0, 3).to(v.dtype)
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+
+from canvas_engineering.checked import (
+    LARGEST_INT,
+    checked_bool,
+    checked_int,
+    checked_ints,
+    checked_kind,
+    checked_number,
+    checked_string,
+    shown,
+)
 
 __all__ = ["ATTENTION_TYPES", "CanvasLayout", "RegionSpec", "transfer_distance"]
 
@@ -32,52 +42,6 @@ ATTENTION_TYPES: dict[str, str] = {
     "mixture": "a router over experts that see chunks of the keys, O(NK)",
     "cogvideox": "cross-attention as a CogVideoX block does it, O(NM)",
 }
-
-# Real times are products of a frame count and a period; both below this bound keep them exact in int64.
-_LARGEST = 2**31 - 1
-
-
-def checked_int(value: Any, what: str, least: int | None) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise ValueError(f"{what} must be an int, got {value!r}")
-    if least is not None and number < least:
-        raise ValueError(f"{what} must be at least {least}, got {number}")
-    if abs(number) > _LARGEST:
-        raise ValueError(f"{what} must be below 2**31 in magnitude, got {number}")
-    return number
-
-
-def _checked_ints(values: Any, what: str) -> tuple[int, ...]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise ValueError(f"{what} must be a tuple of ints, got {values!r}")
-    return tuple(checked_int(value, what, None) for value in values)
-
-
-def checked_number(value: Any, what: str) -> float:
-    try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{what} must be a finite number, got {value!r}")
-    return number
-
-
-def checked_string(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{what} must be a string, got {value!r}")
-    return value
-
-
-def checked_strings(values: Any, what: str) -> tuple[str, ...]:
-    several = isinstance(values, Iterable) and not isinstance(values, str)
-    if not several or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{what} must be a tuple of strings, got {values!r}")
-    return tuple(values)
 
 
 class HashedOnce(tuple):
@@ -133,10 +97,10 @@ class RegionSpec:
             and len(bounds) % 2 == 0
             and set(map(type, bounds)) == {int}
             and min(bounds[::2]) >= 0
-            and max(bounds) <= _LARGEST
+            and max(bounds) <= LARGEST_INT
             and all(map(operator.lt, bounds[::2], bounds[1::2]))
             and type(self.period) is int
-            and 1 <= self.period <= _LARGEST
+            and 1 <= self.period <= LARGEST_INT
             and type(self.is_output) is bool
             and type(self.loss_weight) is float
             and math.isfinite(self.loss_weight)
@@ -148,7 +112,7 @@ class RegionSpec:
         self._check()
 
     def _check(self) -> None:
-        bounds = _checked_ints(self.bounds, "region bounds")
+        bounds = checked_ints(self.bounds, "region bounds")
         if len(bounds) < 4 or len(bounds) % 2:
             raise ValueError(f"region bounds must be (t0, t1, s0_lo, s0_hi, ...), got {bounds}")
         for low, high in zip(bounds[::2], bounds[1::2]):
@@ -158,18 +122,15 @@ class RegionSpec:
         put(self, "bounds", bounds)
         put(self, "period", checked_int(self.period, f"period of the region at {bounds}", 1))
         put(self, "loss_weight", checked_number(self.loss_weight, f"loss_weight of the region at {bounds}"))
-        if not isinstance(self.is_output, (bool, np.bool_)):
-            raise ValueError(f"is_output of the region at {bounds} must be a bool, got {self.is_output!r}")
-        put(self, "is_output", bool(self.is_output))
+        put(self, "is_output", checked_bool(self.is_output, f"is_output of the region at {bounds}"))
         for name in ("embedding_model", "default_attn", "carrier"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} of the region at {bounds} must be a string, got {getattr(self, name)!r}")
-        if self.semantic_type is not None and not isinstance(self.semantic_type, str):
-            raise ValueError(f"semantic_type of the region at {bounds} must be a string, got {self.semantic_type!r}")
+            checked_string(getattr(self, name), f"{name} of the region at {bounds}")
+        if self.semantic_type is not None:
+            checked_string(self.semantic_type, f"semantic_type of the region at {bounds}")
         if self.semantic_embedding is not None:
             try:
                 values = torch.as_tensor(self.semantic_embedding, dtype=torch.float64).tolist()
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
                 raise ValueError(f"semantic_embedding of the region at {bounds} must hold numbers: {error}") from None
             if not isinstance(values, list) or not all(isinstance(v, float) and math.isfinite(v) for v in values):
                 raise ValueError(f"semantic_embedding of the region at {bounds} must be a vector of finite numbers")
@@ -193,6 +154,7 @@ def transfer_distance(a: RegionSpec, b: RegionSpec) -> float:
     1.0
     """
     for spec in (a, b):
+        checked_kind(spec, "what is bridged", RegionSpec)
         if spec.semantic_embedding is None:
             raise ValueError(f"the region at {spec.bounds} ({spec.semantic_type!r}) has no semantic_embedding")
     if a.embedding_model != b.embedding_model:
@@ -244,19 +206,25 @@ class CanvasLayout:
         put(self, "T", checked_int(self.T, "CanvasLayout T", 1))
         put(self, "d_model", checked_int(self.d_model, "CanvasLayout d_model", 1))
         put(self, "t_current", checked_int(self.t_current, "CanvasLayout t_current", 0))
-        if isinstance(self.spatial_shape, int):
-            raise ValueError(f"CanvasLayout spatial_shape must be a tuple of ints, got {self.spatial_shape!r}")
-        shape = _checked_ints(self.spatial_shape, "CanvasLayout spatial_shape")
+        shape = checked_ints(self.spatial_shape, "CanvasLayout spatial_shape")
         # both are there, and agree, where dataclasses.replace makes a layout of another
-        given, named = (self.H, self.W), (*shape[:2], None)[:2]
-        if shape and given not in ((None, None), named):
-            raise ValueError(f"give spatial_shape={shape} or H={self.H}, W={self.W}, not both")
+        given = tuple(
+            None if size is None else checked_int(size, f"CanvasLayout {name}", 1)
+            for name, size in (("H", self.H), ("W", self.W))
+        )
+        if shape and given not in ((None, None), (*shape[:2], None)[:2]):
+            raise ValueError(f"give spatial_shape={shape} or H={given[0]}, W={given[1]}, not both")
         if not shape:
-            if self.H is None:
-                raise ValueError(f"a CanvasLayout needs spatial_shape, or H and W; got H={self.H}, W={self.W}")
-            shape = (self.H,) if self.W is None else (self.H, self.W)
+            if given[0] is None:
+                raise ValueError(f"a CanvasLayout needs spatial_shape, or H and W; got H=None, W={given[1]}")
+            shape = given if given[1] is not None else given[:1]
         shape = tuple(checked_int(size, "every size of CanvasLayout spatial_shape", 1) for size in shape)
         put(self, "spatial_shape", shape)
+        if self.num_positions > LARGEST_INT:
+            raise ValueError(
+                f"a CanvasLayout of T={self.T} frames of {shape} has {self.num_positions} positions: it may have up to "
+                "2**31 - 1"
+            )
         put(self, "H", shape[0])
         put(self, "W", shape[1] if len(shape) > 1 else None)
         if not isinstance(self.regions, dict):
@@ -327,7 +295,7 @@ class CanvasLayout:
             ValueError: the wrong number of coordinates, or one outside the grid.
         """
         shape = (self.T, *self.spatial_shape)
-        coords = _checked_ints((t, *spatial_coords), "coordinates")
+        coords = checked_ints((t, *spatial_coords), "coordinates")
         if len(coords) != len(shape) or not all(0 <= c < size for c, size in zip(coords, shape)):
             raise ValueError(f"position {coords} does not lie on the grid {shape}")
         index = 0
@@ -341,7 +309,7 @@ class CanvasLayout:
         except (KeyError, TypeError):
             known = ", ".join(repr(known) for known in list(self.regions)[:12])
             more = f", ... ({len(self.regions)} in all)" if len(self.regions) > 12 else ""
-            raise KeyError(f"the layout has no region {name!r}; its regions: {known}{more}") from None
+            raise KeyError(f"the layout has no region {shown(name)}; its regions: {known}{more}") from None
         cached = self._specs.get(name)
         # Specs and tuples never change, so a region is new only where the dict holds another object.
         if cached is None or cached[0] is not raw:
@@ -351,7 +319,7 @@ class CanvasLayout:
     def _checked_region(self, name: str, raw: Any) -> tuple[RegionSpec, np.ndarray]:
         shape = (self.T, *self.spatial_shape)
         if not isinstance(name, str) or not name:
-            raise ValueError(f"region names must be strings of at least one character, got {name!r}")
+            raise ValueError(f"region names must be strings of at least one character, got {shown(name)}")
         if not isinstance(raw, RegionSpec):
             try:
                 raw = RegionSpec(bounds=raw)
@@ -393,14 +361,18 @@ class CanvasLayout:
         """Number of positions of the region."""
         return math.prod(self.region_size(name))
 
-    def _box_index(self, bounds: tuple[int, ...]) -> torch.Tensor:
-        index = torch.zeros((), dtype=torch.int64, device="cpu")
+    def _box_index(self, bounds: tuple[int, ...]) -> np.ndarray:
+        index = np.zeros((), np.int64)
         for low, high, size in zip(bounds[::2], bounds[1::2], (self.T, *self.spatial_shape)):
-            index = (index * size).unsqueeze(-1) + torch.arange(low, high, device="cpu")
+            index = (index * size)[..., None] + np.arange(low, high)
         return index.reshape(-1)
 
     def region_index(self, name: str) -> torch.Tensor:
-        """The region's flat indices in row-major order, int64 ``[region_numel]``; cached, so not to be written to."""
+        """The region's flat indices in row-major order, int64 ``[region_numel]``; not to be written to."""
+        return torch.from_numpy(self.region_positions(name))
+
+    def region_positions(self, name: str) -> np.ndarray:
+        """`region_index` on the host whatever mode torch is in; cached, so not to be written to."""
         raw, spec, _ = self._region(name)
         cached = self._indices.get(name)
         if cached is None or cached[0] is not raw:
@@ -413,7 +385,7 @@ class CanvasLayout:
 
     def region_indices_at_t(self, name: str, t_abs: int) -> list[int]:
         """The region's flat indices at the absolute canvas frame ``t_abs``; empty where it has no such frame."""
-        bounds = self.region_spec(name).bounds
+        bounds, t_abs = self.region_spec(name).bounds, checked_int(t_abs, "t_abs")
         if not bounds[0] <= t_abs < bounds[1]:
             return []
         return self._box_index((t_abs, t_abs + 1, *bounds[2:])).tolist()
@@ -438,10 +410,10 @@ class CanvasLayout:
 
     def real_frame(self, name: str, canvas_t: int) -> int:
         """Real-time frame of the region's ``canvas_t``-th frame, both counted from the region's start."""
-        return canvas_t * self.region_spec(name).period
+        return checked_int(canvas_t, "canvas_t") * self.region_spec(name).period
 
     def canvas_frame(self, name: str, real_t: int) -> int | None:
         """Which of the region's frames lies at ``real_t``, both counted from its start; None where none does."""
         spec = self.region_spec(name)
-        frame, remainder = divmod(real_t, spec.period)
+        frame, remainder = divmod(checked_int(real_t, "real_t", most=2**63 - 1), spec.period)
         return frame if remainder == 0 and 0 <= frame < spec.bounds[1] - spec.bounds[0] else None

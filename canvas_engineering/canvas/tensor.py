@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from canvas_engineering.canvas.layout import CanvasLayout, RegionSpec, checked_int
+from canvas_engineering.canvas.layout import CanvasLayout, RegionSpec
+from canvas_engineering.checked import checked_int, checked_ints, checked_kind, shown
+from canvas_engineering.derived_buffers import CanvasModule
 
 __all__ = [
     "FamilyCarrierEmbedding",
@@ -19,7 +22,7 @@ __all__ = [
 ]
 
 
-class SinusoidalPositionalEncodingND(nn.Module):
+class SinusoidalPositionalEncodingND(CanvasModule):
     """Fixed sinusoids of the frame and of each cell coordinate, side by side in the channels.
 
     ``d_model`` is split evenly over time and each spatial dimension, the remainder going to the last. Channel ``c`` of
@@ -36,8 +39,8 @@ class SinusoidalPositionalEncodingND(nn.Module):
 
     def __init__(self, d_model: int, max_T: int = 32, max_spatial: tuple[int, ...] = (64, 64)) -> None:
         super().__init__()
-        checked_int(d_model, "d_model", 1)
-        sizes = [checked_int(size, "max_T and max_spatial", 1) for size in (max_T, *max_spatial)]
+        d_model = checked_int(d_model, "d_model", 1)
+        sizes = [checked_int(max_T, "max_T", 1), *checked_ints(max_spatial, "max_spatial", 1)]
         share = d_model // len(sizes)
         pe = torch.empty(*sizes, d_model)
         for axis, size in enumerate(sizes):
@@ -81,7 +84,7 @@ class SinusoidalPositionalEncoding3D(SinusoidalPositionalEncodingND):
         return super().forward(T, (H, W) if spatial_shape is None else spatial_shape)
 
 
-class PeriodEmbedding(nn.Module):
+class PeriodEmbedding(CanvasModule):
     """A learned vector per logarithmic bucket of a region's period.
 
     Raises:
@@ -92,7 +95,7 @@ class PeriodEmbedding(nn.Module):
         super().__init__()
         self.n_buckets = checked_int(n_buckets, "n_buckets", 2)
         self.max_period = checked_int(max_period, "max_period", 2)
-        self.embedding = nn.Embedding(n_buckets, d_model)
+        self.embedding = nn.Embedding(self.n_buckets, checked_int(d_model, "d_model", 1))
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def bucket(self, period: int) -> int:
@@ -110,11 +113,12 @@ _FAMILIES = ("observation", "state", "memory", "residual", "action")
 _CARRIERS = ("deterministic", "diffusive", "filter", "memory", "residual")
 
 
-class FamilyCarrierEmbedding(nn.Module):
+class FamilyCarrierEmbedding(CanvasModule):
     """A learned vector per region family plus one per carrier; any other string shares the last row of its table."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
+        d_model = checked_int(d_model, "d_model", 1)
         self.family_embedding = nn.Embedding(len(_FAMILIES) + 1, d_model)
         self.carrier_embedding = nn.Embedding(len(_CARRIERS) + 1, d_model)
         nn.init.normal_(self.family_embedding.weight, std=0.02)
@@ -140,7 +144,7 @@ def parameter_key(region: str) -> str:
     return region.replace(".", "__").replace("[", "_").replace("]", "_")
 
 
-class SpatiotemporalCanvas(nn.Module):
+class SpatiotemporalCanvas(CanvasModule):
     """The tensor on a layout: makes empty canvases, writes regions into them and reads regions out of them.
 
     The canvas is laid out when the module is built: later changes of ``layout.regions`` do not reach it.
@@ -159,7 +163,12 @@ class SpatiotemporalCanvas(nn.Module):
 
     def __init__(self, layout: CanvasLayout, semantic_conditioner: Any = None, program: Any = None) -> None:
         super().__init__()
-        self.layout, self.program, self.semantic_conditioner = layout, program, semantic_conditioner
+        self.layout = checked_kind(layout, "layout", CanvasLayout)
+        if program is not None and not isinstance(getattr(program, "regions", None), dict):
+            raise ValueError(f"program must have regions, a dict of names to programs, got {shown(program)}")
+        if semantic_conditioner is not None and not hasattr(semantic_conditioner, "get_conditioning"):
+            raise ValueError(f"semantic_conditioner must have get_conditioning, got {shown(semantic_conditioner)}")
+        self.program, self.semantic_conditioner = program, semantic_conditioner
         d_model = layout.d_model
         self.empty_token = nn.Parameter(torch.randn(d_model) * 0.02)
         self.pos_enc = SinusoidalPositionalEncodingND(d_model, layout.T, layout.spatial_shape)
@@ -168,28 +177,25 @@ class SpatiotemporalCanvas(nn.Module):
         self.family_carrier_embedding = None if program is None else FamilyCarrierEmbedding(d_model)
 
         specs = {name: layout.region_spec(name) for name in layout.regions}
-        counts = torch.tensor([layout.region_numel(name) for name in specs], dtype=torch.int64, device="cpu")
-        stops = counts.cumsum(0).tolist()
-        self._ranges = {name: (stop - count, stop) for name, stop, count in zip(specs, stops, counts.tolist())}
+        counts = np.array([layout.region_numel(name) for name in specs], np.int64)
+        stops = counts.cumsum()
+        self._ranges = {name: (int(stop - count), int(stop)) for name, stop, count in zip(specs, stops, counts)}
         self._programs = {name: self._family_and_carrier(name, spec) for name, spec in specs.items()}
-
-        def index_buffer(name: str, index: torch.Tensor | None) -> None:
-            self.register_buffer(name, index, persistent=False)  # checkpoints hold what was learned
-
-        empty = torch.zeros(0, dtype=torch.int64)
-        index_buffer("_positions", torch.cat([empty, *(layout.region_index(name) for name in specs)]))
-        index_buffer("_region_of", torch.repeat_interleave(torch.arange(len(specs)), counts))
+        empty = np.zeros(0, np.int64)
+        self.register_table("_positions", np.concatenate([empty, *map(layout.region_positions, specs)]))
+        self.register_table("_region_of", np.repeat(np.arange(len(specs)), counts))
         buckets = [self.period_embedding.bucket(spec.period) for spec in specs.values()]
-        index_buffer("_period_rows", torch.tensor(buckets, dtype=torch.int64))
+        self.register_table("_period_rows", np.array(buckets, np.int64))
         known = {name: row for row, name in enumerate(getattr(semantic_conditioner, "region_names", ()))}
         every = hasattr(semantic_conditioner, "get_all_conditioning") and specs.keys() <= known.keys()
-        index_buffer("_semantic_rows", torch.tensor([known[name] for name in specs]) if every else None)
+        self._knows_every_region = every
+        self.register_table("_semantic_rows", np.array([known[name] for name in specs if every], np.int64))
         if program is not None:
             table = self.family_carrier_embedding
             rows = [
                 (table.family_idx(family), table.carrier_idx(carrier)) for family, carrier in self._programs.values()
             ]
-            index_buffer("_program_rows", torch.tensor(rows, dtype=torch.int64).reshape(-1, 2))
+            self.register_table("_program_rows", np.array(rows, np.int64).reshape(-1, 2))
 
     def _modality_embeddings(self) -> nn.ParameterDict:
         embeddings, owners = nn.ParameterDict(), {}
@@ -216,7 +222,7 @@ class SpatiotemporalCanvas(nn.Module):
     def _conditioning(self) -> torch.Tensor:
         """Each region's semantic conditioning, ``[regions, d_model]``; in one go where all can be had at once."""
         conditioner = self.semantic_conditioner
-        if self._semantic_rows is not None:
+        if self._knows_every_region:
             return conditioner.get_all_conditioning()[self._semantic_rows]
         return torch.stack([conditioner.get_conditioning(name) for name in self._ranges])
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..derived_buffers import CanvasModule, refuse_inference_tensors
 from ..looped_block import LoopParameters, checked_loops, parameter_home
 
 __all__ = ["LoopedCogVideoXBlock"]
@@ -14,7 +15,7 @@ __all__ = ["LoopedCogVideoXBlock"]
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
-class LoopedCogVideoXBlock(nn.Module):
+class LoopedCogVideoXBlock(CanvasModule):
     """diffusers' CogVideoX block, run ``loops`` times on its own two streams (docs/semantics.md, section 6).
 
     The given block's modules become this one's, under their own names: state-dict keys, attention processors, LoRA and
@@ -35,7 +36,7 @@ class LoopedCogVideoXBlock(nn.Module):
         sharpening: None, or a factor on the attention scale for each loop; needs a :class:`CanvasAttnProcessor`.
 
     Raises:
-        ValueError: the block is offloaded or hooked already, or it loops already.
+        ValueError: the block is offloaded or hooked already, it loops already, or it holds inference tensors.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LoopedCogVideoXBlock(nn.Module):
         """ValueError if :meth:`graft` cannot be done to ``block``; nothing is changed."""
         if isinstance(block, LoopedCogVideoXBlock):
             raise ValueError(f"block {block_idx} loops already: ungraft it first")
+        refuse_inference_tensors(block, f"block {block_idx}")
         if "forward" in block.__dict__ or _is_offloaded(block) or type(block).__name__ != "CogVideoXBlock":
             raise ValueError(
                 f"hooks or wrappers run block {block_idx} ({type(block).__name__}), or move its parameters, and would "

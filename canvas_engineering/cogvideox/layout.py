@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..canvas import CanvasLayout, RegionSpec
+from ..checked import checked_int, checked_ints
 from ..connectivity import CanvasTopology, Connection, TemporalFill
 from ..masks import MaskSpec
 
@@ -14,6 +15,7 @@ __all__ = ["PixelBox", "cogvideox_layout", "dense_topology", "tile_topology", "w
 
 TEXT, VIDEO, FIRST_FRAME = "text", "video", "first_frame"
 _OWN = (TEXT, VIDEO, FIRST_FRAME)
+_MOST = 100_000  # frames of a window, each a connection, and tokens of a text, whose divisors are looked for
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,22 @@ class PixelBox:
     """A box of a video: half-open ranges of frames, pixel rows and pixel columns; None is the whole range.
 
     On a token grid it is every token that it touches.
+
+    Raises:
+        ValueError: a range that is not two ints.
     """
 
     frames: tuple[int, int] | None = None
     rows: tuple[int, int] | None = None
     columns: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "rows", "columns"):
+            if getattr(self, name) is not None:
+                given = checked_ints(getattr(self, name), f"PixelBox {name}")
+                if len(given) != 2:
+                    raise ValueError(f"PixelBox {name} must be a range (low, high), got {given}")
+                object.__setattr__(self, name, given)
 
 
 def cogvideox_layout(
@@ -65,19 +78,18 @@ def cogvideox_layout(
     >>> layout.region_size("video"), layout.region_numel("text"), layout.region_spec("hand").bounds
     ((13, 30, 45), 226, (1, 3, 15, 30, 0, 45))
     """
-    side, ratio = vae_scale * config["patch_size"], config["temporal_compression_ratio"]
+    height, width = checked_int(height, "height"), checked_int(width, "width")
+    num_frames = checked_int(num_frames, "num_frames", 1)
+    side, ratio = checked_int(vae_scale, "vae_scale", 1) * config["patch_size"], config["temporal_compression_ratio"]
     for name, size in (("height", height), ("width", width)):
         if size < side or size % side:
             raise ValueError(f"{name} {size} must be a multiple of {side} pixels, the side of a token")
-    if num_frames < 1:
-        raise ValueError(f"num_frames must be at least 1, got {num_frames}")
     joined = config.get("patch_size_t") or 1
     latent_frames = (num_frames - 1) // ratio + 1
     padding = -latent_frames % joined
     T, H, W = (latent_frames + padding) // joined, height // side, width // side
     n_text = config["max_text_seq_length"] if text_tokens is None else text_tokens
-    if n_text < 1:
-        raise ValueError(f"text_tokens must be at least 1, got {n_text}")
+    n_text = checked_int(n_text, "text_tokens", 1, most=_MOST)
 
     def tokens(name: str, box: PixelBox) -> tuple[int, ...]:
         bounds = []
@@ -137,8 +149,9 @@ def window_topology(past: int = 1, future: int = 0) -> CanvasTopology:
     and everything the text. The default is same frame + previous frame + text.
 
     Raises:
-        ValueError: a negative number of frames.
+        ValueError: a negative number of frames, or more than 100,000.
     """
+    past, future = checked_int(past, "past", most=_MOST), checked_int(future, "future", most=_MOST)
     if past < 0 or future < 0:
         raise ValueError(f"past and future must be at least 0, got {past} and {future}")
     frames = [

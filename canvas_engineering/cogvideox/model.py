@@ -11,6 +11,7 @@ from torch import nn
 
 from ..canvas import CanvasLayout
 from ..connectivity import CanvasTopology
+from ..derived_buffers import outside_inference
 from ..schema import CanvasSchema
 from . import packing
 from .block import LoopedCogVideoXBlock
@@ -25,6 +26,7 @@ def looped_model_class() -> type[nn.Module]:
     from diffusers import CogVideoXTransformer3DModel
     from diffusers.configuration_utils import register_to_config
 
+    @outside_inference
     def __init__(
         self,
         *args,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..derived_buffers import CanvasModule
 from .layout import TEXT
 from .processor import CanvasAttnProcessor
 
@@ -28,7 +29,7 @@ def can_pack(processor: CanvasAttnProcessor) -> bool:
 def install(transformer: nn.Module, processor: CanvasAttnProcessor) -> None:
     """Hooks that pack behind the patch embedding and unpack before the final norm."""
     remove(transformer)
-    order = _Order(processor)
+    transformer.canvas_order = order = PackedOrder(processor)
     transformer.register_forward_pre_hook(_PackRotary(order), with_kwargs=True)
     transformer.patch_embed.register_forward_hook(_PackTokens(order))
     transformer.norm_final.register_forward_pre_hook(_UnpackVideo(order))
@@ -42,6 +43,7 @@ def remove(transformer: nn.Module) -> None:
                 if isinstance(hook, _Hook):
                     del hooks[number]
                     module._forward_pre_hooks_with_kwargs.pop(number, None)
+    transformer._modules.pop("canvas_order", None)
 
 
 def check(transformer: nn.Module, processors: Iterable[Any]) -> None:
@@ -59,48 +61,47 @@ def check(transformer: nn.Module, processors: Iterable[Any]) -> None:
             )
 
 
-class _Order:
-    """The packed order of a processor's plan, as index tensors per device."""
+class PackedOrder(CanvasModule):
+    """The packed order of a processor's plan, as tables that move with the model.
+
+    Attributes:
+        tokens: int64 (tokens,), the token at each packed place.
+        video, canvas: int64 (video tokens,), the same of the video alone, and its inverse.
+    """
 
     def __init__(self, processor: CanvasAttnProcessor):
+        super().__init__()
         self.processor = processor
         order, n_text = processor.plan.order, processor.layout.region_numel(TEXT)
         video = order[n_text:] - n_text
-        self.tables = {"tokens": order, "video": video, "canvas": np.argsort(video)}
-        self.cache: dict[tuple[str, str], torch.Tensor] = {}
-
-    def rows(self, which: str, device: torch.device) -> torch.Tensor:
-        key = (which, str(device))
-        if key not in self.cache:
-            self.cache[key] = torch.from_numpy(self.tables[which].copy()).to(device)
-        return self.cache[key]
-
-    def __getstate__(self):
-        return {**self.__dict__, "cache": {}}
-
-    def __deepcopy__(self, memo):
-        return self  # of immutable parts
+        self.register_table("tokens", order)
+        self.register_table("video", video)
+        self.register_table("canvas", np.argsort(video))
 
 
 class _Hook:
-    def __init__(self, order: _Order):
+    def __init__(self, order: PackedOrder):
         self.order = order
+
+    def take(self, x: torch.Tensor, which: str, dim: int) -> torch.Tensor:
+        # offloading may leave the tables where the model rests
+        return x.index_select(dim, getattr(self.order, which).to(x.device))
 
 
 class _PackTokens(_Hook):
     def __call__(self, module, args, tokens: torch.Tensor) -> torch.Tensor:
-        n_tokens = len(self.order.tables["tokens"])
+        n_tokens = len(self.order.tokens)
         if tokens.shape[1] != n_tokens:
             raise ValueError(
                 f"the layout is of {n_tokens} tokens, text and video; got {tokens.shape[1]}: build it with "
                 "cogvideox_layout for this video's size"
             )
-        return tokens.index_select(1, self.order.rows("tokens", tokens.device))
+        return self.take(tokens, "tokens", 1)
 
 
 class _UnpackVideo(_Hook):
     def __call__(self, module, args):
-        return (args[0].index_select(1, self.order.rows("canvas", args[0].device)), *args[1:])
+        return (self.take(args[0], "canvas", 1), *args[1:])
 
 
 class _PackRotary(_Hook):
@@ -116,4 +117,4 @@ class _PackRotary(_Hook):
         return args, kwargs
 
     def _pack(self, rotary):
-        return tuple(table.index_select(0, self.order.rows("video", table.device)) for table in rotary)
+        return tuple(self.take(table, "video", 0) for table in rotary)

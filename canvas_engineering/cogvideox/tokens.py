@@ -27,13 +27,13 @@ def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
     for name in (TEXT, VIDEO):
         if name not in layout.regions:
             raise ValueError(f"a layout of tokens has the regions 'text' and 'video'; this one has {[*layout.regions]}")
-    place = np.concatenate([layout.region_index(name).numpy() for name in (TEXT, VIDEO)])
+    place = np.concatenate([layout.region_positions(name) for name in (TEXT, VIDEO)])
     token = np.full(layout.num_positions, -1, np.int64)
     token[place] = np.arange(len(place))
     if (token >= 0).sum() != len(place):
         raise ValueError("the regions 'text' and 'video' overlap: a token lies in one of them")
     for name in topology.regions:
-        if name in layout.regions and (token[layout.region_index(name).numpy()] < 0).any():
+        if name in layout.regions and (token[layout.region_positions(name)] < 0).any():
             bounds = layout.region_spec(name).bounds
             raise ValueError(f"region {name!r} at {bounds} holds positions that are neither text nor video")
     for number, (c, fn) in enumerate(zip(topology.connections, topology.resolve_fns(layout))):

@@ -11,9 +11,9 @@ from threading import Lock
 import numpy as np
 import torch
 
-from canvas_kernels.row_sums import row_sums
-from canvas_kernels.rows import lasting, put_rows, take_rows
-from canvas_kernels.table import BlockTable, normalise_row_sums
+from canvas_kernels.derived import Store, derived, to_device
+from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
+from canvas_kernels.table import BlockTable, row_scale, row_sums
 from canvas_kernels.tiling import TileClass
 
 from ..canvas import CanvasLayout
@@ -22,7 +22,6 @@ from ..cortex import CortexRegistry
 from ..program import CanvasProgram
 from ..program.checks import check_program
 from ..program.edges import resolve_edges
-from .estimate import Estimate, of_plan
 from .order import PackedOrder, pack_positions
 from .reads import Bank, Reads, topology_reads
 from .sets import ReadSets, cell_sets, has_pairs, read_sets
@@ -53,6 +52,9 @@ class AttentionPlan:
             read uses have no packed place.
         banks: the slots through which regions with an identity are read.
         triggers: connection number to the trigger that has to hold for it to run.
+        n_packed: n, the number of positions that some read uses.
+        order_map: the IndexMap from canvas positions to packed places.
+        replaces: whether some connection writes by replacing.
         by_fn: the plan of each function, where some function leaves out pairs of its reads; else empty.
         pairs: the table of the pairs that are left, where this is the plan of such a function.
     """
@@ -68,13 +70,24 @@ class AttentionPlan:
     triggers: dict[int, str] = field(default_factory=dict)
     by_fn: Mapping[str, AttentionPlan] = field(default_factory=dict, repr=False)
     pairs: BlockTable | None = field(default=None, repr=False)
-    cache: dict = field(default_factory=dict, repr=False)
+    order_map: IndexMap = field(init=False, repr=False)
+    n_packed: int = field(init=False, repr=False)
+    replaces: bool = field(init=False, repr=False)
+    store: Store = field(default_factory=Store, init=False, repr=False)
+    # index sets of attention functions and plans of some connections, by name: a compiler reads this plain dict
+    index_sets: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order_map", IndexMap.gather(self.order, self.n_positions))
+        # plain values: a compiler that traces a call would follow numpy arrays
+        object.__setattr__(self, "n_packed", len(self.order))
+        object.__setattr__(self, "replaces", bool(self.replace.any()))
 
     def __deepcopy__(self, memo) -> AttentionPlan:
         return self  # immutable; a copied model shares it
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "cache": {}}  # tensors of this machine's devices stay here
+        return {**self.__dict__, "index_sets": {}}
 
     @property
     def order(self) -> np.ndarray:
@@ -85,46 +98,25 @@ class AttentionPlan:
         return len(self.connections)
 
     @property
-    def n_packed(self) -> int:
-        """n, the number of positions that some read uses."""
-        return len(self.order)
-
-    @property
     def in_canvas_order(self) -> bool:
         """Whether packing changes nothing."""
-        if "identity" not in self.cache:
-            same = self.n_packed == self.n_positions and (self.order == np.arange(self.n_positions)).all()
-            self.cache["identity"] = bool(same)
-        return self.cache["identity"]
+        return self.order_map.is_identity
 
     # -- devices and orders --------------------------------------------------------------------------------------------
 
+    @derived(limit=12)
     def rows(self, which: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Index tensors, int64, cached per device.
-
-        ``which``: "order" [n]; "reading", the packed rows that have keys; "written", their canvas positions.
-        """
-        key = ("rows", which, device if isinstance(device, torch.device) else torch.device(device))
-        if key not in self.cache:
-            if which == "order":  # by itself, for a compiler that traces this follows no more numpy than it has to
-                rows = self.order
-            else:
-                reading = self.table.has_keys().nonzero()[0]
-                rows = {"reading": reading, "written": self.order[reading]}[which]
-            rows = rows.copy()
-            with lasting():
-                self.cache[key] = torch.from_numpy(rows).to(device)
-        return self.cache[key]
+        """Returns index tensors, int64: ``which`` is "order" [n], "reading", the packed rows that have keys, or
+        "written", their canvas positions."""
+        reading = self.table.has_keys().nonzero()[0]
+        return to_device({"order": self.order, "reading": reading, "written": self.order[reading]}[which], device)
 
     def to(self, device: torch.device | str) -> AttentionPlan:
-        """Puts what execution needs on ``device`` ahead of the first step; the plan itself belongs to no device.
-
-        ``torch.compile`` of code that packs or unpacks wants this first: it then finds the index tensors made.
-        """
+        """Puts what execution needs on ``device`` ahead of the first step; the plan itself belongs to no device."""
         device = torch.device(device)
-        self.rows("order", device)
+        self.order_map.rows(device)
         if self.normalize == "edge":
-            self.table.row_scale(device=device)
+            self.table.row_scale(device, torch.float32)
         return self
 
     def over(self, positions: np.ndarray) -> AttentionPlan:
@@ -141,13 +133,13 @@ class AttentionPlan:
             raise ValueError(f"position {lost} is read or reads, but is not one of the {len(positions)} given")
         order.setflags(write=False)
         packed = dataclasses.replace(self.packed, order=order)
-        return dataclasses.replace(self, n_positions=len(positions), packed=packed, cache={})
+        return dataclasses.replace(self, n_positions=len(positions), packed=packed)
 
     def pack(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
         """x (… N …) with its positions along ``dim`` in packed order (… n …); its gradient is a copy, not a scatter."""
         if x.shape[dim] != self.n_positions:
             raise ValueError(f"dimension {dim} of {tuple(x.shape)} must hold the canvas's {self.n_positions} positions")
-        return x if self.in_canvas_order else take_rows(x, self.rows("order", x.device), dim)
+        return gather_rows(x, self.order_map, dim)
 
     def unpack(self, y: torch.Tensor, dim: int = -2) -> torch.Tensor:
         """y (… n …) back in canvas order (… N …), zero at positions that no read uses."""
@@ -155,18 +147,21 @@ class AttentionPlan:
             raise ValueError(
                 f"dimension {dim} of {tuple(y.shape)} must hold the plan's {self.n_packed} packed positions"
             )
-        return y if self.in_canvas_order else put_rows(y, self.rows("order", y.device), self.n_positions, dim)
+        return scatter_rows(y, self.order_map, dim)
 
-    def row_scale(self, active: torch.Tensor) -> torch.Tensor:
-        """(2, n) float32: 1 / (sum of the weights in force) at each packed row, over all reads of the plan.
+    def row_scale(
+        self, active: torch.Tensor | None, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Returns 1 / (sum of the weights in force) at each packed row, over all reads of the plan: (2, n).
 
-        ``active`` (connections,) float: a connection at 0 does not count. Row 0 is for adding and gated reads, row 1
-        for replacing ones; where the latter are in force the former is 0, and both are 0 where nothing is read.
+        ``active`` (connections,): a connection at 0 does not count; None for all, on ``device``. Row 0 is for adding
+        and gated reads, row 1 for replacing ones; where the latter are in force the former is 0, and both are 0 where
+        nothing is attended to.
         """
-        return normalise_row_sums(row_sums(self.table, active))
+        return row_scale(self.table, active, dtype, device)
 
     def row_share(self, factor: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
-        """(n,) float32: Σ_r factor·w_r·row_scale over the plan's reads at each packed row; differentiable."""
+        """(n,) in factor's dtype: Σ_r factor·w_r·row_scale over the plan's reads at each packed row; differentiable."""
         return (row_sums(self.table, factor) * row_scale).sum(0)
 
     # -- families ------------------------------------------------------------------------------------------------------
@@ -180,18 +175,18 @@ class AttentionPlan:
         if fn in self.by_fn:
             return self.by_fn[fn]
         key = ("fn", fn)
-        if key not in self.cache:
-            self.cache[key] = self._of(np.array([name == fn for name in self.fns]))
-        return self.cache[key]
+        if key not in self.index_sets:
+            self.index_sets[key] = self._of(np.array([name == fn for name in self.fns]))
+        return self.index_sets[key]
 
     def for_connection(self, number: int) -> AttentionPlan:
         """The same plan with the reads of one connection only; packed order and connection numbers stay."""
         if self.normalize != "edge":
             raise ValueError("joint form has one softmax over all connections: it cannot be taken apart by connection")
         key = ("connection", number)
-        if key not in self.cache:
-            self.cache[key] = self._of(np.arange(self.n_connections) == number)
-        return self.cache[key]
+        if key not in self.index_sets:
+            self.index_sets[key] = self._of(np.arange(self.n_connections) == number)
+        return self.index_sets[key]
 
     def refined(self, by_fn: Mapping[str, AttentionPlan]) -> AttentionPlan:
         """This plan with the tables of ``by_fn``, one plan for each function that has reads: what counts where. Itself
@@ -199,29 +194,29 @@ class AttentionPlan:
         if all(self.for_fn(fn) is plan for fn, plan in by_fn.items()):
             return self
         table = join_tables([plan.table for plan in by_fn.values()])
-        return dataclasses.replace(self, table=table, by_fn=dict(by_fn), cache={})
+        return dataclasses.replace(self, table=table, by_fn=dict(by_fn))
 
     def sets(self) -> ReadSets:
         """The reads as lists of rows, cached. ValueError where the queries of a read see different keys."""
-        if "sets" not in self.cache:
-            self.cache["sets"] = read_sets(self.reads, self.packed)
-        return self.cache["sets"]
+        if "sets" not in self.index_sets:
+            self.index_sets["sets"] = read_sets(self.reads, self.packed)
+        return self.index_sets["sets"]
 
     def row_sets(self) -> ReadSets:
         """:meth:`sets`, or, where the queries of a read see different keys, such reads split until they see the same;
         cached."""
         if not has_pairs(self.reads):
             return self.sets()
-        if "row sets" not in self.cache:
-            self.cache["row sets"] = cell_sets(self.table)
-        return self.cache["row sets"]
+        if "row sets" not in self.index_sets:
+            self.index_sets["row sets"] = cell_sets(self.table)
+        return self.index_sets["row sets"]
 
     def _of(self, chosen: np.ndarray) -> AttentionPlan:
         reads = self.reads.of(chosen)
         if len(reads.weight) == len(self.reads.weight):
             return self
         table = edge_table(reads, self.packed, self.n_connections, self.replace)
-        return dataclasses.replace(self, table=table, reads=reads, by_fn={}, pairs=None, cache={})
+        return dataclasses.replace(self, table=table, reads=reads, by_fn={}, pairs=None)
 
     @property
     def replace(self) -> np.ndarray:
@@ -239,11 +234,17 @@ class AttentionPlan:
     def fill(self) -> float:
         """Selected pairs over the pairs that 64 × 64 and 16 × 16 tiles walk to cover them: 1 when no tile is part
         empty."""
-        if "fill" not in self.cache:
+        if "fill" not in self.index_sets:
             tilings = self.table.device_tilings("cpu", _FILL_CLASSES)
-            walked = sum(int(t.tiles[:, 3].sum()) * t.block_m * t.block_n for t in tilings)
-            self.cache["fill"] = self.table.pairs / walked if walked else 1.0
-        return self.cache["fill"]
+            walked = sum(tiling.walked for tiling in tilings)
+            self.index_sets["fill"] = self.table.pairs / walked if walked else 1.0
+        return self.index_sets["fill"]
+
+    @property
+    def fill_by_tile(self) -> dict[str, float]:
+        """The fill of the tiles of each size that the plan is cut into, as in ``{"64 × 64": 0.9, "16 × 16": 0.5}``."""
+        tilings = self.table.device_tilings("cpu", _FILL_CLASSES)
+        return {f"{t.block_m} × {t.block_n}": t.pairs / t.walked for t in tilings if t.walked}
 
     @property
     def table_bytes(self) -> int:
@@ -254,40 +255,6 @@ class AttentionPlan:
     def flops(self, head_dim: int, batch_heads: int = 1, backward: bool = False) -> int:
         """Operations of the selected pairs: 4·head_dim each forward, 10·head_dim backward."""
         return self.table.flops(head_dim, batch_heads, backward)
-
-    def estimate(
-        self,
-        device: torch.device | str = "cpu",
-        *,
-        batch: int = 1,
-        heads: int = 1,
-        head_dim: int = 64,
-        dtype: torch.dtype | str = "float32",
-        backward: bool = True,
-    ) -> Estimate:
-        """What one call of attention over this plan takes, undisturbed, from the device's measured rates; nothing runs.
-
-        Its bytes are those of tensors, without tables or what the allocator keeps (:class:`~.estimate.Estimate`).
-
-        Args:
-            device: "cpu" or "cuda" for this machine's, or the name of a device whose rates were measured.
-            batch, heads, head_dim: of q, k and v (batch, heads, N, head_dim), laid out as a projection leaves them,
-                positions before heads.
-            dtype: theirs: torch.float32, torch.float16 or torch.bfloat16, or "float32" and so on.
-            backward: whether the gradients of q, k and v follow.
-
-        Raises:
-            ValueError: a device without measured rates, which is never guessed at, naming those that have some; sizes
-                below 1; another dtype.
-
-        >>> from canvas_engineering import CanvasLayout, CanvasTopology
-        >>> layout = CanvasLayout(T=2, H=16, W=16, d_model=8, regions={"a": (0, 2, 0, 16, 0, 16)})
-        >>> plan = compile_attention(layout, CanvasTopology.dense(["a"]))
-        >>> plan.estimate("a pocket calculator")  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ValueError: no rates were measured on a pocket calculator, only on ...
-        """
-        return of_plan(self, device, batch, heads, head_dim, dtype, backward)
 
     def rows_with_keys(self) -> np.ndarray:
         """bool [N], canvas order: positions that some read gives a key; the others pass through."""
@@ -388,7 +355,7 @@ def compile_attention(
         if found is not None:
             _cache.move_to_end(key)
     if found is not None:
-        if found.cache.get("skips"):
+        if found.index_sets.get("skips"):
             resolve_connections(topology, layout)  # for its warning, which each compile of such a declaration gives
         return found
     fns = tuple(topology.resolve_fns(layout))
@@ -403,7 +370,7 @@ def compile_attention(
     packed.order.setflags(write=False)
     n_positions = layout.num_positions + sum(bank.size for bank in banks)
     plan = AttentionPlan(normalize, connections, fns, n_positions, table, reads, packed, banks, triggers)
-    plan.cache["skips"] = any(c.src not in layout.regions or c.dst not in layout.regions for c in connections)
+    plan.index_sets["skips"] = any(c.src not in layout.regions or c.dst not in layout.regions for c in connections)
     with _cache_lock:
         # another thread may have compiled the same declaration meanwhile: everyone gets the first one
         plan = _cache.setdefault(key, plan)

@@ -18,7 +18,8 @@ class PackedOrder:
     """The n positions that reads use, in packed order, and each box of the reads as intervals of it.
 
     Attributes:
-        order: int64 [n], the canvas position at each packed place. Slots of banks count on from N, and stand last.
+        order: int64 [n], the canvas position at each packed place. Slots of banks count on from N, and stand last, in
+            their declared order.
         interval_start, interval_stop: int64 [I], half-open packed ranges, ascending within a box.
         ptr: int64 [U + 1], box u has the intervals ``ptr[u] … ptr[u + 1] − 1``.
     """
@@ -41,9 +42,11 @@ def pack_positions(layout: CanvasLayout, reads: Reads, banks: Sequence[Bank] = (
     box, position = _box_positions(layout, reads.boxes)
     n = layout.num_positions + sum(bank.size for bank in banks)
     frame_size = layout.num_positions // layout.T
-    # a bank is claimed after all regions, each by itself
-    own = [np.full(bank.size, len(layout.regions) + 1 + number) for number, bank in enumerate(banks)]
-    claim = np.concatenate([_first_claims(layout), *own])
+    # A bank is claimed after all regions, each by itself, and stands in a frame of its own after the canvas's: no
+    # nesting may part banks or change their order.
+    own = np.repeat(np.arange(len(banks)), np.array([bank.size for bank in banks], dtype=np.int64))
+    claim = np.concatenate([_first_claims(layout), len(layout.regions) + 1 + own])
+    time = np.concatenate([np.arange(layout.num_positions) // frame_size, layout.T + own])
     # Positions with equal sums lie in the same boxes: 64 random bits a box make a false match a matter of 1e-12.
     mark = np.random.default_rng(0).integers(1, 2**63, size=len(reads.boxes), dtype=np.uint64)
     signature = np.zeros(n, np.uint64)
@@ -51,7 +54,6 @@ def pack_positions(layout: CanvasLayout, reads: Reads, banks: Sequence[Bank] = (
     spatial, place_mark = _unique_places(reads.boxes)
     place = np.zeros(n, np.uint64)
     np.add.at(place, position, place_mark[spatial][box])
-    time = np.arange(n) // frame_size
     unused = signature == 0
     canvas = np.arange(n)
     by_time = np.lexsort((canvas, signature, time, claim, unused))

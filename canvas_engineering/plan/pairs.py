@@ -52,7 +52,7 @@ def choose_pairs(plan: AttentionPlan, choice: Choice) -> AttentionPlan:
     if (sets.largest != sets.weight).any():
         # of equal reads that are one, the matrix M has the largest weight, and not the sum
         pairs = table_of(sets.largest)
-    return dataclasses.replace(plan, table=table, pairs=pairs, cache={})
+    return dataclasses.replace(plan, table=table, pairs=pairs)
 
 
 def pair_rectangles(read: np.ndarray, q_row: np.ndarray, k_row: np.ndarray):

@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 
+from canvas_engineering.checked import checked_choice, checked_kind
 from canvas_engineering.connectivity import Connection, resolve_connections
 from canvas_engineering.notices import some, warn
 from canvas_engineering.program.document import CanvasProgram
@@ -16,7 +17,6 @@ from canvas_engineering.program.specs import (
     WRITE_MODES,
     ConstraintSpec,
     RegionProgram,
-    choices,
 )
 
 __all__ = ["validate_constraints"]
@@ -39,14 +39,13 @@ def check_program(program: CanvasProgram) -> None:
         ValueError: an unknown clock mode or domain, compile mode, write mode or identity mode, with the choices; a
             trigger or an event source of another form. The message names the region or the connection.
     """
-    if not isinstance(program, CanvasProgram):
-        raise ValueError(f"program must be a CanvasProgram, got {program!r}")
+    checked_kind(program, "program", CanvasProgram)
     _warn_of_idle_declarations(program)
     for name, region in program.regions.items():
         try:
-            choices("compile_mode", region.compile_mode, DEPLOY_MODES)
+            checked_choice(region.compile_mode, "compile_mode", DEPLOY_MODES)
             if region.learning is not None:
-                choices("compile_mode", region.learning.compile_mode, DEPLOY_MODES)
+                checked_choice(region.learning.compile_mode, "compile_mode", DEPLOY_MODES)
             if region.clock is not None:
                 region.clock.check()
             if region.identity is not None:
@@ -55,7 +54,7 @@ def check_program(program: CanvasProgram) -> None:
             raise ValueError(f"program of region {name!r}: {error}") from None
     for (src, dst), connection in program.connections.items():
         try:
-            choices("write_mode", connection.write_mode, WRITE_MODES)
+            checked_choice(connection.write_mode, "write_mode", WRITE_MODES)
             parse_trigger(connection.trigger)
         except ValueError as error:
             raise ValueError(f"program of connection {src!r} -> {dst!r}: {error}") from None
@@ -92,6 +91,7 @@ def validate_constraints(program: CanvasProgram) -> list[str]:
     >>> validate_constraints(CanvasProgram(schema, {"a": acyclic}))
     ["a: causal_direction 'acyclic' does not hold: a -> b -> a is a cycle"]
     """
+    checked_kind(program, "program", CanvasProgram)
     constrained = {name: region for name, region in program.regions.items() if region.constraints is not None}
     if not constrained:
         return []

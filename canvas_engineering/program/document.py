@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from canvas_engineering.checked import checked_kind, read_json, shown
 from canvas_engineering.clock_ir import ClockExpr
+from canvas_engineering.files import replace_file
 from canvas_engineering.identity import IdentitySpec
 from canvas_engineering.learning import LearningSpec
 from canvas_engineering.masks import MaskSpec
 from canvas_engineering.program.specs import ClockSpec, ConnectionProgram, ConstraintSpec, RegionProgram
-from canvas_engineering.schema import CanvasSchema, built, dumped, replace_file
+from canvas_engineering.schema import CanvasSchema, built, dumped
 
 __all__ = ["CanvasProgram"]
 
@@ -55,18 +56,22 @@ class CanvasProgram:
     version: str = "2.0.0"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schema, CanvasSchema):
-            raise ValueError(f"CanvasProgram schema must be a CanvasSchema, got {self.schema!r}")
+        checked_kind(self.schema, "CanvasProgram schema", CanvasSchema)
+        for name in ("regions", "connections"):
+            checked_kind(getattr(self, name), f"CanvasProgram {name}", dict)
         if not isinstance(self.version, str) or not re.fullmatch(r"2\.\d+\.\d+", self.version):
-            raise ValueError(f"CanvasProgram program_version must be '2.x.y', got {self.version!r}")
+            raise ValueError(f"CanvasProgram program_version must be '2.x.y', got {shown(self.version)}")
         for name, region in self.regions.items():
             if not isinstance(name, str) or not isinstance(region, RegionProgram):
-                raise ValueError(f"CanvasProgram regions map names to RegionPrograms, got {name!r}: {region!r}")
+                raise ValueError(
+                    f"CanvasProgram regions map names to RegionPrograms, got {shown(name)}: {shown(region)}"
+                )
         for pair, connection in self.connections.items():
             named = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
             if not named or not isinstance(connection, ConnectionProgram):
                 raise ValueError(
-                    f"CanvasProgram connections map (src, dst) to ConnectionPrograms, got {pair!r}: {connection!r}"
+                    f"CanvasProgram connections map (src, dst) to ConnectionPrograms, got {shown(pair)}: "
+                    f"{shown(connection)}"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,7 +96,7 @@ class CanvasProgram:
         given = {name: d.get(name, {}) for name in ("region_programs", "connection_programs")}
         for name, entries in given.items():
             if not isinstance(entries, dict):
-                raise ValueError(f"{name} must be a dict, got {entries!r}")
+                raise ValueError(f"{name} must be a dict, got {shown(entries)}")
         regions = {
             name: _built(RegionProgram, entry, f"program of region {name!r}")
             for name, entry in given["region_programs"].items()
@@ -118,11 +123,7 @@ class CanvasProgram:
             OSError: the file cannot be read.
             ValueError: it holds no JSON, or no program; the message names the file.
         """
-        text = Path(path).read_text(encoding="utf-8")
-        try:
-            return cls.from_dict(json.loads(text))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_json(path, cls.from_dict)
 
     def summary(self) -> str:
         """How many regions and connections are programmed, and what they are."""

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from canvas_engineering.canvas import CanvasLayout
+from canvas_engineering.checked import checked_choice, checked_kind, checked_string
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.cortex import CortexRegistry
 from canvas_engineering.notices import some, warn
-from canvas_engineering.program.specs import WRITE_MODES, ConnectionProgram, choices
+from canvas_engineering.program.specs import WRITE_MODES, ConnectionProgram
 
 if TYPE_CHECKING:
     from canvas_engineering.program.document import CanvasProgram
@@ -67,7 +68,7 @@ def parse_trigger(trigger: str | None) -> tuple[Clause, ...]:
     >>> parse_trigger("arm[0].error.prediction >= 0.25")
     (Clause(region='arm[0].error', kind='prediction', op='>=', number=0.25),)
     """
-    if trigger is None:
+    if checked_string(trigger, "a trigger", optional=True) is None:
         return ()
     clauses = []
     for text in trigger.split("&&"):
@@ -94,7 +95,7 @@ def evaluate_trigger(trigger: str | None, summaries: dict[str, dict[str, float]]
     >>> evaluate_trigger("vision.error > 0.25 && vision.error < 1", {"vision": {"error": 0.5}})
     True
     """
-    known = summaries or {}
+    known = {} if summaries is None else checked_kind(summaries, "summaries", dict)
     return all(
         clause.kind in known.get(clause.region, ())
         and COMPARISONS[clause.op](float(known[clause.region][clause.kind]), clause.number)
@@ -111,7 +112,8 @@ def resolve_operator_defaults(cp: ConnectionProgram | None, base_fn: str) -> tup
     >>> resolve_operator_defaults(ConnectionProgram("compress"), "cross_attention")
     ('pooling_attention', 'add', None)
     """
-    if cp is None:
+    checked_string(base_fn, "base_fn")
+    if checked_kind(cp, "cp", ConnectionProgram, optional=True) is None:
         return base_fn, "add", None
     fn, write_mode, trigger = OPERATOR_DEFAULTS.get(cp.operator, (None, "add", None))
     return (
@@ -173,7 +175,7 @@ def resolve_edges(
         return topology, {}
     for (src, dst), cp in programs.items():
         try:
-            choices("write_mode", cp.write_mode, WRITE_MODES)
+            checked_choice(cp.write_mode, "write_mode", WRITE_MODES)
             parse_trigger(cp.trigger)
         except ValueError as error:
             raise ValueError(f"program of connection {src!r} -> {dst!r}: {error}") from None

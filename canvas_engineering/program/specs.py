@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from canvas_engineering.canvas.layout import checked_int, checked_number, checked_string, checked_strings
+from canvas_engineering.checked import (
+    checked_choice,
+    checked_int,
+    checked_kind,
+    checked_number,
+    checked_string,
+    checked_strings,
+    shown,
+)
 from canvas_engineering.clock_ir import TIME_DOMAINS, ClockExpr
 from canvas_engineering.identity import IdentitySpec
 from canvas_engineering.learning import LearningSpec, default_learning
@@ -42,13 +50,6 @@ CONSTRAINT_VALUES = {
 }
 
 
-def choices(name: str, value: Any, known) -> None:
-    """ValueError: ``value`` is not among the known ones, which the message lists."""
-    if value not in known:
-        listed = ", ".join(known if isinstance(known, tuple) else sorted(known))
-        raise ValueError(f"unknown {name} {value!r}: choose one of {listed}")
-
-
 def _check_strings(spec: Any, *names: str) -> None:
     for name in names:
         checked_string(getattr(spec, name), f"{type(spec).__name__} {name}")
@@ -56,9 +57,7 @@ def _check_strings(spec: Any, *names: str) -> None:
 
 def _check_kinds(spec: Any, **kinds: type) -> None:
     for name, kind in kinds.items():
-        value = getattr(spec, name)
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{type(spec).__name__} {name} must be a {kind.__name__}, or None, got {value!r}")
+        checked_kind(getattr(spec, name), f"{type(spec).__name__} {name}", kind, optional=True)
 
 
 @dataclass(frozen=True)
@@ -107,11 +106,11 @@ class ClockSpec:
 
     def check(self) -> None:
         """ValueError: an unknown mode or domain, with the choices, or a source that is missing or of no such form."""
-        choices("clock domain", self.domain, CLOCK_DOMAINS)
-        choices("clock mode", self.mode, CLOCK_MODES)
+        checked_choice(self.domain, "clock domain", CLOCK_DOMAINS)
+        checked_choice(self.mode, "clock mode", CLOCK_MODES)
         for node in () if self.expr is None else self.expr.nodes():
             if hasattr(node, "domain"):
-                choices(f"clock domain of {node}", node.domain, TIME_DOMAINS)
+                checked_choice(node.domain, f"clock domain of {shown(node)}", TIME_DOMAINS)
         if self.expr is not None or self.mode == "periodic":
             return
         form = "'region.kind'" if self.mode == "on_event" else "the name of an event"

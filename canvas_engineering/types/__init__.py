@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from canvas_engineering.canvas import CanvasLayout, RegionSpec
-from canvas_engineering.canvas.layout import checked_int
+from canvas_engineering.checked import checked_int, checked_ints, checked_kind
 from canvas_engineering.connectivity import CanvasTopology
 from canvas_engineering.program import CanvasProgram, RegionProgram
 from canvas_engineering.schema import CanvasSchema
@@ -166,8 +166,7 @@ def compile_tree(
 ) -> BoundSchema:
     """`compile_schema` of a tree that was walked already."""
     policy = ConnectivityPolicy() if connectivity is None else connectivity
-    if not isinstance(policy, ConnectivityPolicy):
-        raise ValueError(f"connectivity must be a ConnectivityPolicy, got {connectivity!r}")
+    checked_kind(policy, "connectivity", ConnectivityPolicy)
     strategy = checked_strategy(layout_strategy)
     T = checked_int(T, "compile_schema T", 1)
     fields: dict[str, Field] = {}
@@ -192,15 +191,14 @@ def _places(
     given = H is not None or W is not None
     if spatial_shape is not None and given:
         raise ValueError(f"give spatial_shape={spatial_shape!r} or H={H}, W={W}, not both")
-    for name, size in (("H", H), ("W", W)):
-        if size is not None:
-            checked_int(size, f"compile_schema {name}", 1)
+    H = None if H is None else checked_int(H, "compile_schema H", 1)
+    W = None if W is None else checked_int(W, "compile_schema W", 1)
     if spatial_shape is None:
         n_dims = 2 if given else spatial_dims(list(fields.values()))
     else:
-        if not isinstance(spatial_shape, (tuple, list)) or not spatial_shape:
-            raise ValueError(f"spatial_shape must be a tuple of ints, got {spatial_shape!r}")
-        spatial_shape = tuple(checked_int(size, "every size of spatial_shape", 1) for size in spatial_shape)
+        spatial_shape = checked_ints(spatial_shape, "spatial_shape", 1, each="every size of spatial_shape")
+        if not spatial_shape:
+            raise ValueError("spatial_shape must be a tuple of ints, at least one, got ()")
         n_dims = len(spatial_shape)
     shapes = dict(zip(fields, field_shapes(fields, n_dims)))
     order = list(fields)
@@ -232,7 +230,7 @@ def _region(path: str, declared: Field, T: int, start: tuple[int, ...], shape: t
         bounds=tuple(bounds),
         period=declared.period,
         is_output=declared.is_output,
-        loss_weight=float(declared.loss_weight),
+        loss_weight=declared.loss_weight,
         semantic_type=auto_semantic_type(path) if declared.semantic_type is None else declared.semantic_type,
         default_attn=declared.attn,
         carrier=carrier,

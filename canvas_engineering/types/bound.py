@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from canvas_engineering.canvas import CanvasLayout, RegionSpec, SpatiotemporalCanvas
+from canvas_engineering.checked import checked_kind
 from canvas_engineering.connectivity import CanvasTopology
 from canvas_engineering.schema import CanvasSchema
 from canvas_engineering.semantic import SemanticConditioner, compute_semantic_embeddings
@@ -112,7 +113,8 @@ class BoundSchema:
     """
 
     def __init__(self, schema: CanvasSchema, region_specs: dict[str, RegionSpec]) -> None:
-        self.schema, self.region_specs = schema, region_specs
+        self.schema = checked_kind(schema, "schema", CanvasSchema)
+        self.region_specs = checked_kind(region_specs, "region_specs", dict)
         self.canvas: SpatiotemporalCanvas | None = None
 
     @property

@@ -7,7 +7,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from canvas_engineering.canvas.layout import checked_int, checked_strings
+from canvas_engineering.checked import (
+    checked_bool,
+    checked_choice,
+    checked_int,
+    checked_ints,
+    checked_name,
+    checked_number,
+    checked_string,
+    checked_strings,
+)
 
 __all__ = ["ConnectivityPolicy", "Field", "LayoutStrategy"]
 
@@ -58,26 +67,19 @@ class Field:
             put(self, name, checked_int(getattr(self, name), f"Field {name}", 1))
         if self.temporal_extent is not None:
             put(self, "temporal_extent", checked_int(self.temporal_extent, "Field temporal_extent", 1))
-        if not isinstance(self.is_output, bool):
-            raise ValueError(f"Field is_output must be a bool, got {self.is_output!r}")
-        if isinstance(self.loss_weight, bool) or not isinstance(self.loss_weight, (int, float)):
-            raise ValueError(f"Field loss_weight must be a number, got {self.loss_weight!r}")
-        if not math.isfinite(self.loss_weight):
-            raise ValueError(f"Field loss_weight must be finite, got {self.loss_weight!r}")
-        if not isinstance(self.attn, str):
-            raise ValueError(f"Field attn must be the name of an attention function, got {self.attn!r}")
+        put(self, "is_output", checked_bool(self.is_output, "Field is_output"))
+        put(self, "loss_weight", checked_number(self.loss_weight, "Field loss_weight"))
+        checked_name(self.attn, "Field attn", "be the name of an attention function")
         for name in ("semantic_type", "family", "carrier"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"Field {name} must be a string, or None, got {value!r}")
+            checked_string(getattr(self, name), f"Field {name}", optional=True)
         put(self, "tags", checked_strings(self.tags, "Field tags"))
         if self.spatial_shape is not None:
             self._take_spatial_shape()
 
     def _take_spatial_shape(self) -> None:
-        if not isinstance(self.spatial_shape, (tuple, list)) or not self.spatial_shape:
-            raise ValueError(f"Field spatial_shape must be a tuple of ints, got {self.spatial_shape!r}")
-        shape = tuple(checked_int(size, "every size of Field spatial_shape", 1) for size in self.spatial_shape)
+        shape = checked_ints(self.spatial_shape, "Field spatial_shape", 1, each="every size of Field spatial_shape")
+        if not shape:
+            raise ValueError(f"Field spatial_shape must be a tuple of ints, at least one, got {self.spatial_shape!r}")
         mirrored = (shape[0], shape[1] if len(shape) > 1 else 1)
         if (self.h, self.w) not in ((1, 1), mirrored):
             raise ValueError(f"Field spatial_shape={shape} contradicts h={self.h}, w={self.w}: give one of them")
@@ -103,11 +105,10 @@ class LayoutStrategy(enum.Enum):
 
 
 def checked_strategy(value: Any) -> LayoutStrategy:
-    try:
-        return LayoutStrategy(value)
-    except ValueError:
-        choices = ", ".join(strategy.value for strategy in LayoutStrategy)
-        raise ValueError(f"unknown layout_strategy {value!r}: choose one of {choices}") from None
+    if isinstance(value, LayoutStrategy):
+        return value
+    known = tuple(strategy.value for strategy in LayoutStrategy)
+    return LayoutStrategy(checked_choice(value, "layout_strategy", known))
 
 
 _POLICIES = {
@@ -143,5 +144,4 @@ class ConnectivityPolicy:
 
     def __post_init__(self) -> None:
         for name, choices in _POLICIES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"unknown {name} policy {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+            checked_choice(getattr(self, name), f"{name} policy", choices)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from canvas_engineering.checked import DEEPEST, shown
 from canvas_engineering.types.declare import Field
 
 # Values that declare nothing. Everything else may be a plain object with Fields among its attributes.
@@ -99,8 +100,17 @@ def walk(root: Any) -> TypeNode:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = shown(value)
     return f"a {type(value).__name__} ({text if len(text) <= 80 else text[:80] + '...'})"
+
+
+def _below(depth: int, path: str) -> int:
+    """One level down. ValueError: too many, as of lists or dicts that hold themselves."""
+    if depth == DEEPEST:
+        raise ValueError(
+            f"{path[:80]}... lies more than {DEEPEST} levels deep: a type cannot hold itself, nor others that deep"
+        )
+    return depth + 1
 
 
 class _Walker:
@@ -110,8 +120,10 @@ class _Walker:
         self.back: dict[int, str] = {}  # id of an open object, and a path below it that leads back to it
         self.barren: dict[int, Any] = {}  # objects without Fields; they are held so that their ids stay theirs
 
-    def visit(self, obj: Any, path: str, coarse: Any) -> TypeNode | None:
-        """The object's node, or None where no Field is below it. ``coarse``: what its parent declares for it."""
+    def visit(self, obj: Any, path: str, coarse: Any, depth: int = 0) -> TypeNode | None:
+        """The object's node, or None where no Field is below it. ``coarse``: what its parent declares for it;
+        ``depth``: how many objects, lists and dicts it lies in."""
+        depth = _below(depth, path)
         if id(obj) in self.barren:
             return None
         if id(obj) in self.open:
@@ -120,7 +132,7 @@ class _Walker:
         if coarse is None:
             coarse = getattr(type(obj), "__coarse__", None)
         if coarse is not None and not isinstance(coarse, Field):
-            raise ValueError(f"the coarse size of {path or type(obj).__name__!r} must be a Field, got {coarse!r}")
+            raise ValueError(f"the coarse size of {path or type(obj).__name__!r} must be a Field, got {shown(coarse)}")
         node = TypeNode(path)
         self.open[id(obj)] = path
         nested, arrays = [], []
@@ -131,13 +143,13 @@ class _Walker:
             elif isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
                 arrays.append((name, value, size))
             elif isinstance(value, Mapping):
-                self.refuse_mapping(node.child_path(name), value)
+                self.refuse_mapping(node.child_path(name), value, depth)
             elif not isinstance(value, _OPAQUE):
                 nested.append((name, value, size))
         for name, value, size in nested:
-            node.nested += self.kept(node, self.visit(value, node.child_path(name), size))
+            node.nested += self.kept(node, self.visit(value, node.child_path(name), size, depth))
         for name, values, size in arrays:
-            self.array(node, node.child_path(name), values, size)
+            self.array(node, node.child_path(name), values, size, depth)
         del self.open[id(obj)]
         if not (node.own or node.nested or node.arrays or (path and coarse is not None)):
             self.barren[id(obj)] = obj
@@ -148,8 +160,9 @@ class _Walker:
             node.coarse = _coarse_field(node, coarse)
         return node
 
-    def array(self, node: TypeNode, path: str, values: Any, size: Any) -> None:
+    def array(self, node: TypeNode, path: str, values: Any, size: Any, depth: int) -> None:
         """Adds a list's elements to the node; lists in it are arrays of their own."""
+        depth = _below(depth, path)
         elements = []
         for index, value in enumerate(values):
             element_path = f"{path}[{index}]"
@@ -158,11 +171,11 @@ class _Walker:
                 leaf.count(value)
                 elements += self.kept(node, leaf)
             elif isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-                self.array(node, element_path, value, size)
+                self.array(node, element_path, value, size, depth)
             elif isinstance(value, Mapping):
-                self.refuse_mapping(element_path, value)
+                self.refuse_mapping(element_path, value, depth)
             elif not isinstance(value, _OPAQUE):
-                elements += self.kept(node, self.visit(value, element_path, size))
+                elements += self.kept(node, self.visit(value, element_path, size, depth))
         if elements:
             node.arrays.append(elements)
 
@@ -173,16 +186,17 @@ class _Walker:
         node.period_sum += child.period_sum
         return [child]
 
-    def refuse_mapping(self, path: str, values: Mapping) -> None:
+    def refuse_mapping(self, path: str, values: Mapping, depth: int) -> None:
+        depth = _below(depth, path)
         for key, value in values.items():
-            below = f"{path}[{key!r}]"
+            below = f"{path}[{shown(key)}]"
             if isinstance(value, Mapping):
-                self.refuse_mapping(below, value)
+                self.refuse_mapping(below, value, depth)
                 continue
             items = value if isinstance(value, (list, tuple, set, frozenset)) else (value,)
             plain = [item for item in items if not isinstance(item, (*_OPAQUE, list, tuple, Mapping))]
             fields = any(isinstance(item, Field) for item in items)
-            if fields or any(self.visit(item, below, None) is not None for item in plain):
+            if fields or any(self.visit(item, below, None, depth) is not None for item in plain):
                 raise ValueError(f"{below} is declared inside a dict: put it in a list, or in a type of its own")
 
     def attributes(self, obj: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -39,6 +39,9 @@ def forward_stage(
     q, k, v = inputs
     queries = _gather(q, indices, number, QUERIES)
     keys, values = _gather(k, indices, number, KEYS), _gather(v, indices, number, KEYS)
+    dead_keys, dead_rows = step.dead_keys(number), step.dead_rows(number)
+    _clear((keys, values), dead_keys)
+    _clear((queries,), dead_rows)
     coefficient = step.keys(number)
     if coefficient is not None:
         values.mul_(coefficient)
@@ -58,6 +61,7 @@ def forward_stage(
     coefficient = step.rows(number)
     if coefficient is not None:
         results.mul_(coefficient)
+    _clear((results,), dead_rows)
     _accumulate(total, results, indices, number, QUERIES)
 
 
@@ -77,6 +81,9 @@ def backward_stage(
     q, k, v, grad_out = inputs
     queries, upstream = _gather(q, indices, number, QUERIES), _gather(grad_out, indices, number, QUERIES)
     keys, values = _gather(k, indices, number, KEYS), _gather(v, indices, number, KEYS)
+    dead_keys, dead_rows = step.dead_keys(number), step.dead_rows(number)
+    _clear((keys, values), dead_keys)
+    _clear((queries, upstream), dead_rows)
     row_coefficient, coefficient = step.rows(number), step.keys(number)
     if row_coefficient is not None:
         upstream.mul_(row_coefficient)
@@ -112,11 +119,20 @@ def backward_stage(
     if coefficient is not None:
         dk.mul_(coefficient)
         dv.mul_(coefficient)
+    _clear((dk, dv), dead_keys)
+    _clear((dq,), dead_rows)
     for total, rows, side in zip(totals, (dq, dk, dv), (QUERIES, KEYS, KEYS)):
         _accumulate(total, rows, indices, number, side)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _clear(tensors: tuple[torch.Tensor, ...], dead: torch.Tensor | None) -> None:
+    """Zeros in the rows that are ``dead``: times 0, what is not finite would stay."""
+    if dead is not None:
+        for x in tensors:
+            x.masked_fill_(dead, 0.0)
 
 
 def _gather(x: torch.Tensor, indices: Indices, number: int, side: int) -> torch.Tensor:

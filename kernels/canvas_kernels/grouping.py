@@ -1,10 +1,9 @@
 """Grouping: the cells of a BlockTable as a few batched dense products (host, numpy, once per table).
 
-A *slab* is a row of equal cells at equal distances, so that plain strided views hold all of its queries and all of its
-keys: one attention call, nothing gathered. Segments of adjacent rows that read the same keys share a cell there. What
-is too small or too scattered for that becomes a *batch*: cells of equal shape whose rows are gathered, segments that
-the same rows read side by side in one product. Rare shapes are padded into a neighbour's batch where that costs less
-than a batch of their own. What costs less is said by :mod:`.costs`, from rates that were measured.
+A *strided group* is a row of equal cells at equal distances, so that plain views hold all of its queries and all of its
+keys: one attention call, nothing gathered. Rows that attend to the same keys share a cell there. What is too small or
+too scattered for that becomes a *gathered group*: cells of equal shape whose rows are gathered, segments that the same
+rows attend to side by side in one product. Grouping is a function of the table alone: three constants choose it.
 """
 
 from __future__ import annotations
@@ -14,90 +13,54 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from . import costs
-from .groups import THIN_SIDE, Batch, Grouping, Slab
+from .derived import derived
+from .groups import Batch, Grouping, Slab
 from .table import BlockTable
 from .tiling import expand_ranges
 
-# How many pieces the rows of a slab may have, for keys of at least THIN_SIDE and for fewer: all are tried. 0: no joins.
-JOINS = ((0, 0), (1, 1), (4, 4), (1, 0), (4, 0))
-# What joined cells may take at most of the time of cells as they are, which is how well rates predict that. As they
-# are, predicted / measured: CogVideoX's tiles 0.998 / 1.13, its previous frame 0.998 / 1.01, three frames 0.996 / 1.04,
-# video of 4,096 0.958 / 0.99 to 1.03; but of 16,384 0.939 / 0.96, and causal video 0.932 / 0.88 to 0.93.
-JOINED_SHARE = 0.95
+# Everything is strided where that takes at most so many groups; tried up to so many cells.
+MAX_STRIDED, STRIDED_CELLS = 64, 4096
+# Else candidates of at least so many (query, key) pairs are strided and the rest is gathered.
+STRIDED_PAIRS = 2048
+# Above so many shapes, those of gathered cells are rounded up to a ladder: 1, 2, 3, 4, 6, 8, 12, 16, 24, …
+MAX_SHAPES = 8
+# Pieces that the rows of one cell may have, where rows that attend to the same keys are merged.
+MAX_PIECES = 4
 # Slabs whose cells have at least this many pairs, and at least this many rows and keys, take the flash kernel, which
-# keeps no probabilities. ns per pair and head, forward + backward, flash / products: 64² 25 / 14, 215 × 180 13.4 /
-# 11.9, 512 × 256 15.1 / 13.4, 512² 15.7 / 15.6, 768 × 384 12.2 / 15.2; of 8 × 256 the flash backward takes four times
-# as long.
+# keeps no probabilities.
 FLASH_PAIRS, FLASH_SIDE = 160_000, 192
-# Where slabs would keep more than this per head, 64 MiB, the flash kernel keeps none: memory comes page by page. 0.85
-# of the time at 33 million (video of 65,536); at 8 million (16,384) products take 0.95 of the kernel's.
+# Where slabs would keep more than this per head, 64 MiB, the flash kernel keeps none: memory comes page by page.
 MOST_KEPT = 1 << 24
 # Probabilities are kept for backward up to this many per position and head_dim element (16: four times the bytes of q,
-# k, v and out); above it batches are computed again, which costs a fifth more time, and slabs take the flash kernel.
+# k, v and out); above it batches are computed again and slabs take the flash kernel.
 KEPT_PAIRS = 16
-# Where more stretches of positions than this are nobody's first write, all are cleared beforehand.
+# Where more ranges of positions than this are nobody's first write, all are cleared beforehand.
 MAX_STALE = 8
-# With more cells left than this, batches are not weighed against small slabs.
-WEIGH_CELLS = 4096
 # Rows that one stage may gather per (batch, head): 64 MB of float32 at head_dim 64.
 STAGE_ROWS = 1 << 18
 # Pairs of one batch per (batch, head): 8 MB of probabilities where they are not kept.
 BATCH_PAIRS = 1 << 21
-# Above this many distinct shapes, sizes are first rounded up to a ladder.
-MAX_SHAPES = 64
 
 
+@derived(limit=1)
 def group(table: BlockTable) -> Grouping:
-    """The table's grouping, cached on it."""
-    if "grouping" not in table.cache:
-        table.cache["grouping"] = build_grouping(table)
-    return table.cache["grouping"]
-
-
-def build_grouping(table: BlockTable) -> Grouping:
+    """Returns the table's grouping."""
     weight, edge, replace = _segments(table)
-    cells = table.cells()
-    if not len(cells.segment):
+    if not len(table.cells().segment):
         return Grouping((), (), (), (), weight, edge, replace)
-    pieces = _Pieces(table)
-    # joining cells makes fewer and taller ones, but may leave them overlapping, no longer in a row
-    joins = dict.fromkeys((join if (pieces.keys >= THIN_SIDE).any() else 0, thin) for join, thin in JOINS)
-    apart, *joined = (_parts(pieces, replace, join) for join in joins)
-    n = table.n_positions
-    slabs, batches = min(joined, key=lambda parts: _parts_seconds(parts, n), default=apart)
-    if _parts_seconds((slabs, batches), n) > JOINED_SHARE * _parts_seconds(apart, n):
-        slabs, batches = apart
-    slabs, stale_rows, stale_keys = _mark_fresh(slabs, n)
+    slabs, batches = _parts(_Pieces(table), replace)
+    slabs, stale_rows, stale_keys = _mark_fresh(slabs, table.n_positions)
     return Grouping(_stages(batches), slabs, stale_rows, stale_keys, weight, edge, replace)
 
 
-def group_seconds(grouping: Grouping, n: int) -> float:
-    """Of attention over n positions, forward and backward, by which it is chosen."""
-    return _parts_seconds((list(grouping.slabs), list(grouping.batches)), n)
-
-
-def _parts(pieces: _Pieces, replace: np.ndarray, join: tuple[int, int]) -> tuple[list[Slab], list[Batch]]:
-    nothing = np.zeros(len(pieces.keys), bool)
-    slabs, taken = _slabs(pieces, replace, nothing, join)
+def _parts(pieces: _Pieces, replace: np.ndarray) -> tuple[list[Slab], list[Batch]]:
+    if len(pieces.keys) <= STRIDED_CELLS:
+        slabs, _ = _slabs(pieces, replace, least_pairs=1)
+        if len(slabs) <= MAX_STRIDED:
+            return slabs, []
+    slabs, taken = _slabs(pieces, replace, STRIDED_PAIRS)
     left = (~taken).nonzero()[0]
-    batches = _batches(pieces.table, left, replace) if len(left) else []
-    if 0 < len(left) <= WEIGH_CELLS:
-        # what is left may be too little to be worth the calls of a stage
-        small, _ = _slabs(pieces, replace, taken, join, everything=True)
-        n = pieces.table.n_positions
-        if _parts_seconds((slabs + small, []), n) <= _parts_seconds((slabs, batches), n):
-            slabs, batches = slabs + small, []
-    return slabs, batches
-
-
-def _parts_seconds(parts: tuple[list[Slab], list[Batch]], n: int) -> float:
-    slabs, batches = parts
-    calls = costs.seconds({"stage": bool(batches), "batch": len(batches)}, costs.choosing())
-    found = calls + sum(_batch_seconds(*batch.shape) for batch in batches)
-    flash = all_take_flash(slabs, n, costs.TYPICAL["head_dim"])
-    sizes = ((s.cells, s.rows, s.keys, len(s.row_ranges), len(s.key_ranges)) for s in slabs)
-    return found + sum(_slab_seconds(*size, flash) for size in sizes)
+    return slabs, _batches(pieces.table, left, replace) if len(left) else []
 
 
 def _segments(table: BlockTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -148,27 +111,19 @@ class _Pieces:
         return number
 
 
-def _slabs(
-    pieces: _Pieces, replace: np.ndarray, taken: np.ndarray, join: tuple[int, int], everything: bool = False
-) -> tuple[list[Slab], np.ndarray]:
-    """Slabs of cells that are not ``taken`` (bool [cells]), all or those that pay, and which cells are taken then.
-
-    ``join``, as in ``JOINS``: rows that read the same keys become one taller cell: 0 none, 1 adjacent ones, above that
-    up to so many pieces of rows.
-    """
+def _slabs(pieces: _Pieces, replace: np.ndarray, least_pairs: int) -> tuple[list[Slab], np.ndarray]:
+    """Slabs of at least ``least_pairs`` pairs, and which cells, bool [cells], they take. Rows that attend to the same
+    keys become one taller cell of up to ``MAX_PIECES`` pieces of rows beside the first."""
     cells = pieces.table.cells()
-    kind, taken = replace[cells.segment], taken.copy()
+    kind, taken = replace[cells.segment], np.zeros(len(pieces.keys), bool)
     # a block is one cell, or several joined
     order = np.lexsort((cells.q_start, pieces.key_set, kind))
-    order = order[~taken[order]]
-    limit = np.where(pieces.keys[order] >= THIN_SIDE, *join)
-    joined, apart = _joins(cells.q_start[order], cells.q_stop[order], (kind[order], pieces.key_set[order]), limit)
+    joined, apart = _joins(cells.q_start[order], cells.q_stop[order], (kind[order], pieces.key_set[order]))
     block_first = (~joined).nonzero()[0]
     block_count = np.diff(np.append(block_first, len(order)))
     lead = order[block_first]
     start, first_key = cells.q_start[lead], pieces.start[pieces.ptr[lead]]
     rows = np.add.reduceat((cells.q_stop - cells.q_start)[order], block_first)
-    key_pieces = np.diff(pieces.ptr)[lead]
     n_pieces = 1 + np.add.reduceat(apart.astype(np.int64), block_first)
     edge = pieces.table.edge[cells.rectangle[cells.ptr[lead]]]
 
@@ -181,8 +136,8 @@ def _slabs(
         if not len(candidates):
             continue
         if key is None:
-            pays = everything | _pays(1, *(x[candidates] for x in (rows, pieces.keys[lead], n_pieces, key_pieces)))
-            runs = [(candidate,) for candidate in candidates[pays].tolist()]
+            large = (rows * pieces.keys[lead])[candidates] >= least_pairs
+            runs = [(candidate,) for candidate in candidates[large].tolist()]
         else:
             columns = (kind[lead], rows, pieces.lengths[lead], key)
             candidates = candidates[np.lexsort((start[candidates], *(x[candidates] for x in columns[::-1])))]
@@ -192,29 +147,24 @@ def _slabs(
             runs = (candidates[low:high] for low, high in _runs(candidates, same, start, rows, lead, pieces))
         for members in runs:
             members = np.asarray(members)
-            # plain numbers are added up faster than numpy's
             first = members[0]
-            sizes = (int(size) for size in (rows[first], pieces.keys[lead[first]], n_pieces[first], key_pieces[first]))
-            if everything or _pays(len(members), *sizes):
+            if len(members) * rows[first] * pieces.keys[lead[first]] >= least_pairs:
                 free[members] = False
                 taken[order[expand_ranges(block_first[members], block_count[members])[1]]] = True
                 slabs.append(_slab(pieces, order, block_first[members], block_count[members]))
     return slabs, taken
 
 
-def _joins(start: np.ndarray, stop: np.ndarray, kinds: tuple[np.ndarray, ...], limit: np.ndarray):
-    """Of cells in order of ``kinds`` and start: which are joined to the one before, and which as another piece.
-    ``limit``, equal within a kind: the pieces that one block may have."""
+def _joins(start: np.ndarray, stop: np.ndarray, kinds: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Of cells in order of ``kinds`` and start: which are joined to the one before, and which as another piece."""
     joined, apart = np.zeros(len(start), bool), np.zeros(len(start), bool)
-    if not limit.any():
-        return joined, apart
-    same = limit[1:] > 0
+    same = np.ones(max(len(start) - 1, 0), bool)
     for kind in kinds:
         same &= kind[1:] == kind[:-1]
     joined[1:] = same & (start[1:] == stop[:-1])
     apart[1:] = same & (start[1:] > stop[:-1])
     block = np.cumsum(~(joined | apart)) - 1
-    apart &= np.bincount(block, weights=apart)[block] < limit
+    apart &= np.bincount(block, weights=apart)[block] < MAX_PIECES
     return joined | apart, apart
 
 
@@ -232,31 +182,6 @@ def all_take_flash(slabs: Sequence[Slab], n: int, head_dim: int) -> bool:
     """Whether the flash kernel takes every slab, because the others would keep too much."""
     kept = sum(slab.pairs for slab in slabs if not takes_flash(slab.rows, slab.keys))
     return kept > min(kept_pairs(n, head_dim), MOST_KEPT)
-
-
-def _slab_seconds(cells, rows, keys, row_pieces=1, key_pieces=1, flash=False):
-    """``flash``: they take the flash kernel, whatever their size."""
-
-    def taken(flash):
-        kind = {"thin": np.minimum(rows, keys) < THIN_SIDE, "flash": flash, **costs.TYPICAL}
-        counts = costs.slab_counts(cells, rows, keys, row_pieces=row_pieces, key_pieces=key_pieces, **kind)
-        return costs.seconds(counts, costs.choosing())
-
-    flash = flash | takes_flash(rows, keys)
-    return np.where(flash, taken(True), taken(False)) if np.any(flash) else taken(False)
-
-
-def _batch_seconds(units, rows, segments, keys):
-    """Without the calls, which the batch's units share."""
-    return costs.seconds(costs.batch_counts(units, rows, segments, keys, **costs.TYPICAL), costs.choosing())
-
-
-def _pays(cells, rows, keys, row_pieces, key_pieces):
-    """Whether such cells are a slab rather than units of a batch. Those that take the flash kernel are, whatever the
-    rates say: a batch would hold their probabilities."""
-    return takes_flash(rows, keys) | (
-        _slab_seconds(cells, rows, keys, row_pieces, key_pieces) < _batch_seconds(cells, rows, 1, keys)
-    )
 
 
 def _runs(candidates, same, start, rows, lead, pieces):
@@ -417,34 +342,12 @@ def _batches(table: BlockTable, members: np.ndarray, replace: np.ndarray) -> lis
 
 
 def _assign(shapes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(batch of every unit, shape of every batch) for units of shape (rows, segments, keys): equal shapes together,
-    rare ones merged."""
+    """(batch of every unit, shape of every batch) for units of shape (rows, segments, keys): equal shapes together."""
     if len(np.unique(shapes, axis=0)) > MAX_SHAPES:
-        # 1, 2, 3, 4, 6, 8, 12, 16, 24, …: at most a half more
         ladder = np.unique([[2**i, 3 * 2**i // 2] for i in range(31)])
         shapes = ladder[np.searchsorted(ladder, shapes)]
     kinds, kind = np.unique(shapes, axis=0, return_inverse=True)
-    kind = kind.reshape(-1)
-    size = np.bincount(kind, minlength=len(kinds)).astype(np.float64)
-    shape, target = kinds.astype(np.float64), np.arange(len(kinds))
-
-    def cost(shape, size):
-        rows, segments, keys = np.moveaxis(shape, -1, 0)
-        return costs.choosing()["batch"] + _batch_seconds(size, rows, segments, keys)
-
-    while len(size) > 1:
-        own = cost(shape, size)
-        merged = np.maximum(shape[:, None], shape[None])
-        saving = own[:, None] + own[None] - cost(merged, size[:, None] + size[None])
-        np.fill_diagonal(saving, -np.inf)
-        i, j = sorted(divmod(int(saving.argmax()), len(size)))
-        if saving[i, j] <= 0:
-            break
-        shape[i], size[i] = merged[i, j], size[i] + size[j]
-        shape, size = np.delete(shape, j, 0), np.delete(size, j)
-        target[target == j] = i
-        target[target > j] -= 1
-    return target[kind], shape.astype(np.int64)
+    return kind.reshape(-1), kinds
 
 
 def _stages(batches: list[Batch]) -> tuple[tuple[Batch, ...], ...]:

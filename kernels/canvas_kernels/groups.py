@@ -7,12 +7,13 @@ from functools import cached_property
 
 import numpy as np
 
-from . import costs
-
 # Cells with fewer rows or keys than this are copied side by side, others walked one by one or head by head where
 # several cells and heads meet. µs for a product over 28 (cell, head) of 8 × 256 as it lies 320, copied 253; of 64 × 64
 # alike, so that the copies would be all loss.
 THIN_SIDE = 32
+# Softmax over fewer keys than this runs along the middle dimension, keys first, wherever rows are at least as many:
+# over the last one torch does not use its vector units for short rows.
+KEYS_FIRST = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class Slab:
     @cached_property
     def keys_first(self) -> bool:
         """Whether probabilities are stored [keys, rows] rather than [rows, keys]."""
-        return self.keys < costs.KEYS_FIRST and self.keys <= self.rows
+        return self.keys < KEYS_FIRST and self.keys <= self.rows
 
     @cached_property
     def thin(self) -> bool:
@@ -101,7 +102,7 @@ class Batch:
     def keys_first(self) -> bool:
         """Whether probabilities are stored [keys, rows] rather than [rows, keys]."""
         _, rows, _, width = self.shape
-        return width < costs.KEYS_FIRST and width <= rows
+        return width < KEYS_FIRST and width <= rows
 
     @cached_property
     def pairs(self) -> int:
@@ -142,3 +143,13 @@ def narrowed(slab: Slab, rows: np.ndarray) -> Slab:
         begin += length
     kept = {"row_ranges": tuple(ranges), "segment": slab.segment[:, rows], "slot": slab.slot[:, rows]}
     return replace(slab, **kept, fresh_rows=False, fresh_keys=False)
+
+
+def compacted(slab: Slab, cells: np.ndarray, rows: np.ndarray) -> Slab:
+    """The slab with some cells, bool [G], and some rows of each, bool [R], whose rows and keys are copied one cell
+    after another: its ranges lie in these copies."""
+    kept = np.ix_(cells, rows)
+    n_rows, n_keys = int(rows.sum()), slab.keys
+    ranges = {"row_ranges": ((0, n_rows, n_rows),), "key_ranges": ((0, n_keys, n_keys),)}
+    own = {"segment": slab.segment[kept], "slot": slab.slot[kept], "offset": slab.offset[cells]}
+    return replace(slab, **ranges, **own, fresh_rows=True, fresh_keys=True)

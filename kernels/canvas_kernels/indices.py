@@ -13,13 +13,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import reference
+from .derived import Store, derived, to_device
 from .grouping import group
-from .groups import Batch, Slab, narrowed
+from .groups import Batch, Slab, compacted, narrowed
 from .table import BlockTable
 
 QUERIES, KEYS = 0, 1
-# Index tensors kept per (table, X, dtype, device); the oldest goes first.
+
+
+# Index tensors of one kind kept per (table, X, dtype, device).
 MAX_INDICES = 256
 
 
@@ -43,21 +45,14 @@ class Indices:
     """Of one table, for X = batch · heads, a computing dtype and a device."""
 
     def __init__(self, table: BlockTable, heads: int, dtype: torch.dtype, device: torch.device):
-        # the table's cache holds this object: a strong reference back would keep both until the cycle is collected
+        # the table's store holds this object: a strong reference back would keep both until the cycle is collected
         self.table = weakref.proxy(table)
         self.grouping, self.heads, self.dtype, self.device = group(table), heads, dtype, device
         self.sides = [_sides(stage) for stage in self.grouping.stages]
-        self._made: dict = {}
-
-    def _cached(self, key, make):
-        if key not in self._made:
-            if len(self._made) >= MAX_INDICES:
-                self._made.pop(next(iter(self._made)))
-            self._made[key] = make()
-        return self._made[key]
+        self.store = Store()
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return to_device(array, self.device)
 
     def _spread(self, parts: list[np.ndarray], by_head: int = 0, by_position: int = 1) -> torch.Tensor:
         """by_head · x + by_position · part per batch, flattened [batch][x][row]: int32 unless that overflows."""
@@ -67,17 +62,16 @@ class Indices:
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
+    @derived(MAX_INDICES)
     def gather(self, stage: int, side: int, strides: tuple[int, int]) -> torch.Tensor:
-        """Rows that the stage reads of a tensor whose positions and heads are ``strides`` rows apart."""
+        """Rows that the stage takes of a tensor whose positions and heads are ``strides`` rows apart."""
         by_position, by_head = strides
-        return self._cached(
-            ("gather", stage, side, strides),
-            lambda: self._spread(self.sides[stage][side].position, by_head, by_position),
-        )
+        return self._spread(self.sides[stage][side].position, by_head, by_position)
 
+    @derived(MAX_INDICES)
     def reduce(self, stage: int, side: int, strides: tuple[int, int]) -> Reduce:
         """For canvas rows whose positions and heads lie ``strides`` rows apart."""
-        return self._cached(("reduce", stage, side, strides), lambda: self._reduce(stage, side, *strides))
+        return self._reduce(stage, side, *strides)
 
     def _reduce(self, stage: int, side: int, by_position: int, by_head: int) -> Reduce:
         # entry e of canvas row (position[e], x) is gathered row first[e] + x · stride[e]
@@ -112,6 +106,7 @@ class Indices:
         dtype = np.int64 if max(begin, len(index)) >= 2**31 else np.int32
         return Reduce(self.tensor(index.astype(dtype)), self.tensor(offset.astype(dtype)), target)
 
+    @derived(MAX_INDICES)
     def segment_of_key(self, stage: int) -> torch.Tensor:
         """Number of the segment that each gathered key row belongs to; the number of segments for padding."""
         none = len(self.grouping.weight)
@@ -119,116 +114,100 @@ class Indices:
         def numbers(batch: Batch) -> np.ndarray:
             return np.repeat(np.where(batch.segment < 0, none, batch.segment).reshape(-1), batch.keys.shape[2])
 
-        return self._cached(
-            ("segment_of_key", stage), lambda: self._spread([numbers(b) for b in self.grouping.stages[stage]])
-        )
+        return self._spread([numbers(b) for b in self.grouping.stages[stage]])
 
+    @derived(MAX_INDICES)
     def scale_of_row(self, stage: int) -> torch.Tensor:
         """Entry of the flattened row_scale that scales each gathered query row; 2 n for padding."""
-        n = self.table.n_positions
+        n, parts = self.table.n_positions, []
+        for batch, position, valid in zip(self.grouping.stages[stage], *self.sides[stage][QUERIES]):
+            replace = np.repeat(self.grouping.replace[batch.segment[:, 0]], batch.rows.shape[1])
+            parts.append(np.where(valid, replace * n + position, 2 * n))
+        return self._spread(parts)
 
-        def make():
-            parts = []
-            for batch, position, valid in zip(self.grouping.stages[stage], *self.sides[stage][QUERIES]):
-                replace = np.repeat(self.grouping.replace[batch.segment[:, 0]], batch.rows.shape[1])
-                parts.append(np.where(valid, replace * n + position, 2 * n))
-            return self._spread(parts)
-
-        return self._cached(("scale_of_row", stage), make)
-
+    @derived(MAX_INDICES)
     def bias(self, stage: int, number: int) -> torch.Tensor | None:
         """[1, G, 1, S·W]"""
         bias = self.grouping.stages[stage][number].bias
-        if bias is None:
-            return None
-        return self._cached(("bias", stage, number), lambda: self.tensor(bias).to(self.dtype)[None, :, None])
+        return None if bias is None else self.tensor(bias).to(self.dtype)[None, :, None]
 
+    @derived(MAX_INDICES)
     def own_keys(self, stage: int) -> torch.Tensor | None:
         """:func:`key_coefficient` of the table's own weights; None where all are 1."""
+        coefficient = key_coefficient(self, stage, self.segments()[0])
+        return None if bool((coefficient == 1).all()) else coefficient
 
-        def make():
-            coefficient = key_coefficient(self, stage, self.segments()[0])
-            return None if bool((coefficient == 1).all()) else coefficient
-
-        return self._cached(("own_keys", stage), make)
-
+    @derived(MAX_INDICES)
     def own_rows(self, stage: int) -> torch.Tensor:
         """:func:`row_coefficient` of the table's own row scale."""
-        return self._cached(("own_rows", stage), lambda: row_coefficient(self, stage, self.row_scale()))
+        return row_coefficient(self, stage, self.row_scale())
 
+    @derived(MAX_INDICES)
     def padding(self, stage: int) -> torch.Tensor | None:
         """Joint form, [gathered query rows, 1]: 0 for padding and 1 for others; None where there is no padding."""
-
-        def make():
-            parts = [np.where(valid, 1, 0) for valid in self.sides[stage][QUERIES].valid]
-            return None if all(part.all() for part in parts) else self._spread(parts).to(self.dtype)[:, None]
-
-        return self._cached(("padding", stage), make)
+        parts = [np.where(valid, 1, 0) for valid in self.sides[stage][QUERIES].valid]
+        return None if all(part.all() for part in parts) else self._spread(parts).to(self.dtype)[:, None]
 
     # -- slabs ---------------------------------------------------------------------------------------------------------
 
+    @derived(MAX_INDICES)
     def slab_bias(self, number: int) -> torch.Tensor | None:
         """[G, 1, 1, keys]"""
         bias = self.grouping.slabs[number].bias
-        if bias is None:
-            return None
-        return self._cached(("slab_bias", number), lambda: self.tensor(bias).to(self.dtype)[:, None, None])
+        return None if bias is None else self.tensor(bias).to(self.dtype)[:, None, None]
 
-    def slab_segments(self, number: int) -> torch.Tensor:
-        """[G · R]: the segment of each row."""
-        return self._cached(
-            ("slab_segments", number), lambda: self.tensor(self.grouping.slabs[number].segment.reshape(-1))
-        )
+    @derived(MAX_INDICES)
+    def slab_entries(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [G, R]: the segment of each row, and its entry of the flattened row_scale."""
+        slab = self.grouping.slabs[number]
+        positions = slab.positions(slab.row_ranges)
+        return slab.segment, self.grouping.replace[slab.segment] * self.table.n_positions + positions
 
-    def slab_scales(self, number: int) -> torch.Tensor:
-        """[G · R]: the entry of the flattened row_scale of each row."""
+    @derived(MAX_INDICES)
+    def slab_rows(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[G · R]: :meth:`slab_entries` as tensors."""
+        return tuple(self.tensor(part.reshape(-1)) for part in self.slab_entries(number))
 
-        def make():
-            slab = self.grouping.slabs[number]
-            replace = self.grouping.replace[slab.segment].reshape(-1)
-            return self.tensor(replace * self.table.n_positions + slab.positions(slab.row_ranges).reshape(-1))
-
-        return self._cached(("slab_scales", number), make)
-
+    @derived(MAX_INDICES)
     def own_slab_rows(self, number: int) -> torch.Tensor | float:
-        """:func:`slab_coefficient` of the table's own weights and row scale; a number where all are equal."""
-
-        def make():
-            coefficient = slab_coefficient(self, number, self.segments()[0], self.row_scale())
-            first = coefficient.flatten()[0]
-            return float(first) if bool((coefficient == first).all()) else coefficient
-
-        return self._cached(("own_slab_rows", number), make)
+        """Coefficients [G, R, 1] of the table's own weights and row scale; a number where all are equal."""
+        coefficient = slab_coefficient(self, number, self.segments()[0], self.row_scale())
+        first = coefficient.flatten()[0]
+        return float(first) if bool((coefficient == first).all()) else coefficient
 
     # -- segments ------------------------------------------------------------------------------------------------------
 
+    @derived(1)
     def segments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(weight, edge) of every segment."""
-        grouping = self.grouping
-        return self._cached(
-            "segments", lambda: (self.tensor(grouping.weight).to(self.dtype), self.tensor(grouping.edge))
-        )
+        return self.tensor(self.grouping.weight).to(self.dtype), self.tensor(self.grouping.edge)
 
-    def per_edge(self) -> torch.Tensor:
-        """Number of segments of every edge; segments ascend with their edges."""
+    @derived(1)
+    def per_edge(self) -> torch.Tensor | None:
+        """Number of segments of every connection; segments ascend with their connections."""
         count = self.table.n_edges
-        return self._cached(
-            "per_edge", lambda: self.tensor(np.bincount(self.grouping.edge, minlength=count)) if count else None
-        )
+        return self.tensor(np.bincount(self.grouping.edge, minlength=count)) if count else None
 
-    def row_scale(self, active: torch.Tensor | None = None) -> torch.Tensor:
-        """The table's own (2, n), in float64 where that is computed in."""
-        if self.dtype == torch.float64:
-            return reference.row_scales(self.table, active, torch.float64, self.device)
-        return self.table.row_scale(active, self.device)
+    def row_scale(self) -> torch.Tensor:
+        """The table's own (2, n)."""
+        return self.table.row_scale(self.device, self.dtype)
+
+    @derived(1)
+    def own_scaled(self) -> np.ndarray | None:
+        """bool [2 · n]: entries of the table's own row scale that are not 0; None where no segment's rows have a 0."""
+        scaled = (self.row_scale() != 0).cpu().numpy().reshape(-1)
+        slabs = range(len(self.grouping.slabs))
+        everywhere = all(scaled[self.slab_entries(number)[1]].all() for number in slabs)
+        padded = np.append(scaled, True)
+        stages = range(len(self.grouping.stages))
+        everywhere &= all(padded[self.scale_of_row(stage).cpu().numpy()].all() for stage in stages)
+        return None if everywhere else scaled
 
 
-def indices_of(table: BlockTable, rows: torch.Tensor) -> Indices:
-    key = ("rectangles", rows.shape[1], rows.dtype, rows.device)
-    made = table.cache.get(key)
-    if made is None:
-        made = table.cache[key] = Indices(table, rows.shape[1], rows.dtype, rows.device)
-    return made
+@derived(limit=2)
+def indices_of(table: BlockTable, heads: int, dtype: torch.dtype, device: torch.device) -> Indices:
+    """Returns the indices of a table for X = ``heads``; the last few numbers of heads are kept."""
+    return Indices(table, heads, dtype, device)
 
 
 def _sides(stage: tuple[Batch, ...]) -> tuple[Side, Side]:
@@ -251,37 +230,57 @@ def row_coefficient(indices: Indices, stage: int, row_scale: torch.Tensor) -> to
 
 def slab_coefficient(indices: Indices, number: int, coefficient: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
     """[G, R, 1]: coefficient · row scale of each row of a slab."""
-    product = coefficient.index_select(0, indices.slab_segments(number)) * slab_row_scale(indices, number, row_scale)
+    segment, entry = indices.slab_rows(number)
+    product = coefficient.index_select(0, segment) * row_scale.to(indices.dtype).reshape(-1).index_select(0, entry)
     return product.view(indices.grouping.slabs[number].cells, -1, 1)
 
 
-def slab_row_scale(indices: Indices, number: int, row_scale: torch.Tensor) -> torch.Tensor:
-    """[G · R]: the row scale of each row of a slab."""
-    return row_scale.to(indices.dtype).reshape(-1).index_select(0, indices.slab_scales(number))
+class SlabRun(NamedTuple):
+    """What of a slab runs in a call: ``slab``, on views of the canvas, or where ``rows`` and ``keys`` name positions on
+    copies of these; ``entries`` [G · R] chooses its rows among those of the whole slab, None for all."""
+
+    slab: Slab
+    bias: torch.Tensor | None
+    coefficient: torch.Tensor | float
+    entries: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
 
 
 class Step:
-    """Coefficients of one call: what gain, active and row_scale make of the table."""
+    """One call's coefficients and what of the table runs: what gain, active and row_scale make of it.
+
+    Rows and segments that are inactive, or scaled by 0, are left out rather than multiplied by 0, so that what is not
+    finite there reaches nothing. On a CPU, reading activity waits for nothing.
+    """
 
     def __init__(self, indices: Indices, gain, active, row_scale):
         self.indices = indices
         self.joint = indices.table.form == "joint"
         self.own_weights = gain is None and active is None
-        self.own_row_scale = row_scale is None and active is None
-        self.live = None
-        self._slabs: dict[int, tuple[Slab, torch.Tensor | None]] = {}
+        self.own_row_scale = row_scale is None
+        self.live_segments = self.scaled = None
+        self._runs: dict[int, list[SlabRun]] = {}
         if self.joint:
             return
-        self.row_scale = indices.row_scale(active) if row_scale is None else row_scale
+        self.row_scale = indices.row_scale() if row_scale is None else row_scale.detach()
         self.coefficient, edge = indices.segments()
         if gain is not None:
             self.coefficient = self.coefficient * gain.detach().to(indices.dtype)[edge]
         if active is not None:
-            on = active != 0
-            self.coefficient = self.coefficient * on.to(indices.dtype)[edge]
-            if active.device.type == "cpu":
-                # reading activity waits for nothing here, so what is inactive need not be computed
-                self.live = on.numpy()[indices.grouping.edge]
+            on = active.detach() != 0
+            self.coefficient = torch.where(on[edge], self.coefficient, 0.0)
+            self.live_segments = on.numpy()[indices.grouping.edge]
+        if row_scale is None:
+            self.scaled = indices.own_scaled()
+        else:
+            self.scaled = (self.row_scale != 0).reshape(-1).numpy()
+
+    @property
+    def everything(self) -> bool:
+        """Whether every slab runs as a whole."""
+        numbers = range(len(self.indices.grouping.slabs))
+        return all(len(runs) == 1 and runs[0].entries is None for runs in map(self.slab_runs, numbers))
 
     def keys(self, stage: int) -> torch.Tensor | None:
         if self.joint:
@@ -297,36 +296,58 @@ class Step:
             return self.indices.own_rows(stage)
         return row_coefficient(self.indices, stage, self.row_scale)
 
-    def slab(self, number: int) -> Slab:
-        """Slab ``number`` without the rows that are known to be inactive, where those are the same of all cells."""
-        return self._live_slab(number)[0]
+    def dead_keys(self, stage: int) -> torch.Tensor | None:
+        """bool [gathered key rows, 1]: those of inactive segments, and padding; None where all are active."""
+        if self.live_segments is None:
+            return None
+        dead = torch.from_numpy(np.append(~self.live_segments, True))
+        return dead.index_select(0, self.indices.segment_of_key(stage))[:, None]
 
-    def slab_rows(self, number: int) -> torch.Tensor | float:
-        """Coefficient · row scale of a slab's rows: [G, R, 1], or a number that holds for all."""
+    def dead_rows(self, stage: int) -> torch.Tensor | None:
+        """bool [gathered query rows, 1]: those that are scaled by 0, and padding; None where there is none but it."""
+        return None if self.scaled is None else self.rows(stage) == 0
+
+    def runs(self, batch: Batch) -> bool:
+        """Whether any of its segments is active."""
+        return self.live_segments is None or bool(self.live_segments[batch.segment[batch.segment >= 0]].any())
+
+    def slab_runs(self, number: int) -> list[SlabRun]:
+        """What runs of slab ``number``: all of it, the same rows of every cell, or copies of cells with equal rows."""
+        if number not in self._runs:
+            self._runs[number] = self._slab_runs(number)
+        return self._runs[number]
+
+    def _slab_runs(self, number: int) -> list[SlabRun]:
+        slab, bias = self.indices.grouping.slabs[number], self.indices.slab_bias(number)
         if self.joint:
-            return 1.0
-        if self.own_weights and self.own_row_scale:
-            return self.indices.own_slab_rows(number)
+            return [SlabRun(slab, bias, 1.0)]
+        segment, entry = self.indices.slab_entries(number)
+        live = np.ones(segment.shape, bool)
+        if self.scaled is not None:
+            live &= self.scaled[entry]
+        if self.live_segments is not None:
+            live &= self.live_segments[segment]
+        if self.own_weights and self.own_row_scale and live.all():
+            return [SlabRun(slab, bias, self.indices.own_slab_rows(number))]
+        if not live.any():
+            return []
         coefficient = slab_coefficient(self.indices, number, self.coefficient, self.row_scale)
-        rows = self._live_slab(number)[1]
-        return coefficient if rows is None else coefficient.index_select(1, rows)
-
-    def of_slab_rows(self, values: torch.Tensor, number: int) -> torch.Tensor:
-        """Of ``values`` [G · R], one for each row of a slab, those of the rows that run."""
-        slab, rows = self._live_slab(number)
-        return values if rows is None else values.view(slab.cells, -1).index_select(1, rows).reshape(-1)
-
-    def _live_slab(self, number: int) -> tuple[Slab, torch.Tensor | None]:
-        slab = self.indices.grouping.slabs[number]
-        if self.live is None:
-            return slab, None
-        if number not in self._slabs:
-            live, found = self.live[slab.segment], (slab, None)
-            if not live.all() and (live == live[:1]).all():
-                found = narrowed(slab, live[0]), self.indices.tensor(live[0].nonzero()[0])
-            self._slabs[number] = found
-        return self._slabs[number]
-
-    def runs(self, part: Batch | Slab) -> bool:
-        """Whether any of its segments is active, as far as that can be known without waiting for a device."""
-        return self.live is None or bool(self.live[part.segment[part.segment >= 0]].any())
+        if live.all():
+            return [SlabRun(slab, bias, coefficient)]
+        tensor = self.indices.tensor
+        if (live == live[:1]).all():
+            entries = tensor(live.reshape(-1).nonzero()[0])
+            rows = coefficient.index_select(1, tensor(live[0].nonzero()[0]))
+            return [SlabRun(narrowed(slab, live[0]), bias, rows, entries)]
+        found = []
+        positions, keys = slab.positions(slab.row_ranges), slab.positions(slab.key_ranges)
+        patterns, pattern = np.unique(live, axis=0, return_inverse=True)
+        for i, rows in enumerate(patterns):
+            if rows.any():
+                cells = pattern.reshape(-1) == i
+                kept = np.ix_(cells, rows)
+                entries = tensor(np.arange(live.size).reshape(live.shape)[kept].reshape(-1))
+                own = coefficient.view(-1).index_select(0, entries).view(int(cells.sum()), -1, 1)
+                copies = (tensor(positions[kept].reshape(-1)), tensor(keys[cells].reshape(-1)))
+                found.append(SlabRun(compacted(slab, cells, rows), None, own, entries, *copies))
+        return found

@@ -12,7 +12,7 @@ import math
 import torch
 import triton
 
-from . import configs, costs
+from . import configs
 from .backward import dkv_kernel, dq_kernel, edge_delta_kernel, joint_delta_kernel
 from .configs import Config
 from .forward import forward_kernel
@@ -79,7 +79,7 @@ def backward(
 ):
     """``(gradients, dgain)``, those of :func:`forward`.
 
-    ``gradients`` (3, B, H, n, D) holds dq, dk, dv, contiguous, in the inputs' dtype; dgain is (n_edges,) float32, None
+    ``gradients`` are dq, dk, dv (B, H, n, D), contiguous, in the inputs' dtype; dgain is (n_edges,) float32, None
     unless ``need_gain``.
     """
     q, k, v, grad_out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(grad_out)
@@ -117,8 +117,7 @@ def backward(
                 *strides,
                 **_constants(config, head_dim),
             )
-    gradients = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)
-    dq, dk, dv = gradients.unbind()
+    gradients = dq, dk, dv = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     for config, walk in _walks(table, q, "dq", gain, active):
         dq_kernel[(walk.n_tiles * batch_heads,)](
             q,
@@ -209,15 +208,14 @@ def sigmoid_backward(
     """``(gradients, dgain)`` of :func:`sigmoid_forward`, as :func:`backward` gives them."""
     q, k, v, grad_out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(grad_out)
     if row_scale is None:
-        row_scale = table.row_scale(active, q.device)
+        row_scale = table.row_scale(q.device, torch.float32)
     row_scale = _plain(row_scale)
     batch, heads, n, head_dim = q.shape
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
     factor = _slot_factors(table, gain, active, row_scale, q.device)
     # slots of inactive edges are written by no one and read by the sum over slots
     delta = torch.zeros((batch, heads, table.n_slots if need_gain else 0), dtype=torch.float32, device=q.device)
-    gradients = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)
-    dq, dk, dv = gradients.unbind()
+    gradients = dq, dk, dv = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     for config, walk in _walks(table, q, "dq", None, active, "sigmoid"):
         sigmoid_dq_kernel[(walk.n_tiles * batch * heads,)](
             q,
@@ -266,7 +264,7 @@ def sigmoid_backward(
 def _slot_factors(table, gain, active, row_scale, device) -> torch.Tensor:
     """(n_slots,) float32: c_ri = w_r · gain · active · row_scale of every (segment, row)."""
     layout = table.slot_layout(device)
-    row_scale = table.row_scale(active, device) if row_scale is None else _plain(row_scale)
+    row_scale = table.row_scale(device, torch.float32) if row_scale is None else _plain(row_scale)
     factor = layout.weight * row_scale[layout.replace, layout.position]
     for by_edge in (gain, None if active is None else active != 0):
         if by_edge is not None:
@@ -281,7 +279,7 @@ def _gain_gradient(delta, table, active, row_scale) -> torch.Tensor:
     layout = table.slot_layout(delta.device)
     share = layout.weight * row_scale[layout.replace, layout.position] * delta.sum((0, 1))
     dgain = torch.segment_reduce(share, "sum", lengths=layout.per_edge, initial=0.0, unsafe=True)
-    return dgain if active is None else dgain * (active != 0)
+    return dgain if active is None else dgain.masked_fill(active == 0, 0.0)
 
 
 def _joint_delta(grad_out, out) -> torch.Tensor:
@@ -324,8 +322,7 @@ def _walks(table, q, stage, gain, active, form=None):
     if not q.numel():
         return []
     found = configs.lookup(arch_of(q.device), q.shape[3], q.dtype, stage, form or table.form)
-    measured = _measured(q.device, stage, form or table.form, q.shape[3], q.dtype)
-    tilings = table.device_tilings(q.device, configs.classes(found, measured), stage == "dkv")
+    tilings = table.device_tilings(q.device, configs.classes(found), stage == "dkv")
     config_of = {(config.block_m, config.block_n): config for config in found}
     return [(config_of[tiling.block_m, tiling.block_n], walk(tiling, table, gain, active)) for tiling in tilings]
 
@@ -387,17 +384,6 @@ def arch_of(device: torch.device) -> str:
     if torch.version.hip:
         return configs.arch_of_hip(torch.cuda.get_device_properties(device).gcnArchName)
     return configs.arch_of_cuda(torch.cuda.get_device_capability(device))
-
-
-@functools.lru_cache(maxsize=1024)
-def _measured(device: torch.device, stage: str, form: str, head_dim: int, dtype: torch.dtype):
-    """Costs of the blocks of :func:`configs.lookup`'s configurations; None where the device's rates lack one."""
-    rates = costs.all_rates().get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if rates is None:
-        return None
-    found = configs.lookup(arch_of(device), head_dim, dtype, stage, form)
-    blocks = costs.blocks(rates, stage, form, configs.block_d(head_dim), dtype.itemsize, found)
-    return None if blocks is None else tuple(block.cost for block in blocks)
 
 
 @functools.lru_cache(maxsize=1024)

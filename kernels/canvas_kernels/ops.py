@@ -1,9 +1,8 @@
 """The registered operation: ``canvas_kernels::attention`` and its backward.
 
-A table enters the operators as its content digest (:attr:`BlockTable.key`): strings are constants to a compiler, and
-equal digests mean equal tables in every process, so compiled graphs may be cached. Each operator has one autograd
-function at its Autograd key (transforms of torch.func want it called outside of the operator), fakes that give the real
-strides, and the autocast rule of ``scaled_dot_product_attention``.
+A table enters the operators as its content digest (:attr:`BlockTable.key`), an index map likewise: strings are
+constants to a compiler, and equal digests mean equal content in every process, so compiled graphs may be cached. Their
+autograd is that of :mod:`.autograd`, and their fakes give the real strides.
 """
 
 from __future__ import annotations
@@ -17,44 +16,40 @@ import pkgutil
 
 import torch
 
-from . import costs, dropout, rectangles, reference
-from .frames import frame_mask, frame_rows, frames_attention, takes_frames
-from .sigmoid import sigmoid_attention
+from . import composition, frames, rectangles, reference, sigmoid
+from .autograd import COMPILED_FUNCTIONS, DEVICES, OPERATIONS, TAGS, Operation, operate, own_products, under_autograd
+from .frames import frame_rows, takes_frames
+from .index_map import IndexMap, gather_rows, scatter_rows
 from .table import BlockTable
-from .transforms import Function, autocast, autocast_dtype, transformed
+from .table import row_scale as table_row_scale
 
 ACTIVATIONS = ("softmax", "sigmoid")
 BACKENDS = ("auto", "triton", "torch", "reference")
 MAX_TRITON_HEAD_DIM = 256
 # How much the torch executor keeps for backward is a size in a compiled graph, and compilers keep graphs on disk. Its
-# sources, and the rates by which it groups cells, are in its name: what others of them compiled is another graph.
-_EXECUTOR = "rectangles grouping groups slabs batches indices frames tiling table costs"
-_SOURCES = tuple(f"{name}.py" for name in _EXECUTOR.split())
+# sources are in its name: what others of them compiled is another graph.
+_SOURCES = ("rectangles", "grouping", "groups", "slabs", "batches", "indices", "tiling", "table")
 
 
-def _executor_name(rates: dict[str, float]) -> str:
-    code = b"".join(pkgutil.get_data(__package__, name) or b"" for name in _SOURCES)
-    code += repr(sorted(rates.items())).encode()
+def _executor_name() -> str:
+    code = b"".join(pkgutil.get_data(__package__, f"{name}.py") or b"" for name in _SOURCES)
     return f"torch {hashlib.sha1(code, usedforsecurity=False).hexdigest()[:12]}"
 
 
-TORCH = _executor_name(costs.choosing())
+TORCH, FRAMES = _executor_name(), "frames"
 
 _LIBRARY = torch.library.Library("canvas_kernels", "DEF")
 _LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor? active, Tensor? row_scale, str table, float scale, "
-    "str backend, bool need_lse, bool need_grad) -> (Tensor out, Tensor lse, Tensor aux)",
-    tags=torch.Tag.pt2_compliant_tag,
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor? active, Tensor? row_scale, str table, str rows, "
+    "float scale, str executor, str activation, bool need_lse, bool keep) -> (Tensor out, Tensor lse, Tensor saved)",
+    tags=TAGS,
 )
 _LIBRARY.define(
-    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, Tensor aux, "
-    "Tensor? gain, Tensor? active, Tensor? row_scale, str table, float scale, str backend, bool need_gain) "
-    "-> (Tensor gradients, Tensor dgain)",
-    tags=torch.Tag.pt2_compliant_tag,
+    "attention_backward(Tensor grad_out, Tensor? out, Tensor lse, Tensor saved, Tensor q, Tensor k, Tensor v, "
+    "Tensor? gain, Tensor? active, Tensor? row_scale, str table, str rows, float scale, str executor, str activation, "
+    "bool need_gain) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgain)",
+    tags=TAGS,
 )
-
-_attention = torch.ops.canvas_kernels.attention.default
-_attention_backward = torch.ops.canvas_kernels.attention_backward.default
 
 
 # -- the public functions ----------------------------------------------------------------------------------------------
@@ -74,95 +69,102 @@ def block_attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     activation: str = "softmax",
+    rows: IndexMap | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Segmented block-sparse attention; ``kernels/README.md`` has the formulas.
 
-    ``q``, ``k``, ``v`` (B, H, n, D): one floating dtype and device, rows in the table's packed order. ``scale``
-    defaults to D^−½. Edge form only: ``gain`` (n_edges,), trainable factors; ``active`` (n_edges,), an edge whose entry
-    is 0 is as if it were not there; ``row_scale`` (2, n), factors of adding and of replacing segments per row, by
-    default 1 / (sum of the weights in force). Returns ``out`` (B, H, n, D) in q's dtype, or ``(out, lse)`` with ``lse``
-    (B, H, n_slots), base 2 and without gradient.
+    Gradients flow to q, k, v and gain, of any order, in forward and reverse mode, eager, compiled, exported and under
+    transforms of torch.func; first derivatives run in kernels, further ones compose plain torch, which holds the
+    probabilities of every pair. Under autocast float32 inputs are cast as ``scaled_dot_product_attention`` casts them.
 
-    ``backend``: "triton", "torch" (grouped rectangles; plain frames as dense attention), "reference" (cell by cell, for
-    tests; breaks a compiled graph) or "auto": Triton for tensors on a CUDA or ROCm device without dropout, torch
-    otherwise. A backend that is named never falls back.
-    ``activation`` "sigmoid": σ(scale · q·k) in place of the softmax, without a normaliser, in edge form; it has no lse.
-    Gradients flow to q, k, v and gain; second derivatives need "reference". Of torch.func, grad, vjp, jacrev and vmap
-    work, vmap slice by slice; sigmoids want "reference" there, and nothing has jvp. Under autocast float32 inputs are
-    cast as ``scaled_dot_product_attention`` casts them.
+    Args:
+        q, k, v: (batch, heads, n, head_dim), one floating dtype and device, rows in the table's packed order.
+        table: what attends to what.
+        scale: factor of q·k, by default head_dim^−½.
+        gain: (n_edges,), trainable factors of connections. Edge form only, as the next two.
+        active: (n_edges,); a connection whose entry is 0 is as if it were not there.
+        row_scale: (2, n), factors of adding and of replacing segments at each row, by default 1 / (sum of the weights
+            in force). A constant, without gradient.
+        backend: "triton", "torch" (grouped rectangles on a CPU, a composition elsewhere), "reference" (cell by cell,
+            for tests; not under torch.compile) or "auto": Triton for tensors on a CUDA or ROCm device without dropout,
+            torch otherwise. A backend that is named never falls back.
+        dropout_p: probability of dropping an attention weight; not with "triton".
+        return_lse: whether to return ``lse`` (batch, heads, n_slots) too, base 2 and without gradient; +inf where the
+            slot's row attends to nothing or is scaled by 0, as adding segments are where replacing ones are in force.
+        activation: "softmax", or in edge form "sigmoid": σ(scale · q·k) without a normaliser; it has no lse.
+        rows: a distinct gather from n_canvas positions; q, k, v and the result then hold those instead of n, and
+            positions that it leaves out get 0.
 
-    Raises ValueError for shapes, dtypes, devices or options that do not fit, naming them.
+    Returns:
+        ``out`` like q, or ``(out, lse)``. Rows that attend to nothing are 0.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit, naming them.
 
     >>> table = BlockTable.from_rectangles("joint", 2, 0, q_start=[0], q_stop=[2], k_start=[1], k_stop=[2], weight=[1])
     >>> x = torch.tensor([[[[1.0], [3.0]]]])
     >>> block_attention(x, x, x, table).flatten().tolist()
     [3.0, 3.0]
     """
-    scale = _check_inputs(q, k, v, table, scale, dropout_p)
+    scale = _check_inputs(q, k, v, table, rows, scale, dropout_p)
     if gain is not None or active is not None or row_scale is not None:
         _check_edge_inputs(q, table, gain, active, row_scale)
     if activation != "softmax":
         _check_activation(activation, table, return_lse)
-    if backend == "auto":
-        backend = "triton" if q.is_cuda and not dropout_p else "torch"
-    elif backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "triton":
-        _check_triton(q, dropout_p)
-    if backend == "reference" and torch.compiler.is_compiling():
-        raise ValueError(
-            "backend 'reference' walks its table in Python and reads activity on the host, which torch.compile cannot "
-            "trace: use 'torch' or 'triton' there, or compile without fullgraph"
-        )
-    if backend == "reference" or dropout_p:
-        q, k, v = autocast(q, k, v)
-        execute = reference.attention if backend == "reference" else dropout.attention
-        # the products inside are the operation's own: it computes 16-bit inputs in float32
+    backend = _check_backend(backend, q, dropout_p)
+    q, k, v = autocast(q, k, v)
+    if active is not None:
+        # it may be changed in place before backward runs: this step keeps its own
+        active = active.detach().clone()
+        if row_scale is None:
+            row_scale = table_row_scale(table, active, torch.promote_types(q.dtype, torch.float32))
+    tensors = (q, k, v, gain, active, row_scale)
+    if backend == "reference":
+        options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale}
+        if rows is not None:
+            q, k, v = (gather_rows(x, rows, 2) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = execute(
-                q,
-                k,
-                v,
-                table,
-                scale=scale,
-                gain=gain,
-                active=active,
-                row_scale=row_scale,
-                dropout_p=dropout_p,
-                activation=activation,
-            )
-    elif activation == "sigmoid":
-        if transformed():
-            raise ValueError("activation 'sigmoid' knows transforms of torch.func with backend 'reference' only")
-        q, k, v = autocast(q, k, v)
-        # activity may be changed in place before backward runs: this step keeps its own
-        active = None if active is None else active.clone()
-        return sigmoid_attention(q, k, v, gain, active, row_scale, table.key, scale, backend)
-    elif (
-        backend == "torch"
-        and q.is_cpu
-        and not return_lse
-        and (gain is None and active is None and row_scale is None)
-        and not transformed()
-        and (dtype := autocast_dtype(q)) in (torch.float32, torch.float64)
-        and (rows := frame_rows(table.key))
-        and takes_frames(q, rows)
-    ):
-        return frames_attention(q, k, v, rows, scale, frame_mask(table.key, dtype))
+            out, lse = reference.attention(q, k, v, table, **options, dropout_p=dropout_p, activation=activation)
+        out = out if rows is None else scatter_rows(out, rows, 2)
     else:
-        executor = TORCH if backend == "torch" else backend
-        options = (gain, active, row_scale, table.key, scale, executor, return_lse)
-        if transformed():
-            out, lse, _ = _Attention.call(*autocast(q, k, v), *options)
+        constants = (table.key, "" if rows is None or rows.is_identity else rows.key, scale)
+        if dropout_p or (backend == "torch" and not q.is_cpu):
+            # the products inside are the operation's own: it computes 16-bit inputs in float32
+            with torch.autocast(q.device.type, enabled=False):
+                out, lse = compose(*tensors, *constants, activation, dropout_p)
         else:
-            out, lse, _ = _attention(q, k, v, *options, False)
+            executor = _executor(backend, tensors, table, constants[1], return_lse, activation)
+            out, lse, _ = operate("attention", *tensors, *constants, executor, activation, return_lse)
     return (out, lse) if return_lse else out
+
+
+def compose(*args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs :func:`.composition.attention`; compilers take it as it is."""
+    return composition.attention(*args)
+
+
+COMPILED_FUNCTIONS.append(compose)
+
+
+def _executor(backend: str, tensors, table: BlockTable, rows: str, need_lse: bool, activation: str) -> str:
+    """The executor of this call: decided here, on the layout that q has now, for forward and backward alike."""
+    q, _, _, *edge_inputs = tensors
+    if backend == "triton":
+        return "triton"
+    if activation != "softmax" or need_lse or any(x is not None for x in edge_inputs):
+        return TORCH
+    length = frame_rows(table.key) if q.dtype in (torch.float32, torch.float64) and q.numel() else 0
+    if not length:
+        return TORCH
+    # packed rows lie heads first
+    takes = frames.pays(length, table.n_positions, q.shape[3], True) if rows else takes_frames(q, length)
+    return FRAMES if takes else TORCH
 
 
 # -- checks: shapes and flags only, never values on a device -----------------------------------------------------------
 
 
-def _check_inputs(q, k, v, table, scale, dropout_p) -> float:
+def _check_inputs(q, k, v, table, rows, scale, dropout_p) -> float:
     if not isinstance(table, BlockTable):
         raise ValueError(f"table must be a BlockTable, got {type(table).__name__}")
     shape = q.shape
@@ -171,8 +173,11 @@ def _check_inputs(q, k, v, table, scale, dropout_p) -> float:
             "q, k and v must share one shape (batch, heads, positions, head_dim): "
             f"q {tuple(shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
-    if shape[2] != table.n_positions:
-        raise ValueError(f"q, k, v {tuple(shape)} hold {shape[2]} positions, the table {table.n_positions}")
+    if rows is not None and (rows.n_out != table.n_positions or not (rows.is_gather and rows.is_distinct)):
+        raise ValueError(f"rows must gather the table's {table.n_positions} positions, none of them twice")
+    wanted = table.n_positions if rows is None else rows.n_in
+    if shape[2] != wanted:
+        raise ValueError(f"q, k, v {tuple(shape)} hold {shape[2]} positions, the table {wanted}")
     device = q.device
     if k.device != device or v.device != device:
         raise ValueError(f"q, k and v must be on one device: q {q.device}, k {k.device}, v {v.device}")
@@ -192,6 +197,22 @@ def _check_inputs(q, k, v, table, scale, dropout_p) -> float:
     if not 0.0 <= scale < math.inf:
         raise ValueError(f"scale must be finite and not negative, got {scale}")
     return float(scale)
+
+
+def _check_backend(backend: str, q: torch.Tensor, dropout_p: float) -> str:
+    """``backend`` with "auto" resolved."""
+    if backend == "auto":
+        return "triton" if q.is_cuda and not dropout_p else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "triton":
+        _check_triton(q, dropout_p)
+    if backend == "reference" and torch.compiler.is_compiling():
+        raise ValueError(
+            "backend 'reference' walks its table in Python and reads activity on the host, which torch.compile cannot "
+            "trace: use 'torch' or 'triton' there, or compile without fullgraph"
+        )
+    return backend
 
 
 def _check_edge_inputs(q, table, gain, active, row_scale) -> None:
@@ -254,193 +275,189 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-# -- attention: kernels ------------------------------------------------------------------------------------------------
+# -- autocast ----------------------------------------------------------------------------------------------------------
 
 
-def _row_scale(table, active, row_scale, q) -> torch.Tensor | None:
-    if row_scale is not None or table.form == "joint":
-        return row_scale
-    return table.row_scale(active, q.device)
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """Returns the dtype in which autocast lets ``x`` take part: float64 and integers stay as they are."""
+    dtype = x.dtype
+    # a device makes its type's name anew each time
+    kind = "cpu" if x.is_cpu else x.device.type
+    if dtype.is_floating_point and dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
 
 
-def _attention_kernel(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, need_grad):
-    table = BlockTable.lookup(table)
-    options = {"scale": scale, "gain": gain, "active": active}
-    if backend != "triton":
-        return rectangles.forward(
-            q, k, v, table, row_scale=row_scale, need_lse=need_lse, need_grad=need_grad, **options
-        )
-    # here and not among the checks: what the machine has is nothing for a compiler to trace
-    refusal = _triton_refusal(q.device.type, q.dtype)
-    if refusal:
-        raise ValueError(refusal)
-    from . import launch
-
-    keeps_row_scale = need_grad and active is not None and row_scale is None and table.form == "edge"
-    row_scale = _row_scale(table, active, row_scale, q)
-    out, lse = launch.forward(q, k, v, table, row_scale=row_scale, **options)
-    return out, lse, row_scale if keeps_row_scale else lse.new_empty(0)
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns tensors as autocast lets them take part."""
+    return tuple(x.to(autocast_dtype(x)) for x in tensors)
 
 
-def _attention_fake(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, need_grad):
-    found = BlockTable.lookup(table)
-    batch, heads = q.shape[:2]
-    if backend != "triton":
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        lse = q.new_empty((batch, heads, found.n_slots if need_lse else 0), dtype=dtype)
-        own_activity = active is not None and row_scale is None
-        # head_dim decides what is kept, so it may not stay symbolic
-        size = rectangles.saved_size(found, batch * heads, int(q.shape[3]), own_activity) if need_grad else 0
-        return _fake_like(q, backend), lse, q.new_empty(size, dtype=dtype)
-    lse = q.new_empty((batch, heads, found.n_slots), dtype=torch.float32)
-    keeps_row_scale = need_grad and active is not None and row_scale is None and found.form == "edge"
-    return _fake_like(q, backend), lse, lse.new_empty((2, found.n_positions) if keeps_row_scale else (0,))
+# -- kernels -----------------------------------------------------------------------------------------------------------
 
 
-def _fake_like(x, backend):
-    return x.new_empty(x.shape) if backend == "triton" else rectangles.empty_like(x)
+def _packed(rows: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(B, H, n_canvas, D) tensors in packed order, where ``rows`` names it."""
+    if not rows:
+        return tensors
+    index = IndexMap.lookup(rows).rows(tensors[0].device)
+    return tuple(x.index_select(2, index) for x in tensors)
 
 
-def _attention_backward_kernel(
-    grad_out, q, k, v, out, lse, aux, gain, active, row_scale, table, scale, backend, need_gain
-):
-    table = BlockTable.lookup(table)
-    options = {"scale": scale, "gain": gain, "active": active, "need_gain": need_gain}
-    if backend != "triton":
-        gradients, dgain = rectangles.backward(grad_out, q, k, v, aux, table, row_scale=row_scale, **options)
-    else:
+def _unpacked(rows: str, like: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The inverse, with zeros at positions that are not packed."""
+    if not rows:
+        return tensors
+    index = IndexMap.lookup(rows).rows(like.device)
+    zeros = (torch.zeros_like(like, memory_format=torch.contiguous_format) for _ in tensors)
+    return tuple(canvas.index_copy_(2, index, x) for canvas, x in zip(zeros, tensors))
+
+
+@own_products
+def _attention(q, k, v, gain, active, row_scale, table, rows, scale, executor, activation, need_lse, keep):
+    found, like = BlockTable.lookup(table), q
+    q, k, v = _packed(rows, q, k, v)
+    options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale}
+    lse, saved = (q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(2))
+    if executor == "triton":
+        # here and not among the checks: what the machine has is nothing for a compiler to trace
+        refusal = _triton_refusal(q.device.type, q.dtype)
+        if refusal:
+            raise ValueError(refusal)
         from . import launch
 
-        if row_scale is None and aux.numel():
-            row_scale = aux
-        row_scale = _row_scale(table, active, row_scale, q)
-        gradients, dgain = launch.backward(grad_out, q, k, v, out, lse, table, row_scale=row_scale, **options)
-    dgain = q.new_empty(0) if dgain is None else dgain.to(gain.dtype)
-    return gradients, dgain
+        if activation == "sigmoid":
+            out = launch.sigmoid_forward(q, k, v, found, **options)
+        else:
+            options["row_scale"] = _own_row_scale(found, row_scale, q)
+            out, lse = launch.forward(q, k, v, found, **options)
+    elif executor == FRAMES:
+        out, lse = frames.forward(q, k, v, frame_rows(table), scale)
+    elif activation == "sigmoid":
+        out = sigmoid.forward(q, k, v, found, **options)
+    else:
+        out, lse, saved = rectangles.forward(q, k, v, found, **options, need_lse=need_lse, need_grad=keep)
+    if need_lse and found.form == "edge":
+        lse.masked_fill_(_out_of_force(found, active, row_scale, q), math.inf)
+    (out,) = _unpacked(rows, like, out)
+    return out, lse, saved
+
+
+def _out_of_force(table: BlockTable, active, row_scale, q: torch.Tensor) -> torch.Tensor:
+    """bool (n_slots,): slots of inactive connections, and of rows where the segment is scaled by 0."""
+    layout = table.slot_layout(q.device)
+    row_scale = table.row_scale(q.device, torch.float32) if row_scale is None else row_scale
+    dead = row_scale[layout.replace, layout.position] == 0
+    if active is not None:
+        dead |= (active == 0).repeat_interleave(layout.per_edge, output_size=table.n_slots)
+    return dead
+
+
+@own_products
+def _attention_backward(
+    grad_out, out, lse, saved, q, k, v, gain, active, row_scale, table, rows, scale, executor, activation, need_gain
+):
+    found, like = BlockTable.lookup(table), q
+    grad_out, q, k, v = _packed(rows, grad_out, q, k, v)
+    options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale, "need_gain": need_gain}
+    dgain = None
+    if executor == "triton":
+        from . import launch
+
+        if activation == "sigmoid":
+            gradients, dgain = launch.sigmoid_backward(grad_out, q, k, v, found, **options)
+        else:
+            options["row_scale"] = _own_row_scale(found, row_scale, q)
+            (out,) = _packed(rows, out)
+            gradients, dgain = launch.backward(grad_out, q, k, v, out, lse, found, **options)
+        keyless = found.keyless_rows(q.device)
+        for x in () if keyless is None else gradients[1:]:
+            # blocks hold such rows beside others: what is not finite there must not come back
+            x.masked_fill_(keyless, 0.0)
+    elif executor == FRAMES:
+        (out,) = _packed(rows, out)
+        gradients = frames.backward(grad_out, q, k, v, out, lse, frame_rows(table), scale)
+    elif activation == "sigmoid":
+        gradients, dgain = sigmoid.backward(grad_out, q, k, v, found, **options)
+    else:
+        *gradients, dgain = rectangles.backward(grad_out, q, k, v, saved, found, **options)
+    return *_unpacked(rows, like, *gradients), q.new_empty(0) if dgain is None else dgain.to(gain.dtype)
+
+
+def _own_row_scale(table: BlockTable, row_scale: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    if row_scale is not None or table.form == "joint":
+        return row_scale
+    return table.row_scale(q.device, torch.float32)
+
+
+def _fake_result(q, rows: str, executor: str, activation: str) -> torch.Tensor:
+    if rows or executor == "triton" or activation == "sigmoid":
+        return q.new_empty(q.shape)
+    return frames.empty_like(q) if executor == FRAMES else rectangles.empty_like(q)
+
+
+def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, executor, activation, need_lse, keep):
+    found = BlockTable.lookup(table)
+    batch, heads = q.shape[:2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    lse, saved = (q.new_empty(0, dtype=dtype) for _ in range(2))
+    if executor == "triton":
+        if activation != "sigmoid":
+            lse = q.new_empty((batch, heads, found.n_slots), dtype=torch.float32)
+    elif executor == FRAMES:
+        lse = frames.empty_like(q.new_empty((batch, heads, found.n_positions)))
+    elif activation != "sigmoid":
+        lse = q.new_empty((batch, heads, found.n_slots if need_lse else 0), dtype=dtype)
+        # head_dim decides what is kept, so it may not stay symbolic
+        saved = q.new_empty(rectangles.saved_size(found, batch * heads, int(q.shape[3])) if keep else 0, dtype=dtype)
+    return _fake_result(q, rows, executor, activation), lse, saved
 
 
 def _attention_backward_fake(
-    grad_out, q, k, v, out, lse, aux, gain, active, row_scale, table, scale, backend, need_gain
+    grad_out, out, lse, saved, q, k, v, gain, active, row_scale, table, rows, scale, executor, activation, need_gain
 ):
-    dgain = gain.new_empty(gain.shape) if need_gain else q.new_empty(0)
-    gradients = q.new_empty((3, *q.shape)) if backend == "triton" else rectangles.empty_gradients(q)
-    return gradients, dgain
+    gradients = (_fake_result(q, rows, executor, activation) for _ in range(3))
+    return *gradients, gain.new_empty(gain.shape) if need_gain else q.new_empty(0)
 
 
-# -- attention: autograd -----------------------------------------------------------------------------------------------
-
-
-class _Attention(Function):
-    @staticmethod
-    def forward(q, k, v, gain, active, row_scale, table, scale, backend, need_lse):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _attention(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, v, gain, active, row_scale, table, scale, backend, _ = inputs
-        out, lse, aux = output
-        # this call's graph keeps its table alive
-        ctx.table = BlockTable.lookup(table)
-        # the torch backend keeps what it needs in aux; not holding `out` lets callers write into it
-        saved_out = out if backend == "triton" else None
-        ctx.save_for_backward(q, k, v, saved_out, lse, aux, gain, active, row_scale)
-        ctx.options = (table, scale, backend)
-        ctx.mark_non_differentiable(lse, aux)
-        # or autograd would make zeros the size of aux
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_out, _grad_lse, _grad_aux):
-        if grad_out is None:
-            return (None,) * 10
-        q, k, v, out, lse, aux, gain, active, row_scale = ctx.saved_tensors
-        need_gain = gain is not None and ctx.needs_input_grad[3]
-        differentiate = _AttentionBackward.call if transformed() else _attention_backward
-        gradients, dgain = differentiate(
-            grad_out, q, k, v, out, lse, aux, gain, active, row_scale, *ctx.options, need_gain
-        )
-        return *gradients.unbind(), dgain if need_gain else None, None, None, None, None, None, None
-
-
-class _AttentionBackward(Function):
-    """First derivatives as constants: they may be computed under create_graph, but not differentiated."""
-
-    @staticmethod
-    def forward(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _attention_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "canvas_kernels::attention has no second derivative (its backward was differentiated): "
-            "use backend='reference' for double backward"
-        )
-
-
-def _needs_grad(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _attention_autograd(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, need_grad):
-    if _needs_grad(q, k, v, gain):
-        # activity may be changed in place before backward runs: this step keeps its own
-        active = None if active is None else active.clone()
-        return _Attention.call(q, k, v, gain, active, row_scale, table, scale, backend, need_lse)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _attention(q, k, v, gain, active, row_scale, table, scale, backend, need_lse, need_grad)
-
-
-def _attention_backward_autograd(*args):
-    if _needs_grad(*args[:4], args[7]):
-        return _AttentionBackward.call(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _attention_backward(*args)
-
-
-def _attention_autocast(device_type):
-    key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}[device_type]
-    keys = torch._C.DispatchKeySet(key)
-
-    def cast(q, k, v, *rest):
-        q, k, v = autocast(q, k, v)
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return _attention(q, k, v, *rest)
-
-    return cast
-
-
-# -- attention: vmap ---------------------------------------------------------------------------------------------------
-
-
-def _by_slice(op):
-    """A batching rule: one call for each slice. What a backend keeps for backward is its own for each."""
-
-    def rule(info, in_dims, *args):
-        slices = [
-            tuple(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims))
-            for i in range(info.batch_size)
-        ]
-        results = [torch.stack(parts) for parts in zip(*(op(*each) for each in slices))]
-        return tuple(results), (0,) * len(results)
-
-    return rule
-
-
-# -- registration ------------------------------------------------------------------------------------------------------
-
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("attention", _attention_kernel, _key)
-    _LIBRARY.impl("attention_backward", _attention_backward_kernel, _key)
-    _LIBRARY.impl("attention", _attention_autocast(_key.lower()), f"Autocast{_key}")
-_LIBRARY.impl("attention", _attention_autograd, "Autograd")
-_LIBRARY.impl("attention_backward", _attention_backward_autograd, "Autograd")
+for _key in DEVICES:
+    _LIBRARY.impl("attention", _attention, _key)
+    _LIBRARY.impl("attention_backward", _attention_backward, _key)
 torch.library.register_fake("canvas_kernels::attention", _attention_fake, lib=_LIBRARY)
 torch.library.register_fake("canvas_kernels::attention_backward", _attention_backward_fake, lib=_LIBRARY)
-for _op in (_attention, _attention_backward):
-    torch.library.register_vmap(_op, _by_slice(_op), lib=_LIBRARY)
+
+
+# -- autograd ----------------------------------------------------------------------------------------------------------
+
+
+def _run(keep, *args):
+    return torch.ops.canvas_kernels.attention.default(*args, keep)
+
+
+def _differentiate(grad, needs, kept, *args):
+    *args, _need_lse = args
+    need_gain = bool(needs >> 3 & 1)
+    *gradients, dgain = torch.ops.canvas_kernels.attention_backward.default(grad, *kept, *args, need_gain)
+    return *gradients, dgain, None, None
+
+
+def _compose(*args):
+    *tensors_and_table, _executor, activation, _need_lse = args
+    return composition.attention(*tensors_and_table, activation)[0]
+
+
+OPERATIONS["attention"] = Operation(
+    forward=_run,
+    backward=_differentiate,
+    composition=_compose,
+    n_tensors=6,
+    differentiable=(0, 1, 2, 3),
+    keeps_result=lambda *args: args[9] in ("triton", FRAMES),
+    # this call's graph keeps its table alive
+    owners=lambda *args: (BlockTable.lookup(args[6]), args[7] and IndexMap.lookup(args[7])),
+)
+_LIBRARY.impl(
+    "attention",
+    under_autograd(torch.ops.canvas_kernels.attention.default, lambda *args: operate("attention", *args[:-1])),
+    "Autograd",
+)

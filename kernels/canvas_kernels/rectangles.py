@@ -1,7 +1,7 @@
 """The fast torch executor, the CPU default: a table's cells as slabs and batches (:mod:`.grouping`).
 
-The number of torch calls grows with the number of distinct shapes and distances, never with cells or edges. Everything
-is computed in float32, or float64 for float64 inputs.
+The number of torch calls grows with the number of distinct shapes and distances, never with cells or connections.
+Everything is computed in float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .batches import backward_stage, forward_stage
+from .derived import derived
 from .frames import APART_KEYS
 from .grouping import all_take_flash, group, kept_pairs, takes_flash
 from .groups import Grouping
@@ -19,8 +20,9 @@ from .indices import Step, indices_of
 from .slabs import backward_slab, forward_slab, saved_parts
 from .table import BlockTable
 
-# Orders of a tensor's dimensions (batch, heads, positions) in memory, the outermost first.
-POSITIONS, BATCH, HEADS = (2, 0, 1), (0, 1, 2), (1, 0, 2)
+# Orders of a tensor's dimensions (batch, heads, positions) in memory, the outermost first: positions before heads, as a
+# linear layer leaves them, or not.
+POSITIONS, BATCH = (2, 0, 1), (0, 1, 2)
 
 
 def forward(
@@ -37,40 +39,32 @@ def forward(
     need_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(out, lse, saved)``: out (B, H, n, D) in q's dtype, laid out by :func:`empty_like`; lse (B, H, n_slots), base
-    2, without slots unless ``need_lse``; saved, what :func:`backward` wants, is empty unless ``need_grad``."""
+    2, without slots unless ``need_lse``; saved, what :func:`backward` wants, is empty unless ``need_grad``.
+
+    ``row_scale`` has to be given where ``active`` is, in edge form.
+    """
     grouping = group(table)
     batch, heads, _, dim = q.shape
-    lanes, chosen = _lanes_of(q), choices(table, dim)
+    chosen = choices(table, dim)
     flash = chosen.flash
-    inputs = tuple(_rows(x, lanes, chosen.apart) for x in (q, k, v))
+    inputs = tuple(_rows(x, chosen.apart) for x in (q, k, v))
     rows = inputs[0]
-    own_activity = active is not None and row_scale is None
-    saved = rows.new_empty(saved_size(table, batch * heads, dim, own_activity) if need_grad else 0)
+    saved = rows.new_empty(saved_size(table, batch * heads, dim) if need_grad else 0)
     lse = rows.new_full((batch * heads, table.n_slots if need_lse else 0), math.inf)
     if q.numel() == 0 or not (grouping.stages or grouping.slabs):
         return empty_like(q).zero_(), lse.view(batch, heads, lse.shape[1]), saved
-    indices = indices_of(table, rows)
-    step = Step(indices, gain, active, row_scale)
-    if own_activity and need_grad and not step.joint:
-        saved[-2 * table.n_positions :] = step.row_scale.reshape(-1)
+    step = Step(indices_of(table, rows.shape[1], rows.dtype, rows.device), gain, active, row_scale)
     kept, slab_parts = _saved_parts(saved, table, batch * heads, dim) if need_grad else (None, None)
-    # inactive slabs are not run, so nothing may count on their writing first
-    writes, out = step.live is None, empty_like(q, rows.dtype)
-    total = _rows(out, lanes)
+    # what is left out is not written, so nothing may count on its writing first
+    writes, out = step.everything, empty_like(q, rows.dtype)
+    total = _rows(out)
     _clear(total, grouping, grouping.stale_rows if writes else None)
     for number, slab in enumerate(grouping.slabs):
         part = None if slab_parts is None else slab_parts[number]
-        if not step.runs(slab):
-            # results are the same bits every time, also those that only backward sees
-            for piece in part or ():
-                piece.zero_()
-        else:
-            forward_slab(number, step, inputs, scale, flash[number], part, lse, total, writes and slab.fresh_rows)
+        forward_slab(number, step, inputs, scale, flash[number], part, lse, total, writes and slab.fresh_rows)
     for number in range(len(grouping.stages)):
         forward_stage(number, step, inputs, scale, None if kept is None else kept[number], lse, total)
-    if need_lse and active is not None:
-        lse.masked_fill_((active == 0).repeat_interleave(table.slot_layout(q.device).per_edge), math.inf)
-    return out.to(q.dtype), _by_batch(lse, lanes, batch, heads), saved
+    return out.to(q.dtype), lse.view(batch, heads, lse.shape[1]), saved
 
 
 def backward(
@@ -87,32 +81,28 @@ def backward(
     row_scale: torch.Tensor | None = None,
     need_gain: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """``(gradients, dgain)`` from :func:`forward`'s inputs and ``saved``; ``gradients`` (3, B, H, n, D), dq, dk, dv, in
-    q's dtype, laid out by :func:`empty_gradients`; dgain (n_edges,) in the dtype computed in, None unless
-    ``need_gain``."""
+    """``(dq, dk, dv, dgain)`` from :func:`forward`'s inputs and ``saved``: the first three in q's dtype, laid out by
+    :func:`empty_like`; dgain (n_edges,) in the dtype computed in, None unless ``need_gain``."""
     grouping = group(table)
     batch, heads, _, dim = q.shape
-    lanes, chosen = _lanes_of(q), choices(table, dim)
+    chosen = choices(table, dim)
     flash = chosen.flash
-    inputs = (*(_rows(x, lanes, chosen.apart) for x in (q, k, v)), _rows(grad_out, lanes))
+    inputs = (*(_rows(x, chosen.apart) for x in (q, k, v)), _rows(grad_out))
     rows = inputs[0]
     if q.numel() == 0 or not (grouping.stages or grouping.slabs):
-        return empty_gradients(q).zero_(), rows.new_zeros(table.n_edges) if need_gain else None
-    indices = indices_of(table, rows)
-    if active is not None and row_scale is None:
-        row_scale = saved[-2 * table.n_positions :].view(2, -1)
+        return *(empty_like(q).zero_() for _ in range(3)), rows.new_zeros(table.n_edges) if need_gain else None
+    indices = indices_of(table, rows.shape[1], rows.dtype, rows.device)
     step = Step(indices, gain, active, row_scale)
     per_segment = rows.new_zeros(len(grouping.weight)) if need_gain else None
     kept, slab_parts = _saved_parts(saved, table, batch * heads, dim)
-    writes = step.live is None
-    gradients = empty_gradients(q, rows.dtype)
-    totals = [_rows(part, lanes) for part in gradients]
+    writes = step.everything
+    gradients = [empty_like(q, rows.dtype) for _ in range(3)]
+    totals = [_rows(part) for part in gradients]
     for total, stale in zip(totals, (grouping.stale_rows, grouping.stale_keys, grouping.stale_keys)):
         _clear(total, grouping, stale if writes else None)
     for number, slab in enumerate(grouping.slabs):
-        if step.runs(slab):
-            fresh = (writes and slab.fresh_rows, writes and slab.fresh_keys)
-            backward_slab(number, step, inputs, scale, flash[number], slab_parts[number], totals, per_segment, fresh)
+        fresh = (writes and slab.fresh_rows, writes and slab.fresh_keys)
+        backward_slab(number, step, inputs, scale, flash[number], slab_parts[number], totals, per_segment, fresh)
     for number in range(len(grouping.stages)):
         part = None if kept is None else kept[number]
         backward_stage(number, step, inputs, scale, part, totals, per_segment)
@@ -123,8 +113,8 @@ def backward(
             weight * per_segment, "sum", lengths=indices.per_edge(), axis=0, initial=0.0, unsafe=True
         )
         if active is not None:
-            dgain = dgain * (active != 0).to(dgain.dtype)
-    return gradients.to(q.dtype), dgain
+            dgain = dgain.masked_fill(active == 0, 0.0)
+    return *(x.to(q.dtype) for x in gradients), dgain
 
 
 def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -133,19 +123,10 @@ def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tenso
     return torch.empty_strided(x.shape, _strides(x), dtype=dtype or x.dtype, device=x.device)
 
 
-def empty_gradients(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Empty (3, B, H, n, D) as this executor lays out gradients: three of :func:`empty_like`, one after the other."""
-    strides = (x.numel(), *_strides(x))
-    return torch.empty_strided((3, *x.shape), strides, dtype=dtype or x.dtype, device=x.device)
-
-
 def _lanes_of(x: torch.Tensor) -> tuple[int, int, int]:
-    """Which of POSITIONS, BATCH and HEADS is nearest to how x (B, H, n, D) lies."""
+    """Which of POSITIONS and BATCH is nearest to how x (B, H, n, D) lies."""
     by_batch, by_head, by_position, _ = x.stride()
-    batch, heads, _, _ = x.shape
-    if by_position > (by_head if heads > 1 else by_batch):
-        return POSITIONS
-    return HEADS if batch > 1 and by_head > by_batch else BATCH
+    return POSITIONS if by_position > (by_head if x.shape[1] > 1 else by_batch) else BATCH
 
 
 def _strides(x: torch.Tensor) -> tuple[int, ...]:
@@ -155,13 +136,6 @@ def _strides(x: torch.Tensor) -> tuple[int, ...]:
         found[dim] = size
         size *= x.shape[dim]
     return tuple(found)
-
-
-def _by_batch(lse: torch.Tensor, lanes: tuple[int, int, int], batch: int, heads: int) -> torch.Tensor:
-    """``lse`` (X, n_slots) as (B, H, n_slots)."""
-    if lanes == HEADS:
-        return lse.view(heads, batch, lse.shape[1]).transpose(0, 1).contiguous()
-    return lse.view(batch, heads, lse.shape[1])
 
 
 class Choices(NamedTuple):
@@ -174,40 +148,37 @@ class Choices(NamedTuple):
     size: int
 
 
+@derived(limit=8)
 def choices(table: BlockTable, head_dim: int) -> Choices:
-    key = ("rectangles", "choices", head_dim)
-    if key not in table.cache:
-        grouping = group(table)
-        whole = all_take_flash(grouping.slabs, table.n_positions, head_dim)
-        flash = tuple(whole or bool(takes_flash(slab.rows, slab.keys)) for slab in grouping.slabs)
-        keeps = sum(batch.pairs for batch in grouping.batches) <= kept_pairs(table.n_positions, head_dim)
-        size = sum(batch.pairs for batch in grouping.batches) if keeps else 0
-        size += sum(sum(saved_parts(*slab, 1, head_dim)) for slab in zip(grouping.slabs, flash))
-        apart = any(chosen and slab.keys >= APART_KEYS for slab, chosen in zip(grouping.slabs, flash))
-        table.cache[key] = Choices(flash, apart, keeps, size)
-    return table.cache[key]
+    """Returns how a table runs for a head_dim."""
+    grouping = group(table)
+    whole = all_take_flash(grouping.slabs, table.n_positions, head_dim)
+    flash = tuple(whole or bool(takes_flash(slab.rows, slab.keys)) for slab in grouping.slabs)
+    keeps = sum(batch.pairs for batch in grouping.batches) <= kept_pairs(table.n_positions, head_dim)
+    size = sum(batch.pairs for batch in grouping.batches) if keeps else 0
+    size += sum(sum(saved_parts(*slab, 1, head_dim)) for slab in zip(grouping.slabs, flash))
+    apart = any(chosen and slab.keys >= APART_KEYS for slab, chosen in zip(grouping.slabs, flash))
+    return Choices(flash, apart, keeps, size)
 
 
-def saved_size(table: BlockTable, heads: int, head_dim: int, own_activity: bool) -> int:
-    """Elements that forward keeps for backward, ``heads`` being batch · heads.
+def saved_size(table: BlockTable, heads: int, head_dim: int) -> int:
+    """Returns how many elements forward keeps for backward, ``heads`` being batch · heads."""
+    return heads * choices(table, head_dim).size
 
-    ``own_activity``: the row scale follows from this call's ``active`` and is kept too.
-    """
-    row_scale = 2 * table.n_positions if own_activity and table.form == "edge" else 0
-    return heads * choices(table, head_dim).size + row_scale
+
+@derived(limit=8)
+def _sizes(table: BlockTable, heads: int, dim: int) -> list[int]:
+    grouping, chosen = group(table), choices(table, dim)
+    sizes = [heads * batch.pairs for batch in grouping.batches] if chosen.keeps else []
+    for slab, flash in zip(grouping.slabs, chosen.flash):
+        sizes += saved_parts(slab, flash, heads, dim)
+    return sizes
 
 
 def _saved_parts(saved: torch.Tensor, table: BlockTable, heads: int, dim: int):
     """Flat pieces of ``saved``: probabilities per stage and batch, or None if they are not kept; those of each slab."""
     grouping, chosen = group(table), choices(table, dim)
-    key = ("rectangles", "parts", heads, dim, chosen)
-    if key not in table.cache:
-        sizes = [heads * batch.pairs for batch in grouping.batches] if chosen.keeps else []
-        for slab, flash in zip(grouping.slabs, chosen.flash):
-            sizes += saved_parts(slab, flash, heads, dim)
-        table.cache[key] = sizes
-    sizes = table.cache[key]
-    parts = iter(saved[: sum(sizes)].split_with_sizes(sizes))
+    parts = iter(saved.split_with_sizes(_sizes(table, heads, dim)))
     kept = [[next(parts) for _ in stage] for stage in grouping.stages] if chosen.keeps else None
     return kept, [(next(parts), next(parts)) if flash else (next(parts),) for flash in chosen.flash]
 
@@ -222,18 +193,16 @@ def _clear(total: torch.Tensor, grouping: Grouping, stale: tuple[tuple[int, int]
             total[start:stop].zero_()
 
 
-def _rows(x: torch.Tensor, lanes: tuple[int, int, int], apart: bool = False) -> torch.Tensor:
-    """x (B, H, n, D) as (n, X, D) in the dtype computed in, X being batch · heads, heads outermost for HEADS; a copy
-    only where lanes are not equally far apart or rows are not whole, or lanes should lie ``apart`` and do not."""
+def _rows(x: torch.Tensor, apart: bool = False) -> torch.Tensor:
+    """x (B, H, n, D) as (n, X, D) in the dtype computed in, X being batch · heads; a copy only where lanes are not
+    equally far apart or rows are not whole, or lanes should lie ``apart`` and do not."""
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
-    if lanes == HEADS:
-        x = x.transpose(0, 1)
-    outer, inner, n, dim = x.shape
-    by_outer, by_inner, by_position, by_element = x.stride()
-    by_lane = by_inner if inner > 1 else by_outer
-    even = outer == 1 or inner == 1 or by_outer == inner * by_inner
+    batch, heads, n, dim = x.shape
+    by_batch, by_head, by_position, by_element = x.stride()
+    by_lane = by_head if heads > 1 else by_batch
+    even = batch == 1 or heads == 1 or by_batch == heads * by_head
     if even and by_element == 1 and dim and by_lane % dim == 0 and by_position % dim == 0:
-        rows = x.as_strided((n, outer * inner, dim), (by_position, by_lane, 1))
+        rows = x.as_strided((n, batch * heads, dim), (by_position, by_lane, 1))
         return rows.transpose(0, 1).contiguous().transpose(0, 1) if apart else rows
-    return x.permute(2, 0, 1, 3).reshape(n, outer * inner, dim).contiguous()
+    return x.permute(2, 0, 1, 3).reshape(n, batch * heads, dim).contiguous()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .table import BlockTable
+from .table import row_scale as own_row_scale
 from .tiling import expand_ranges
 
 
@@ -49,7 +50,7 @@ def attention(
     is_active = [True] * table.n_edges if active is None else (active.detach() != 0).tolist()
     if table.form == "edge":
         if row_scale is None:
-            row_scale = row_scales(table, active, dtype, q.device)
+            row_scale = table.row_scale(q.device, dtype) if active is None else own_row_scale(table, active, dtype)
         row_scale = row_scale.detach().to(dtype)
 
     lse = queries.new_full((*q.shape[:2], table.n_slots), math.inf)
@@ -63,25 +64,30 @@ def attention(
             continue
         columns, weights = cell_keys(table, c)
         index = torch.from_numpy(columns).to(q.device)
+        own = slice(start, stop)
+        if table.form == "edge":
+            # rows that are scaled by 0 are left out: times 0, what is not finite would stay
+            own = start + (row_scale[int(table.replace[lead[c]]), start:stop] != 0).nonzero()[:, 0]
         # [B, H, rows, keys]
-        logits = scale * (queries[:, :, start:stop] @ keys.index_select(2, index).transpose(-1, -2))
+        logits = scale * (queries[:, :, own] @ keys.index_select(2, index).transpose(-1, -2))
         if table.form == "joint":
             logits = logits + torch.from_numpy(np.log(weights)).to(logits)
         if activation == "sigmoid":
             probabilities = torch.sigmoid(logits)
         else:
             slot = int(cells.slot[c])
-            lse[:, :, slot : slot + stop - start] = torch.logsumexp(logits.detach(), -1) / math.log(2)
+            slots = slice(slot, slot + stop - start) if table.form == "joint" else slot + own - start
+            lse[:, :, slots] = torch.logsumexp(logits.detach(), -1) / math.log(2)
             probabilities = torch.softmax(logits, -1)
         if dropout_p:
             probabilities = F.dropout(probabilities, dropout_p)
         piece = probabilities @ values.index_select(2, index)
         if table.form == "edge":
-            coefficient = float(table.weight[lead[c]]) * row_scale[int(table.replace[lead[c]]), start:stop]
+            coefficient = float(table.weight[lead[c]]) * row_scale[int(table.replace[lead[c]]), own]
             if gain is not None:
                 coefficient = coefficient * gain[edge].to(dtype)
             piece = coefficient[:, None] * piece
-        rows.append(torch.arange(start, stop, device=q.device))
+        rows.append(torch.arange(start, stop, device=q.device) if table.form == "joint" else own)
         pieces.append(piece)
     out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
     return out.index_add(2, torch.cat(rows), torch.cat(pieces, 2)).to(q.dtype), lse
@@ -93,22 +99,3 @@ def cell_keys(table: BlockTable, cell: int) -> tuple[np.ndarray, np.ndarray]:
     members = cells.rectangle[cells.ptr[cell] : cells.ptr[cell + 1]]
     owner, columns = expand_ranges(table.k_start[members], table.k_stop[members] - table.k_start[members])
     return columns, table.weight[members[owner]].astype(np.float64)
-
-
-def row_scales(
-    table: BlockTable, active: torch.Tensor | None, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """(2, n) in ``dtype``: what :meth:`BlockTable.row_scale` gives in float32, summed in float64 on the host."""
-    cells = table.cells()
-    lead = cells.rectangle[cells.ptr[:-1]]
-    weight = table.weight[lead].astype(np.float64)
-    if active is not None:
-        weight = weight * (active.detach() != 0).cpu().numpy()[table.edge[lead]]
-    steps = np.zeros((2, table.n_positions + 1))
-    owner, position = expand_ranges(cells.q_start, cells.q_stop - cells.q_start)
-    np.add.at(steps, (table.replace[lead].astype(np.int64)[owner], position), weight[owner])
-    adding, replacing = steps[:, :-1]
-    in_force = np.stack([np.where(replacing > 0, 0.0, adding), replacing])
-    # without numpy's `where=`, which torch.compile does not know
-    scale = np.where(in_force > 0, 1.0 / np.where(in_force > 0, in_force, 1.0), 0.0)
-    return torch.from_numpy(scale).to(device=device, dtype=dtype)

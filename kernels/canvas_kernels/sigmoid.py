@@ -1,4 +1,4 @@
-"""Attention without a normaliser, out_i = Σ_r c_ri Σ_j σ(scale · q_i·k_j) v_j: the operators and their torch executor.
+"""Attention without a normaliser, out_i = Σ_r c_ri Σ_j σ(scale · q_i·k_j) v_j: its torch executor for CPUs.
 
 The pairs are those of the table's cells, grouped as for softmax. Nothing couples the keys of a row, so probabilities
 are computed again in backward rather than kept, a bounded number at a time. Edge form only.
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .dropout import Part, parts_of
-from .gathers import RowMap, gather_rows, sum_rows
+from .composition import group_arrays
+from .derived import derived, to_device
 from .grouping import group
-from .indices import Indices, indices_of
+from .index_map import IndexMap, apply_now
+from .indices import indices_of
 from .table import BlockTable
 
 # Pairs computed at once: 2 MB of float32, which stay in the cache; 8 MB took a tenth longer for 4,096² pairs.
@@ -28,39 +29,60 @@ MAX_PAIRS = 1 << 19
 _sigmoid_backward_out = torch.ops.aten.sigmoid_backward.grad_input
 
 
+class _Part(NamedTuple):
+    """G cells of R rows that attend to S segments of W keys; ``bias`` (G, S · W), −inf at padding, or None."""
+
+    shape: tuple[int, int, int, int]
+    bias: torch.Tensor | None
+
+    @property
+    def entries(self) -> tuple[int, int, int]:
+        """(G, R, S)"""
+        return self.shape[:3]
+
+    @property
+    def width(self) -> int:
+        """Keys of a cell."""
+        return self.shape[2] * self.shape[3]
+
+
 @dataclass(frozen=True, eq=False)
 class Places:
     """The parts of a table, their rows and keys one after another, on one device.
 
-    ``queries`` and ``keys`` are RowMaps over positions. ``segment`` and ``scale`` are those of the parts, flattened;
-    ``edges`` maps the same entries over edges, padding over one more.
+    ``queries`` and ``keys`` take positions. ``segment`` and ``scale`` number the segment and the entry of the flattened
+    row_scale of every (row, segment), those past the last at padding; ``edges`` takes connections, one more at padding.
     """
 
-    parts: list[Part]
-    queries: RowMap
-    keys: RowMap
+    parts: list[_Part]
+    queries: IndexMap
+    keys: IndexMap
     segment: torch.Tensor
     scale: torch.Tensor
-    edges: RowMap
+    edges: IndexMap
 
 
-def places_of(table: BlockTable, indices: Indices) -> Places:
-    """Made once per table, dtype and device."""
-    key = ("sigmoid", indices.dtype, indices.device)
-    if key not in table.cache:
-        parts = parts_of(table, indices)
-        columns = ([getattr(part, name).reshape(-1).cpu() for part in parts] for name in ("rows", "keys", "segment"))
-        rows, keys, segment = (torch.cat(column).numpy() for column in columns)
-        edge = np.append(group(table).edge, table.n_edges)[segment]
-        table.cache[key] = Places(
-            parts,
-            RowMap.of(rows, table.n_positions, indices.device),
-            RowMap.of(keys, table.n_positions, indices.device),
-            indices.tensor(segment),
-            torch.cat([part.scale.reshape(-1) for part in parts]),
-            RowMap.of(edge, table.n_edges + 1, indices.device),
-        )
-    return table.cache[key]
+@derived(limit=4)
+def places_of(table: BlockTable, dtype: torch.dtype, device: torch.device) -> Places:
+    """Returns where the parts of a table lie."""
+    grouping, n = group(table), table.n_positions
+    parts, columns = [], []
+    for rows, keys, segment, _slot, _offset, bias in group_arrays(table):
+        bias = None if bias is None else to_device(bias, device).to(dtype)
+        parts.append(_Part((*rows.shape, *keys.shape[1:]), bias))
+        entry = np.where(segment < 0, 2 * n, grouping.replace[segment] * n + rows[..., None])
+        segment = np.where(segment < 0, len(grouping.weight), segment)
+        columns.append([array.reshape(-1) for array in (rows, keys, segment, entry)])
+    rows, keys, segment, entry = (np.concatenate(column) for column in zip(*columns))
+    edge = np.append(grouping.edge, table.n_edges)[segment]
+    return Places(
+        parts,
+        IndexMap.gather(rows, n),
+        IndexMap.gather(keys, n),
+        to_device(segment, device),
+        to_device(entry, device),
+        IndexMap.gather(edge, table.n_edges + 1),
+    )
 
 
 class _Chunk(NamedTuple):
@@ -76,49 +98,65 @@ class _Chunk(NamedTuple):
 
 
 class _Step:
-    """One call on one table: gathers, coefficients, and the way back."""
+    """One call on one table: gathers, coefficients, and the way back. What is inactive or scaled by 0 is cleared on
+    both ways: times 0, what is not finite there would stay."""
 
     def __init__(self, table: BlockTable, q: torch.Tensor, gain, active, row_scale):
         self.batch, self.heads, self.n, self.dim = q.shape
         self.lanes = self.batch * self.heads
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        indices = indices_of(table, q.new_empty((self.n, self.lanes, 0), dtype=self.dtype))
-        self.places = places_of(table, indices)
-        row_scale = indices.row_scale(active) if row_scale is None else row_scale
+        indices = indices_of(table, self.lanes, self.dtype, q.device)
+        self.places = places_of(table, self.dtype, q.device)
+        row_scale = indices.row_scale() if row_scale is None else row_scale.detach()
         weight, edge = indices.segments()
         if active is not None:
-            weight = weight * (active != 0).to(self.dtype)[edge]
+            weight = torch.where((active.detach() != 0)[edge], weight, 0.0)
         scales = F.pad(row_scale.to(self.dtype).reshape(-1), (0, 1))
         # of every (row, segment) entry: what is multiplied by gain
         self.share = F.pad(weight, (0, 1))[self.places.segment] * scales[self.places.scale]
         self.factor = self.share
         if gain is not None:
-            self.factor = self.share * F.pad(gain.to(self.dtype), (0, 1))[self.places.edges.index]
-
-    def gather(self, x: torch.Tensor, side: RowMap, which: str, scale: float = 1.0) -> list[torch.Tensor]:
-        """x (B, H, n, D) times ``scale`` by part: [X, G, R or S·W, D], contiguous."""
-        x = x.to(self.dtype)
-        rows = gather_rows((x if scale == 1.0 else scale * x).permute(2, 0, 1, 3).flatten(1), side)
-        sizes = [getattr(part, which).numel() for part in self.places.parts]
-        return [
-            piece.unflatten(0, (len(part.rows), -1))
-            .unflatten(2, (self.lanes, self.dim))
-            .permute(2, 0, 1, 3)
-            .contiguous()
-            for part, piece in zip(self.places.parts, rows.split(sizes))
+            padded = F.pad(gain.detach().to(self.dtype), (0, 1))[:, None]
+            self.factor = self.share * apply_now(padded, self.places.edges)[:, 0]
+        sizes = [math.prod(part.entries) for part in self.places.parts]
+        live = [piece.view(part.entries) for part, piece in zip(self.places.parts, (self.share != 0).split(sizes))]
+        # [1, G, R, 1] and [1, G, S · W, 1]
+        self.dead_rows = [~x.any(2)[None, :, :, None] for x in live]
+        self.dead_keys = [
+            ~x.any(1).repeat_interleave(part.shape[3], 1)[None, :, :, None] for part, x in zip(self.places.parts, live)
         ]
 
-    def spread(self, parts: list[torch.Tensor], side: RowMap) -> torch.Tensor:
+    def gather(self, x: torch.Tensor, queries: bool, scale: float = 1.0) -> list[torch.Tensor]:
+        """x (B, H, n, D) times ``scale`` by part: [X, G, R or S·W, D], contiguous."""
+        x, side = x.to(self.dtype), self._side(queries)
+        rows = apply_now((x if scale == 1.0 else scale * x).permute(2, 0, 1, 3).flatten(1), side)
+        units = [(part.shape[0], part.shape[1] if queries else part.width) for part in self.places.parts]
+        pieces = [
+            piece.unflatten(0, shape).unflatten(2, (self.lanes, self.dim)).permute(2, 0, 1, 3).contiguous()
+            for shape, piece in zip(units, rows.split([math.prod(shape) for shape in units]))
+        ]
+        return self._cleared(pieces, queries)
+
+    def spread(self, parts: list[torch.Tensor], queries: bool) -> torch.Tensor:
         """The adjoint: sums (B, H, n, D) of what parts [X, G, R or S·W, D] give to each position."""
+        parts = self._cleared(parts, queries)
         rows = torch.cat([part.permute(1, 2, 0, 3).flatten(2).flatten(0, 1) for part in parts])
-        return sum_rows(rows, side).view(self.n, self.batch, self.heads, self.dim).permute(1, 2, 0, 3)
+        sums = apply_now(rows, self._side(queries), True)
+        return sums.view(self.n, self.batch, self.heads, self.dim).permute(1, 2, 0, 3)
+
+    def _side(self, queries: bool) -> IndexMap:
+        # both sides may be one object, as equal maps are
+        return self.places.queries if queries else self.places.keys
+
+    def _cleared(self, parts: list[torch.Tensor], queries: bool) -> list[torch.Tensor]:
+        return [x.masked_fill_(dead, 0.0) for x, dead in zip(parts, self.dead_rows if queries else self.dead_keys)]
 
     def chunks(self) -> Iterator[_Chunk]:
         """Everything, at most MAX_PAIRS pairs at a time: rows of one unit and lane, units of one lane, or lanes."""
-        sizes = [part.segment.numel() for part in self.places.parts]
+        sizes = [math.prod(part.entries) for part in self.places.parts]
         for number, (part, factor) in enumerate(zip(self.places.parts, self.factor.split(sizes))):
-            units, rows, segments = part.segment.shape
-            factor, width = factor.view(units, rows, segments), part.keys.shape[1] * part.keys.shape[2]
+            units, rows, segments = part.entries
+            factor, width = factor.view(units, rows, segments), part.width
             bias = None if part.bias is None else part.bias.view(units, 1, width)
             r = max(1, min(rows, MAX_PAIRS // width))
             g = 1 if r < rows else max(1, min(units, MAX_PAIRS // (width * rows)))
@@ -130,8 +168,8 @@ class _Step:
 
     def buffer(self) -> torch.Tensor:
         """Flat, for the pairs of any chunk: pages that are written once cost less than fresh ones for each chunk."""
-        sizes = [self.lanes * part.segment[..., 0].numel() * part.keys[0].numel() for part in self.places.parts]
-        widest = max(part.keys[0].numel() for part in self.places.parts)
+        sizes = [self.lanes * math.prod(part.shape) for part in self.places.parts]
+        widest = max(part.width for part in self.places.parts)
         return torch.empty(max(widest, min(MAX_PAIRS, max(sizes))), dtype=self.dtype, device=self.factor.device)
 
 
@@ -166,12 +204,7 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
     if not q.numel() or not len(table.weight):
         return q.new_zeros(q.shape)
     step = _Step(table, q, gain, active, row_scale)
-    places = step.places
-    queries, keys, values = (
-        step.gather(q, places.queries, "rows", scale),
-        step.gather(k, places.keys, "keys"),
-        step.gather(v, places.keys, "keys"),
-    )
+    queries, keys, values = step.gather(q, True, scale), step.gather(k, False), step.gather(v, False)
     results, buffer = [torch.empty_like(x) for x in queries], step.buffer()
     for chunk in step.chunks():
         b, c = (_flat(x[chunk.part][chunk.keys]) for x in (keys, values))
@@ -183,24 +216,23 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
             result.mul_(chunk.factor)
         else:
             torch.bmm(_weigh(p, chunk.factor), c, out=_flat(result))
-    return step.spread(results, places.queries).to(q.dtype).contiguous()
+    return step.spread(results, True).to(q.dtype).contiguous()
 
 
 def backward(
     grad_out, q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None, need_gain=False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``(gradients, dgain)``: dq, dk, dv as (3, B, H, n, D) in q's dtype; dgain (n_edges,), None unless
-    ``need_gain``."""
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """``(gradients, dgain)``: dq, dk, dv (B, H, n, D) in q's dtype; dgain (n_edges,), None unless ``need_gain``."""
     if not q.numel() or not len(table.weight):
-        return q.new_zeros((3, *q.shape)), q.new_zeros(table.n_edges) if need_gain else None
+        return tuple(q.new_zeros(q.shape) for _ in range(3)), q.new_zeros(table.n_edges) if need_gain else None
     step = _Step(table, q, gain, active, row_scale)
     places = step.places
-    queries = step.gather(q, places.queries, "rows", scale)
-    upstream = step.gather(grad_out, places.queries, "rows")
-    keys, values = (step.gather(x, places.keys, "keys") for x in (k, v))
+    queries = step.gather(q, True, scale)
+    upstream = step.gather(grad_out, True)
+    keys, values = (step.gather(x, False) for x in (k, v))
     dq = [torch.empty_like(x) for x in queries]
     dk, dv = ([torch.zeros_like(x) for x in keys] for _ in range(2))
-    shares = [part.segment.new_zeros(part.segment.shape, dtype=step.dtype) for part in places.parts]
+    shares = [dq[0].new_zeros(part.entries) for part in places.parts]
     buffer, other = step.buffer(), step.buffer()
     for chunk in step.chunks():
         part, factor = chunk.part, chunk.factor
@@ -222,85 +254,11 @@ def backward(
         dc.baddbmm_((p if by_row else _weigh(p, factor)).transpose(1, 2), g)
         torch.baddbmm(da, ds, b, beta=0, alpha=scale, out=da)
         db.baddbmm_(ds.transpose(1, 2), a)
-    sides = (places.queries, places.keys, places.keys)
-    gradients = torch.stack([step.spread(parts, side) for parts, side in zip((dq, dk, dv), sides)]).to(q.dtype)
+    sides = (True, False, False)
+    gradients = tuple(step.spread(x, side).to(q.dtype).contiguous() for x, side in zip((dq, dk, dv), sides))
     if not need_gain:
         return gradients, None
-    entries = torch.cat([share.reshape(-1) for share in shares]) * step.share
-    return gradients, sum_rows(entries[:, None], places.edges)[:-1, 0]
-
-
-# -- operators ---------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("canvas_kernels::sigmoid_attention", mutates_args=())
-def sigmoid_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gain: torch.Tensor | None,
-    active: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    table: str,
-    scale: float,
-    backend: str,
-) -> torch.Tensor:
-    found = BlockTable.lookup(table)
-    options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale}
-    if backend != "triton":
-        return forward(q, k, v, found, **options)
-    from . import launch
-
-    return launch.sigmoid_forward(q, k, v, found, **options)
-
-
-@sigmoid_attention.register_fake
-def _(q, k, v, gain, active, row_scale, table, scale, backend):
-    return q.new_empty(q.shape)
-
-
-@torch.library.custom_op("canvas_kernels::sigmoid_attention_backward", mutates_args=())
-def _sigmoid_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gain: torch.Tensor | None,
-    active: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    table: str,
-    scale: float,
-    backend: str,
-    need_gain: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    found = BlockTable.lookup(table)
-    options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale, "need_gain": need_gain}
-    if backend != "triton":
-        gradients, dgain = backward(grad_out, q, k, v, found, **options)
-    else:
-        from . import launch
-
-        gradients, dgain = launch.sigmoid_backward(grad_out, q, k, v, found, **options)
-    return gradients, q.new_empty(0) if dgain is None else dgain.to(gain.dtype)
-
-
-@_sigmoid_backward.register_fake
-def _(grad_out, q, k, v, gain, active, row_scale, table, scale, backend, need_gain):
-    return q.new_empty((3, *q.shape)), gain.new_empty(gain.shape) if need_gain else q.new_empty(0)
-
-
-def _setup(ctx, inputs, output):
-    *tensors, table, scale, backend = inputs
-    ctx.save_for_backward(*tensors)
-    # this call's graph keeps its table alive
-    ctx.table, ctx.options = BlockTable.lookup(table), (table, scale, backend)
-
-
-def _backward(ctx, grad_out):
-    tensors = ctx.saved_tensors
-    need_gain = tensors[3] is not None and ctx.needs_input_grad[3]
-    gradients, dgain = _sigmoid_backward(grad_out, *tensors, *ctx.options, need_gain)
-    return *gradients.unbind(), dgain if need_gain else None, None, None, None, None, None
-
-
-sigmoid_attention.register_autograd(_backward, setup_context=_setup)
+    # an entry that is dead may hold 0 · inf
+    entries = torch.cat([share.reshape(-1) for share in shares])
+    entries = torch.where(step.share != 0, entries * step.share, 0.0)
+    return gradients, apply_now(entries[:, None], places.edges, True)[:-1, 0]

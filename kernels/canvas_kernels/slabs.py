@@ -13,16 +13,16 @@ from collections.abc import Sequence
 import torch
 
 from .groups import Slab
-from .indices import Indices, Step, slab_row_scale
+from .indices import Indices, SlabRun, Step
 
-# Where there is no flash kernel that gives lse (other devices than the CPU), logits of at most this many floats at
-# once.
-DENSE_FLOATS = 1 << 26
 # Products whose matrices have at least this many elements, sums of at least this many terms each, are added to the
 # canvas by the product itself, which torch then calls matrix by matrix; others through a temporary. µs for four heads
 # of 64, directly / through a temporary: 448 × 32 93 / 124, 215 × 180 193 / 207, 64 × 64 37 / 35 (of a
 # whole step with sixteen of them 2 % faster directly), 30 × 215 47 / 42.
 DIRECT_ELEMENTS, DIRECT_TERMS = 1 << 12, 32
+
+# Layouts of tensors that a slab remembers.
+MAX_PLACES = 32
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -51,9 +51,17 @@ def forward_slab(
     :func:`saved_parts` says, unless it is None; base-2 log-sum-exp goes to ``lse`` (X, n_slots) unless that has no
     slots."""
     forward = _forward_flash if flash else _forward_products
-    if saved is not None and step.live is not None:
-        saved = _used(saved, step.slab(number), flash, inputs[0], clear=True)
-    forward(number, step, inputs, scale, saved, lse if lse.shape[1] else None, total, fresh)
+    lse = lse if lse.shape[1] else None
+    pieces = _Pieces(saved, flash, inputs[0])
+    for run in step.slab_runs(number):
+        part = pieces.next(run.slab)
+        if run.rows is None:
+            forward(run, step.indices, inputs, scale, part, lse, total, fresh)
+            continue
+        result = total.new_empty(len(run.rows), *total.shape[1:])
+        forward(run, step.indices, _copies(inputs, run), scale, part, lse, result, True)
+        total.index_add_(0, run.rows, result)
+    pieces.clear()
 
 
 def backward_slab(
@@ -70,32 +78,55 @@ def backward_slab(
     """Adds slab ``number`` to ``totals`` dq, dk, dv (n, X, D), or writes it: ``fresh`` for rows, for keys. Adds
     Σ_rows s · δ to ``per_segment``, unless that is None."""
     backward = _backward_flash if flash else _backward_products
-    if step.live is not None:
-        saved = _used(saved, step.slab(number), flash, inputs[0])
-    # [G, R]: Σ over heads and elements of dO ∘ f
-    delta = backward(number, step, inputs, scale, saved, totals, per_segment is not None, fresh)
-    if per_segment is not None:
-        factor = step.of_slab_rows(slab_row_scale(step.indices, number, step.row_scale), number)
-        segments = step.of_slab_rows(step.indices.slab_segments(number), number)
-        per_segment.put_(segments, delta.reshape(-1) * factor, accumulate=True)
+    need_delta, pieces = per_segment is not None, _Pieces(saved, flash, inputs[0])
+    for run in step.slab_runs(number):
+        part = pieces.next(run.slab)
+        if run.rows is None:
+            # [G, R]: Σ over heads and elements of dO ∘ f
+            delta = backward(run, inputs, scale, part, totals, need_delta, fresh)
+        else:
+            sides = (run.rows, run.keys, run.keys)
+            results = [total.new_empty(len(side), *total.shape[1:]) for total, side in zip(totals, sides)]
+            delta = backward(run, _copies(inputs, run), scale, part, results, need_delta, (True, True))
+            for total, side, result in zip(totals, sides, results):
+                total.index_add_(0, side, result)
+        if need_delta:
+            segment, entry = step.indices.slab_rows(number)
+            if run.entries is not None:
+                segment, entry = segment[run.entries], entry[run.entries]
+            factor = step.row_scale.to(delta.dtype).reshape(-1).index_select(0, entry)
+            per_segment.put_(segment, delta.reshape(-1) * factor, accumulate=True)
 
 
-def _used(
-    saved: tuple[torch.Tensor, ...], slab: Slab, flash: bool, q: torch.Tensor, clear: bool = False
-) -> tuple[torch.Tensor, ...]:
-    """The beginnings of ``saved`` that the rows that run need; the rest is zeroed if ``clear``: results are the same
-    bits every time, also those that only backward sees."""
-    sizes = saved_parts(slab, flash, q.shape[1], q.shape[2])
-    if clear:
-        for piece, size in zip(saved, sizes):
-            piece[size:].zero_()
-    return tuple(piece[:size] for piece, size in zip(saved, sizes))
+class _Pieces:
+    """What is kept of a slab, as its runs take it, one after another; None where nothing is kept."""
+
+    def __init__(self, saved: tuple[torch.Tensor, ...] | None, flash: bool, q: torch.Tensor):
+        self.saved, self.flash, self.shape = saved, flash, q.shape[1:]
+
+    def next(self, slab: Slab) -> tuple[torch.Tensor, ...] | None:
+        if self.saved is None:
+            return None
+        sizes = saved_parts(slab, self.flash, *self.shape)
+        part = tuple(piece[:size] for piece, size in zip(self.saved, sizes))
+        self.saved = tuple(piece[size:] for piece, size in zip(self.saved, sizes))
+        return part
+
+    def clear(self) -> None:
+        """Results are the same bits every time, also those that only backward sees."""
+        for piece in self.saved or ():
+            piece.zero_()
 
 
-def _coefficient(step: Step, number: int) -> torch.Tensor | float:
-    """Of a slab's rows: [G, 1, R, 1], or a number that holds for all."""
-    coefficient = step.slab_rows(number)
-    return coefficient if isinstance(coefficient, float) else coefficient[:, None]
+def _copies(inputs: tuple[torch.Tensor, ...], run: SlabRun) -> tuple[torch.Tensor, ...]:
+    """The rows of q and of grad_out, if there is one, and the keys of k and v that a run copies."""
+    sides = (run.rows, run.keys, run.keys, run.rows)
+    return tuple(x.index_select(0, side) for x, side in zip(inputs, sides))
+
+
+def _coefficient(run: SlabRun) -> torch.Tensor | float:
+    """Of a run's rows: [G, 1, R, 1], or a number that holds for all."""
+    return run.coefficient if isinstance(run.coefficient, float) else run.coefficient[:, None]
 
 
 def _write_lse(lse: torch.Tensor, natural_lse: torch.Tensor, indices: Indices, slab: Slab) -> None:
@@ -167,10 +198,9 @@ def _add_ranges(total, slab: Slab, ranges, x, coefficient: torch.Tensor | float,
             _add(view, part, factor, fresh)
 
 
-def _forward_flash(number, step: Step, inputs, scale, saved, lse, total, fresh) -> None:
-    indices, slab = step.indices, step.slab(number)
+def _forward_flash(run: SlabRun, indices: Indices, inputs, scale, saved, lse, total, fresh) -> None:
+    slab, bias = run.slab, run.bias
     q, k, v = inputs
-    bias = indices.slab_bias(number)
     out, natural_lse = _dense(_rows(q, slab), _keys(k, slab), _keys(v, slab), bias, scale)
     if saved is not None:
         # as the flash kernel lays them out: [G, R, X, D] and [G, R, X]
@@ -178,20 +208,19 @@ def _forward_flash(number, step: Step, inputs, scale, saved, lse, total, fresh) 
         saved[1].view(slab.cells, slab.rows, -1).copy_(natural_lse.transpose(1, 2))
     if lse is not None:
         _write_lse(lse, natural_lse, indices, slab)
-    _add_ranges(total, slab, slab.row_ranges, out, _coefficient(step, number), fresh)
+    _add_ranges(total, slab, slab.row_ranges, out, _coefficient(run), fresh)
 
 
-def _backward_flash(number, step: Step, inputs, scale, saved, totals, need_delta, fresh):
-    indices, slab = step.indices, step.slab(number)
+def _backward_flash(run: SlabRun, inputs, scale, saved, totals, need_delta, fresh):
+    slab, bias = run.slab, run.bias
     q, k, v, grad_out = inputs
     heads, dim = q.shape[1:]
     out = saved[0].view(slab.cells, slab.rows, heads, dim).transpose(1, 2)
     natural_lse = saved[1].view(slab.cells, slab.rows, heads).transpose(1, 2)
     upstream = scaled = _rows(grad_out, slab)
-    coefficient = _coefficient(step, number)
+    coefficient = _coefficient(run)
     if not isinstance(coefficient, float):
         scaled, coefficient = upstream * coefficient, 1.0
-    bias = indices.slab_bias(number)
     dq, dk, dv = _dense_backward(scaled, _rows(q, slab), _keys(k, slab), _keys(v, slab), out, natural_lse, bias, scale)
     _add_ranges(totals[0], slab, slab.row_ranges, dq, coefficient, fresh[0])
     _add_ranges(totals[1], slab, slab.key_ranges, dk, coefficient, fresh[1])
@@ -215,6 +244,8 @@ def _lanes(x: torch.Tensor, slab: Slab, ranges) -> list[tuple[torch.Tensor, ...]
     key = ranges, x.shape, x.stride()
     places = slab.places.get(key)
     if places is None:
+        if len(slab.places) >= MAX_PLACES:
+            slab.places.clear()
         places = slab.places[key] = [_place(x, slab, *each) for each in ranges]
     begin, found = x.storage_offset(), []
     for size, strides, first, several in places:
@@ -293,19 +324,18 @@ def _add_product(lane, slab: Slab, heads: int, ranges, left, right, coefficient,
             _add(view, torch.bmm(part, right).view(view.shape), factor, fresh)
 
 
-def _coefficient_lanes(step: Step, number: int, slab: Slab, heads: int) -> Sequence[torch.Tensor | float]:
+def _coefficient_lanes(run: SlabRun, heads: int) -> Sequence[torch.Tensor | float]:
     """Lane by lane, [Y, R, 1] or a number."""
-    coefficient = _coefficient(step, number)
+    coefficient = _coefficient(run)
     if isinstance(coefficient, float):
-        return (coefficient,) * _lane_count(slab, heads)
-    return _apart(coefficient.expand(-1, heads, -1, -1), slab)
+        return (coefficient,) * _lane_count(run.slab, heads)
+    return _apart(coefficient.expand(-1, heads, -1, -1), run.slab)
 
 
-def _forward_products(number, step: Step, inputs, scale, saved, lse, total, fresh) -> None:
-    indices, slab = step.indices, step.slab(number)
+def _forward_products(run: SlabRun, indices: Indices, inputs, scale, saved, lse, total, fresh) -> None:
+    slab, bias = run.slab, run.bias
     q, k, v = inputs
     heads, keys_first, rows = q.shape[1], slab.keys_first, slab.row_ranges
-    bias = indices.slab_bias(number)
     bias_lanes = None if bias is None else _apart(bias.expand(-1, heads, -1, -1), slab)
     lanes = zip(
         _pair_lanes(q.new_empty(heads * slab.pairs) if saved is None else saved[0], slab, heads),
@@ -313,7 +343,7 @@ def _forward_products(number, step: Step, inputs, scale, saved, lse, total, fres
         _inputs(k, slab, slab.key_ranges),
         _inputs(v, slab, slab.key_ranges),
         zip(*_lanes(total, slab, rows)),
-        _coefficient_lanes(step, number, slab, heads),
+        _coefficient_lanes(run, heads),
     )
     lse_lanes = []
     for lane, (pairs, queries, keys, values, out, coefficient) in enumerate(lanes):
@@ -329,15 +359,15 @@ def _forward_products(number, step: Step, inputs, scale, saved, lse, total, fres
         _write_lse(lse, _together(lse_lanes, slab, heads), indices, slab)
 
 
-def _backward_products(number, step: Step, inputs, scale, saved, totals, need_delta, fresh):
-    slab = step.slab(number)
+def _backward_products(run: SlabRun, inputs, scale, saved, totals, need_delta, fresh):
+    slab = run.slab
     heads, keys_first = inputs[0].shape[1], slab.keys_first
     rows, keys = slab.row_ranges, slab.key_ranges
     lanes = zip(
         _pair_lanes(saved[0], slab, heads),
         *[_inputs(x, slab, ranges) for x, ranges in zip(inputs, (rows, keys, keys, rows))],
         *[zip(*_lanes(total, slab, ranges)) for total, ranges in zip(totals, (rows, keys, keys))],
-        _coefficient_lanes(step, number, slab, heads),
+        _coefficient_lanes(run, heads),
     )
     delta = []
     for pairs, q, k, v, upstream, dq, dk, dv, alpha in lanes:
@@ -356,46 +386,16 @@ def _backward_products(number, step: Step, inputs, scale, saved, totals, need_de
     return _together(delta, slab, heads).sum(1) if need_delta else None
 
 
-# -- plain attention ---------------------------------------------------------------------------------------------------
+# -- the flash kernel --------------------------------------------------------------------------------------------------
 
 
 def _dense(q, k, v, bias, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, natural log-sum-exp [G, X, R]) of plain attention over [G, X, R or keys, D]."""
-    if _has_flash(q):
-        return _flash(q, k, v, attn_mask=_mask(bias, q, k), scale=scale)
-    pieces = []
-    for rows in q.split(_dense_rows(q, k), 2):
-        logits = scale * (rows @ k.transpose(-1, -2))
-        if bias is not None:
-            logits += bias
-        pieces.append((torch.softmax(logits, -1) @ v, torch.logsumexp(logits, -1)))
-    return tuple(torch.cat(piece, 2) for piece in zip(*pieces))
+    return _flash(q, k, v, attn_mask=_mask(bias, q, k), scale=scale)
 
 
 def _dense_backward(grad_out, q, k, v, out, lse, bias, scale):
-    if _has_flash(q):
-        return _flash_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=_mask(bias, q, k), scale=scale)
-    dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
-    step = _dense_rows(q, k)
-    for rows, upstream, result, normaliser in zip(*(x.split(step, 2) for x in (q, grad_out, out, lse))):
-        logits = scale * (rows @ k.transpose(-1, -2))
-        if bias is not None:
-            logits += bias
-        p = torch.exp(logits - normaliser[..., None])
-        delta = (upstream * result).sum(-1, keepdim=True)
-        ds = scale * p * (upstream @ v.transpose(-1, -2) - delta)
-        dq.append(ds @ k)
-        dk += ds.transpose(-1, -2) @ rows
-        dv += p.transpose(-1, -2) @ upstream
-    return torch.cat(dq, 2), dk, dv
-
-
-def _has_flash(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu"
-
-
-def _dense_rows(q: torch.Tensor, k: torch.Tensor) -> int:
-    return max(1, DENSE_FLOATS // (q.shape[0] * q.shape[1] * k.shape[2]))
+    return _flash_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=_mask(bias, q, k), scale=scale)
 
 
 def _mask(bias, q, k):

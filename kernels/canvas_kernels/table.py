@@ -15,6 +15,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from .autograd import apply_map, mark_for_compilers
+from .derived import Store, derived, to_device
+from .index_map import RESOLVERS, IndexMap
 from .tiling import TileClass, Tiling, build_tilings, expand_ranges
 
 _LIVE: weakref.WeakValueDictionary[str, BlockTable] = weakref.WeakValueDictionary()
@@ -86,8 +89,7 @@ class BlockTable:
     edge: np.ndarray
     replace: np.ndarray
     slot: np.ndarray
-    cache: dict = field(default_factory=dict, repr=False)
-    """Derived objects of executors (tilings per device, groups, …), keyed by the executor."""
+    store: Store = field(default_factory=Store, repr=False)
 
     @classmethod
     def from_rectangles(
@@ -171,6 +173,7 @@ class BlockTable:
         arrays += [segment_sorted.astype(np.int32), weight, edge.astype(np.int32), replace, slot]
         for array in arrays:
             array.setflags(write=False)
+        mark_for_compilers()
         table = cls(form, int(n_positions), int(n_edges), int(n_slots), *arrays)
         return _LIVE.setdefault(table.key, table)
 
@@ -267,13 +270,9 @@ class BlockTable:
 
     # -- derived structures --------------------------------------------------------------------------------------------
 
+    @derived(limit=1)
     def cells(self) -> Cells:
-        """Maximal query ranges with equal keys, per segment (cached)."""
-        if "cells" not in self.cache:
-            self.cache["cells"] = self._cells()
-        return self.cache["cells"]
-
-    def _cells(self) -> Cells:
+        """Maximal query ranges with equal keys, per segment."""
         stride = self.n_positions + 1
         base = self.segment.astype(np.int64) * stride
         first, stop = base + self.q_start, base + self.q_stop
@@ -297,78 +296,139 @@ class BlockTable:
         np.add.at(delta, self.q_stop, -1)
         return np.cumsum(delta[:-1]) > 0
 
-    def row_sums(self, active: torch.Tensor | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(2, n) float32: Σ_r w_r over the reads of each row, adding reads first, replacing reads second.
+    @derived(limit=1)
+    def _runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(marks, reading, run): runs of rows with the same segments begin at ``marks``; segments' first rectangles and
+        the runs that they lie in, in order of the runs."""
+        cells = self.cells()
+        lead = cells.rectangle[cells.ptr[:-1]]
+        marks = np.unique(np.concatenate([[0, self.n_positions], cells.q_start, cells.q_stop]))
+        low = np.searchsorted(marks, cells.q_start)
+        owner, run = expand_ranges(low, np.searchsorted(marks, cells.q_stop) - low)
+        order = np.argsort(run, kind="stable")
+        return marks, lead[owner[order]], run[order]
 
-        ``active`` (n_edges,) drops the reads of edges where it is 0. One pass over the reads on the device, no
-        atomics, no host sync.
-        """
-        if active is not None:
-            device = active.device
-        if self.n_positions == 0 or not len(self.weight):
-            return torch.zeros(2, self.n_positions, device=device)
-        weight, edge, lengths, run_of_row = self._row_sum_index(torch.device(device))
-        if active is not None:
-            weight = weight * active.to(weight.dtype)[edge]
-        return torch.segment_reduce(weight, "sum", lengths=lengths, axis=1, initial=0.0, unsafe=True)[:, run_of_row]
+    @derived(limit=1)
+    def run_sums_map(self) -> IndexMap:
+        """From connections to (2 · runs) sums of their weights, those of adding segments first."""
+        marks, rectangle, run = self._runs()
+        count = len(marks) - 1
+        output = self.replace[rectangle] * count + run
+        order = np.argsort(output, kind="stable")
+        offset = np.concatenate([[0], np.cumsum(np.bincount(output, minlength=2 * count))])
+        return IndexMap.sums(self.edge[rectangle][order], offset, self.n_edges, self.weight[rectangle][order])
 
-    def _row_sum_index(self, device: torch.device):
-        key = ("row_sum_index", str(device))
-        if key not in self.cache:
-            cells = self.cells()
-            lead = cells.rectangle[cells.ptr[:-1]]
-            marks = np.unique(np.concatenate([[0, self.n_positions], cells.q_start, cells.q_stop]))
-            low = np.searchsorted(marks, cells.q_start)
-            owner, run = expand_ranges(low, np.searchsorted(marks, cells.q_stop) - low)
-            order = np.argsort(run, kind="stable")
-            owner, run = lead[owner[order]], run[order]
-            lengths = np.bincount(run, minlength=len(marks) - 1)
-            weight = np.where(self.replace[owner], [[0.0], [1.0]], [[1.0], [0.0]]) * self.weight[owner]
-            run_of_row = np.repeat(np.arange(len(marks) - 1), np.diff(marks))
-            arrays = (
-                weight.astype(np.float32),
-                self.edge[owner].astype(np.int64),
-                np.stack([lengths, lengths]),
-                run_of_row,
-            )
-            self.cache[key] = tuple(torch.from_numpy(a).to(device) for a in arrays)
-        return self.cache[key]
+    @derived(limit=1)
+    def run_rows_map(self) -> IndexMap:
+        """From runs of rows to rows."""
+        marks, _, _ = self._runs()
+        return IndexMap.gather(np.repeat(np.arange(len(marks) - 1), np.diff(marks)), len(marks) - 1)
 
-    def row_scale(self, active: torch.Tensor | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(2, n) float32 factors that turn sums over reads into averages: see :func:`normalise_row_sums`. Cached while
-        ``active`` is None."""
-        if active is not None:
-            return normalise_row_sums(self.row_sums((active != 0).to(torch.float32)))
-        key = ("row_scale", str(torch.device(device)))
-        if key not in self.cache:
-            self.cache[key] = normalise_row_sums(self.row_sums(device=device))
-        return self.cache[key]
+    @derived(limit=1)
+    def touched_map(self) -> IndexMap:
+        """From connections to rows: 1 for each range of queries or keys of the connection that holds the row."""
+        edge = np.concatenate([self.edge, self.edge]).astype(np.int64)
+        start, stop = (np.concatenate(sides) for sides in ((self.q_start, self.k_start), (self.q_stop, self.k_stop)))
+        ranges = np.unique(np.stack([edge, start, stop], 1), axis=0)
+        owner, row = expand_ranges(ranges[:, 1], ranges[:, 2] - ranges[:, 1])
+        pairs = np.unique(row * max(self.n_edges, 1) + ranges[owner, 0])
+        row, edge = pairs // max(self.n_edges, 1), pairs % max(self.n_edges, 1)
+        offset = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=self.n_positions))])
+        return IndexMap.sums(edge, offset, max(self.n_edges, 1))
 
-    def slot_layout(self, device: torch.device | str = "cpu") -> SlotLayout:
-        """Slots as device tensors (edge form), cached."""
-        key = ("slot_layout", str(torch.device(device)))
-        if key not in self.cache:
-            cells = self.cells()
-            lead = cells.rectangle[cells.ptr[:-1]]
-            owner, position = expand_ranges(cells.q_start, cells.q_stop - cells.q_start)
-            order = np.argsort(cells.slot[owner] + position - cells.q_start[owner])
-            owner, position = lead[owner[order]], position[order]
-            arrays = (position, self.weight[owner], self.replace[owner].astype(np.int64))
-            arrays += (np.bincount(self.edge[owner], minlength=self.n_edges),)
-            self.cache[key] = SlotLayout(*(torch.from_numpy(a).to(device) for a in arrays))
-        return self.cache[key]
+    def touched_rows(self) -> np.ndarray:
+        """Returns bool (n,): rows that some rectangle holds as a query or as a key."""
+        delta = np.zeros(self.n_positions + 1, np.int64)
+        for start, stop in ((self.q_start, self.q_stop), (self.k_start, self.k_stop)):
+            np.add.at(delta, start, 1)
+            np.add.at(delta, stop, -1)
+        return np.cumsum(delta[:-1]) > 0
 
+    @derived(limit=4)
+    def keyless_rows(self, device: torch.device) -> torch.Tensor | None:
+        """bool (n, 1): rows that nothing attends to, on a device; None where there are none."""
+        delta = np.zeros(self.n_positions + 1, np.int64)
+        np.add.at(delta, self.k_start, 1)
+        np.add.at(delta, self.k_stop, -1)
+        keyless = np.cumsum(delta[:-1]) == 0
+        return to_device(keyless[:, None], device) if keyless.any() else None
+
+    @derived(limit=8)
+    def row_scale(self, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(2, n): the factors of :func:`row_scale` with every connection active, on a device."""
+        sums = np.zeros((2, self.n_positions + 1))
+        cells = self.cells()
+        lead = cells.rectangle[cells.ptr[:-1]]
+        kind, weight = self.replace[lead].astype(np.int64), self.weight[lead].astype(np.float64)
+        owner, position = expand_ranges(cells.q_start, cells.q_stop - cells.q_start)
+        np.add.at(sums, (kind[owner], position), weight[owner])
+        return normalise_row_sums(torch.from_numpy(sums[:, :-1].copy())).to(device, dtype)
+
+    @derived(limit=1)
+    def row_scale_map(self) -> IndexMap:
+        """The (2 · n) factors of :meth:`row_scale` as a constant map."""
+        return IndexMap.constant(self.row_scale(torch.device("cpu"), torch.float64).numpy())
+
+    @derived(limit=4)
+    def slot_layout(self, device: torch.device) -> SlotLayout:
+        """Slots as device tensors (edge form)."""
+        cells = self.cells()
+        lead = cells.rectangle[cells.ptr[:-1]]
+        owner, position = expand_ranges(cells.q_start, cells.q_stop - cells.q_start)
+        order = np.argsort(cells.slot[owner] + position - cells.q_start[owner])
+        owner, position = lead[owner[order]], position[order]
+        arrays = (position, self.weight[owner], self.replace[owner].astype(np.int64))
+        arrays += (np.bincount(self.edge[owner], minlength=self.n_edges),)
+        return SlotLayout(*(to_device(a, device) for a in arrays))
+
+    @derived(limit=16)
     def device_tilings(
         self, device: torch.device | str, classes: tuple[TileClass, ...], transposed: bool = False
     ) -> tuple[Tiling, ...]:
-        """The walks of one pass, a launch each (empty ones left out), on ``device``; cached."""
-        key = ("tilings", str(torch.device(device)), classes, transposed)
-        if key not in self.cache:
-            host = ("tilings", "host", classes, transposed)
-            if host not in self.cache:
-                self.cache[host] = build_tilings(self, classes, transposed)
-            self.cache[key] = tuple(tiling.to(device) for tiling in self.cache[host])
-        return self.cache[key]
+        """The walks of one pass, a launch each (empty ones left out), on ``device``."""
+        return tuple(tiling.to(device) for tiling in build_tilings(self, classes, transposed))
+
+
+RESOLVERS["run sums"] = lambda key: BlockTable.lookup(key).run_sums_map()
+RESOLVERS["run rows"] = lambda key: BlockTable.lookup(key).run_rows_map()
+RESOLVERS["own scales"] = lambda key: BlockTable.lookup(key).row_scale_map()
+RESOLVERS["touched"] = lambda key: BlockTable.lookup(key).touched_map()
+
+
+def row_sums(table: BlockTable, factor: torch.Tensor) -> torch.Tensor:
+    """Returns Σ_r factor[e_r]·w_r over the segments of each row, (2, n): adding ones first, replacing ones second.
+
+    ``factor`` (n_edges,), floating, gives the dtype and device of the result, and gets its gradient. Sums run in
+    a fixed order.
+
+    >>> table = BlockTable.from_rectangles("edge", 2, 1, q_start=[0], q_stop=[2], k_start=[0], k_stop=[1],
+    ...                                    segment=[0], weight=[3.0], edge=[0])
+    >>> row_sums(table, torch.tensor([0.5])).tolist()
+    [[1.5, 1.5], [0.0, 0.0]]
+    """
+    if factor.shape != (table.n_edges,):
+        raise ValueError(f"factor must be ({table.n_edges},), one entry per connection; got {tuple(factor.shape)}")
+    sums = apply_map(factor[:, None], f"run sums:{table.key}", False, 0)
+    return apply_map(sums.view(2, -1), f"run rows:{table.key}", False, 1)
+
+
+def row_scale(
+    table: BlockTable, active: torch.Tensor | None, dtype: torch.dtype, device: torch.device | None = None
+) -> torch.Tensor:
+    """Returns (2, n) factors that turn sums over segments into averages: see :func:`normalise_row_sums`.
+
+    ``active`` (n_edges,): a connection where it is 0 does not count; None for all, on ``device``.
+    """
+    if active is None:
+        one = torch.ones(1, 1, dtype=dtype, device=device)
+        return apply_map(one, f"own scales:{table.key}", False, 0).view(2, -1)
+    return normalise_row_sums(row_sums(table, (active.detach() != 0).to(dtype)))
+
+
+def touched(table: BlockTable, active: torch.Tensor) -> torch.Tensor:
+    """Returns bool (n,): rows that a connection whose entry of ``active`` (n_edges,) is not 0 holds as query or key."""
+    flags = (active.detach() != 0).to(torch.float32)[:, None]
+    return apply_map(flags, f"touched:{table.key}", False, 0)[:, 0] > 0
 
 
 def _rebuild(form: str, n_positions: int, n_edges: int, arrays: dict[str, np.ndarray]) -> BlockTable:
@@ -377,11 +437,12 @@ def _rebuild(form: str, n_positions: int, n_edges: int, arrays: dict[str, np.nda
 
 def normalise_row_sums(sums: torch.Tensor) -> torch.Tensor:
     """(2, n) weight sums (adding, replacing) → (2, n) row scales: 1/ΣW of the class in force at each row, 0 for the
-    other class and for rows without reads. Replacing reads, where there are any, are in force alone."""
+    other class and for rows without segments. Replacing segments, where there are any, are in force alone."""
     adding, replacing = sums
     replaced = replacing > 0
-    add_scale = torch.where(replaced | (adding <= 0), 0.0, 1.0 / adding)
-    return torch.stack([add_scale, torch.where(replaced, 1.0 / replacing, 0.0)])
+    zero = torch.zeros_like(adding)
+    add_scale = torch.where(replaced | (adding <= 0), zero, 1.0 / adding)
+    return torch.stack([add_scale, torch.where(replaced, 1.0 / replacing, zero)])
 
 
 def _assign_slots(segment: np.ndarray, q_start: np.ndarray, q_stop: np.ndarray) -> tuple[np.ndarray, int]:

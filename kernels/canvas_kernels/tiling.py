@@ -18,7 +18,7 @@ REPLACE = 1 << 17
 
 class TileClass(NamedTuple):
     """A tile size that kernels are built for: ``block_m`` tile rows × ``block_n`` walked rows, and the time of one
-    such block relative to the other classes' (any unit)."""
+    such block relative to the other classes'."""
 
     block_m: int
     block_n: int
@@ -42,6 +42,17 @@ class Tiling:
     @property
     def n_tiles(self) -> int:
         return self.tiles.shape[0]
+
+    @property
+    def walked(self) -> int:
+        """Pairs that the tiles walk, block by whole block."""
+        return int(self.tiles[:, 3].sum()) * self.block_m * self.block_n
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of the table among them; pairs over walked is the fill."""
+        length, flags = self.rows[:, 1].long(), self.rows[:, 2].long()
+        return int(((flags >> 8 & 255) - (flags & 255)) @ length)
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +89,7 @@ def cut_tiles(n: int, start: np.ndarray, stop: np.ndarray, block: int) -> np.nda
 
 
 def build_tilings(table: BlockTable, classes: tuple[TileClass, ...], transposed: bool) -> tuple[Tiling, ...]:
-    """Cut the table's positions into tiles, each of the class that walks its blocks in the least estimated time.
+    """Cut the table's positions into tiles, each of the class whose blocks cost the least.
 
     ``classes`` go from large to small, each ``block_m`` a multiple of the next. Cost: rectangles × tiles met,
     vectorised.

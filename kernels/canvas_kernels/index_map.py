@@ -1,0 +1,243 @@
+"""Index maps: rows gathered, repeated, summed and put back, as one linear operation that is its own derivative."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .autograd import DEVICES, MAPS, TAGS, apply_map, mark_for_compilers, replace_rows_by_map, under_autograd
+from .derived import Store, derived, to_device
+
+_LIVE: weakref.WeakValueDictionary[str, IndexMap] = weakref.WeakValueDictionary()
+RESOLVERS: dict[str, Callable[[str], IndexMap]] = {}
+"""Makers of maps that belong to other keyed objects: code that is traced names them before they are made."""
+_sum_bags = torch.ops.aten._embedding_bag_forward_only.default
+
+
+class _Bags(NamedTuple):
+    """``index[offset[i] : offset[i + 1]]`` are the rows that are added up to row i, each times its ``weight``."""
+
+    index: torch.Tensor
+    offset: torch.Tensor
+    weight: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class IndexMap:
+    """A sparse matrix (n_out, n_in) that is applied to rows: y_i = Σ_e weight_e · x[index_e] over the entries of row i.
+
+    Make it with :meth:`gather` or :meth:`sums`. Equal content is one object, which its ``key`` finds while anyone holds
+    it; operators take the key, so that compilers and exports see no index tensors.
+
+    Attributes:
+        index: int64 (entries,), the row of x that each entry takes.
+        offset: int64 (n_out + 1,): the entries of output row i are ``offset[i] … offset[i + 1] − 1``.
+        n_in, n_out: rows of x and of the result.
+        weight: float64 (entries,), or None where all are 1.
+        key: digest of the content, equal in every process.
+        is_gather: whether each row of the result is one row of x as it is.
+        is_distinct: whether no row of x is taken twice.
+        is_identity: whether the result is x.
+
+    >>> rows = IndexMap.gather(np.array([1, 0, 1]), 2)
+    >>> gather_rows(torch.tensor([[1.0], [2.0]]), rows).flatten().tolist()
+    [2.0, 1.0, 2.0]
+    >>> scatter_rows(torch.tensor([[1.0], [2.0], [4.0]]), rows).flatten().tolist()
+    [2.0, 5.0]
+    """
+
+    index: np.ndarray
+    offset: np.ndarray
+    n_in: int
+    n_out: int
+    weight: np.ndarray | None
+    key: str
+    is_gather: bool
+    is_distinct: bool
+    is_identity: bool
+    store: Store = field(default_factory=Store, repr=False)
+
+    @classmethod
+    def gather(cls, index: np.ndarray, n_in: int) -> IndexMap:
+        """Returns the map whose output row i is row ``index[i]`` of ``n_in`` rows."""
+        return cls.sums(index, np.arange(len(index) + 1), n_in)
+
+    @classmethod
+    def sums(cls, index: np.ndarray, offset: np.ndarray, n_in: int, weight: np.ndarray | None = None) -> IndexMap:
+        """Returns the map whose output row i is the weighted sum of the rows ``index[offset[i] : offset[i + 1]]``.
+
+        Raises:
+            ValueError: an index outside of [0, n_in), offsets that do not ascend to the number of entries, or another
+                number of weights.
+        """
+        index, offset = (np.ascontiguousarray(a, np.int64).reshape(-1) for a in (index, offset))
+        if len(index) and (index.min() < 0 or index.max() >= n_in):
+            raise ValueError(f"indices must lie in [0, {n_in}), got {index.min()} … {index.max()}")
+        if not len(offset) or offset[0] != 0 or offset[-1] != len(index) or (np.diff(offset) < 0).any():
+            raise ValueError(f"offsets must ascend from 0 to {len(index)}, the number of entries")
+        if weight is not None:
+            weight = np.ascontiguousarray(weight, np.float64).reshape(-1)
+            if len(weight) != len(index):
+                raise ValueError(f"{len(index)} entries want as many weights, got {len(weight)}")
+            weight = None if (weight == 1).all() else weight
+        digest = hashlib.sha1(f"{n_in}/{len(offset)}/{weight is None}".encode(), usedforsecurity=False)
+        for array in (index, offset, weight):
+            if array is not None:
+                array = array.copy()
+                array.setflags(write=False)
+                digest.update(array.tobytes())
+        mark_for_compilers()
+        is_gather = weight is None and len(index) == len(offset) - 1 and bool((np.diff(offset) == 1).all())
+        is_distinct = not len(index) or int(np.bincount(index).max()) == 1
+        is_identity = is_gather and len(index) == n_in and bool((index == np.arange(n_in)).all())
+        key = digest.hexdigest()
+        sizes = (int(n_in), len(offset) - 1)
+        return _LIVE.setdefault(key, cls(index, offset, *sizes, weight, key, is_gather, is_distinct, is_identity))
+
+    @classmethod
+    def constant(cls, values: np.ndarray) -> IndexMap:
+        """Returns the map of a single 1 to ``values``, flattened: constants that no traced graph holds."""
+        count = np.size(values)
+        return cls.sums(np.zeros(count), np.arange(count + 1), 1, values)
+
+    def __deepcopy__(self, memo) -> IndexMap:
+        return self
+
+    def __reduce__(self):
+        return IndexMap.sums, (self.index, self.offset, self.n_in, self.weight)
+
+    @staticmethod
+    def lookup(key: str) -> IndexMap:
+        """Returns the live map with this key, or that of a live object, "what:key" with what in ``RESOLVERS``; KeyError
+        when it has been garbage-collected."""
+        what, _, owner = key.rpartition(":")
+        found = RESOLVERS[what](owner) if what else _LIVE.get(key)
+        if found is None:
+            raise KeyError(f"no live IndexMap has the key {key}: keep the plan alive as long as what was made with it")
+        return found
+
+    @derived(limit=4)
+    def rows(self, device: torch.device) -> torch.Tensor:
+        """``index`` on a device."""
+        return to_device(self.index, device)
+
+    @derived(limit=8)
+    def bags(self, transposed: bool, device: torch.device, dtype: torch.dtype) -> _Bags:
+        """The entries by output row, or by row of x where ``transposed``; entries of one row in ascending order."""
+        index, offset, weight = self.index, self.offset, self.weight
+        if transposed:
+            order = np.argsort(index, kind="stable")
+            index = np.repeat(np.arange(self.n_out), np.diff(offset))[order]
+            offset = np.concatenate([[0], np.cumsum(np.bincount(self.index, minlength=self.n_in))])
+            weight = None if weight is None else weight[order]
+        weight = None if weight is None else to_device(weight, device).to(dtype)
+        return _Bags(to_device(index, device), to_device(offset, device), weight)
+
+
+def gather_rows(x: torch.Tensor, rows: IndexMap, dim: int = 0) -> torch.Tensor:
+    """Applies a map to the rows of ``x`` along ``dim``: (… n_in …) → (… n_out …).
+
+    Differentiable in every mode of torch, without atomics; sums run in a fixed order, 16-bit ones in float32.
+
+    Raises:
+        ValueError: another number of rows.
+    """
+    _check(x, rows.n_in, dim)
+    return x if rows.is_identity else apply_map(x, rows.key, False, dim % x.dim())
+
+
+def scatter_rows(y: torch.Tensor, rows: IndexMap, dim: int = 0) -> torch.Tensor:
+    """Applies the transposed map, the adjoint of :func:`gather_rows`: (… n_out …) → (… n_in …), with 0
+    where no row is taken.
+
+    Raises:
+        ValueError: another number of rows.
+    """
+    _check(y, rows.n_out, dim)
+    return y if rows.is_identity else apply_map(y, rows.key, True, dim % y.dim())
+
+
+def replace_rows(x: torch.Tensor, rows: IndexMap, y: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """Returns ``x`` with the rows that a distinct gather takes replaced by those of ``y``; the others bit for bit.
+
+    Raises:
+        ValueError: another number of rows, or a map that takes a row twice.
+
+    >>> rows, y = IndexMap.gather(np.array([2, 0]), 3), torch.tensor([[1.0], [2.0]])
+    >>> replace_rows(torch.zeros(3, 1), rows, y).flatten().tolist()
+    [2.0, 0.0, 1.0]
+    """
+    _check(x, rows.n_in, dim)
+    _check(y, rows.n_out, dim)
+    if not (rows.is_gather and rows.is_distinct):
+        raise ValueError("rows are replaced by a gather that takes none of them twice")
+    return y if rows.is_identity else replace_rows_by_map(x, y, rows.key, dim % x.dim())
+
+
+def _check(x: torch.Tensor, length: int, dim: int) -> None:
+    if x.shape[dim] != length:
+        raise ValueError(f"the index map wants {length} rows along dimension {dim}, got {tuple(x.shape)}")
+
+
+MAPS["lookup"] = IndexMap.lookup
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("canvas_kernels", "FRAGMENT")
+_LIBRARY.define("apply_map(Tensor x, str map, bool transposed, int dim) -> Tensor", tags=TAGS)
+_LIBRARY.define("replace_rows(Tensor x, Tensor? y, str map, int dim) -> Tensor", tags=TAGS)
+
+
+def apply_now(x: torch.Tensor, rows: IndexMap, transposed: bool = False, dim: int = 0) -> torch.Tensor:
+    """Applies a map inside of an operator, without autograd."""
+    n = rows.n_in if transposed else rows.n_out
+    if rows.is_gather and not transposed:
+        return x.index_select(dim, rows.rows(x.device))
+    shape = (*x.shape[:dim], n, *x.shape[dim + 1 :])
+    if not x.numel() or not len(rows.index):
+        return x.new_zeros(shape)
+    if rows.is_gather and rows.is_distinct:
+        return x.new_zeros(shape).index_copy_(dim, rows.rows(x.device), x)
+    # 16-bit sums would round at every term
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    flat = wide.movedim(dim, 0)
+    tail = flat.shape[1:]
+    flat = flat.reshape(len(flat), -1).contiguous()
+    index, offset, weight = rows.bags(transposed, x.device, flat.dtype)
+    out = _sum_bags(flat, index, offset, False, 0, False, weight, True)[0]
+    return out.to(x.dtype).view(n, *tail).movedim(0, dim).contiguous()
+
+
+def _apply(x: torch.Tensor, map: str, transposed: bool, dim: int) -> torch.Tensor:
+    return apply_now(x, IndexMap.lookup(map), transposed, dim)
+
+
+def _replace(x: torch.Tensor, y: torch.Tensor | None, map: str, dim: int) -> torch.Tensor:
+    index = IndexMap.lookup(map).rows(x.device)
+    out = x.clone(memory_format=torch.contiguous_format)
+    return out.index_fill_(dim, index, 0) if y is None else out.index_copy_(dim, index, y)
+
+
+def _fake_apply(x, map, transposed, dim):
+    rows = IndexMap.lookup(map)
+    return x.new_empty((*x.shape[:dim], rows.n_in if transposed else rows.n_out, *x.shape[dim + 1 :]))
+
+
+for _key in DEVICES:
+    _LIBRARY.impl("apply_map", _apply, _key)
+    _LIBRARY.impl("replace_rows", _replace, _key)
+torch.library.register_fake("canvas_kernels::apply_map", _fake_apply, lib=_LIBRARY)
+torch.library.register_fake(
+    "canvas_kernels::replace_rows", lambda x, y, map, dim: x.new_empty(x.shape), lib=_LIBRARY
+)
+_LIBRARY.impl("apply_map", under_autograd(torch.ops.canvas_kernels.apply_map.default, apply_map), "Autograd")
+_LIBRARY.impl(
+    "replace_rows", under_autograd(torch.ops.canvas_kernels.replace_rows.default, replace_rows_by_map), "Autograd"
+)
