@@ -41,12 +41,23 @@ def _compose(q, k, v, mask, scale):
     return torch.softmax(logits if mask is None else logits + mask, -1) @ v
 
 
+def _forward(keep, q, k, v, mask, scale):
+    q, k, v = (_side_by_side(x) for x in (q, k, v))
+    return _flash(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _side_by_side(x: torch.Tensor) -> torch.Tensor:
+    # the kernel takes elements as if they were, whatever their stride
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _backward(grad, needs, kept, q, k, v, mask, scale):
+    grad, q, k, v = (_side_by_side(x) for x in (grad, q, k, v))
     return *_flash_backward(grad, q, k, v, *kept, 0.0, False, attn_mask=mask, scale=scale), None
 
 
 OPERATIONS["dense_attention"] = Operation(
-    forward=lambda keep, q, k, v, mask, scale: _flash(q, k, v, attn_mask=mask, scale=scale),
+    forward=_forward,
     backward=_backward,
     composition=_compose,
     n_tensors=4,

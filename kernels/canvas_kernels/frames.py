@@ -91,8 +91,9 @@ def _frames(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _apart(x: torch.Tensor) -> torch.Tensor:
-    """Frames (…, rows, D), copied head by head where they are large."""
-    return x.contiguous() if x.shape[2] >= APART_KEYS else x
+    """Frames (…, rows, D), copied head by head where they are large, or where elements are not side by side: the kernel
+    takes them as if they were."""
+    return x.contiguous() if x.shape[2] >= APART_KEYS or x.stride(-1) != 1 else x
 
 
 def _canvas(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -391,11 +391,18 @@ def _backward_products(run: SlabRun, inputs, scale, saved, totals, need_delta, f
 
 def _dense(q, k, v, bias, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, natural log-sum-exp [G, X, R]) of plain attention over [G, X, R or keys, D]."""
+    q, k, v = (_side_by_side(x) for x in (q, k, v))
     return _flash(q, k, v, attn_mask=_mask(bias, q, k), scale=scale)
 
 
 def _dense_backward(grad_out, q, k, v, out, lse, bias, scale):
+    grad_out, q, k, v = (_side_by_side(x) for x in (grad_out, q, k, v))
     return _flash_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=_mask(bias, q, k), scale=scale)
+
+
+def _side_by_side(x: torch.Tensor) -> torch.Tensor:
+    # the kernel takes elements as if they were, whatever their stride
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _mask(bias, q, k):
