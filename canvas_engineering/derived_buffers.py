@@ -77,6 +77,11 @@ class CanvasModule(nn.Module):
     _declared_tables: dict[str, np.ndarray] = {}
     _own_states: tuple[str, ...] = ()
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # on modules without tables too: those of their children lie where their own parameters do
+        self.register_load_state_dict_post_hook(_fill_tables)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in cls.__dict__:
@@ -92,8 +97,6 @@ class CanvasModule(nn.Module):
         if not isinstance(array, np.ndarray):
             raise TypeError(f"table {name!r} must be a numpy array, from which tensors are made again; got {array!r}")
         self.register_buffer(name, torch.tensor(array), persistent=False)
-        if not self._declared_tables:
-            self.register_load_state_dict_post_hook(_fill_tables)
         self._declared_tables = {**self._declared_tables, name: array}
 
     def register_state(self, name: str, tensor: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -82,14 +83,18 @@ def compute_semantic_embeddings(
     return embeddings
 
 
-def _vector(values: Any, what: str) -> torch.Tensor:
+def _vector(values: Any, what: str) -> np.ndarray:
+    # in numpy, so that it can be checked whatever mode torch is in
     try:
-        vector = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+        vector = values.detach().cpu().double().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+        if vector.dtype.kind not in "biuf":
+            raise TypeError(f"got {shown(values)}")
+        vector = vector.astype(np.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{what} must be a vector of numbers: {error}") from None
     if vector.ndim != 1 or not len(vector):
         raise ValueError(f"{what} must be a vector, got shape {tuple(vector.shape)}")
-    if not vector.isfinite().all():
+    if not np.isfinite(vector).all():
         raise ValueError(f"{what} must be finite")
     return vector
 
@@ -144,7 +149,7 @@ class SemanticConditioner(CanvasModule):
             if len(vector) != embed_dim:
                 raise ValueError(f"the embedding of region {name!r} has {len(vector)} entries, not {embed_dim}")
             rows.append(vector)
-        embeddings = torch.stack(rows).to(torch.get_default_dtype())
+        embeddings = torch.tensor(np.stack(rows), dtype=torch.get_default_dtype())
         if freeze_embeddings:
             self.register_buffer("_embeddings", embeddings)
         else:
