@@ -316,6 +316,8 @@ class AttentionDispatcher(CanvasModule):
         for errors in self._errors:
             attended = self._attend(self.fn_modules[errors.fn], rows, errors.plan)
             error = gather_rows(attended, errors.attending, 1) - gather_rows(rows, errors.attending, 1)
+            if not error.shape[0]:
+                continue
             on = None if active is None else active[errors.number]
             self.residual_accumulator.update(errors.region, error, on)
 

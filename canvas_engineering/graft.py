@@ -139,7 +139,8 @@ def graft_looped_blocks(
             max_loops,
         )
     device = next((p.device for p in transformer.parameters()), torch.device("cpu"))
-    return blocks, ActionHead(latent_channels, action_dim).to(device)
+    with torch.device(device):
+        return blocks, ActionHead(latent_channels, action_dim)
 
 
 def _warn_of_topology(density: float, measured: TopologyMeasure | None) -> None:

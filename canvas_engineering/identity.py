@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from canvas_engineering.checked import checked_bool, checked_choice, checked_heads, checked_int, checked_string
 from canvas_engineering.derived_buffers import CanvasModule
+from canvas_kernels.dense import dense_attention
 
 __all__ = ["IdentitySpec", "SlotBindingModule"]
 
@@ -61,7 +61,7 @@ class _Binding(CanvasModule):
             proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
             for proj, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, keys))
         )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out_proj(dense_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SlotBindingModule(CanvasModule):

@@ -33,6 +33,7 @@ LAYERS = {
 KERNEL_PARTS = {
     "plan": ("table.", "tiling.", "derived.", "index_map."),
     "dispatch": ("index_map.", "table.touched"),
+    "identity": ("dense.",),
 }
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS.values()) for module in modules.split()}
 

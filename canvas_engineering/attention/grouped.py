@@ -193,8 +193,8 @@ def attend_grouped(
         k_all = only(k_all, gather_rows(weights.live_reads.to(x.dtype), found.key_reads) > 0)
     pieces = []
     for group in found.groups:
-        queries = to_reads(q_all[group.q_start : group.q_start + group.reads * group.n], group.reads, batch)
-        keys = to_reads(k_all[group.k_start : group.k_start + group.reads * group.m], group.reads, batch)
+        queries = to_reads(q_all[group.q_start : group.q_start + group.reads * group.n], group.reads, batch, width)
+        keys = to_reads(k_all[group.k_start : group.k_start + group.reads * group.m], group.reads, batch, width)
         out = module(queries, keys, keys)
         if not isinstance(out, torch.Tensor) or out.shape != queries.shape:
             given = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
@@ -204,7 +204,7 @@ def attend_grouped(
             )
         pieces.append(from_reads(out, group.reads, batch))
     results = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    return scatter_rows(weights.weigh(results), found.queries).unflatten(1, (batch, width)).transpose(0, 1)
+    return canvas_of(scatter_rows(weights.weigh(results), found.queries), batch, width)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -212,9 +212,14 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1).flatten(1)
 
 
-def to_reads(rows: torch.Tensor, reads: int, batch: int) -> torch.Tensor:
-    """Gathered rows (G·n, B·d) as (G·B, n, d): a view for one canvas."""
-    return rows.unflatten(1, (batch, -1)).unflatten(0, (reads, -1)).transpose(1, 2).flatten(0, 1)
+def canvas_of(rows: torch.Tensor, batch: int, width: int) -> torch.Tensor:
+    """Rows (n, B·d) as (B, n, d), d being ``width``: the inverse of :func:`rows_of`."""
+    return rows.unflatten(1, (batch, width)).transpose(0, 1)
+
+
+def to_reads(rows: torch.Tensor, reads: int, batch: int, width: int) -> torch.Tensor:
+    """Gathered rows (G·n, B·d) as (G·B, n, d), d being ``width``: a view for one canvas."""
+    return rows.unflatten(1, (batch, width)).unflatten(0, (reads, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def from_reads(out: torch.Tensor, reads: int, batch: int) -> torch.Tensor:

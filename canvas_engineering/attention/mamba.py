@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .dense import dense_attention
+from canvas_kernels.dense import dense_attention
+
 from .memories import MemoryAttention, check_dropout
 from .scan import selective_scan
 

@@ -13,7 +13,7 @@ from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
 
 from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
-from .grouped import QueryPlaces, coefficients, from_reads, only, query_places, rows_of, to_reads
+from .grouped import QueryPlaces, canvas_of, coefficients, from_reads, only, query_places, rows_of, to_reads
 from .softmax import project_out
 
 
@@ -100,33 +100,37 @@ class MemoryAttention(CanvasModule):
         """Every read of ``plan``, one call for all memories of a length and one for all reads of a shape; arguments and
         result as for :meth:`CrossAttention.attend`."""
         found = shared_memories(plan)
-        batch, weights = x.shape[0], coefficients(found.places, plan, x, gain, active, row_scale)
-        rows = rows_of(x)
-        own = gather_rows(rows, found.key_rows).unflatten(1, (batch, -1))
-        keys = gather_rows(self.key_features(own, own).flatten(1), found.keys)
-        own = gather_rows(rows, found.query_rows).unflatten(1, (batch, -1))
-        queries = only(gather_rows(self.query_features(own).flatten(1), found.queries), weights.live)
+        weights = coefficients(found.places, plan, x, gain, active, row_scale)
+        (batch, _, width), rows = x.shape, rows_of(x)
+        own = gather_rows(rows, found.key_rows).unflatten(1, (batch, width))
+        key_features = self.key_features(own, own)
+        keys = gather_rows(key_features.flatten(1), found.keys)
+        own = gather_rows(rows, found.query_rows).unflatten(1, (batch, width))
+        query_features = self.query_features(own)
+        queries = only(gather_rows(query_features.flatten(1), found.queries), weights.live)
         pieces, first_read = [], 0
         for group in found.groups:
-            features = to_reads(keys[group.start : group.start + group.sets * group.m], group.sets, batch)
+            features = keys[group.start : group.start + group.sets * group.m]
+            features = to_reads(features, group.sets, batch, key_features.shape[2])
             memory = self.summarise(features[:, : group.longest] if self.causal else features, backend)
             shape = memory.shape[1:]
-            memory = memory.reshape(group.sets, -1)  # [sets, B · rows · M]
+            memory = memory.unflatten(0, (group.sets, batch)).flatten(1)  # [sets, B · rows · M]
             for part in group.parts:
                 taken = gather_rows(memory, part.of)
                 if weights.live_reads is not None:
                     taken = only(taken, weights.live_reads[first_read : first_read + part.reads])
                 first_read += part.reads
                 taken = taken.reshape(part.reads * batch, *shape)
-                asking = to_reads(queries[part.start : part.start + part.reads * part.n], part.reads, batch)
+                asking = queries[part.start : part.start + part.reads * part.n]
+                asking = to_reads(asking, part.reads, batch, query_features.shape[2])
                 pieces.append(from_reads(self.respond(asking, taken), part.reads, batch))
         results = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         out = scatter_rows(weights.weigh(results), found.queries).to(results.dtype)
-        out = out.unflatten(1, (batch, -1)).transpose(0, 1)
+        out = canvas_of(out, batch, self.out_projection.in_features)
         if bias_share is not None:
             bias_share = gather_rows(bias_share[:, None], found.query_rows)[:, 0]
         out = project_out(self.out_projection, out, bias_share)
-        return scatter_rows(rows_of(out), found.query_rows).unflatten(1, (batch, -1)).transpose(0, 1)
+        return canvas_of(scatter_rows(rows_of(out), found.query_rows), batch, width)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from canvas_kernels.dense import dense_attention
 from canvas_kernels.derived import is_plain
 
 from ..derived_buffers import CanvasModule
-from .dense import dense_attention
 from .softmax import CrossAttention
 
 
@@ -92,10 +92,10 @@ class MixtureAttention(CanvasModule):
         """(B, E, rows, d_model) through each expert's own projection."""
         layers = [getattr(expert, name) for expert in self.experts[:filled]]
         weight, bias = torch.stack([f.weight for f in layers]), torch.stack([f.bias for f in layers])
-        batch = len(x)
+        batch, _, n, _ = x.shape
         rows = x.transpose(0, 1).flatten(1, 2)  # [E, B · rows, d]
         out = torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2))
-        return out.unflatten(1, (batch, -1)).transpose(0, 1)
+        return out.unflatten(1, (batch, n)).transpose(0, 1)
 
 
 def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

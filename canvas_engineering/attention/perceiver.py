@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .dense import dense_attention
+from canvas_kernels.dense import dense_attention
+
 from .memories import MemoryAttention
 from .softmax import CrossAttention
 
@@ -47,7 +48,7 @@ class PerceiverAttention(MemoryAttention):
 
     def summarise(self, features: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         """(B, m, 2 · d_model) → what queries see of the latents' findings, (B, n_latents, 2 · d_model)."""
-        latents = self.compress.q_proj(self.latents).expand(len(features), -1, -1)
+        latents = self.compress.q_proj(self.latents).expand(features.shape[0], -1, -1)
         found = self.compress.out_proj(self._attention(latents, features))
         return torch.cat([self.readout.k_proj(found), self.readout.v_proj(found)], -1)
 

@@ -16,7 +16,7 @@ from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
 
 from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
-from .grouped import QueryPlaces, coefficients, only, query_places, rows_of
+from .grouped import QueryPlaces, canvas_of, coefficients, only, query_places, rows_of
 from .softmax import project_out
 
 LINEAR_EPSILON = 1e-6
@@ -149,7 +149,8 @@ class LinearAttention(CanvasModule):
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
         projected = F.linear(x, weight, bias)
-        batch, dtype = x.shape[0], projected.dtype
+        (batch, _, width), dtype = x.shape, projected.dtype
+        dim = width // self.n_heads
         with torch.autocast(x.device.type, enabled=False):
             # the sums of 16-bit inputs are taken in float32
             q, k, v = _wide(projected).chunk(3, dim=-1)
@@ -157,7 +158,7 @@ class LinearAttention(CanvasModule):
             k, v = gather_rows(k, found.keys), gather_rows(v, found.keys)
             # [sets, B, heads, head_dim, head_dim + 1]
             sums = [
-                self._split(stretch.of(k), batch).transpose(-1, -2) @ self._split(stretch.of(v), batch)
+                self._split(stretch.of(k), batch, dim).transpose(-1, -2) @ self._split(stretch.of(v), batch, dim + 1)
                 for stretch in found.key_sets
             ]
             sums = torch.cat(sums) if len(sums) > 1 else sums[0]
@@ -168,19 +169,19 @@ class LinearAttention(CanvasModule):
                 own = sums[first : first + stretch.count]
                 first += stretch.count
                 # [reads, B, heads, n, head_dim] → [reads · n, B · d]
-                out = _normalised(self._split(stretch.of(q), batch), own)
+                out = _normalised(self._split(stretch.of(q), batch, dim), own)
                 pieces.append(out.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1))
             results = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            out = scatter_rows(weights.weigh(results), found.queries).unflatten(1, (batch, -1)).transpose(0, 1)
+            out = canvas_of(scatter_rows(weights.weigh(results), found.queries), batch, width)
         return project_out(self.out_proj, out.to(dtype), bias_share)
 
     def _with_ones(self, v: torch.Tensor) -> torch.Tensor:
         """v (B, n, d) with a 1 behind each head's elements: its sum over keys is the normaliser."""
         return F.pad(v.unflatten(2, (self.n_heads, -1)), (0, 1), value=1.0).flatten(2)
 
-    def _split(self, rows: torch.Tensor, batch: int) -> torch.Tensor:
-        """[sets, m, B · heads · D] as [sets, B, heads, m, D]."""
-        return rows.unflatten(2, (batch, self.n_heads, -1)).permute(0, 2, 3, 1, 4)
+    def _split(self, rows: torch.Tensor, batch: int, dim: int) -> torch.Tensor:
+        """[sets, m, B · heads · D] as [sets, B, heads, m, D], D being ``dim``."""
+        return rows.unflatten(2, (batch, self.n_heads, dim)).permute(0, 2, 3, 1, 4)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -233,13 +234,13 @@ class PoolingAttention(CanvasModule):
         """Every read of ``plan``; arguments and result as for :meth:`CrossAttention.attend`. One projection for each
         distinct set of keys, whose bias needs no share: it is weighed with the rest."""
         found = shared_keys(plan)
-        batch, weights = x.shape[0], coefficients(found.places, plan, x, gain, active, row_scale)
+        (batch, _, width), weights = x.shape, coefficients(found.places, plan, x, gain, active, row_scale)
         means = gather_rows(rows_of(x), found.means)
         # [sets, B, d]
-        pooled = self.proj(means.unflatten(1, (batch, -1)))
+        pooled = self.proj(means.unflatten(1, (batch, width)))
         by_read = only(gather_rows(pooled.flatten(1), found.read_set), weights.live_reads)
         results = weights.weigh(gather_rows(by_read, found.places.reads))
-        return scatter_rows(results, found.queries).unflatten(1, (batch, -1)).transpose(0, 1)
+        return canvas_of(scatter_rows(results, found.queries), batch, width)
 
 
 class CopyAttention(CanvasModule):
@@ -276,7 +277,7 @@ class CopyAttention(CanvasModule):
         found = copies(plan)
         weights = coefficients(found.places, plan, x, gain, active, row_scale)
         results = weights.weigh(gather_rows(rows_of(x), found.sources))
-        return scatter_rows(results, found.targets).unflatten(1, (x.shape[0], -1)).transpose(0, 1)
+        return canvas_of(scatter_rows(results, found.targets), x.shape[0], x.shape[2])
 
 
 @dataclass(frozen=True, eq=False)

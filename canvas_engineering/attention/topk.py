@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from canvas_kernels.dense import dense_attention
 from canvas_kernels.derived import is_plain
 
-from .dense import dense_attention
 from .memories import MemoryAttention, check_heads
 
 # Logits of one pass: 2^22 are 16 MB in float32.
@@ -80,7 +80,9 @@ def top_k_attention(
     are gathered and backward touches nothing else; elsewhere, and where many tie, backward masks all logits again, in
     parts.
     """
-    rows = max(1, MOST_LOGITS // (k.shape[0] * k.shape[1] * k.shape[2]))
+    # traced code may not choose by a batch that is not known yet
+    batch = k.shape[0] if is_plain(q) else 1
+    rows = max(1, MOST_LOGITS // (max(batch, 1) * k.shape[1] * k.shape[2]))
     if q.is_cpu and is_plain(q) and k.shape[2] >= SPARSE_FROM * top_k + MOST_TIES:
         kept = _kept(q, k, top_k, rows)
         if kept is not None:

@@ -12,6 +12,7 @@ import torch
 
 from .autograd import CONSTANT_FUNCTIONS
 from .derived import derived
+from .flash import flash_backward, flash_forward
 from .grouping import group
 from .table import BlockTable
 
@@ -20,10 +21,6 @@ APART_KEYS = 4096
 # Frames of at least so many rows, and of at most so many elements, are left to the kernel: where positions lie before
 # heads, and where heads do.
 LARGE_ROWS, SMALL_ELEMENTS = (192, 256), (4096, 1536)
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
 
 def frame_rows(key: str) -> int:
     """Returns the rows of each frame of the table with this key where equal frames that attend to themselves, once, are
@@ -66,7 +63,7 @@ def pays(rows: int, n: int, head_dim: int, heads_first: bool) -> bool:
 def forward(q, k, v, rows: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of (B, H, n, D) where each run of ``rows`` positions attends to itself: (out, natural log-sum-exp (B,
     H, n)), both with positions before heads in memory."""
-    out, lse = _flash(*(_apart(_frames(x, rows)) for x in (q, k, v)), scale=scale)
+    out, lse = flash_forward(*(_apart(_frames(x, rows)) for x in (q, k, v)), scale)
     return _canvas(out, q), _canvas(lse, q)
 
 
@@ -74,7 +71,7 @@ def backward(grad_out, q, k, v, out, lse, rows: int, scale: float) -> tuple[torc
     """Gradients of q, k and v from what :func:`forward` gave; positions before heads in memory."""
     inputs = (_apart(_frames(x, rows)) for x in (grad_out, q, k, v))
     results = (_frames(x, rows) for x in (out, lse))
-    return tuple(_canvas(x, q) for x in _flash_backward(*inputs, *results, 0.0, False, scale=scale))
+    return tuple(_canvas(x, q) for x in flash_backward(*inputs, *results, scale))
 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
@@ -91,9 +88,8 @@ def _frames(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _apart(x: torch.Tensor) -> torch.Tensor:
-    """Frames (…, rows, D), copied head by head where they are large, or where elements are not side by side: the kernel
-    takes them as if they were."""
-    return x.contiguous() if x.shape[2] >= APART_KEYS or x.stride(-1) != 1 else x
+    """Frames (…, rows, D), copied head by head where they are large."""
+    return x.contiguous() if x.shape[2] >= APART_KEYS else x
 
 
 def _canvas(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

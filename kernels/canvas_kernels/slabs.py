@@ -12,20 +12,16 @@ from collections.abc import Sequence
 
 import torch
 
+from .flash import flash_backward, flash_forward
 from .groups import Slab
 from .indices import Indices, SlabRun, Step
 
 # Products whose matrices have at least this many elements, sums of at least this many terms each, are added to the
-# canvas by the product itself, which torch then calls matrix by matrix; others through a temporary. µs for four heads
-# of 64, directly / through a temporary: 448 × 32 93 / 124, 215 × 180 193 / 207, 64 × 64 37 / 35 (of a
-# whole step with sixteen of them 2 % faster directly), 30 × 215 47 / 42.
+# canvas by the product itself, which torch then calls matrix by matrix; others through a temporary.
 DIRECT_ELEMENTS, DIRECT_TERMS = 1 << 12, 32
-
 # Layouts of tensors that a slab remembers.
 MAX_PLACES = 32
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _softmax_out = torch.softmax
 _softmax_backward_out = torch._softmax_backward_data
 
@@ -199,9 +195,9 @@ def _add_ranges(total, slab: Slab, ranges, x, coefficient: torch.Tensor | float,
 
 
 def _forward_flash(run: SlabRun, indices: Indices, inputs, scale, saved, lse, total, fresh) -> None:
-    slab, bias = run.slab, run.bias
-    q, k, v = inputs
-    out, natural_lse = _dense(_rows(q, slab), _keys(k, slab), _keys(v, slab), bias, scale)
+    slab = run.slab
+    q, k, v = _rows(inputs[0], slab), _keys(inputs[1], slab), _keys(inputs[2], slab)
+    out, natural_lse = flash_forward(q, k, v, scale, _mask(run, q, k))
     if saved is not None:
         # as the flash kernel lays them out: [G, R, X, D] and [G, R, X]
         saved[0].view(slab.cells, slab.rows, -1, out.shape[3]).copy_(out.transpose(1, 2))
@@ -212,8 +208,7 @@ def _forward_flash(run: SlabRun, indices: Indices, inputs, scale, saved, lse, to
 
 
 def _backward_flash(run: SlabRun, inputs, scale, saved, totals, need_delta, fresh):
-    slab, bias = run.slab, run.bias
-    q, k, v, grad_out = inputs
+    slab, (q, k, v, grad_out) = run.slab, inputs
     heads, dim = q.shape[1:]
     out = saved[0].view(slab.cells, slab.rows, heads, dim).transpose(1, 2)
     natural_lse = saved[1].view(slab.cells, slab.rows, heads).transpose(1, 2)
@@ -221,7 +216,8 @@ def _backward_flash(run: SlabRun, inputs, scale, saved, totals, need_delta, fres
     coefficient = _coefficient(run)
     if not isinstance(coefficient, float):
         scaled, coefficient = upstream * coefficient, 1.0
-    dq, dk, dv = _dense_backward(scaled, _rows(q, slab), _keys(k, slab), _keys(v, slab), out, natural_lse, bias, scale)
+    q, k, v = _rows(q, slab), _keys(k, slab), _keys(v, slab)
+    dq, dk, dv = flash_backward(scaled, q, k, v, out, natural_lse, scale, _mask(run, q, k))
     _add_ranges(totals[0], slab, slab.row_ranges, dq, coefficient, fresh[0])
     _add_ranges(totals[1], slab, slab.key_ranges, dk, coefficient, fresh[1])
     _add_ranges(totals[2], slab, slab.key_ranges, dv, coefficient, fresh[1])
@@ -386,24 +382,5 @@ def _backward_products(run: SlabRun, inputs, scale, saved, totals, need_delta, f
     return _together(delta, slab, heads).sum(1) if need_delta else None
 
 
-# -- the flash kernel --------------------------------------------------------------------------------------------------
-
-
-def _dense(q, k, v, bias, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, natural log-sum-exp [G, X, R]) of plain attention over [G, X, R or keys, D]."""
-    q, k, v = (_side_by_side(x) for x in (q, k, v))
-    return _flash(q, k, v, attn_mask=_mask(bias, q, k), scale=scale)
-
-
-def _dense_backward(grad_out, q, k, v, out, lse, bias, scale):
-    grad_out, q, k, v = (_side_by_side(x) for x in (grad_out, q, k, v))
-    return _flash_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=_mask(bias, q, k), scale=scale)
-
-
-def _side_by_side(x: torch.Tensor) -> torch.Tensor:
-    # the kernel takes elements as if they were, whatever their stride
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _mask(bias, q, k):
-    return None if bias is None else bias.expand(q.shape[0], 1, q.shape[2], k.shape[2])
+def _mask(run: SlabRun, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    return None if run.bias is None else run.bias.expand(q.shape[0], 1, q.shape[2], k.shape[2])

@@ -7,11 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from canvas_kernels.autograd import OPERATIONS, Operation, operate
-from canvas_kernels.ops import autocast_dtype
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from .autograd import OPERATIONS, Operation, operate
+from .flash import flash_backward, flash_forward
+from .ops import autocast_dtype
 
 
 def dense_attention(
@@ -42,18 +40,11 @@ def _compose(q, k, v, mask, scale):
 
 
 def _forward(keep, q, k, v, mask, scale):
-    q, k, v = (_side_by_side(x) for x in (q, k, v))
-    return _flash(q, k, v, attn_mask=mask, scale=scale)
-
-
-def _side_by_side(x: torch.Tensor) -> torch.Tensor:
-    # the kernel takes elements as if they were, whatever their stride
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return flash_forward(q, k, v, scale, mask)
 
 
 def _backward(grad, needs, kept, q, k, v, mask, scale):
-    grad, q, k, v = (_side_by_side(x) for x in (grad, q, k, v))
-    return *_flash_backward(grad, q, k, v, *kept, 0.0, False, attn_mask=mask, scale=scale), None
+    return *flash_backward(grad, q, k, v, *kept, scale, mask), None
 
 
 OPERATIONS["dense_attention"] = Operation(

@@ -1,0 +1,37 @@
+"""torch's flash kernel for CPUs, called by name for its log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def flash_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns dense attention of q (batch, heads, n, D) over k and v (batch, heads, m, D): (out, natural log-sum-exp
+    (batch, heads, n)), both with positions before heads in memory. ``mask``: addends (batch, heads or 1, n, m)."""
+    q, k, v = (_side_by_side(x) for x in (q, k, v))
+    return _forward(q, k, v, attn_mask=_side_by_side(mask), scale=scale)
+
+
+def flash_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the gradients of q, k and v from what :func:`flash_forward` gave."""
+    grad, q, k, v = (_side_by_side(x) for x in (grad, q, k, v))
+    return _backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=_side_by_side(mask), scale=scale)
+
+
+def _side_by_side(x: torch.Tensor | None) -> torch.Tensor | None:
+    # the kernel takes elements as if they were, whatever their stride
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
