@@ -69,7 +69,7 @@ def scan(
     recur: Recurrence, dt: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rate: torch.Tensor
 ) -> torch.Tensor:
     """As :func:`.scan.selective_scan`."""
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for some in _slabs(dt, rate):
         states, _ = _states(recur, dt[..., some], x[..., some], b, rate[some])
         out[..., some] = (states * c[:, :, None]).sum(-1)
@@ -87,7 +87,8 @@ def scan_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of dt, x, b and c. The states' own gradients are the same recurrence from the other end: G_t = grad_t
     c_t + exp(rate · dt_{t+1}) G_{t+1}."""
-    d_dt, d_x, d_b, d_c = torch.empty_like(dt), torch.empty_like(x), torch.zeros_like(b), torch.zeros_like(c)
+    d_dt, d_x = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dt, x))
+    d_b, d_c = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (b, c))
     for some in _slabs(dt, rate):
         states, decay = _states(recur, dt[..., some], x[..., some], b, rate[some])
         d_c += (states * grad[..., some, None]).sum(2)

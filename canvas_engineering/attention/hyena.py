@@ -64,7 +64,10 @@ class HyenaAttention(CanvasModule):
         for gate, x, spectrum in zip(self.gates, gates, self.filter_params):
             bins = _resampled(spectrum.to(wide), length // 2 + 1)
             wave = (v * torch.sigmoid(gate(x))).to(wide).transpose(1, 2).contiguous()  # [B, d, n]
-            wave = torch.fft.irfft(torch.fft.rfft(wave, n=length) * bins, n=length)
+            if wave.numel():  # there is no FFT of an empty batch
+                wave = torch.fft.irfft(torch.fft.rfft(wave, n=length) * bins, n=length)
+            else:
+                wave = wave * spectrum.sum()
             v = wave[..., :n].to(x.dtype).transpose(1, 2)
         return self.out_proj(v)
 

@@ -55,7 +55,7 @@ class MixtureAttention(CanvasModule):
         taken = torch.zeros_like(logits, dtype=torch.int64).scatter_(-1, chosen, 1)  # [B, n, E]
         place = taken.cumsum(1) - taken  # among the queries of one expert
         room = n
-        if n and queries.is_cpu and is_plain(taken):
+        if taken.numel() and queries.is_cpu and is_plain(taken):
             room = int(taken.sum(1).max())
         if room == n:
             out = self._experts(queries[:, None].expand(-1, filled, -1, -1), keys, values, filled)  # [B, E, n, d]

@@ -64,6 +64,9 @@ def selective_scan(
         raise ValueError(f"one dtype, float32 or float64, for all: {_described(dt, x, b, c, rate)}")
     if rate.requires_grad:
         raise ValueError("rate is a constant of the scan: it has no gradient")
+    if not dt.numel():
+        # an empty batch: of every input, so that each has a gradient
+        return dt * x + (b * c).sum(-1, keepdim=True)
     return operate("selective_scan", dt, x, b, c, rate, backend == "auto")[0]
 
 
@@ -122,10 +125,10 @@ def _scan(
 
 def _scan_fake(dt, x, b, c, rate, kernels):
     if kernels and fla_scans.recurrence(dt) is not None:
-        return torch.empty_like(dt), dt.new_empty(0)
+        return _contiguous(dt), dt.new_empty(0)
     batch, length, width = dt.shape
     count = -(-length // _chunk(length, batch * rate.numel()))
-    return torch.empty_like(dt), dt.new_empty(batch * count, rate.shape[1], width)
+    return _contiguous(dt), dt.new_empty(batch * count, rate.shape[1], width)
 
 
 def _scan_backward(
@@ -183,7 +186,12 @@ def _scan_backward(
 
 
 def _scan_backward_fake(grad, dt, x, b, c, rate, start, kernels):
-    return torch.empty_like(dt), torch.empty_like(x), torch.empty_like(b), torch.empty_like(c)
+    return tuple(_contiguous(t) for t in (dt, x, b, c))
+
+
+def _contiguous(x: torch.Tensor) -> torch.Tensor:
+    """An empty tensor like x as results lie, whatever the strides of x."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _compose_scan(dt, x, b, c, rate, kernels):
@@ -207,6 +215,8 @@ def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor, backend: str = "auto")
     if x.dim() != 3 or log_keep.shape != x.shape[2:] or log_keep.dtype != x.dtype:
         given = f"x {tuple(x.shape)} {x.dtype} and log_keep {tuple(log_keep.shape)} {log_keep.dtype}"
         raise ValueError(f"wanted x (batch, length, width) and log_keep (width,) of one dtype; got {given}")
+    if not x.numel():
+        return x * log_keep
     return operate("decayed_sums", x, log_keep, False, backend == "auto")[0]
 
 
@@ -237,7 +247,7 @@ def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: boo
 
 
 def _sums_fake(x, log_keep, backwards, kernels):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _contiguous(x)
 
 
 def _sums_backward(grad, needs, kept, x, log_keep, backwards, kernels):
