@@ -60,8 +60,25 @@ def test_opcheck_of_other_layouts(table, order):
     options = (None, None, None, table.key, "", 0.3, ops.TORCH, "softmax", True)
     attention = torch.ops.canvas_kernels.attention.default
     assert torch.library.opcheck(attention, (*inputs, *options, False)) == dict.fromkeys(OPCHECKS, "SUCCESS")
-    _, lse, aux = attention(*inputs, *options, True)
-    args = (torch.randn(2, 3, 12, 8), None, lse, aux, *inputs, *options[:-1], False)
+    _, *kept = attention(*inputs, *options, True)
+    args = (torch.randn(2, 3, 12, 8), None, *kept, *inputs, *options[:-1], False)
+    result = torch.library.opcheck(torch.ops.canvas_kernels.attention_backward.default, args)
+    assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
+
+
+@pytest.mark.parametrize("executor", [ops.TORCH, ops.FRAMES])
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 1, 2, 3)], ids=["positions first", "heads first"])
+def test_opcheck_of_packed_rows(executor, order):
+    back = [order.index(dim) for dim in range(4)]
+    inputs = [x.permute(order).contiguous().permute(back) for x in qkv(grad=False, n=15)]
+    rows = IndexMap.gather(torch.randperm(15, generator=torch.Generator().manual_seed(0)).numpy()[:12], 15)
+    every = {"q_start": [0], "q_stop": [12], "k_start": [0], "k_stop": [12], "weight": [1.0]}
+    table = BlockTable.from_rectangles("joint", 12, 0, **every)
+    options = (None, None, None, table.key, rows.key, 0.3, executor, "softmax", False)
+    attention = torch.ops.canvas_kernels.attention.default
+    assert torch.library.opcheck(attention, (*inputs, *options, True)) == dict.fromkeys(OPCHECKS, "SUCCESS")
+    out, *kept = attention(*inputs, *options, True)
+    args = (torch.randn(2, 3, 15, 8), out, *kept, *inputs, *options[:-1], False)
     result = torch.library.opcheck(torch.ops.canvas_kernels.attention_backward.default, args)
     assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
 
@@ -78,8 +95,8 @@ def test_opcheck_backward(table):
     for given in (None, row_scale):
         given = row_scale_of(table, active, torch.float32) if given is None else given
         forward = (gain, active, given, table.key, "", 0.3, ops.TORCH, "softmax")
-        _, lse, aux = torch.ops.canvas_kernels.attention.default(q, k, v, *forward, False, True)
-        args = (torch.randn_like(q), None, lse, aux, q, k, v, *forward, True)
+        _, *kept = torch.ops.canvas_kernels.attention.default(q, k, v, *forward, False, True)
+        args = (torch.randn_like(q), None, *kept, q, k, v, *forward, True)
         result = torch.library.opcheck(torch.ops.canvas_kernels.attention_backward.default, args)
         assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
 

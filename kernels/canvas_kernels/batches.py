@@ -48,7 +48,7 @@ def forward_stage(
     results = torch.empty_like(queries)
     for i, batch, rows, columns in _walk(indices, number, q.shape[2]):
         result = _part(results, rows)
-        if not step.runs(batch):
+        if not step.has_active(batch):
             result.zero_()
             if kept is not None:
                 kept[i].zero_()
@@ -95,7 +95,7 @@ def backward_stage(
     for i, batch, rows, columns in _walk(indices, number, q.shape[2]):
         a, g, da = (_part(x, rows) for x in (queries, upstream, dq))
         b, scaled_b, c, db, dc = (_part(x, columns) for x in (keys, scaled_keys, values, dk, dv))
-        if not step.runs(batch):
+        if not step.has_active(batch):
             for x in (da, db, dc):
                 x.zero_()
             continue

@@ -6,6 +6,7 @@ key].
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import NamedTuple
 
@@ -175,6 +176,11 @@ class Indices:
         first = coefficient.flatten()[0]
         return float(first) if bool((coefficient == first).all()) else coefficient
 
+    @derived(1)
+    def own_runs(self) -> list[list[SlabRun]]:
+        """What runs of every slab where a call has no gain, activity or row scale of its own."""
+        return Step(self, None, None, None).slab_runs()
+
     # -- segments ------------------------------------------------------------------------------------------------------
 
     @derived(1)
@@ -247,6 +253,11 @@ class SlabRun(NamedTuple):
     keys: torch.Tensor | None = None
 
 
+def is_whole(runs: list[SlabRun]) -> bool:
+    """Whether they are one, of all of a slab."""
+    return len(runs) == 1 and runs[0].entries is None
+
+
 class Step:
     """One call's coefficients and what of the table runs: what gain, active and row_scale make of it.
 
@@ -260,7 +271,6 @@ class Step:
         self.own_weights = gain is None and active is None
         self.own_row_scale = row_scale is None
         self.live_segments = self.scaled = None
-        self._runs: dict[int, list[SlabRun]] = {}
         if self.joint:
             return
         self.row_scale = indices.row_scale() if row_scale is None else row_scale.detach()
@@ -276,11 +286,15 @@ class Step:
         else:
             self.scaled = (self.row_scale != 0).reshape(-1).numpy()
 
+    @functools.cached_property
+    def runs(self) -> list[list[SlabRun]]:
+        """What runs of every slab."""
+        return self.indices.own_runs() if self.own_weights and self.own_row_scale else self.slab_runs()
+
     @property
     def everything(self) -> bool:
         """Whether every slab runs as a whole."""
-        numbers = range(len(self.indices.grouping.slabs))
-        return all(len(runs) == 1 and runs[0].entries is None for runs in map(self.slab_runs, numbers))
+        return all(map(is_whole, self.runs))
 
     def keys(self, stage: int) -> torch.Tensor | None:
         if self.joint:
@@ -307,17 +321,15 @@ class Step:
         """bool [gathered query rows, 1]: those that are scaled by 0, and padding; None where there is none but it."""
         return None if self.scaled is None else self.rows(stage) == 0
 
-    def runs(self, batch: Batch) -> bool:
-        """Whether any of its segments is active."""
+    def has_active(self, batch: Batch) -> bool:
+        """Whether any of a batch's segments is active."""
         return self.live_segments is None or bool(self.live_segments[batch.segment[batch.segment >= 0]].any())
 
-    def slab_runs(self, number: int) -> list[SlabRun]:
-        """What runs of slab ``number``: all of it, the same rows of every cell, or copies of cells with equal rows."""
-        if number not in self._runs:
-            self._runs[number] = self._slab_runs(number)
-        return self._runs[number]
+    def slab_runs(self) -> list[list[SlabRun]]:
+        """Of every slab: all of it, the same rows of every cell, or copies of cells with equal rows."""
+        return [self._runs_of(number) for number in range(len(self.indices.grouping.slabs))]
 
-    def _slab_runs(self, number: int) -> list[SlabRun]:
+    def _runs_of(self, number: int) -> list[SlabRun]:
         slab, bias = self.indices.grouping.slabs[number], self.indices.slab_bias(number)
         if self.joint:
             return [SlabRun(slab, bias, 1.0)]

@@ -13,41 +13,43 @@ import importlib.util
 import math
 import os
 import pkgutil
+from collections.abc import Sequence
 
 import torch
 
 from . import composition, frames, rectangles, reference, sigmoid
 from .autograd import COMPILED_FUNCTIONS, DEVICES, OPERATIONS, TAGS, Operation, operate, own_products, under_autograd
 from .frames import frame_rows, takes_frames
-from .index_map import IndexMap, gather_rows, scatter_rows
+from .index_map import IndexMap, gather_rows, put_rows, scatter_rows, take_rows
 from .table import BlockTable
 from .table import row_scale as table_row_scale
 
 ACTIVATIONS = ("softmax", "sigmoid")
 BACKENDS = ("auto", "triton", "torch", "reference")
 MAX_TRITON_HEAD_DIM = 256
-# How much the torch executor keeps for backward is a size in a compiled graph, and compilers keep graphs on disk. Its
-# sources are in its name: what others of them compiled is another graph.
-_SOURCES = ("rectangles", "grouping", "groups", "slabs", "batches", "indices", "tiling", "table")
+# How much an executor keeps for backward, and how its results lie, are sizes and strides in a compiled graph, and
+# compilers keep graphs on disk. Its sources are in its name: what others of them compiled is another graph.
+_SOURCES = ("ops", "frames", "rectangles", "grouping", "groups", "slabs", "batches", "indices", "tiling", "table")
 
 
-def _executor_name() -> str:
-    code = b"".join(pkgutil.get_data(__package__, f"{name}.py") or b"" for name in _SOURCES)
-    return f"torch {hashlib.sha1(code, usedforsecurity=False).hexdigest()[:12]}"
+def _executor_name(name: str) -> str:
+    code = b"".join(pkgutil.get_data(__package__, f"{source}.py") or b"" for source in _SOURCES)
+    return f"{name} {hashlib.sha1(code, usedforsecurity=False).hexdigest()[:12]}"
 
 
-TORCH, FRAMES = _executor_name(), "frames"
+TRITON, TORCH, FRAMES = map(_executor_name, ("triton", "torch", "frames"))
 
 _LIBRARY = torch.library.Library("canvas_kernels", "DEF")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor? active, Tensor? row_scale, str table, str rows, "
-    "float scale, str executor, str activation, bool need_lse, bool keep) -> (Tensor out, Tensor lse, Tensor saved)",
+    "float scale, str executor, str activation, bool need_lse, bool keep) -> "
+    "(Tensor out, Tensor lse, Tensor saved, Tensor packed)",
     tags=TAGS,
 )
 _LIBRARY.define(
-    "attention_backward(Tensor grad_out, Tensor? out, Tensor lse, Tensor saved, Tensor q, Tensor k, Tensor v, "
-    "Tensor? gain, Tensor? active, Tensor? row_scale, str table, str rows, float scale, str executor, str activation, "
-    "bool need_gain) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgain)",
+    "attention_backward(Tensor grad_out, Tensor? out, Tensor lse, Tensor saved, Tensor packed, Tensor q, Tensor k, "
+    "Tensor v, Tensor? gain, Tensor? active, Tensor? row_scale, str table, str rows, float scale, str executor, "
+    "str activation, bool need_gain) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgain)",
     tags=TAGS,
 )
 
@@ -134,7 +136,7 @@ def block_attention(
                 out, lse = compose(*tensors, *constants, activation, dropout_p)
         else:
             executor = _executor(backend, tensors, table, constants[1], return_lse, activation)
-            out, lse, _ = operate("attention", *tensors, *constants, executor, activation, return_lse)
+            out, lse, *_ = operate("attention", *tensors, *constants, executor, activation, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -150,14 +152,15 @@ def _executor(backend: str, tensors, table: BlockTable, rows: str, need_lse: boo
     """The executor of this call: decided here, on the layout that q has now, for forward and backward alike."""
     q, _, _, *edge_inputs = tensors
     if backend == "triton":
-        return "triton"
+        return TRITON
     if activation != "softmax" or need_lse or any(x is not None for x in edge_inputs):
         return TORCH
     length = frame_rows(table.key) if q.dtype in (torch.float32, torch.float64) and q.numel() else 0
     if not length:
         return TORCH
-    # packed rows lie heads first
-    takes = frames.pays(length, table.n_positions, q.shape[3], True) if rows else takes_frames(q, length)
+    # packed rows lie as those of q
+    heads_first = q.stride(1) >= q.stride(2)
+    takes = frames.pays(length, table.n_positions, q.shape[3], heads_first) if rows else takes_frames(q, length)
     return FRAMES if takes else TORCH
 
 
@@ -296,30 +299,40 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
-def _packed(rows: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _packed(rows: str, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
     """(B, H, n_canvas, D) tensors in packed order, where ``rows`` names it."""
     if not rows:
         return tensors
-    index = IndexMap.lookup(rows).rows(tensors[0].device)
-    return tuple(x.index_select(2, index) for x in tensors)
+    found = IndexMap.lookup(rows)
+    packed = _packing(tensors[0], found, len(tensors))
+    for x, part in zip(tensors, packed):
+        take_rows(x, found, 2, part)
+    return packed
 
 
-def _unpacked(rows: str, like: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The inverse, with zeros at positions that are not packed."""
+def _packing(x: torch.Tensor, rows: IndexMap, count: int) -> torch.Tensor:
+    """An empty tensor (count, B, H, n, D): positions before heads in memory where ``x`` has them so."""
+    batch, heads, _, dim = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((count, batch, rows.n_out, heads, dim)).transpose(2, 3)
+    return x.new_empty((count, batch, heads, rows.n_out, dim))
+
+
+def _unpacked(rows: str, executor: str, activation: str, q: torch.Tensor, *tensors: torch.Tensor):
+    """The inverse, laid out as results for ``q`` are, with zeros at positions that are not packed."""
     if not rows:
         return tensors
-    index = IndexMap.lookup(rows).rows(like.device)
-    zeros = (torch.zeros_like(like, memory_format=torch.contiguous_format) for _ in tensors)
-    return tuple(canvas.index_copy_(2, index, x) for canvas, x in zip(zeros, tensors))
+    found = IndexMap.lookup(rows)
+    return tuple(put_rows(x, found, 2, _empty_result(q, executor, activation)) for x in tensors)
 
 
 @own_products
 def _attention(q, k, v, gain, active, row_scale, table, rows, scale, executor, activation, need_lse, keep):
-    found, like = BlockTable.lookup(table), q
-    q, k, v = _packed(rows, q, k, v)
+    found, canvas = BlockTable.lookup(table), q
+    q, k, v = packed = _packed(rows, q, k, v)
     options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale}
     lse, saved = (q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(2))
-    if executor == "triton":
+    if executor == TRITON:
         # here and not among the checks: what the machine has is nothing for a compiler to trace
         refusal = _triton_refusal(q.device.type, q.dtype)
         if refusal:
@@ -339,8 +352,10 @@ def _attention(q, k, v, gain, active, row_scale, table, rows, scale, executor, a
         out, lse, saved = rectangles.forward(q, k, v, found, **options, need_lse=need_lse, need_grad=keep)
     if need_lse and found.form == "edge":
         lse.masked_fill_(_out_of_force(found, active, row_scale, q), math.inf)
-    (out,) = _unpacked(rows, like, out)
-    return out, lse, saved
+    (out,) = _unpacked(rows, executor, activation, canvas, out)
+    # in a GPU's memory packed rows would lie twice
+    kept = packed if rows and keep and executor != TRITON else q.new_empty(0)
+    return out, lse, saved, kept
 
 
 def _out_of_force(table: BlockTable, active, row_scale, q: torch.Tensor) -> torch.Tensor:
@@ -355,13 +370,30 @@ def _out_of_force(table: BlockTable, active, row_scale, q: torch.Tensor) -> torc
 
 @own_products
 def _attention_backward(
-    grad_out, out, lse, saved, q, k, v, gain, active, row_scale, table, rows, scale, executor, activation, need_gain
+    grad_out,
+    out,
+    lse,
+    saved,
+    packed,
+    q,
+    k,
+    v,
+    gain,
+    active,
+    row_scale,
+    table,
+    rows,
+    scale,
+    executor,
+    activation,
+    need_gain,
 ):
-    found, like = BlockTable.lookup(table), q
-    grad_out, q, k, v = _packed(rows, grad_out, q, k, v)
+    found, canvas = BlockTable.lookup(table), q
+    (grad_out,) = _packed(rows, grad_out)
+    q, k, v = packed if packed.numel() else _packed(rows, q, k, v)
     options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale, "need_gain": need_gain}
     dgain = None
-    if executor == "triton":
+    if executor == TRITON:
         from . import launch
 
         if activation == "sigmoid":
@@ -381,7 +413,8 @@ def _attention_backward(
         gradients, dgain = sigmoid.backward(grad_out, q, k, v, found, **options)
     else:
         *gradients, dgain = rectangles.backward(grad_out, q, k, v, saved, found, **options)
-    return *_unpacked(rows, like, *gradients), q.new_empty(0) if dgain is None else dgain.to(gain.dtype)
+    dgain = q.new_empty(0) if dgain is None else dgain.to(gain.dtype)
+    return *_unpacked(rows, executor, activation, canvas, *gradients), dgain
 
 
 def _own_row_scale(table: BlockTable, row_scale: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
@@ -390,8 +423,9 @@ def _own_row_scale(table: BlockTable, row_scale: torch.Tensor | None, q: torch.T
     return table.row_scale(q.device, torch.float32)
 
 
-def _fake_result(q, rows: str, executor: str, activation: str) -> torch.Tensor:
-    if rows or executor == "triton" or activation == "sigmoid":
+def _empty_result(q, executor: str, activation: str) -> torch.Tensor:
+    """Empty, like q (B, H, n, D) in shape, and as the results of an executor lie."""
+    if executor == TRITON or activation == "sigmoid":
         return q.new_empty(q.shape)
     return frames.empty_like(q) if executor == FRAMES else rectangles.empty_like(q)
 
@@ -401,7 +435,7 @@ def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, execut
     batch, heads = q.shape[:2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     lse, saved = (q.new_empty(0, dtype=dtype) for _ in range(2))
-    if executor == "triton":
+    if executor == TRITON:
         if activation != "sigmoid":
             lse = q.new_empty((batch, heads, found.n_slots), dtype=torch.float32)
     elif executor == FRAMES:
@@ -410,13 +444,30 @@ def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, execut
         lse = q.new_empty((batch, heads, found.n_slots if need_lse else 0), dtype=dtype)
         # head_dim decides what is kept, so it may not stay symbolic
         saved = q.new_empty(rectangles.saved_size(found, batch * heads, int(q.shape[3])) if keep else 0, dtype=dtype)
-    return _fake_result(q, rows, executor, activation), lse, saved
+    packed = _packing(q, IndexMap.lookup(rows), 3) if rows and keep and executor != TRITON else q.new_empty(0)
+    return _empty_result(q, executor, activation), lse, saved, packed
 
 
 def _attention_backward_fake(
-    grad_out, out, lse, saved, q, k, v, gain, active, row_scale, table, rows, scale, executor, activation, need_gain
+    grad_out,
+    out,
+    lse,
+    saved,
+    packed,
+    q,
+    k,
+    v,
+    gain,
+    active,
+    row_scale,
+    table,
+    rows,
+    scale,
+    executor,
+    activation,
+    need_gain,
 ):
-    gradients = (_fake_result(q, rows, executor, activation) for _ in range(3))
+    gradients = (_empty_result(q, executor, activation) for _ in range(3))
     return *gradients, gain.new_empty(gain.shape) if need_gain else q.new_empty(0)
 
 
@@ -452,7 +503,7 @@ OPERATIONS["attention"] = Operation(
     composition=_compose,
     n_tensors=6,
     differentiable=(0, 1, 2, 3),
-    keeps_result=lambda *args: args[9] in ("triton", FRAMES),
+    keeps_result=lambda *args: args[9] in (TRITON, FRAMES),
     # this call's graph keeps its table alive
     owners=lambda *args: (BlockTable.lookup(args[6]), args[7] and IndexMap.lookup(args[7])),
 )

@@ -14,7 +14,7 @@ import torch
 
 from .flash import flash_backward, flash_forward
 from .groups import Slab
-from .indices import Indices, SlabRun, Step
+from .indices import Indices, SlabRun, Step, is_whole
 
 # Products whose matrices have at least this many elements, sums of at least this many terms each, are added to the
 # canvas by the product itself, which torch then calls matrix by matrix; others through a temporary.
@@ -48,16 +48,18 @@ def forward_slab(
     slots."""
     forward = _forward_flash if flash else _forward_products
     lse = lse if lse.shape[1] else None
-    pieces = _Pieces(saved, flash, inputs[0])
-    for run in step.slab_runs(number):
-        part = pieces.next(run.slab)
+    runs = step.runs[number]
+    if not is_whole(runs):
+        # results are the same bits every time, also those that only backward sees
+        for part in saved or ():
+            part.zero_()
+    for run, part in zip(runs, _pieces(saved, runs, flash, inputs[0])):
         if run.rows is None:
             forward(run, step.indices, inputs, scale, part, lse, total, fresh)
             continue
         result = total.new_empty(len(run.rows), *total.shape[1:])
         forward(run, step.indices, _copies(inputs, run), scale, part, lse, result, True)
         total.index_add_(0, run.rows, result)
-    pieces.clear()
 
 
 def backward_slab(
@@ -74,9 +76,8 @@ def backward_slab(
     """Adds slab ``number`` to ``totals`` dq, dk, dv (n, X, D), or writes it: ``fresh`` for rows, for keys. Adds
     Σ_rows s · δ to ``per_segment``, unless that is None."""
     backward = _backward_flash if flash else _backward_products
-    need_delta, pieces = per_segment is not None, _Pieces(saved, flash, inputs[0])
-    for run in step.slab_runs(number):
-        part = pieces.next(run.slab)
+    need_delta, runs = per_segment is not None, step.runs[number]
+    for run, part in zip(runs, _pieces(saved, runs, flash, inputs[0])):
         if run.rows is None:
             # [G, R]: Σ over heads and elements of dO ∘ f
             delta = backward(run, inputs, scale, part, totals, need_delta, fresh)
@@ -94,24 +95,16 @@ def backward_slab(
             per_segment.put_(segment, delta.reshape(-1) * factor, accumulate=True)
 
 
-class _Pieces:
-    """What is kept of a slab, as its runs take it, one after another; None where nothing is kept."""
-
-    def __init__(self, saved: tuple[torch.Tensor, ...] | None, flash: bool, q: torch.Tensor):
-        self.saved, self.flash, self.shape = saved, flash, q.shape[1:]
-
-    def next(self, slab: Slab) -> tuple[torch.Tensor, ...] | None:
-        if self.saved is None:
-            return None
-        sizes = saved_parts(slab, self.flash, *self.shape)
-        part = tuple(piece[:size] for piece, size in zip(self.saved, sizes))
-        self.saved = tuple(piece[size:] for piece, size in zip(self.saved, sizes))
-        return part
-
-    def clear(self) -> None:
-        """Results are the same bits every time, also those that only backward sees."""
-        for piece in self.saved or ():
-            piece.zero_()
+def _pieces(saved: tuple[torch.Tensor, ...] | None, runs: list[SlabRun], flash: bool, q: torch.Tensor):
+    """What is kept of a slab, run by run; None where nothing is kept."""
+    if saved is None or is_whole(runs):
+        return [saved] * len(runs)
+    pieces, begin = [], [0] * len(saved)
+    for run in runs:
+        sizes = saved_parts(run.slab, flash, *q.shape[1:])
+        pieces.append(tuple(flat[first : first + size] for flat, first, size in zip(saved, begin, sizes)))
+        begin = [first + size for first, size in zip(begin, sizes)]
+    return pieces
 
 
 def _copies(inputs: tuple[torch.Tensor, ...], run: SlabRun) -> tuple[torch.Tensor, ...]:
