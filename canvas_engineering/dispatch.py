@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from canvas_kernels.derived import real_tensors
 from canvas_kernels.index_map import IndexMap, gather_rows, replace_rows
-from canvas_kernels.table import touched
+from canvas_kernels.table import row_sums, touched
 
 from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
 from .attention.grouped import attend_grouped, fit, is_fused
@@ -169,8 +170,11 @@ class AttentionDispatcher(CanvasModule):
         if not self.fn_modules or self._may_skip(active_regions):
             return x if add_to is None else add_to
         kept = x if add_to is None else add_to
-        rows = self._rows(x, active)
-        written, row_scale = self._attended(rows, active)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        row_scale = None if active is None else self.plan.row_scale(active, dtype, x.device)
+        if self._errors:
+            self._accumulate(x, active)
+        written = self._attended(self._rows(x, active, row_scale), active, row_scale)
         written = gather_rows(written, self._written, 1)
         own = gather_rows(kept, self._targets, 1)
         written = written.to(own.dtype) if add_to is None else own + written.to(own.dtype)
@@ -195,15 +199,17 @@ class AttentionDispatcher(CanvasModule):
         sources = np.array([regions.get(c.src, 0) for c in plan.connections], np.int64)
         self._source_region = IndexMap.gather(sources, max(len(regions), 1))
         # rows that a function does not touch are none of its inputs
-        self._touches_all = {fn: bool(own.table.touched_rows().all()) for fn, own in self._plans.items()}
+        with real_tensors():
+            scale = plan.row_scale(None, torch.float64, torch.device("cpu"))
+            self._touches_all = {fn: bool(touched(own.table, None, scale).all()) for fn, own in self._plans.items()}
 
-    def _rows(self, x: torch.Tensor, active: torch.Tensor | None) -> torch.Tensor:
+    def _rows(self, x: torch.Tensor, active: torch.Tensor | None, row_scale: torch.Tensor | None) -> torch.Tensor:
         """Packed rows of the canvas, and after them the slots of each bank that is attended to, bound to x. Under
-        ``active``, what no active connection touches is 0: what is not finite there reaches nothing."""
+        ``active``, banks that nothing touches are bound to 0: what is not finite there reaches nothing."""
         rows = gather_rows(x, self._packed, 1)
         if not self._bound:
             return rows
-        used = None if active is None else touched(self.plan.table, active)
+        used = None if active is None else touched(self.plan.table, active, row_scale)
         parts = [rows]
         for key, canvas_rows, first, slots in self._bound:
             own = gather_rows(x, canvas_rows, 1)
@@ -213,36 +219,29 @@ class AttentionDispatcher(CanvasModule):
             parts.append(gather_rows(bank, slots, 1).to(rows.dtype))
         return torch.cat(parts, 1)
 
-    def _attended(self, rows: torch.Tensor, active: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What every packed row attends to, (B, n, d_model), and with ``active`` the scales in force, (2, n)."""
+    def _attended(
+        self, rows: torch.Tensor, active: torch.Tensor | None, row_scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What every packed row attends to, (B, n, d_model), by the scales in force, (2, n), where there is
+        activity."""
         plan, gain, single = self.plan, self._gain(), len(self.fn_modules) == 1
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        if self._errors:
-            self._accumulate(rows, active)
-        row_scale = None
-        if active is not None or gain is not None or not single:
-            everyone = active
-            if active is None:
-                everyone = torch.ones(plan.n_connections, dtype=dtype, device=rows.device)
-            row_scale = plan.row_scale(active, dtype, rows.device)
-            factor = everyone.to(dtype) if gain is None else gain.to(dtype) * everyone
+        own_scale = row_scale
+        if own_scale is None and not (gain is None and single and all(self._touches_all.values())):
+            own_scale = plan.row_scale(None, torch.promote_types(rows.dtype, torch.float32), rows.device)
+        if gain is not None or not single:
+            everyone = torch.ones(plan.n_connections, device=rows.device) if active is None else active
+            factor = everyone.to(own_scale.dtype) if gain is None else gain.to(own_scale.dtype) * everyone
         written = None
         for fn, module in self.fn_modules.items():
-            own, share = self._plans[fn], None
+            own, share, used = self._plans[fn], None, rows
             if gain is not None or not single:
-                share = own.row_share(factor, row_scale)
-            part = self._attend(module, self._touched(rows, fn, active), own, gain, active, row_scale, share)
+                share = own.row_share(factor, own_scale)
+            if active is not None or not self._touches_all[fn]:
+                # the gradients of its projections would see what is there
+                used = torch.where(touched(own.table, active, own_scale)[:, None], rows, rows.new_zeros(()))
+            part = self._attend(module, used, own, gain, active, own_scale, share)
             written = part if written is None else written + part
-        return written, None if active is None else row_scale
-
-    def _touched(self, rows: torch.Tensor, fn: str, active: torch.Tensor | None) -> torch.Tensor:
-        """``rows`` with 0 where the function touches none: the gradients of its projections would see what is there."""
-        if active is None and self._touches_all[fn]:
-            return rows
-        table = self._plans[fn].table
-        if active is None:
-            active = torch.ones(table.n_edges, device=rows.device)
-        return torch.where(touched(table, active)[:, None], rows, rows.new_zeros(()))
+        return written
 
     def _check_dtype(self, x: torch.Tensor) -> None:
         first = next(self.fn_modules.parameters(), None)
@@ -312,7 +311,10 @@ class AttentionDispatcher(CanvasModule):
         return found
 
     @torch.no_grad()
-    def _accumulate(self, rows: torch.Tensor, active: torch.Tensor | None) -> None:
+    def _accumulate(self, x: torch.Tensor, active: torch.Tensor | None) -> None:
+        # connections that others replace count here
+        sums = None if active is None else row_sums(self.plan.table, (active != 0).to(torch.float32))
+        rows = self._rows(x, active, sums)
         for errors in self._errors:
             attended = self._attend(self.fn_modules[errors.fn], rows, errors.plan)
             error = gather_rows(attended, errors.attending, 1) - gather_rows(rows, errors.attending, 1)

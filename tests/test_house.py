@@ -32,7 +32,7 @@ LAYERS = {
 # attention alone executes tables. plan builds them, orders rows and sums weights; dispatch moves rows into that order.
 KERNEL_PARTS = {
     "plan": ("table.", "tiling.", "derived.", "index_map."),
-    "dispatch": ("index_map.", "table.touched"),
+    "dispatch": ("derived.real_tensors", "index_map.", "table.row_sums", "table.touched"),
     "identity": ("dense.",),
 }
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS.values()) for module in modules.split()}

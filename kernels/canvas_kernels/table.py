@@ -325,24 +325,31 @@ class BlockTable:
         return IndexMap.gather(np.repeat(np.arange(len(marks) - 1), np.diff(marks)), len(marks) - 1)
 
     @derived(limit=1)
-    def touched_map(self) -> IndexMap:
-        """From connections to rows: 1 for each range of queries or keys of the connection that holds the row."""
-        edge = np.concatenate([self.edge, self.edge]).astype(np.int64)
-        start, stop = (np.concatenate(sides) for sides in ((self.q_start, self.k_start), (self.q_stop, self.k_stop)))
-        ranges = np.unique(np.stack([edge, start, stop], 1), axis=0)
-        owner, row = expand_ranges(ranges[:, 1], ranges[:, 2] - ranges[:, 1])
-        pairs = np.unique(row * max(self.n_edges, 1) + ranges[owner, 0])
-        row, edge = pairs // max(self.n_edges, 1), pairs % max(self.n_edges, 1)
-        offset = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=self.n_positions))])
-        return IndexMap.sums(edge, offset, max(self.n_edges, 1))
+    def query_counts_map(self) -> IndexMap:
+        """From (2 · (n + 1)) running counts of rows, those of adding segments first, to the count of each rectangle's
+        queries in its class."""
+        first = self.replace.astype(np.int64) * (self.n_positions + 1)
+        entry = np.stack([first + self.q_stop, first + self.q_start], 1)
+        weight = np.tile([1.0, -1.0], len(entry))
+        return IndexMap.sums(entry, 2 * np.arange(len(entry) + 1), 2 * (self.n_positions + 1), weight)
 
-    def touched_rows(self) -> np.ndarray:
-        """Returns bool (n,): rows that some rectangle holds as a query or as a key."""
-        delta = np.zeros(self.n_positions + 1, np.int64)
-        for start, stop in ((self.q_start, self.q_stop), (self.k_start, self.k_stop)):
-            np.add.at(delta, start, 1)
-            np.add.at(delta, stop, -1)
-        return np.cumsum(delta[:-1]) > 0
+    @derived(limit=1)
+    def edges_map(self) -> IndexMap:
+        """From connections to rectangles."""
+        return IndexMap.gather(self.edge, self.n_edges)
+
+    @derived(limit=1)
+    def ends_map(self) -> IndexMap:
+        """From rectangles to (3 · (n + 1)) steps, whose running sums count the rectangles that hold each row as a query
+        of an adding segment, as one of a replacing segment, and as a key."""
+        n = self.n_positions + 1
+        query = self.replace.astype(np.int64) * n
+        target = np.concatenate([query + self.q_start, query + self.q_stop, 2 * n + self.k_start, 2 * n + self.k_stop])
+        order = np.argsort(target, kind="stable")
+        count = len(self.edge)
+        weight = np.repeat([1.0, -1.0, 1.0, -1.0], count)[order]
+        offset = np.concatenate([[0], np.cumsum(np.bincount(target, minlength=3 * n))])
+        return IndexMap.sums(np.tile(np.arange(count), 4)[order], offset, count, weight)
 
     @derived(limit=4)
     def keyless_rows(self, device: torch.device) -> torch.Tensor | None:
@@ -392,7 +399,9 @@ class BlockTable:
 RESOLVERS["run sums"] = lambda key: BlockTable.lookup(key).run_sums_map()
 RESOLVERS["run rows"] = lambda key: BlockTable.lookup(key).run_rows_map()
 RESOLVERS["own scales"] = lambda key: BlockTable.lookup(key).row_scale_map()
-RESOLVERS["touched"] = lambda key: BlockTable.lookup(key).touched_map()
+RESOLVERS["query counts"] = lambda key: BlockTable.lookup(key).query_counts_map()
+RESOLVERS["edges"] = lambda key: BlockTable.lookup(key).edges_map()
+RESOLVERS["ends"] = lambda key: BlockTable.lookup(key).ends_map()
 
 
 def row_sums(table: BlockTable, factor: torch.Tensor) -> torch.Tensor:
@@ -425,10 +434,23 @@ def row_scale(
     return normalise_row_sums(row_sums(table, (active.detach() != 0).to(dtype)))
 
 
-def touched(table: BlockTable, active: torch.Tensor) -> torch.Tensor:
-    """Returns bool (n,): rows that a connection whose entry of ``active`` (n_edges,) is not 0 holds as query or key."""
-    flags = (active.detach() != 0).to(torch.float32)[:, None]
-    return apply_map(flags, f"touched:{table.key}", False, 0)[:, 0] > 0
+def touched(table: BlockTable, active: torch.Tensor | None, row_scale: torch.Tensor) -> torch.Tensor:
+    """Returns bool (n,): rows that something which counts holds as query or key.
+
+    That are segments of connections whose entry of ``active`` (n_edges,) is not 0, at rows where ``row_scale`` (2, n)
+    is not 0 for their class.
+    """
+    if not len(table.edge):
+        return torch.zeros(table.n_positions, dtype=torch.bool, device=row_scale.device)
+    scaled = row_scale.detach() > 0
+    counts = torch.nn.functional.pad(scaled.to(torch.float32).cumsum(1), (1, 0)).view(-1, 1)
+    live = apply_map(counts, f"query counts:{table.key}", False, 0) > 0
+    if active is not None:
+        flags = (active.detach() != 0).to(torch.float32)[:, None]
+        live = live & (apply_map(flags, f"edges:{table.key}", False, 0) > 0)
+    steps = apply_map(live.to(torch.float32), f"ends:{table.key}", False, 0)
+    queries_and_keys = steps.view(3, -1).cumsum(1)[:, :-1] > 0
+    return (queries_and_keys[:2] & scaled).any(0) | queries_and_keys[2]
 
 
 def _rebuild(form: str, n_positions: int, n_edges: int, arrays: dict[str, np.ndarray]) -> BlockTable:
