@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from canvas_kernels.derived import is_plain
 from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
 
 from ..canvas import CanvasLayout
@@ -219,7 +220,9 @@ def canvas_of(rows: torch.Tensor, batch: int, width: int) -> torch.Tensor:
 
 def to_reads(rows: torch.Tensor, reads: int, batch: int, width: int) -> torch.Tensor:
     """Gathered rows (G·n, B·d) as (G·B, n, d), d being ``width``: a view for one canvas."""
-    return rows.unflatten(1, (batch, width)).unflatten(0, (reads, -1)).transpose(1, 2).flatten(0, 1)
+    found = rows.unflatten(1, (batch, width)).unflatten(0, (reads, -1)).transpose(1, 2).flatten(0, 1)
+    # exported graphs would hold to a relation of batch sizes and flattened strides
+    return found if is_plain(found) else found.clone(memory_format=torch.contiguous_format)
 
 
 def from_reads(out: torch.Tensor, reads: int, batch: int) -> torch.Tensor:
