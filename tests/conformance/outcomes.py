@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+from tests.conformance import processes  # noqa: F401 - it has modes of its own
 from tests.conformance.modes import MODES
 from tests.conformance.subjects import SUBJECTS
 

@@ -8,7 +8,9 @@ a forward updates, those of its own replica.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,6 +26,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from tests.conformance.modes import check, fresh, mode
+from tests.conformance.subjects import SUBJECTS, Subject
 
 WORLD, RATE, SECONDS = 2, 0.05, 120
 
@@ -197,3 +202,23 @@ def _under_fsdp2(task: Task) -> nn.Module:
     torch.use_deterministic_algorithms(False)
     set_model_state_dict(model, whole.state_dict(), options=StateDictOptions(full_state_dict=True))
     return model
+
+
+# -- columns of the matrix ---------------------------------------------------------------------------------------------
+
+
+def of_subject(name: str) -> tuple[nn.Module, Arguments]:
+    """A subject's module, and a batch of two for each rank."""
+    subject = SUBJECTS[name]
+    return subject.build("ranks").double(), split(subject.inputs(4).double())
+
+
+def _on_two_processes(subject: Subject, under: Callable[..., list[int]]) -> None:
+    # the replicas that the processes are held to are right
+    check(subject, subject.build(fresh()))
+    with tempfile.TemporaryDirectory() as folder:
+        under(Task(f"{__name__}:{of_subject.__name__}", (subject.name,)), folder=Path(folder))
+
+
+mode("DistributedDataParallel, 2 processes")(functools.partial(_on_two_processes, under=ddp))
+mode("FSDP2, 2 processes, from meta")(functools.partial(_on_two_processes, under=fsdp2))
