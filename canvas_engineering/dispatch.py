@@ -80,6 +80,9 @@ class AttentionDispatcher(CanvasModule):
     True
     """
 
+    # parameters of attention functions are shared by all regions, whatever their names
+    parts_of_no_region = ("fn_modules", "slot_modules", "edge_gates")
+
     def __init__(
         self,
         topology: CanvasTopology,
@@ -119,6 +122,7 @@ class AttentionDispatcher(CanvasModule):
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
+        self._gates = tuple(gates)
         self._map_rows(plan, gates, regions)
         self._region_number = regions
         self._readers = frozenset(plan.connections[number].src for number in plan.reads.connection.tolist())
@@ -267,6 +271,12 @@ class AttentionDispatcher(CanvasModule):
         for active_regions in plan:
             x = self(x, active_regions)
         return x
+
+    def region_parameters(self, region: str) -> list[str]:
+        """What of the dispatcher belongs to a region: its slot bank, and the gates of connections that it queries,
+        which are one tensor for all regions. For `ProgramCompiler`."""
+        banks = [f"slot_modules.{parameter_key(bank.region)}" for bank in self.plan.banks if bank.region == region]
+        return [*banks, *["edge_gates"] * any(self.plan.connections[number].src == region for number in self._gates)]
 
     @property
     def summaries(self) -> dict[str, dict[str, float]]:
