@@ -21,6 +21,7 @@ from .connectivity import CanvasTopology
 from .cortex import CortexRegistry
 from .derived_buffers import CanvasModule
 from .identity import SlotBindingModule
+from .notices import warn
 from .plan import AttentionPlan, compile_attention
 from .program import CanvasProgram
 from .residuals import ResidualAccumulator, TriggerFlags
@@ -53,7 +54,7 @@ class AttentionDispatcher(CanvasModule):
         dropout: on attention weights, in training.
         skip_temporal: read every connection as dense in time.
         residual_accumulator: gets, after each step, attended − queries of every connection that ran and whose dst has
-            the carrier "residual", if it keeps that region; triggers read its summaries as they stood before.
+            the carrier "residual" (that of the family "residual" by default), if it keeps that region; triggers read its summaries as they stood before.
         program: its connection programs give functions, write modes, masks and triggers to the connections of their
             pairs; regions with an identity are read through a bank of slots.
         cortex: edges inside one cortex that name no function run its ``local_backend``.
@@ -308,6 +309,13 @@ class AttentionDispatcher(CanvasModule):
         if accumulator is None:
             return []
         kept, programs = set(accumulator.region_names), {} if program is None else program.regions
+        for region in sorted(kept & programs.keys() & self.layout.regions.keys()):
+            carriers = {programs[region].carrier, self.layout.region_spec(region).carrier}
+            if programs[region].family == "residual" and "residual" not in carriers:
+                warn(
+                    f"region {region!r} is of the family 'residual', and of the carrier {programs[region].carrier!r}: "
+                    "its summaries stay as they are, for the dispatcher updates those of the carrier 'residual'"
+                )
         found = []
         for number in dict.fromkeys(plan.reads.connection.tolist()):
             region = plan.connections[number].dst

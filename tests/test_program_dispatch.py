@@ -400,6 +400,23 @@ def test_residuals_go_by_either_carrier_and_by_what_is_kept():
     assert kept.summaries() == {"b": {"prediction": 0.0}}
 
 
+def test_regions_of_the_family_residual_have_the_carrier_residual():
+    assert RegionProgram("residual").carrier == RegionProgram("residual", carrier="deterministic").carrier == "residual"
+    assert RegionProgram().carrier == "deterministic" and RegionProgram("residual", carrier="filter").carrier == "filter"
+    layout, topology = three(("a", "b"))
+    _, _, dispatcher = ran(
+        layout, topology, {"b": RegionProgram("residual")}, residual_accumulator=ResidualAccumulator(["b"])
+    )
+    assert dispatcher.summaries["b"]["prediction"] > 0
+    # another carrier was asked for: nothing is kept, and that is said
+    with pytest.warns(UserWarning, match="region 'b' is of the family 'residual', and of the carrier 'filter'"):
+        _, _, dispatcher = ran(
+            layout, topology, {"b": RegionProgram("residual", carrier="filter")},
+            residual_accumulator=ResidualAccumulator(["b"]),
+        )  # fmt: skip
+    assert dispatcher.summaries["b"]["prediction"] == 0
+
+
 def test_inactive_connections_leave_no_residual():
     layout, topology = three(("a", "b"), carrier="residual")
     accumulator = ResidualAccumulator(["b"])

@@ -13,6 +13,7 @@ from canvas_engineering.canvas import CanvasLayout, RegionSpec
 from canvas_engineering.checked import checked_int, checked_ints, checked_kind
 from canvas_engineering.connectivity import CanvasTopology
 from canvas_engineering.program import CanvasProgram, RegionProgram
+from canvas_engineering.program.specs import resolved_carrier
 from canvas_engineering.schema import CanvasSchema
 from canvas_engineering.semantic import auto_semantic_type
 from canvas_engineering.types.bound import BoundField, BoundSchema
@@ -223,9 +224,6 @@ def _region(path: str, declared: Field, T: int, start: tuple[int, ...], shape: t
     bounds = [0, min(declared.temporal_extent or T, T)]
     for low, size in zip(start, shape):
         bounds += (low, low + size)
-    carrier = declared.carrier
-    if carrier is None:
-        carrier = "residual" if declared.family == "residual" else "deterministic"
     return RegionSpec(
         bounds=tuple(bounds),
         period=declared.period,
@@ -233,5 +231,5 @@ def _region(path: str, declared: Field, T: int, start: tuple[int, ...], shape: t
         loss_weight=declared.loss_weight,
         semantic_type=auto_semantic_type(path) if declared.semantic_type is None else declared.semantic_type,
         default_attn=declared.attn,
-        carrier=carrier,
+        carrier=resolved_carrier(declared.family, declared.carrier),
     )

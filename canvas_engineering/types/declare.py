@@ -35,8 +35,8 @@ class Field:
         temporal_extent: number of frames, from frame 0; None means all of the canvas.
         family: "observation", "state", "memory", "residual" or "action"; None leaves it open.
         tags: sub-tags within the family.
-        carrier: the dynamics that govern the field; None means "residual" for the family "residual", else
-            "deterministic".
+        carrier: the dynamics that govern the field; None means "deterministic". For the family "residual", both mean
+            "residual".
         spatial_shape: positions per spatial dimension, for fields of any number of dimensions, instead of ``h`` and
             ``w``, which then mirror its first two entries.
 
