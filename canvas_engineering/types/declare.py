@@ -123,7 +123,7 @@ class ConnectivityPolicy:
     """Who reads whom in a compiled schema.
 
     Whatever the policy, every coarse field reads itself, and it and its parent's fields, and it and its own type's
-    fields, read each other.
+    fields, read each other. Coarse fields of one parent do not read each other: they meet through the parent's fields.
 
     Args:
         intra: a type's own fields: "dense" (each reads all, itself included), "isolated" (itself only), "causal_chain"
