@@ -57,7 +57,8 @@ class AttentionDispatcher(CanvasModule):
         dropout: on attention weights, in training.
         skip_temporal: read every connection as dense in time.
         residual_accumulator: gets, after each step, attended − queries of every connection that ran and whose dst has
-            the carrier "residual", which the family "residual" has by default, if it keeps that region; triggers read its summaries as they stood before.
+            the carrier "residual", which the family "residual" has by default, if it keeps that region; triggers read
+            its summaries as they stood before.
         program: its connection programs give functions, write modes, masks and triggers to the connections of their
             pairs; regions with an identity are read through a bank of slots. Each constraint that the connections, as
             they run, do not meet gets a UserWarning, and so does each clock that waits for a region which does not
@@ -131,7 +132,8 @@ class AttentionDispatcher(CanvasModule):
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
-        self._gates = tuple(gates)
+        self._gating = frozenset(plan.connections[number].src for number in gates)
+        self._bank_keys = {bank.region: parameter_key(bank.region) for bank in plan.banks}
         self._map_rows(plan, gates, regions)
         self._region_number = regions
         self._readers = frozenset(plan.connections[number].src for number in plan.reads.connection.tolist())
@@ -284,8 +286,9 @@ class AttentionDispatcher(CanvasModule):
     def region_parameters(self, region: str) -> list[str]:
         """What of the dispatcher belongs to a region: its slot bank, and the gates of connections that it queries,
         which are one tensor for all regions. For `ProgramCompiler`."""
-        banks = [f"slot_modules.{parameter_key(bank.region)}" for bank in self.plan.banks if bank.region == region]
-        return [*banks, *["edge_gates"] * any(self.plan.connections[number].src == region for number in self._gates)]
+        key = self._bank_keys.get(region)
+        banks = [] if key is None else [f"slot_modules.{key}"]
+        return [*banks, *["edge_gates"] * (region in self._gating)]
 
     @property
     def summaries(self) -> dict[str, dict[str, float]]:

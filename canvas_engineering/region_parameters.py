@@ -135,14 +135,16 @@ def _components_that_count(components: list[str], modules: Mapping[str, nn.Modul
 
 def _listed(modules: Mapping[str, nn.Module], regions: Iterable[str]) -> dict[int | str, dict[str, str]]:
     """What modules say by ``region_parameters``: id of a parameter, or name of one or of a submodule, to regions, each
-    with the path of the module that it is in."""
+    with the path of the module that it is in. They are asked for the given regions, and for all that they know."""
     found: dict[int | str, dict[str, str]] = {}
     for path, module in modules.items():
-        if not hasattr(module, "region_parameters"):
+        # of the class: wrappers, such as compiled modules, hand on what they wrap
+        if not hasattr(type(module), "region_parameters"):
             continue
         prefix = f"{path}." if path else ""
         names = dict(module.named_parameters(remove_duplicate=False))
-        for region in regions:
+        others = (getattr(module, "region_names", ()), getattr(getattr(module, "layout", None), "regions", ()))
+        for region in dict.fromkeys([*regions, *others[0], *others[1]]):
             listed = list(module.region_parameters(region) or ())
             unknown = [name for name in listed if isinstance(name, str) and f"{prefix}{name}" not in modules]
             unknown = [name for name in unknown if name not in names]

@@ -337,6 +337,20 @@ def test_gates_and_embedding_rows_freeze_where_all_who_share_them_do():
     assert all(regions == tuple(sorted(NAMES)) for regions in compiled.shared_tensors.values())
     frozen, compiled = conditioned(**{name[0]: "freeze" for name in NAMES})
     assert frozen == shared and not compiled.untouched_regions
+    # regions that the conditioner knows and the program does not are others too
+    conditioner = SemanticConditioner(8, 1, {**{name: [1.0] for name in NAMES}, "elsewhere": [2.0]})
+    with pytest.warns(UserWarning) as caught:
+        compiled = ProgramCompiler(program(**{name[0]: "freeze" for name in NAMES})).compile(conditioner)
+    assert "elsewhere" in compiled.shared_tensors["residuals"] and conditioner.residuals.requires_grad
+    assert len(caught) == 2
+
+
+def test_compiled_modules_are_treated_as_what_they_wrap():
+    connections = [Connection("act", "goal", write_mode="gate"), Connection("goal", "act")]
+    made = program(connections, a="freeze")
+    module = nn.ModuleDict({"attention": AttentionDispatcher(made.schema.topology, LAYOUT, 8, program=made)})
+    ProgramCompiler(made).compile(torch.compile(module["attention"]))
+    assert not module["attention"].edge_gates.requires_grad
 
 
 def test_exports_are_written_whole_checked_and_frozen(tmp_path):

@@ -67,14 +67,24 @@ def _groups(elements: list[TypeNode], policy: str) -> list[list[str]]:
         return [[element.path for element in elements]]
     if policy == "isolated":
         return [[element.path] for element in elements]
-    groups: list[tuple[set[str], list[str]]] = []  # names of fields, and paths of the elements that have some of them
-    for element in elements:
-        names, paths = {*element.own, *[""] * element.is_field}, [element.path]
-        meeting = [group for group in groups if not group[0].isdisjoint(names)]
-        groups = [group for group in groups if group[0].isdisjoint(names)]
-        groups.append((names.union(*(g[0] for g in meeting)), [p for g in meeting for p in g[1]] + paths))
-    order = {element.path: number for number, element in enumerate(elements)}
-    return sorted((paths for _, paths in groups), key=lambda paths: order[paths[0]])
+    names = {element.path: [*element.own, *[""] * element.is_field] for element in elements}
+    having: dict[str, list[str]] = {}
+    for path in names:
+        for name in names[path]:
+            having.setdefault(name, []).append(path)
+    groups, seen = [], set()
+    for path in names:
+        group, pending = [], [path]
+        while pending:
+            one = pending.pop()
+            if one in seen:
+                continue
+            seen.add(one)
+            group.append(one)
+            for name in names[one]:
+                pending += having.pop(name, ())
+        groups += [group] * bool(group)
+    return groups
 
 
 def _collect(node: TypeNode, policy: ConnectivityPolicy, pairs: _Pairs) -> None:
