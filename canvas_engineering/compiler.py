@@ -50,7 +50,8 @@ class CompiledProgram:
             into it through ``canvas_engineering.dispatch.surviving_state``.
         gates: of all connections of the whole program that write by "gate", in declaration order, whether they survive.
         dropped_connections: the connections that no longer run. Their src regions lose what these read.
-        untouched_regions: regions to freeze, to make constant or to export to which nothing of the module belongs.
+        untouched_regions: regions to freeze, to make constant or to export to which nothing of the module belongs
+            alone.
         shared_tensors: name of each tensor of the module that such a region shares with regions of another compile
             mode, to all of these, sorted; it is left as it is.
     """
@@ -96,7 +97,7 @@ class CompiledProgram:
             ("constant, and still read", readable),
             ("exported", self.exported_memories),
             ("to be distilled, which does nothing yet: they run as before", self.distill_regions),
-            ("read less, as regions left", losing & self.active_regions),
+            ("read less, as regions left", losing & self.active_regions - self.constant_regions),
             ("nothing in the module belongs to them alone", [f"{r} ({modes[r]})" for r in self.untouched_regions]),
             ("shared with other regions, and left as they are", self._shared()),
         ):

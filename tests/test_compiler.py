@@ -577,6 +577,7 @@ def test_constant_regions_can_stay_readable():
     connections = [
         Connection("act", "goal", write_mode="gate"), Connection("act", "memory[0]"), Connection("act", "belief"),
         Connection("goal", "goal"), Connection("goal", "act", write_mode="gate"), Connection("belief", "goal"),
+        Connection("goal", "memory[0]"),
     ]  # fmt: skip
     whole = program(connections, g="constant", m="export")
     whole.regions["goal"] = dataclasses.replace(whole.regions["goal"], identity=IdentitySpec(slot_capacity=3))
