@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,20 @@ import torch
 from torch import nn
 
 from canvas_engineering.canvas.layout import CanvasLayout
-from canvas_engineering.canvas.tensor import parameter_key
 from canvas_engineering.checked import checked_bool, checked_kind, checked_path, parsed_json
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.files import alone_in, replace_file
+from canvas_engineering.notices import some, warn
 from canvas_engineering.program import CanvasProgram
 from canvas_engineering.program.checks import check_program
 from canvas_engineering.program.edges import resolve_edges
+from canvas_engineering.region_parameters import RegionParameters, parameters_by_region
 from canvas_engineering.schema import CanvasSchema
 
 __all__ = ["CompiledProgram", "ProgramCompiler", "load_exported"]
 
 _GONE = ("constant", "export")
+_ACTING = ("freeze", *_GONE)
 
 
 @dataclass
@@ -34,18 +36,24 @@ class CompiledProgram:
     """A program after deploy.
 
     Attributes:
-        schema: the program's, as it was.
-        active_regions: regions that still run: all but constant and exported ones.
-        frozen_regions, constant_regions, exported_memories, distill_regions: regions by what becomes of them; those to
-            be distilled run on.
-        active_connections: connections between active regions, in declaration order.
-        all_regions: every region of the layout.
+        schema: what is left of the program's: without constant and exported regions (constant ones stay in it with
+            ``keep_constant``), and with ``active_connections`` only. The grid and all positions stay.
+        active_regions: the regions of ``schema``.
+        frozen_regions, constant_regions, exported_memories, distill_regions: regions by their compile mode; those to be
+            distilled run on, as nothing distils them yet.
+        active_connections: the connections that still run, in declaration order.
+        all_regions: every region of the program's layout.
         constant_buffers: name to the buffer that took the parameter's place.
         exported_paths: region to its file of tensors, for `load_exported`. Its name carries its checksum: exporting
             the region again makes another file and removes this one.
-        program: the active regions and connections, on the same canvas: what a dispatcher is to be built of. A
-            checkpoint of the whole model goes into it through ``canvas_engineering.dispatch.surviving_state``.
+        program: the program on ``schema``: what a dispatcher is to be built of. A checkpoint of the whole model goes
+            into it through ``canvas_engineering.dispatch.surviving_state``.
         gates: of all connections of the whole program that write by "gate", in declaration order, whether they survive.
+        dropped_connections: the connections that no longer run. Their src regions lose what these read.
+        untouched_regions: regions to freeze, to make constant or to export to which nothing of the module belongs
+            alone.
+        shared_tensors: name of each tensor of the module that such a region shares with regions of another compile
+            mode, to all of these, sorted; it is left as it is.
     """
 
     schema: CanvasSchema
@@ -60,28 +68,45 @@ class CompiledProgram:
     exported_paths: dict[str, str] = field(default_factory=dict)
     program: CanvasProgram | None = None
     gates: tuple[bool, ...] = ()
+    dropped_connections: list[Connection] = field(default_factory=list)
+    untouched_regions: set[str] = field(default_factory=set)
+    shared_tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def n_eliminated(self) -> int:
-        """Number of regions that no longer run."""
+        """Number of regions that are no longer part of the schema."""
         return len(self.all_regions - self.active_regions)
 
     def summary(self) -> str:
         """What becomes of the regions, a line for each fate that some have."""
-        declared = 0 if self.schema.topology is None else len(self.schema.topology.connections)
+        n_running, n_dropped = len(self.active_connections), len(self.dropped_connections)
         lines = [
             f"CompiledProgram: {len(self.active_regions)} of {len(self.all_regions)} regions and "
-            f"{len(self.active_connections)} of {declared} connections active"
+            f"{n_running} of {n_running + n_dropped} connections active"
         ]
+        readable = self.constant_regions & self.active_regions
+        modes = {
+            **dict.fromkeys(self.frozen_regions, "freeze"),
+            **dict.fromkeys(self.constant_regions, "constant"),
+            **dict.fromkeys(self.exported_memories, "export"),
+        }
+        losing = {c.src for c in self.dropped_connections if c.dst in self.all_regions - self.active_regions}
         for title, names in (
-            ("frozen", self.frozen_regions),
-            ("constant", self.constant_regions),
+            ("frozen", self.frozen_regions - self.untouched_regions),
+            ("constant", self.constant_regions - readable),
+            ("constant, and still read", readable),
             ("exported", self.exported_memories),
-            ("to be distilled", self.distill_regions),
+            ("to be distilled, which does nothing yet: they run as before", self.distill_regions),
+            ("read less, as regions left", losing & self.active_regions - self.constant_regions),
+            ("nothing in the module belongs to them alone", [f"{r} ({modes[r]})" for r in self.untouched_regions]),
+            ("shared with other regions, and left as they are", self._shared()),
         ):
             if names:
                 lines.append(f"  {title}: {', '.join(sorted(names))}")
         return "\n".join(lines)
+
+    def _shared(self) -> list[str]:
+        return [f"{name} ({', '.join(regions)})" for name, regions in self.shared_tensors.items()]
 
 
 class ProgramCompiler:
@@ -97,6 +122,7 @@ class ProgramCompiler:
     >>> print(compiled.summary())
     CompiledProgram: 1 of 2 regions and 1 of 4 connections active
       constant: map
+      read less, as regions left: eye
     """
 
     def __init__(self, program: CanvasProgram):
@@ -104,88 +130,141 @@ class ProgramCompiler:
         self.program = program
 
     def compile(
-        self, module: nn.Module | None = None, export_dir: str | Path | None = None, family_defaults: bool = False
+        self,
+        module: nn.Module | None = None,
+        export_dir: str | Path | None = None,
+        family_defaults: bool = False,
+        keep_constant: bool = False,
     ) -> CompiledProgram:
-        """Decides what becomes of every region, and does it to the module's parameters.
+        """Decides what becomes of every region, and does it to the module's tensors.
 
         A region's mode is its own unless "runtime", then its learning's, then, with ``family_defaults``, its family's.
         "freeze" stops gradients; "constant" puts a buffer of the same name and value in each parameter's place (an
         optimizer made before still holds the parameter); "export" writes the region's parameters and buffers, then
-        freezes the parameters; "runtime" and "distill" change nothing.
+        freezes the parameters; "runtime" changes nothing, and neither does "distill" yet.
 
-        Constant and exported regions leave the canvas's steps: their positions pass through, and surviving regions that
-        read them lose those edges. Their steps are the whole program's on the surviving regions only where none did.
+        What belongs to a region: its slot bank; its modality embedding; modules and parameters of its name, with ``.``
+        as ``__`` and brackets as ``_`` (``heads.arm__joints``) or nested as types are (``arm.joints``, which is then
+        not part of ``arm``); and what ``region_parameters(region)`` of a module in ``module`` lists, as Parameters, or
+        by dotted name. Gates of connections that a region queries, and rows of embedding tables, belong to it too, but
+        share one tensor: where all regions in it have the same mode that is done to the tensor; else it is left as it
+        is, with a warning that names it. Attention functions belong to no region. A region to which nothing belongs
+        gets a warning.
+
+        Constant and exported regions leave the schema: their positions pass through, and regions that read them lose
+        these connections. Their steps are the whole program's on the surviving regions only where none did.
 
         Args:
-            module: a parameter of it belongs to a region if the region's name, with ``.`` as ``__`` and brackets as
-                ``_``, is one component of the parameter's dotted name, or if ``module.region_parameters(region)`` lists
-                it, as a Parameter or by its dotted name. None decides only.
-            export_dir: where exports go; it is made.
-            family_defaults: whether regions without a mode of their own take their family's.
+            module: whose tensors are treated; None decides only.
+            export_dir: where exports go; it is made. Without it, regions of a ``module`` that only their family's
+                default would export are kept as they are, with a warning.
+            family_defaults: whether regions without a mode and a learning of their own take their family's.
+            keep_constant: whether constant regions stay in the schema, for others to read: their positions pass
+                through, and their slot banks and embeddings keep the values of the buffers. They query nothing.
 
         Raises:
-            ValueError: a region to export and no ``export_dir``, or a parameter that belongs to regions of different
-                modes; the module is then as it was.
+            ValueError: a region to export and no ``export_dir``; the module is then as it was.
             ImportError: an export without safetensors.
         """
         checked_kind(module, "module", nn.Module, optional=True)
         export_dir = None if export_dir is None else checked_path(export_dir, "export_dir")
-        modes = self._modes(checked_bool(family_defaults, "family_defaults"))
-        compiled = self._decide(modes)
-        if module is None:
-            return compiled
-        owned = {region: dict(_parameters_of(module, region)) for region in modes}
-        _check_owners(owned, modes)
-        exported = [region for region, mode in modes.items() if mode == "export"]
-        if exported:
-            if export_dir is None:
-                raise ValueError(f"regions {sorted(exported)} are to be exported: export_dir must say where to")
-            for region in exported:
-                tensors = _state_of(module, region, owned[region])
-                compiled.exported_paths[region] = _export(export_dir, region, tensors, self.program.version)
-        for region, mode in modes.items():
-            if mode in ("freeze", "export"):
-                for parameter in owned[region].values():
-                    parameter.requires_grad_(False)
-            elif mode == "constant":
-                compiled.constant_buffers.update(_to_buffers(module, owned[region]))
+        family_defaults = checked_bool(family_defaults, "family_defaults")
+        keep_constant = checked_bool(keep_constant, "keep_constant")
+        modes = self._modes(family_defaults, keep_exported=module is not None and export_dir is None)
+        compiled = self._decide(modes, keep_constant)
+        if compiled.distill_regions:
+            warn(f"compile_mode 'distill' does nothing yet: {_names(compiled.distill_regions)} run as before")
+        if module is not None:
+            self._treat(module, modes, export_dir, compiled)
         return compiled
 
-    def _modes(self, family_defaults: bool) -> dict[str, str]:
+    def _modes(self, family_defaults: bool, keep_exported: bool) -> dict[str, str]:
+        """Region to its compile mode."""
         programs = {name: self.program.regions.get(name) for name in self.program.schema.layout.regions}
-        return {
+        modes = {
             name: "runtime" if region is None else region.effective_compile_mode(family_defaults)
             for name, region in programs.items()
         }
+        kept = [
+            name
+            for name, mode in modes.items()
+            if keep_exported and mode == "export" and programs[name].effective_compile_mode() != "export"
+        ]
+        if kept:
+            warn(f"{_names(kept)} would be exported, by the default of their family: without export_dir they are kept")
+        return {**modes, **dict.fromkeys(kept, "runtime")}
 
-    def _decide(self, modes: dict[str, str]) -> CompiledProgram:
+    def _decide(self, modes: dict[str, str], keep_constant: bool) -> CompiledProgram:
         program, schema = self.program, self.program.schema
-        active = {region for region, mode in modes.items() if mode not in _GONE}
+        running = {region for region, mode in modes.items() if mode not in _GONE}
+        by_mode = {mode: {region for region in modes if modes[region] == mode} for mode in set(modes.values())}
+        left = running | (by_mode.get("constant", set()) if keep_constant else set())
         topology = CanvasTopology() if schema.topology is None else schema.topology
-        kept = [c for c in topology.connections if c.src in active and c.dst in active]
+        runs = [c.src in running and c.dst in left for c in topology.connections]
+        kept = [c for c, on in zip(topology.connections, runs) if on]
         resolved, _ = resolve_edges(topology, schema.layout, program)
-        gates = tuple(c.src in active and c.dst in active for c in resolved.connections if c.write_mode == "gate")
+        restricted = _restricted(program, left, kept)
         return CompiledProgram(
-            schema,
-            active,
-            *({region for region, mode in modes.items() if mode == fate} for fate in ("freeze", *_GONE)),
+            restricted.schema,
+            left,
+            *(by_mode.get(mode, set()) for mode in _ACTING),
             kept,
             set(modes),
-            {region for region, mode in modes.items() if mode == "distill"},
-            program=_restricted(program, active, kept),
-            gates=gates,
+            by_mode.get("distill", set()),
+            program=restricted,
+            gates=tuple(on for c, on in zip(resolved.connections, runs) if c.write_mode == "gate"),
+            dropped_connections=[c for c, on in zip(topology.connections, runs) if not on],
         )
 
+    def _treat(
+        self, module: nn.Module, modes: dict[str, str], export_dir: Path | None, compiled: CompiledProgram
+    ) -> None:
+        """Does to the module's tensors what the modes say, and notes in ``compiled`` what it did."""
+        owned, shared = parameters_by_region(module, modes)
+        acting = [region for region, mode in modes.items() if mode in _ACTING]
+        compiled.untouched_regions = {r for r in acting if not owned[r].parameters and not owned[r].buffers}
+        compiled.shared_tensors = {name: by for name, by in shared.items() if not set(by).isdisjoint(acting)}
+        exported = [region for region in acting if modes[region] == "export"]
+        if exported and export_dir is None:
+            raise ValueError(f"regions {sorted(exported)} are to be exported: export_dir must say where to")
+        if compiled.untouched_regions:
+            found = (f"{region!r} ({modes[region]})" for region in sorted(compiled.untouched_regions))
+            warn(
+                f"nothing in the module belongs to these regions alone, and their compile modes change none of its "
+                f"tensors: {some(found)}. Attention functions are shared by all regions"
+            )
+        if compiled.shared_tensors:
+            warn(
+                "tensors that regions of different compile modes share are left as they are, trainable: "
+                f"{some(compiled._shared())}"
+            )
+        for region in exported:
+            tensors, submodules = _state_of(module, owned[region]), owned[region].submodules
+            compiled.exported_paths[region] = _export(export_dir, region, tensors, submodules, self.program.version)
+        for region in acting:
+            if modes[region] == "constant":
+                compiled.constant_buffers.update(_to_buffers(module, owned[region].parameters))
+                continue
+            for parameter in owned[region].parameters.values():
+                parameter.requires_grad_(False)
 
-def load_exported(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of an exported region, by name.
+
+def load_exported(path: str | Path, submodule: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of an exported region, as a state dict.
+
+    Where all of them came from one submodule, such as ``heads.memory``, names are those of its state dict: it is what
+    they load into. Where they came from several, names are dotted ones of the whole module, which loads them with
+    ``strict=False``, unless ``submodule`` chooses.
 
     Args:
         path: of `CompiledProgram.exported_paths`, or of the manifest, ``<region>.json``, beside it. Either way the
             manifest says which file holds the region now.
+        submodule: dotted name of one of the submodules that the tensors came from, for its tensors alone; "" for all of
+            them under the whole module's names.
 
     Raises:
         OSError: the manifest, or the file that it names, cannot be read.
+        KeyError: no tensors came from the submodule.
         ValueError: the manifest is none, or the file is not the one that it describes.
         ImportError: safetensors is not installed.
     """
@@ -213,7 +292,22 @@ def load_exported(path: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} holds no tensors: {error}") from error
     if _forms(tensors) != manifest["tensors"]:
         raise ValueError(f"{path} holds {_forms(tensors)}, its manifest says {manifest['tensors']}")
-    return tensors
+    return _state_dict_of(tensors, manifest, submodule)
+
+
+def _state_dict_of(
+    tensors: dict[str, torch.Tensor], manifest: dict[str, Any], submodule: str | None
+) -> dict[str, torch.Tensor]:
+    """The tensors of a submodule by their names in it."""
+    submodules = manifest.get("submodules", [])
+    if submodule is None:
+        submodule = submodules[0] if len(submodules) == 1 else ""
+    if submodule and submodule not in submodules:
+        raise KeyError(
+            f"no tensors of region {manifest['region']!r} came from {submodule!r}; they came from {submodules}"
+        )
+    prefix = f"{submodule}." if submodule else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -224,6 +318,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     kinds = {"region": str, "file": str, "sha256": str, "tensors": dict}
     entries = manifest if isinstance(manifest, dict) else {}
     wrong = [name for name, kind in kinds.items() if not isinstance(entries.get(name), kind)]
+    # earlier exports do not say; their tensors have the whole module's names
+    if not isinstance(entries.get("submodules", []), list):
+        wrong.append("submodules")
     if wrong or Path(manifest["file"]).name != manifest["file"]:
         raise ValueError(f"{path} is no manifest of an exported region: wrong are {wrong or ['file']}")
     return manifest
@@ -236,7 +333,7 @@ def _forms(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _export(folder: Path, region: str, tensors: dict[str, torch.Tensor], version: str) -> str:
+def _export(folder: Path, region: str, tensors: dict[str, torch.Tensor], submodules: list[str], version: str) -> str:
     """Writes the tensors, then the manifest that names their file, and removes what no manifest names any more: a
     crash at any point leaves a manifest whose file is whole, and so do several processes that export at once."""
     from safetensors.torch import save
@@ -252,6 +349,7 @@ def _export(folder: Path, region: str, tensors: dict[str, torch.Tensor], version
         "program_version": version,
         "file": path.name,
         "sha256": checksum,
+        "submodules": submodules,
         "tensors": _forms(tensors),
     }
     with alone_in(folder) as alone:
@@ -280,39 +378,15 @@ def _restricted(program: CanvasProgram, active: set[str], connections: list[Conn
     )
 
 
-# -- parameters of regions
-
-
-def _parameters_of(module: nn.Module, region: str) -> Iterator[tuple[str, nn.Parameter]]:
-    listed = module.region_parameters(region) if hasattr(module, "region_parameters") else ()
-    listed = list(listed or ())
-    names, tensors = {item for item in listed if isinstance(item, str)}, {id(item) for item in listed}
-    key = parameter_key(region)
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if key in name.split(".") or name in names or id(parameter) in tensors:
-            names.discard(name)
-            yield name, parameter
-    if names:
-        raise ValueError(f"region_parameters({region!r}) lists {sorted(names)}, which the module does not have")
-
-
-def _check_owners(owned: dict[str, dict[str, nn.Parameter]], modes: dict[str, str]) -> None:
-    owner: dict[int, str] = {}
-    for region, parameters in owned.items():
-        for name, parameter in parameters.items():
-            other = owner.setdefault(id(parameter), region)
-            if modes[other] != modes[region]:
-                raise ValueError(
-                    f"parameter {name!r} belongs to region {other!r}, which is to {modes[other]}, and to region "
-                    f"{region!r}, which is to {modes[region]}"
-                )
-
-
-def _state_of(module: nn.Module, region: str, owned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+def _state_of(module: nn.Module, owned: RegionParameters) -> dict[str, torch.Tensor]:
     """Parameters and buffers of a region by dotted name, as tensors of their own on the host."""
-    key = parameter_key(region)
-    state = {name: value for name, value in module.state_dict().items() if name in owned or key in name.split(".")}
+    wanted = {*owned.parameters, *owned.buffers}
+    state = {name: value for name, value in module.state_dict().items() if name in wanted}
     return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+
+
+def _names(regions: Iterable[str]) -> str:
+    return some(map(repr, sorted(regions)))
 
 
 def _to_buffers(module: nn.Module, owned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

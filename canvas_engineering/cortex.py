@@ -1,4 +1,4 @@
-"""Cortices: named groups of regions whose edges among themselves run one attention function."""
+"""Cortices: named groups of regions whose edges among themselves run one attention function, shared or their own."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ _ANYWHERE = (0, 1, 0, 1, 0, 1)
 class CortexSpec:
     """A group of regions.
 
+    What a cortex has of its own is which function runs inside it. The module of that function, its parameters and the
+    projected keys and values, is shared with every other edge of the canvas that runs the same function, in another
+    cortex or in none, unless the cortex is ``isolated``.
+
     Args:
         name: of the cortex.
         bounds: the box of the canvas, (t0, t1, s0_lo, s0_hi, …), that holds its regions; at the default, anywhere.
         tile: tile size of its spatial grid, per dimension: of ``mask``.
         local_backend: attention function of the edges inside the cortex that name none themselves.
-        shared_cache: True: its regions share keys and values, as all regions do, for they are projected once for each
-            function. There is nothing else; False is refused where the cortex is put to use.
+        shared_cache: True: its regions share keys and values, which are projected once for each module of a function.
+            There is nothing else; False is refused where the cortex is put to use.
+        isolated: whether edges inside the cortex, those that name a function themselves too, run modules of its own.
 
     Raises:
         ValueError: an empty name, bounds that are not half-open ranges, or a tile size below 1.
@@ -36,6 +41,7 @@ class CortexSpec:
     tile: tuple[int, ...] = (4, 4)
     local_backend: str = "local_attention"
     shared_cache: bool = True
+    isolated: bool = False
 
     def __post_init__(self) -> None:
         checked_name(self.name, "CortexSpec name")
@@ -48,6 +54,8 @@ class CortexSpec:
         object.__setattr__(self, "tile", tile)
         shared = checked_bool(self.shared_cache, f"cortex {self.name!r}: shared_cache")
         object.__setattr__(self, "shared_cache", shared)
+        isolated = checked_bool(self.isolated, f"cortex {self.name!r}: isolated")
+        object.__setattr__(self, "isolated", isolated)
 
     @property
     def mask(self) -> MaskSpec:
@@ -184,7 +192,8 @@ class CortexRegistry:
         lines = [f"CortexRegistry: {self.n_cortices} cortices, {self.n_assigned} regions assigned"]
         for name in self.cortex_names:
             spec, regions = self._cortices[name], self.regions_in(name)
-            lines.append(f"  {name}: {spec.local_backend}, {', '.join(regions) or 'no regions'}")
+            own = ", isolated" if spec.isolated else ""
+            lines.append(f"  {name}: {spec.local_backend}{own}, {', '.join(regions) or 'no regions'}")
         return "\n".join(lines)
 
     def _check(self, name: str) -> None:

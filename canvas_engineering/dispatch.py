@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -22,9 +23,12 @@ from .connectivity import CanvasTopology
 from .cortex import CortexRegistry
 from .derived_buffers import CanvasModule
 from .identity import SlotBindingModule
+from .notices import warn
 from .plan import AttentionPlan, compile_attention
-from .program import CanvasProgram
+from .program import CanvasProgram, validate_constraints
+from .program.checks import clock_problems
 from .residuals import ResidualAccumulator, TriggerFlags
+from .schema import CanvasSchema
 
 __all__ = ["AttentionDispatcher", "surviving_state"]
 
@@ -54,15 +58,20 @@ class AttentionDispatcher(CanvasModule):
         dropout: on attention weights, in training.
         skip_temporal: read every connection as dense in time.
         residual_accumulator: gets, after each step, attended − queries of every connection that ran and whose dst has
-            the carrier "residual", if it keeps that region; triggers read its summaries as they stood before.
+            the carrier "residual", which the family "residual" has by default, if it keeps that region; triggers read
+            its summaries as they stood before.
         program: its connection programs give functions, write modes, masks and triggers to the connections of their
-            pairs; regions with an identity are read through a bank of slots.
-        cortex: edges inside one cortex that name no function run its ``local_backend``.
+            pairs; regions with an identity are read through a bank of slots. Each constraint that the connections, as
+            they run, do not meet gets a UserWarning, and so does each clock that waits for a region which does not
+            exist; constraints are not enforced, and clocks are run by schedulers.
+        cortex: edges inside one cortex that name no function run its ``local_backend``; edges inside an isolated one
+            run modules of its own.
         backend: "auto", "triton", "torch" or "reference"; see :func:`canvas_attention`.
 
     Attributes:
         plan: the compiled :class:`AttentionPlan`.
-        fn_modules: ModuleDict by function name, one module shared by the connections of that function.
+        fn_modules: ModuleDict by function name, one module shared by the connections of that function; those inside
+            an isolated cortex have their own, ``<function>__<cortex>``, which ``plan.fns`` then says too.
         edge_gates: (gate connections,) parameter, zeros at first; None where no connection gates.
         slot_modules: ModuleDict of the banks, by region name with ``.`` as ``__`` and brackets as ``_``.
 
@@ -80,6 +89,9 @@ class AttentionDispatcher(CanvasModule):
     >>> bool((dispatcher(x)[:, 2:4] == x[:, 2:4]).all())
     True
     """
+
+    # parameters of attention functions are shared by all regions, whatever their names
+    parts_of_no_region = ("fn_modules", "slot_modules", "edge_gates")
 
     def __init__(
         self,
@@ -103,23 +115,26 @@ class AttentionDispatcher(CanvasModule):
         _check_kinds(residual_accumulator, program, cortex)
         self.topology, self.layout, self.d_model, self.backend = topology, layout, d_model, backend
         self.plan = plan = compile_attention(layout, topology, program, cortex=cortex, dense_in_time=skip_temporal)
-        reading = {plan.fns[c] for c in plan.reads.connection}
+        if program is not None:
+            _warn_of_what_does_not_hold(program, plan, layout)
+        compiled, names = _with_isolated(plan, cortex)
         self.fn_modules = nn.ModuleDict()
         self._plans = {}
-        for fn in dict.fromkeys(plan.fns):
-            if fn not in reading:
+        for number in np.unique(compiled.reads.connection).tolist():
+            name, connection = compiled.fns[number], plan.connections[number]
+            if name in self.fn_modules:
                 continue
             try:
-                self.fn_modules[fn] = create_attention(fn, d_model, n_heads, dropout)
+                self.fn_modules[name] = create_attention(names[name], d_model, n_heads, dropout)
             except ValueError as error:
-                connection = plan.connections[plan.fns.index(fn)]
                 raise ValueError(f"connection {connection.src!r} reads {connection.dst!r}: {error}") from None
-            self._plans[fn] = fit(fn, self.fn_modules[fn], plan.for_fn(fn), layout, backend)
-        compiled, self.plan = plan, plan.refined(self._plans)
-        plan = self.plan
+            self._plans[name] = fit(names[name], self.fn_modules[name], compiled.for_fn(name), layout, backend)
+        self.plan = plan = compiled.refined(self._plans)
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
+        self._gating = frozenset(plan.connections[number].src for number in gates)
+        self._bank_keys = {bank.region: parameter_key(bank.region) for bank in plan.banks}
         self._map_rows(plan, gates, regions)
         self._region_number = regions
         self._readers = frozenset(plan.connections[number].src for number in plan.reads.connection.tolist())
@@ -267,6 +282,13 @@ class AttentionDispatcher(CanvasModule):
             x = self(x, active_regions)
         return x
 
+    def region_parameters(self, region: str) -> list[str]:
+        """What of the dispatcher belongs to a region: its slot bank, and the gates of connections that it queries,
+        which are one tensor for all regions. For `ProgramCompiler`."""
+        key = self._bank_keys.get(region)
+        banks = [] if key is None else [f"slot_modules.{key}"]
+        return [*banks, *["edge_gates"] * (region in self._gating)]
+
     @property
     def summaries(self) -> dict[str, dict[str, float]]:
         """Residual summaries as plain floats, {} without an accumulator; waits for the device."""
@@ -297,6 +319,13 @@ class AttentionDispatcher(CanvasModule):
         if accumulator is None:
             return []
         kept, programs = set(accumulator.region_names), {} if program is None else program.regions
+        for region in sorted(kept & programs.keys() & self.layout.regions.keys()):
+            carriers = {programs[region].carrier, self.layout.region_spec(region).carrier}
+            if programs[region].family == "residual" and "residual" not in carriers:
+                warn(
+                    f"region {region!r} is of the family 'residual', and of the carrier {programs[region].carrier!r}: "
+                    "its summaries stay as they are, for the dispatcher updates those of the carrier 'residual'"
+                )
         found = []
         for number in dict.fromkeys(plan.reads.connection.tolist()):
             region = plan.connections[number].dst
@@ -407,6 +436,36 @@ def surviving_state(
             if any(compiled.gates):
                 found[f"{prefix}edge_gates"] = gates[torch.tensor(compiled.gates, device=gates.device)]
     return found
+
+
+def _with_isolated(plan: AttentionPlan, cortex: CortexRegistry | None) -> tuple[AttentionPlan, dict[str, str]]:
+    """The plan with a function name of its own for the edges inside each isolated cortex, and name to function.
+
+    Raises:
+        ValueError: such a name is that of another function or cortex.
+    """
+    isolated = [] if cortex is None else [spec.name for spec in cortex.specs if spec.isolated]
+    if not isolated:
+        return plan, {fn: fn for fn in plan.fns}
+    found: dict[str, tuple[str, str | None]] = {}
+    fns = []
+    for connection, fn in zip(plan.connections, plan.fns):
+        inside = cortex.same_cortex(connection.src, connection.dst)
+        home = cortex.cortex_for(connection.src).name if inside else None
+        home = home if home in isolated else None
+        name = fn if home is None else f"{fn}__{parameter_key(home)}"
+        if found.setdefault(name, (fn, home)) != (fn, home):
+            raise ValueError(f"two attention modules would have the name {name!r}: rename the cortex {home!r}")
+        fns.append(name)
+    return dataclasses.replace(plan, fns=tuple(fns)), {name: fn for name, (fn, _) in found.items()}
+
+
+def _warn_of_what_does_not_hold(program: CanvasProgram, plan: AttentionPlan, layout: CanvasLayout) -> None:
+    """A UserWarning for each constraint that the connections of the plan do not meet, and each clock that cannot fire
+    as it says."""
+    running = CanvasProgram(CanvasSchema(layout, CanvasTopology(list(plan.connections))), program.regions)
+    for problem in (*validate_constraints(running), *clock_problems(running)):
+        warn(f"the program of region {problem}")
 
 
 def _check_kinds(residual_accumulator, program, cortex) -> None:

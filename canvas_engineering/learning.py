@@ -18,7 +18,8 @@ class LearningSpec:
             another name that the training loop knows.
         losses: names of loss functions, for the training loop.
         compile_mode: what happens at deploy: "runtime" keeps it live, "freeze" stops its learning, "constant" turns
-            its parameters into buffers, "export" writes them out and drops the region, "distill" trains a student.
+            its parameters into buffers, "export" writes them out, and both drop the region; "distill", to train a
+            student, is recorded and does nothing yet.
 
     Raises:
         ValueError: a field of the wrong kind.

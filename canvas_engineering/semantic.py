@@ -122,6 +122,8 @@ class SemanticConditioner(CanvasModule):
         ValueError: no regions, or an embedding of another length than ``embed_dim``, or one that is not finite.
     """
 
+    parts_of_no_region = ("_embeddings", "projector", "residuals")
+
     def __init__(
         self,
         d_model: int,
@@ -168,6 +170,12 @@ class SemanticConditioner(CanvasModule):
     def region_names(self) -> list[str]:
         """Names of the regions, sorted: the order of the rows."""
         return list(self._names)
+
+    def region_parameters(self, region: str) -> list[str]:
+        """What of the conditioner belongs to a region: its rows of the embeddings and the residuals, each of which is
+        one tensor for all regions. For `ProgramCompiler`."""
+        held = dict(self.named_parameters(recurse=False)) if region in self._row else {}
+        return [name for name in ("_embeddings", "residuals") if name in held]
 
     def get_conditioning(self, region_name: str) -> torch.Tensor:
         """The region's vector, ``(d_model,)``.

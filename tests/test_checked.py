@@ -121,7 +121,11 @@ DECLARATIONS = [
     (ce.default_learning, {}, "family:string"),
     (ce.IdentitySpec, {}, "mode:string slot_capacity:int binding_fn:string birth_death:bool"),
     (ce.SlotBindingModule, {"d_model": 8, "n_slots": 2}, "d_model:int n_slots:int n_heads:int birth_death:bool"),
-    (ce.CortexSpec, {"name": "c"}, "name:name bounds:ints tile:ints local_backend:name shared_cache:bool"),
+    (
+        ce.CortexSpec,
+        {"name": "c"},
+        "name:name bounds:ints tile:ints local_backend:name shared_cache:bool isolated:bool",
+    ),
     (ce.ResidualSpec, {}, "reduce:name decay:number"),
     (ce.ResidualAccumulator, {"region_names": ["a"]}, "region_names:names spec:ours?"),
     (clock_ir.Periodic, {}, "period:int domain:string"),

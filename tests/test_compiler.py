@@ -23,6 +23,7 @@ from canvas_engineering import (
     IdentitySpec,
     LearningSpec,
     RegionProgram,
+    SemanticConditioner,
     SpatiotemporalCanvas,
 )
 from canvas_engineering import compiler as compiler_module
@@ -79,18 +80,26 @@ def test_modes_go_by_region_learning_and_family():
         "act": RegionProgram("action", learning=LearningSpec(compile_mode="freeze"), compile_mode="constant"),
     }
     compiler = ProgramCompiler(CanvasProgram(CanvasSchema(LAYOUT, chain), regions))
-    found = compiler.compile()
+    with pytest.warns(UserWarning, match="'distill' does nothing yet: 'belief'"):
+        found = compiler.compile()
     assert (found.frozen_regions, found.constant_regions, found.exported_memories) == (set(), {"act"}, set())
     assert found.distill_regions == {"belief"} and found.active_regions == set(NAMES) - {"act"}
     assert found.all_regions == set(NAMES) and found.n_eliminated == 1
     assert found.active_connections == [c for c in chain.connections if "act" not in (c.src, c.dst)]
-    families = compiler.compile(family_defaults=True)
+    with pytest.warns(UserWarning, match="'distill' does nothing yet"):
+        families = compiler.compile(family_defaults=True)
     assert families.frozen_regions == {"eye.left"} and families.exported_memories == {"memory[0]"}
     assert families.active_regions == {"eye.left", "belief", "goal"} and families.n_eliminated == 2
-    assert families.schema is compiler.program.schema and not families.exported_paths
+    assert not families.exported_paths
+    # the compiled schema is what is left, as published
+    assert set(families.schema.layout.regions) == families.active_regions
+    assert families.schema.topology.connections == families.active_connections
+    assert families.schema.layout.num_positions == LAYOUT.num_positions
     assert families.summary().splitlines() == [
         "CompiledProgram: 3 of 5 regions and 9 of 25 connections active",
-        "  frozen: eye.left", "  constant: act", "  exported: memory[0]", "  to be distilled: belief",
+        "  frozen: eye.left", "  constant: act", "  exported: memory[0]",
+        "  to be distilled, which does nothing yet: they run as before: belief",
+        "  read less, as regions left: belief, eye.left, goal",
     ]  # fmt: skip
 
 
@@ -107,10 +116,37 @@ def test_every_family_has_its_default(family, mode):
     assert ("goal" in found.active_regions) is (mode != "export")
 
 
+def test_family_defaults_apply_where_they_are_asked_for_and_nothing_else_is_said(tmp_path):
+    pytest.importorskip("safetensors")
+    families = {"eye.left": "observation", "belief": "observation", "memory[0]": "memory", "goal": "memory"}
+    regions = {name: RegionProgram(family) for name, family in families.items()}
+    # "runtime" of an explicit recipe is as much a choice as any other
+    regions["belief"] = RegionProgram("observation", learning=LearningSpec(compile_mode="runtime"))
+    regions["goal"] = RegionProgram("memory", learning=LearningSpec())
+    compiler = ProgramCompiler(CanvasProgram(CanvasSchema(LAYOUT), regions))
+    model = Model()
+    everything = trainable(model)
+    compiled = compiler.compile(model)
+    assert compiled.active_regions == set(NAMES) and trainable(model) == everything
+    # memory without a place to go to stays
+    with pytest.warns(UserWarning, match=r"'memory\[0\]' would be exported, .* without export_dir they are kept"):
+        compiled = compiler.compile(model, family_defaults=True)
+    assert compiled.active_regions == set(NAMES) and not compiled.exported_memories and not compiled.exported_paths
+    assert everything - trainable(model) == names_of("eye__left")
+    compiled = compiler.compile(model, tmp_path, family_defaults=True)
+    assert compiled.exported_memories == {"memory[0]"} == compiled.exported_paths.keys()
+    assert everything - trainable(model) == names_of("eye__left") | names_of("memory_0_")
+    # what is to be exported by its own mode wants a place
+    regions["memory[0]"] = RegionProgram("memory", compile_mode="export")
+    with pytest.raises(ValueError, match="export_dir must say where to"):
+        compiler.compile(Model(), family_defaults=True)
+
+
 def test_freeze_stops_gradients_and_runtime_does_not():
     model = Model()
     everything = trainable(model)
-    compiled = ProgramCompiler(program(e="freeze", b="runtime", g="distill")).compile(model)
+    with pytest.warns(UserWarning, match="'distill' does nothing yet: 'goal'"):
+        compiled = ProgramCompiler(program(e="freeze", b="runtime", g="distill")).compile(model)
     assert everything - trainable(model) == names_of("eye__left")
     assert compiled.active_regions == set(NAMES) and not compiled.constant_buffers
 
@@ -139,7 +175,8 @@ def test_shared_constants_stay_shared_and_dictionaries_of_parameters_work():
     assert model.twin.weight is model.heads["goal"][0].weight is compiled.constant_buffers["twin.weight"]
     canvas = SpatiotemporalCanvas(LAYOUT)
     value = canvas.modality_embeddings["goal"].detach().clone()
-    found = ProgramCompiler(program(g="constant")).compile(canvas).constant_buffers
+    with pytest.warns(UserWarning, match="are left as they are, trainable: period_embedding.embedding.weight"):
+        found = ProgramCompiler(program(g="constant")).compile(canvas).constant_buffers
     assert list(found) == ["modality_embeddings.goal"] and torch.equal(canvas.modality_embeddings["goal"], value)
     placed = canvas.place(canvas.create_empty(1), torch.zeros(1, 4, 8), "goal")
     torch.testing.assert_close(canvas.extract(placed, "goal")[0, 0], value + canvas.period_embedding(1))
@@ -163,16 +200,157 @@ def test_modules_may_list_their_parameters():
         ProgramCompiler(program(g="freeze")).compile(Wrong())
 
 
-def test_a_parameter_of_two_fates_is_refused_and_nothing_happens():
+def test_a_tensor_of_regions_with_different_modes_is_named_and_left_alone():
     class Torn(Model):
         def region_parameters(self, region):
             return [self.shared.weight] if region in ("goal", "act") else []
 
     model = Torn()
     everything = trainable(model)
-    with pytest.raises(ValueError, match=r"'shared.weight' belongs to region 'goal', which is to freeze, and .* 'act'"):
-        ProgramCompiler(program(g="freeze", a="constant", e="freeze")).compile(model)
-    assert trainable(model) == everything
+    compiler = ProgramCompiler(program(g="freeze", a="constant", e="freeze"))
+    with pytest.warns(UserWarning, match=r"left as they are, trainable: shared.weight \(act, goal\)"):
+        compiled = compiler.compile(model)
+    assert everything - trainable(model) == names_of("goal") | names_of("eye__left") | names_of("act")
+    assert compiled.shared_tensors == {"shared.weight": ("act", "goal")} and not compiled.untouched_regions
+    assert "shared with other regions, and left as they are: shared.weight (act, goal)" in compiled.summary()
+    # a tensor under the names of two regions is shared too; of one region and of none, it is the region's
+    tied = Model()
+    tied.heads["act"][0].weight = tied.heads["goal"][0].weight
+    tied.twin = nn.Linear(8, 4)
+    tied.twin.bias = tied.heads["goal"][0].bias
+    with pytest.warns(UserWarning, match=r"heads.goal.0.weight \(act, goal\), heads.act.0.weight \(act, goal\)"):
+        ProgramCompiler(program(g="freeze")).compile(tied)
+    assert tied.heads["goal"][0].weight.requires_grad and not tied.twin.bias.requires_grad
+    # the same mode for both is that of the tensor
+    compiled = ProgramCompiler(program(g="freeze", a="freeze")).compile(tied)
+    assert not tied.heads["goal"][0].weight.requires_grad and not compiled.shared_tensors
+
+
+NESTED = CanvasLayout(
+    T=1, spatial_shape=(8,), d_model=8,
+    regions={name: (0, 1, i, i + 1) for i, name in enumerate(
+        ("arm", "arm.joints", "joints", "weight", "vehicles[3]", "vehicles[3].plan", "gated", "arm.joints.left"))},
+)  # fmt: skip
+
+
+def frozen_by(module, region):
+    """Which parameters stop training where one region of NESTED is to freeze."""
+    made = CanvasProgram(CanvasSchema(NESTED), {region: RegionProgram(compile_mode="freeze")})
+    before = trainable(module)
+    compiled = ProgramCompiler(made).compile(module)
+    assert not compiled.untouched_regions and f"frozen: {region}" in compiled.summary()
+    return before - trainable(module)
+
+
+def linear():
+    return nn.Linear(2, 2, bias=False)
+
+
+def test_names_of_modules_that_mirror_types_are_told_apart():
+    def mirrored():
+        joints = nn.ModuleDict({"left": linear(), "other": linear()})
+        arm = nn.ModuleDict({"joints": joints, "gripper": linear()})
+        return nn.ModuleDict({"arm": arm, "joints": linear()})
+
+    # a region inside another has its own, the outer one the rest
+    assert frozen_by(mirrored(), "arm") == {"arm.gripper.weight"}
+    assert frozen_by(mirrored(), "arm.joints") == {"arm.joints.other.weight"}
+    assert frozen_by(mirrored(), "arm.joints.left") == {"arm.joints.left.weight"}
+    assert frozen_by(mirrored(), "joints") == {"joints.weight"}
+    # one component, several, or some of each; list elements by number; inside other modules
+    keys = {"arm__joints": linear(), "arm": linear(), "arm__joints__left": linear()}
+    model = nn.ModuleDict({"net": nn.ModuleDict(keys), "arm__joints": nn.ModuleDict({"left": linear()})})
+    assert frozen_by(model, "arm.joints.left") == {"net.arm__joints__left.weight", "arm__joints.left.weight"}
+    assert frozen_by(model, "arm.joints") == {"net.arm__joints.weight"}
+    assert frozen_by(model, "arm") == {"net.arm.weight"}
+    elements = nn.ModuleList(nn.ModuleDict({"plan": linear(), "x": linear()}) for _ in range(4))
+    model = nn.ModuleDict({"vehicles": elements, "vehicles_3_": nn.ModuleDict({"plan": linear()})})
+    assert frozen_by(model, "vehicles[3].plan") == {"vehicles.3.plan.weight", "vehicles_3_.plan.weight"}
+    assert frozen_by(model, "vehicles[3]") == {"vehicles.3.x.weight"}
+
+
+def test_names_of_tensors_within_layers_are_no_regions():
+    model = nn.ModuleDict({"weight": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
+    assert frozen_by(model, "weight") == {"weight.weight", "weight.bias"}
+    layout = CanvasLayout(T=1, spatial_shape=(2,), d_model=8, regions={"gated": (0, 1, 0, 1), "slots": (0, 1, 1, 2)})
+    topology = CanvasTopology([Connection("gated", "slots", fn="gated"), Connection("slots", "gated")])
+    regions = {name: RegionProgram(compile_mode="freeze") for name in ("gated", "slots")}
+    regions["gated"] = dataclasses.replace(regions["gated"], identity=IdentitySpec(slot_capacity=2))
+    made = CanvasProgram(CanvasSchema(layout, topology), regions)
+    dispatcher = AttentionDispatcher(topology, layout, 8, program=made)
+    everything = trainable(dispatcher)
+    with pytest.warns(UserWarning, match=r"change none of its tensors: 'slots' \(freeze\)"):
+        compiled = ProgramCompiler(made).compile(dispatcher)
+    bank = {name for name in everything if name.startswith("slot_modules.gated.")}
+    assert everything - trainable(dispatcher) == bank and len(bank) > 4
+    assert compiled.untouched_regions == {"slots"}
+
+
+def test_where_nothing_belongs_to_a_region_nothing_is_called_frozen():
+    topology = CanvasTopology.dense(list(NAMES))
+    made = program([(c.src, c.dst) for c in topology.connections], e="freeze", a="freeze", g="constant")
+    made.connections[("act", "goal")] = ConnectionProgram(write_mode="gate")
+    dispatcher = AttentionDispatcher(made.schema.topology, LAYOUT, 8, program=made)
+    everything = trainable(dispatcher)
+    with pytest.warns(UserWarning, match=r"none of its tensors: 'eye.left' \(freeze\), 'goal' \(constant\)"):
+        compiled = ProgramCompiler(made).compile(dispatcher)
+    assert everything - trainable(dispatcher) == {"edge_gates"} and not compiled.constant_buffers
+    lines = compiled.summary().splitlines()
+    assert "  frozen: act" in lines
+    assert "  nothing in the module belongs to them alone: eye.left (freeze), goal (constant)" in lines
+
+
+def test_gates_and_embedding_rows_freeze_where_all_who_share_them_do():
+    pairs = (("act", "goal"), ("act", "belief"), ("goal", "act"))
+    connections = [Connection(src, dst, write_mode="gate") for src, dst in pairs]
+
+    def compiled_dispatcher(**modes):
+        made = program(connections, **modes)
+        module = AttentionDispatcher(made.schema.topology, LAYOUT, 8, program=made)
+        return module, ProgramCompiler(made).compile(module)
+
+    with pytest.warns(UserWarning) as caught:
+        module, compiled = compiled_dispatcher(a="freeze")
+    assert any("edge_gates (act, goal)" in str(warning.message) for warning in caught)
+    assert module.edge_gates.requires_grad and compiled.untouched_regions == {"act"}
+    module, compiled = compiled_dispatcher(a="freeze", g="freeze")
+    assert not module.edge_gates.requires_grad and not compiled.shared_tensors
+    module, compiled = compiled_dispatcher(a="constant", g="constant")
+    (constant,) = compiled.constant_buffers.items()
+    assert constant[0] == "edge_gates" and constant[1] is module.edge_gates
+    module(torch.randn(1, LAYOUT.num_positions, 8)).sum().backward()
+
+    def conditioned(**modes):
+        made = program(**modes)
+        conditioner = SemanticConditioner(8, 3, {name: [1.0, 2.0, 3.0] for name in NAMES}, freeze_embeddings=False)
+        module = SpatiotemporalCanvas(LAYOUT, conditioner, made)
+        everything = trainable(module)
+        compiled = ProgramCompiler(made).compile(module)
+        return everything - trainable(module), compiled
+
+    with pytest.warns(UserWarning) as caught:
+        frozen, compiled = conditioned(e="freeze")
+    shared = {"period_embedding.embedding.weight", "semantic_conditioner.residuals", "semantic_conditioner._embeddings",
+              *(f"family_carrier_embedding.{table}_embedding.weight" for table in ("family", "carrier"))}  # fmt: skip
+    assert not frozen and compiled.shared_tensors.keys() == shared and compiled.untouched_regions == {"eye.left"}
+    assert any("semantic_conditioner.residuals" in str(warning.message) for warning in caught)
+    assert all(regions == tuple(sorted(NAMES)) for regions in compiled.shared_tensors.values())
+    frozen, compiled = conditioned(**{name[0]: "freeze" for name in NAMES})
+    assert frozen == shared and not compiled.untouched_regions
+    # regions that the conditioner knows and the program does not are others too
+    conditioner = SemanticConditioner(8, 1, {**{name: [1.0] for name in NAMES}, "elsewhere": [2.0]})
+    with pytest.warns(UserWarning) as caught:
+        compiled = ProgramCompiler(program(**{name[0]: "freeze" for name in NAMES})).compile(conditioner)
+    assert "elsewhere" in compiled.shared_tensors["residuals"] and conditioner.residuals.requires_grad
+    assert len(caught) == 2
+
+
+def test_compiled_modules_are_treated_as_what_they_wrap():
+    connections = [Connection("act", "goal", write_mode="gate"), Connection("goal", "act")]
+    made = program(connections, a="freeze")
+    module = nn.ModuleDict({"attention": AttentionDispatcher(made.schema.topology, LAYOUT, 8, program=made)})
+    ProgramCompiler(made).compile(torch.compile(module["attention"]))
+    assert not module["attention"].edge_gates.requires_grad
 
 
 def test_exports_are_written_whole_checked_and_frozen(tmp_path):
@@ -188,12 +366,17 @@ def test_exports_are_written_whole_checked_and_frozen(tmp_path):
     assert files == ["eye.left.json", manifest["file"], "memory[0].json", other["file"]]
     for region, key in (("memory[0]", "memory_0_"), ("eye.left", "eye__left")):
         loaded = load_exported(compiled.exported_paths[region])
-        wanted = {name: value for name, value in state.items() if f".{key}." in name}
+        path = f"heads.{key}."
+        wanted = {name.removeprefix(path): value for name, value in state.items() if name.startswith(path)}
         # buffers too: a batch norm is nothing without its statistics
         assert set(loaded) == set(wanted) and len(wanted) == 7
         assert all(
             torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in wanted.items()
         )
+        fresh = Model()
+        torch.nn.init.zeros_(fresh.heads[key][0].weight)
+        fresh.heads[key].load_state_dict(loaded)
+        assert torch.equal(fresh.heads[key][0].weight, model.heads[key][0].weight)
     assert manifest["region"] == "eye.left" and manifest["program_version"] == "2.0.0"
     content = (tmp_path / "out" / manifest["file"]).read_bytes()
     assert manifest["sha256"] == hashlib.sha256(content).hexdigest()
@@ -224,6 +407,7 @@ def test_a_damaged_export_is_not_loaded(tmp_path):
         ({**manifest, "tensors": []}, r"no manifest of an exported region: wrong are \['tensors'\]"),
         ({**manifest, "region": 3}, r"wrong are \['region'\]"),
         ({**manifest, "file": "../elsewhere.safetensors"}, r"wrong are \['file'\]"),
+        ({**manifest, "submodules": "heads"}, r"wrong are \['submodules'\]"),
         ([], r"wrong are \['region', 'file', 'sha256', 'tensors'\]"),
     ):
         manifest_path.write_text(json.dumps(wrong))
@@ -235,6 +419,48 @@ def test_a_damaged_export_is_not_loaded(tmp_path):
     manifest_path.unlink()
     with pytest.raises(FileNotFoundError):
         load_exported(path)
+
+
+def test_exports_of_several_submodules_load_into_each(tmp_path):
+    pytest.importorskip("safetensors")
+
+    def model():
+        layers = {"enc": nn.ModuleDict({"memory_0_": nn.Linear(2, 2)}), "memory": nn.ModuleList([nn.Linear(3, 3)])}
+        tokens = nn.ParameterDict({"memory_0_": torch.randn(2), "act": torch.ones(1)})
+        return nn.ModuleDict({**layers, "tokens": tokens})
+
+    source, target = model(), model()
+    path = ProgramCompiler(program(m="export")).compile(source, tmp_path).exported_paths["memory[0]"]
+    names = {"enc.memory_0_.weight", "enc.memory_0_.bias", "memory.0.weight", "memory.0.bias", "tokens.memory_0_"}
+    assert load_exported(path).keys() == load_exported(path, "").keys() == names
+    target.load_state_dict(load_exported(path), strict=False)
+    assert all(torch.equal(target.state_dict()[name], source.state_dict()[name]) for name in names)
+    again = model()
+    again["memory"][0].load_state_dict(load_exported(path, "memory.0"))
+    again["enc"]["memory_0_"].load_state_dict(load_exported(path, "enc.memory_0_"))
+    assert torch.equal(again["enc"]["memory_0_"].weight, source["enc"]["memory_0_"].weight)
+    assert load_exported(path, "tokens").keys() == {"memory_0_"}
+    with pytest.raises(KeyError, match=r"no tensors of region 'memory\[0\]' came from 'dec'; they came from \['enc"):
+        load_exported(path, "dec")
+    # an export that does not say where its tensors came from
+    manifest_path = tmp_path / "memory[0].json"
+    manifest = json.loads(manifest_path.read_text())
+    del manifest["submodules"]
+    manifest_path.write_text(json.dumps(manifest))
+    assert load_exported(path).keys() == names
+
+
+def test_a_slot_bank_goes_from_dispatcher_to_file_and_back(tmp_path):
+    pytest.importorskip("safetensors")
+    regions = {"memory[0]": RegionProgram(compile_mode="export", identity=IdentitySpec(slot_capacity=3))}
+    topology = CanvasTopology([Connection("act", "memory[0]"), Connection("memory[0]", "act")])
+    made = CanvasProgram(CanvasSchema(LAYOUT, topology), regions)
+    first, second = (AttentionDispatcher(topology, LAYOUT, 8, program=made) for _ in range(2))
+    path = ProgramCompiler(made).compile(first, tmp_path).exported_paths["memory[0]"]
+    second.slot_modules["memory_0_"].load_state_dict(load_exported(path))
+    assert torch.equal(second.slot_modules["memory_0_"].slots, first.slot_modules["memory_0_"].slots)
+    assert not any(p.requires_grad for p in first.slot_modules.parameters())
+    assert all(p.requires_grad for p in first.fn_modules.parameters())
 
 
 @pytest.mark.parametrize("crash", ["before", "between", "cleaning"])
@@ -262,11 +488,11 @@ def test_a_crash_while_exporting_again_leaves_an_export_that_loads(tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             compiler.compile(new, tmp_path)
     # the manifest decides: old until it is renamed, new from then on, by whatever path
-    present, name = new if crash == "cleaning" else old, "heads.memory_0_.0.weight"
+    present, name = new if crash == "cleaning" else old, "0.weight"
     for path in (first, tmp_path / "memory[0].json"):
-        assert torch.equal(load_exported(path)[name], present.state_dict()[name])
+        assert torch.equal(load_exported(path)[name], present.heads["memory_0_"][0].weight)
     last = compiler.compile(new, tmp_path).exported_paths["memory[0]"]
-    assert torch.equal(load_exported(last)[name], new.state_dict()[name])
+    assert torch.equal(load_exported(last)[name], new.heads["memory_0_"][0].weight)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["memory[0].json", Path(last).name]
     # the same again is the same file
     assert compiler.compile(new, tmp_path).exported_paths["memory[0]"] == last and load_exported(last)
@@ -280,7 +506,8 @@ def test_names_of_any_kind_become_files(tmp_path):
     )
     made = CanvasProgram(CanvasSchema(layout), {name: RegionProgram(compile_mode="export") for name in names})
     for _ in range(2):
-        paths = ProgramCompiler(made).compile(nn.Linear(2, 2), tmp_path).exported_paths
+        with pytest.warns(UserWarning, match="belongs to these regions alone"):
+            paths = ProgramCompiler(made).compile(nn.Linear(2, 2), tmp_path).exported_paths
         found = sorted(path.name for path in tmp_path.iterdir())
         assert found == sorted([f"{stem}.json" for stem in names.values()] + [Path(p).name for p in paths.values()])
         for name, stem in names.items():
@@ -344,6 +571,44 @@ def test_what_is_left_is_a_smaller_plan_with_the_same_outputs():
         active_regions=compiled.active_regions,
     )
     torch.testing.assert_close(small(x.double()), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_constant_regions_can_stay_readable():
+    connections = [
+        Connection("act", "goal", write_mode="gate"), Connection("act", "memory[0]"), Connection("act", "belief"),
+        Connection("goal", "goal"), Connection("goal", "act", write_mode="gate"), Connection("belief", "goal"),
+        Connection("goal", "memory[0]"),
+    ]  # fmt: skip
+    whole = program(connections, g="constant", m="export")
+    whole.regions["goal"] = dataclasses.replace(whole.regions["goal"], identity=IdentitySpec(slot_capacity=3))
+    compiler = ProgramCompiler(whole)
+    without = compiler.compile()
+    assert without.active_regions == {"eye.left", "belief", "act"} == set(without.schema.layout.regions)
+    assert without.active_connections == connections[2:3] and without.summary().splitlines()[1:] == [
+        "  constant: goal", "  exported: memory[0]", "  read less, as regions left: act, belief",
+    ]  # fmt: skip
+    kept = compiler.compile(keep_constant=True)
+    assert kept.active_regions == {"eye.left", "belief", "act", "goal"} == set(kept.schema.layout.regions)
+    # who reads it still does; what it reads itself is over
+    assert kept.active_connections == [connections[0], connections[2], connections[5]]
+    assert kept.constant_regions == {"goal"} and kept.n_eliminated == 1 and kept.gates == (True, False)
+    assert kept.summary().splitlines()[1:] == [
+        "  constant, and still read: goal", "  exported: memory[0]", "  read less, as regions left: act",
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    full = AttentionDispatcher(whole.schema.topology, LAYOUT, 8, program=whole)
+    torch.nn.init.normal_(full.edge_gates)
+    small = AttentionDispatcher(kept.schema.topology, kept.schema.layout, 8, program=kept.program)
+    small.load_state_dict(surviving_state(small, full.state_dict(), kept))
+    x = torch.randn(2, LAYOUT.num_positions, 8)
+    belief, goal = (LAYOUT.region_index(name) for name in ("belief", "goal"))
+    # belief reads goal through its slots, as in the whole program
+    torch.testing.assert_close(small(x)[:, belief], full(x)[:, belief])
+    assert not torch.equal(small(x)[:, belief], x[:, belief]) and torch.equal(small(x)[:, goal], x[:, goal])
+    bank = {f"slot_modules.goal.{name}" for name, _ in small.slot_modules["goal"].named_parameters()}
+    done = ProgramCompiler(kept.program).compile(small, keep_constant=True)
+    assert done.constant_buffers.keys() == bank and not any(name in bank for name, _ in small.named_parameters())
+    torch.testing.assert_close(small(x)[:, belief], full(x)[:, belief])
 
 
 def test_programs_of_regions_that_the_layout_lacks_are_ignored():

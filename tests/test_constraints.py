@@ -23,9 +23,9 @@ EVERY_FN = ("cross_attention", "linear_attention", "cosine_attention", "sigmoid_
             "pooling", "copy", "mamba", "rwkv", "hyena", "sparse_attention", "local_attention", "random_fixed",
             "mixture", "cogvideox")  # fmt: skip
 BREAKS = {
-    "translation": {"mamba", "rwkv", "copy", "random_fixed"},
-    "rotation": {"local_attention", "mamba", "rwkv", "hyena", "copy", "random_fixed"},
-    "permutation": {"local_attention", "mamba", "rwkv", "hyena", "copy", "random_fixed"},
+    "translation": {"mamba", "rwkv", "copy", "random_fixed", "mixture"},
+    "rotation": {"local_attention", "mamba", "rwkv", "hyena", "copy", "random_fixed", "mixture"},
+    "permutation": {"local_attention", "mamba", "rwkv", "hyena", "copy", "random_fixed", "mixture"},
 }
 
 

@@ -24,7 +24,7 @@ MAX_LINES = 600
 LAYERS = {
     "declare": "notices checked files derived_buffers canvas connectivity masks schema types semantic program learning "
     "clock_ir cortex identity",
-    "plan": "plan compiler",
+    "plan": "plan compiler region_parameters",
     "run": "attention dispatch scheduling clock_formulas residuals",
     "graft": "looped_block cogvideox graft curriculum sharpening action_heads checkpoint",
     "look": "draw __main__",

@@ -242,6 +242,22 @@ def test_the_sets_and_the_families_are_the_published_ones():
     }
 
 
+def test_the_carrier_of_the_family_residual_is_the_same_in_layout_program_and_json():
+    tree = SimpleNamespace(
+        left=Field(family="residual"), said=Field(family="residual", carrier="deterministic"),
+        other=Field(family="residual", carrier="memory"), state=Field(family="state"),
+    )  # fmt: skip
+    bound, program = compile_program(tree)
+    wanted = {"left": "residual", "said": "residual", "other": "memory", "state": "deterministic"}
+    assert {name: bound.layout.region_spec(name).carrier for name in bound.field_names} == wanted
+    assert {name: region.carrier for name, region in program.regions.items()} == wanted
+    again = CanvasProgram.from_dict(program.to_dict())
+    assert again == program and again.regions["left"].carrier == "residual"
+    # a program that was saved with its family alone
+    saved = {**program.to_dict(), "region_programs": {"left": {"family": "residual"}}}
+    assert CanvasProgram.from_dict(saved).regions["left"].carrier == "residual"
+
+
 def test_learning_falls_back_to_the_family_and_compile_mode_does_not():
     assert RegionProgram("memory").effective_learning() == FAMILY_DEFAULTS["memory"] == default_learning("memory")
     assert RegionProgram("mood").effective_learning() == LearningSpec() == default_learning("mood")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from canvas_engineering import (
     ClockSpec,
     Connection,
     ConnectionProgram,
+    ConstraintSpec,
     CortexRegistry,
     CortexSpec,
     IdentitySpec,
@@ -30,6 +32,7 @@ from canvas_engineering import (
     ResidualSpec,
     TemporalFill,
     compile_attention,
+    validate_constraints,
 )
 from canvas_engineering.clock_ir import Cooldown, MaxSilence, OnEvent, Or, periodic
 from canvas_engineering.scheduling import DeviceScheduler
@@ -298,6 +301,68 @@ def test_cortices_keep_their_backends_to_themselves():
     assert found == ("cosine_attention", "cross_attention", *["linear_attention"] * 3)
 
 
+def test_an_isolated_cortex_has_modules_of_its_own():
+    pairs = [(src, dst) for src in "ab" for dst in "ab"]
+    layout, topology = three(*pairs[:2], Connection("b", "a", fn="gated"), ("c", "c"), Connection("c", "b", fn="gated"))
+
+    def built(isolated, name="visual.main"):
+        cortex = CortexRegistry()
+        cortex.register(CortexSpec(name, local_backend="cross_attention", isolated=isolated))
+        for region in "ab":
+            cortex.assign(region, name)
+        return cortex, randomised(0, topology, layout, cortex=cortex).double()
+
+    cortex, shared = built(False)
+    assert set(shared.fn_modules) == {"cross_attention", "gated"}
+    assert cortex.summary().splitlines()[1] == "  visual.main: cross_attention, a, b"
+    cortex, own = built(True)
+    inside = ["cross_attention__visual__main", "gated__visual__main"]
+    assert own.plan.fns == (inside[0], inside[0], inside[1], "cross_attention", "gated")
+    assert set(own.fn_modules) == set(own.plan.fns)
+    assert cortex.summary().splitlines()[1] == "  visual.main: cross_attention, isolated, a, b"
+    x = torch.randn(1, 6, D_MODEL, dtype=torch.float64)
+    modules, out = own.fn_modules, own(x)
+    close(out[:, A], (read(modules[inside[0]], x, A, A) + read(modules[inside[0]], x, A, B)) / 2)
+    close(out[:, B], read(modules[inside[1]], x, B, A))
+    close(out[:, C], (read(modules["cross_attention"], x, C, C) + read(modules["gated"], x, C, B)) / 2)
+    # with the parameters of the shared modules, it computes what they do
+    for name, module in modules.items():
+        module.load_state_dict(shared.fn_modules[name.partition("__")[0]].state_dict())
+    close(own(x), shared(x))
+    out = own(x, torch.tensor([1.0, 0.0, 0.0]))
+    assert torch.equal(out[:, B], x[:, B]) and not torch.equal(out[:, A], x[:, A])
+
+
+def test_constraints_that_do_not_hold_are_warned_of_where_a_dispatcher_is_built():
+    layout, topology = three(Connection("a", "b", fn="mixture"), ("b", "a"), ("c", "c"))
+    regions = {
+        "a": RegionProgram(constraints=ConstraintSpec("permutation", causal_direction="acyclic")),
+        "b": RegionProgram(clock=ClockSpec(mode="on_event", event_source="c.prediction")),
+        "c": RegionProgram(clock=ClockSpec(expr=Or(OnEvent("eror.prediction", gt=1.0), periodic(3)))),
+    }
+    with pytest.warns(UserWarning) as caught:
+        AttentionDispatcher(topology, layout, D_MODEL, HEADS, program=program_of(layout, topology, regions))
+    assert [re.sub(" is a cycle| does not hold.*", "", str(warning.message)) for warning in caught] == [
+        "the program of region a: equivariance 'permutation'",
+        "the program of region a: causal_direction 'acyclic'",
+        "the program of region c: its clock waits for 'eror.prediction', of a region that the layout does not have",
+    ]
+    # what counts is what runs: here, the function of a cortex, and another topology than the program's
+    cortex = CortexRegistry()
+    cortex.register(CortexSpec("home", local_backend="mamba"))
+    for name in "ab":
+        cortex.assign(name, "home")
+    regions = {"a": RegionProgram(constraints=ConstraintSpec("translation"))}
+    layout, plain = three(("a", "b"))
+    made = program_of(layout, plain, regions)
+    assert validate_constraints(made) == []
+    with pytest.warns(UserWarning, match="equivariance 'translation' does not hold: .* runs 'mamba'"):
+        AttentionDispatcher(plain, layout, D_MODEL, HEADS, program=made, cortex=cortex)
+    AttentionDispatcher(plain, layout, D_MODEL, HEADS, program=made)
+    with pytest.warns(UserWarning, match="runs 'mixture'"):
+        AttentionDispatcher(topology, layout, D_MODEL, HEADS, program=made)
+
+
 def test_cortex_backends_that_do_not_exist_are_refused():
     layout, topology = three(("a", "b"))
     cortex = CortexRegistry()
@@ -398,6 +463,23 @@ def test_residuals_go_by_either_carrier_and_by_what_is_kept():
     kept = ResidualAccumulator(["b"])
     ran(layout, topology, regions, residual_accumulator=kept)
     assert kept.summaries() == {"b": {"prediction": 0.0}}
+
+
+def test_regions_of_the_family_residual_have_the_carrier_residual():
+    assert RegionProgram("residual").carrier == RegionProgram("residual", carrier="deterministic").carrier == "residual"
+    assert [RegionProgram(f, carrier="filter").carrier for f in ("residual", "state")] == ["filter", "filter"]
+    layout, topology = three(("a", "b"))
+    _, _, dispatcher = ran(
+        layout, topology, {"b": RegionProgram("residual")}, residual_accumulator=ResidualAccumulator(["b"])
+    )
+    assert dispatcher.summaries["b"]["prediction"] > 0
+    # another carrier was asked for: nothing is kept, and that is said
+    with pytest.warns(UserWarning, match="region 'b' is of the family 'residual', and of the carrier 'filter'"):
+        _, _, dispatcher = ran(
+            layout, topology, {"b": RegionProgram("residual", carrier="filter")},
+            residual_accumulator=ResidualAccumulator(["b"]),
+        )  # fmt: skip
+    assert dispatcher.summaries["b"]["prediction"] == 0
 
 
 def test_inactive_connections_leave_no_residual():

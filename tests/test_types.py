@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
+import warnings
 from collections import namedtuple
 from dataclasses import dataclass, make_dataclass
 from dataclasses import field as dc_field
@@ -23,6 +25,7 @@ from canvas_engineering import (
     Field,
     LayoutStrategy,
     SpatiotemporalCanvas,
+    compile_program,
     compile_schema,
 )
 
@@ -211,9 +214,9 @@ def test_pydantic_models():
 
 def test_one_object_at_two_places_is_two_sets_of_fields():
     arm = Arm()
-    bound = compile_schema(SimpleNamespace(left=arm, right=arm, spare=[arm, arm]))
-    assert len(bound.field_names) == 12
-    assert len({bound.layout.region_spec(name).bounds for name in bound.field_names}) == 12
+    bound = compile_schema(SimpleNamespace(task=Field(), left=arm, right=arm, spare=[arm, arm]))
+    assert len(bound.field_names) == 13
+    assert len({bound.layout.region_spec(name).bounds for name in bound.field_names}) == 13
 
 
 def test_what_holds_no_field_is_passed_over():
@@ -346,6 +349,7 @@ def test_families_do_not_change_who_reads_whom():
 def test_coarse_sizes_come_from_metadata_then_class_then_are_scalar():
     @dataclass
     class Body:
+        task: Field = Field()
         overridden: Sensor = dc_field(default_factory=Sensor, metadata={"coarse": Field(3, 3)})
         by_class: Sensor = dc_field(default_factory=Sensor)
         scalar: Arm = dc_field(default_factory=Arm)
@@ -365,7 +369,44 @@ def test_coarse_fields_carry_their_template():
     spec = compile_schema(SimpleNamespace(told=Told())).layout.region_spec("told")
     assert (spec.is_output, spec.loss_weight, spec.default_attn) == (False, 3.0, "pooling")
     assert (spec.semantic_type, spec.carrier) == ("summary", "memory")
-    assert spec.period == 5  # of what it summarises, not of the template
+    assert spec.period == 7  # as declared, whatever is below
+    by_attribute = make_dataclass(
+        "Told", [("told", object, dc_field(default_factory=Arm, metadata={"coarse": Field(1, 2, period=3)}))]
+    )
+    assert compile_schema(by_attribute()).layout.region_spec("told").period == 3
+
+
+def test_an_annotated_coarse_size_is_no_region():
+    @dataclass
+    class Annotated:
+        __coarse__: Field = Field(2, 4)
+        x: Field = Field()
+
+    @dataclass(slots=True)
+    class Slotted:
+        x: Field = Field()
+        __coarse__: Field = dc_field(default_factory=lambda: Field(1, 6))
+
+    @dataclass
+    class Root:
+        __coarse__: Field = Field(9, 9)
+        p: Field = Field()
+        a: Annotated = dc_field(default_factory=Annotated)
+        b: Annotated = dc_field(default_factory=lambda: Annotated(Field(3, 3)))
+        c: Slotted = dc_field(default_factory=Slotted)
+
+    layout = compile_schema(Root()).layout
+    sizes = {name: layout.region_size(name)[1:] for name in layout.regions}
+    assert sizes == {"p": (1, 1), "a": (2, 4), "a.x": (1, 1), "b": (3, 3), "b.x": (1, 1), "c": (1, 6), "c.x": (1, 1)}
+
+    pydantic = pytest.importorskip("pydantic", reason="pydantic is not installed")
+
+    class Model(pydantic.BaseModel):
+        __coarse__: ClassVar[Field] = Field(2, 5)
+        x: Field = Field()
+
+    layout = compile_schema(SimpleNamespace(p=Field(), m=Model())).layout
+    assert list(layout.regions) == ["p", "m", "m.x"] and layout.region_size("m")[1:] == (2, 5)
 
 
 def test_coarse_periods_are_means_weighted_by_positions():
@@ -404,6 +445,52 @@ def test_coarse_siblings_are_not_connected():
     pairs = set(pairs_of(compile_schema(SimpleNamespace(task=Field(), left=Arm(), right=Arm()))))
     assert {("left", "task"), ("task", "right")} <= pairs
     assert not {("left", "right"), ("right", "left"), ("left", "right.grip"), ("left.grip", "right.grip")} & pairs
+
+
+APART = r"the root has no field of its own, through which its \d+ parts could meet: nothing connects "
+
+
+def apart_of(root, array_element="isolated"):
+    """The warning of parts that nothing connects; None where there is none."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compile_schema(root, connectivity=policy(array_element=array_element))
+    assert len(caught) <= 1 and all(warning.filename == __file__ for warning in caught)
+    return str(caught[0].message) if caught else None
+
+
+def test_parts_of_a_root_without_a_field_are_named_once():
+    two = SimpleNamespace(left=Arm(), right=Arm())
+    message = apart_of(two)
+    assert re.match(APART + r"'left', 'right'. Give it a field$", message)
+    # the topology stays as published
+    with pytest.warns(UserWarning, match=APART):
+        pairs = set(pairs_of(compile_schema(two)))
+    assert not {(src, dst) for src, dst in pairs if src[:4] != dst[:4]}
+    with pytest.warns(UserWarning, match=APART) as caught:
+        compile_program(two)
+    assert len(caught) == 1
+    # a field, a single part, or a level between them
+    for joined in (SimpleNamespace(task=Field(), left=Arm(), right=Arm()), SimpleNamespace(left=Arm())):
+        assert apart_of(joined) is None
+    assert apart_of(SimpleNamespace(body=two)) is None
+    assert "'a', 'b', 'c', 'd', 'e', 'f', ..." in apart_of(SimpleNamespace(**{name: Arm() for name in "abcdefgh"}))
+
+
+def test_lists_of_a_root_without_a_field_go_by_their_policy():
+    arms = SimpleNamespace(arms=[Arm(), Arm()])
+    message = apart_of(arms)
+    assert "'arms[0]', 'arms[1]'" in message and "by the array_element policy 'dense' or 'ring'" in message
+    assert all(apart_of(arms, name) is None for name in ("dense", "ring", "matched_fields"))
+    mixed = SimpleNamespace(x=[Arm(), Sensor(), Arm()])
+    assert apart_of(mixed, "dense") is None and "its 2 parts" in apart_of(mixed, "matched_fields")
+    both = SimpleNamespace(a=Field(), b=Field())
+    bridge = SimpleNamespace(x=[SimpleNamespace(a=Field()), SimpleNamespace(b=Field()), both])
+    assert apart_of(bridge, "matched_fields") is None and "its 3 parts" in apart_of(bridge)
+    assert apart_of(SimpleNamespace(x=[Field(), Field()]), "matched_fields") is None
+    # two lists do not meet, whatever the policy
+    message = apart_of(SimpleNamespace(left=[Arm()] * 2, right=[Arm()] * 2), "dense")
+    assert "'left[0]', 'right[0]'" in message and "array_element" not in message
 
 
 INTRA = {
@@ -447,7 +534,8 @@ def test_matched_fields_of_arrays():
     }
     assert extra_pairs(3, "matched_fields") == expected
     mixed_list = SimpleNamespace(x=[Arm(), Sensor(), Arm()])
-    mixed = compile_schema(mixed_list, connectivity=policy(array_element="matched_fields"))
+    with pytest.warns(UserWarning, match=APART + r"'x\[0\]', 'x\[1\]'"):
+        mixed = compile_schema(mixed_list, connectivity=policy(array_element="matched_fields"))
     across = {pair for pair in pairs_of(mixed) if pair[0][:4] != pair[1][:4]}
     assert across == {
         *(("x[0].joints", "x[2].joints"), ("x[2].joints", "x[0].joints")),
@@ -456,10 +544,10 @@ def test_matched_fields_of_arrays():
 
 
 def test_arrays_are_wired_one_by_one():
-    root = SimpleNamespace(left=[Arm(), Arm()], right=[Arm(), Arm()])
+    root = SimpleNamespace(task=Field(), left=[Arm(), Arm()], right=[Arm(), Arm()])
     pairs = set(pairs_of(compile_schema(root, connectivity=policy(array_element="dense"))))
     assert ("left[0]", "left[1]") in pairs
-    assert not {pair for pair in pairs if pair[0][0] != pair[1][0]}
+    assert not {(src, dst) for src, dst in pairs if "task" not in (src, dst) and src[0] != dst[0]}
 
 
 def test_temporal_policies():
@@ -524,7 +612,8 @@ def expected(tree, path=""):
             continue
         declared = [f for f in leaves(child)]
         mean = sum(f.h * f.w * f.period for f in declared) / sum(f.h * f.w for f in declared)
-        regions[name] = ((coarse or Field()).h, (coarse or Field()).w, max(1, round(mean)))
+        size = coarse or Field()
+        regions[name] = (size.h, size.w, max(1, round(mean)) if size.period == 1 else size.period)
         regions |= below
         level_above = own + ([path] if path else [])
         level_below = [join(name, f"f{i}") for i in range(len(child["own"]))]
@@ -543,6 +632,7 @@ def leaves(tree):
 
 @given(trees, st.sampled_from(["packed", "interleaved"]))
 @settings(max_examples=60)
+@pytest.mark.filterwarnings("ignore:the root has no field of its own:UserWarning")
 def test_random_types(tree, strategy):
     # A coarse size alone makes a type too; here only what has fields counts.
     if not list(leaves(tree)) or any(not list(leaves(t)) for t in inner_trees(tree)):

@@ -161,6 +161,10 @@ class SpatiotemporalCanvas(CanvasModule):
             method of the ParameterDict that holds them.
     """
 
+    parts_of_no_region = (
+        *("empty_token", "pos_enc", "period_embedding", "modality_embeddings", "family_carrier_embedding"),
+    )
+
     def __init__(self, layout: CanvasLayout, semantic_conditioner: Any = None, program: Any = None) -> None:
         super().__init__()
         self.layout = checked_kind(layout, "layout", CanvasLayout)
@@ -218,6 +222,16 @@ class SpatiotemporalCanvas(CanvasModule):
             return "state", spec.carrier
         region = self.program.regions[name]
         return region.family, region.carrier
+
+    def region_parameters(self, region: str) -> list[str]:
+        """What of the canvas belongs to a region: its modality embedding, and its rows of the period, family and
+        carrier tables, each of which is one tensor for all regions. For `ProgramCompiler`."""
+        if region not in self._ranges:
+            return []
+        found = ["period_embedding"]
+        if self.modality_embeddings is not None:
+            found.append(f"modality_embeddings.{parameter_key(region)}")
+        return [*found, *["family_carrier_embedding"] * (self.family_carrier_embedding is not None)]
 
     def _conditioning(self) -> torch.Tensor:
         """Each region's semantic conditioning, ``[regions, d_model]``; in one go where all can be had at once."""

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 
 from canvas_engineering.checked import checked_choice, checked_kind
+from canvas_engineering.clock_ir import OnEvent
 from canvas_engineering.connectivity import Connection, resolve_connections
 from canvas_engineering.notices import some, warn
 from canvas_engineering.program.document import CanvasProgram
@@ -15,6 +16,7 @@ from canvas_engineering.program.specs import (
     COMPILE_MODES,
     CONSTRAINT_VALUES,
     WRITE_MODES,
+    ClockSpec,
     ConstraintSpec,
     RegionProgram,
 )
@@ -22,7 +24,8 @@ from canvas_engineering.program.specs import (
 __all__ = ["validate_constraints"]
 
 DEPLOY_MODES = (*sorted(COMPILE_MODES), "distill")
-_ORDERED = ("mamba", "rwkv", "copy", "random_fixed")  # what a key means depends on where it stands in the list
+# what a key means depends on where it stands in the list, as for the chunks of a mixture
+_ORDERED = ("mamba", "rwkv", "copy", "random_fixed", "mixture")
 # equivariance: attention functions that break it
 _BREAKING = {
     "permutation": ("local_attention", "hyena", *_ORDERED),
@@ -103,6 +106,24 @@ def validate_constraints(program: CanvasProgram) -> list[str]:
     for name, region in constrained.items():
         found += [f"{name}: {problem}" for problem in _problems(name, region, program, edges, reads)]
     return found
+
+
+def clock_problems(program: CanvasProgram) -> list[str]:
+    """The summaries that clocks of a program's regions name and no region of the layout can have, in words."""
+    found = []
+    for name, region in program.regions.items():
+        for source in () if region.clock is None else dict.fromkeys(_sources(region.clock)):
+            if source.rpartition(".")[0] not in program.schema.layout.regions:
+                found.append(f"{name}: its clock waits for {source!r}, of a region that the layout does not have")
+    return found
+
+
+def _sources(clock: ClockSpec) -> Iterator[str]:
+    """The summaries that a clock looks at."""
+    if clock.expr is not None:
+        yield from (node.source for node in clock.expr.nodes() if isinstance(node, OnEvent))
+    elif clock.mode == "on_event":
+        yield clock.event_source
 
 
 def _running(program: CanvasProgram) -> list[tuple[Connection, str]]:

@@ -60,6 +60,13 @@ def _check_kinds(spec: Any, **kinds: type) -> None:
         checked_kind(getattr(spec, name), f"{type(spec).__name__} {name}", kind, optional=True)
 
 
+def resolved_carrier(family: str | None, carrier: str | None) -> str:
+    """The carrier of a region: "residual" for the family of that name where the default is left, else as it is."""
+    if carrier not in (None, "deterministic"):
+        return carrier
+    return "residual" if family == "residual" else "deterministic"
+
+
 @dataclass(frozen=True)
 class ClockSpec:
     """When a region updates.
@@ -151,10 +158,12 @@ class RegionProgram:
     Args:
         family: the kind of state: "observation", "state", "memory", "residual", "action", or another name.
         tags: sub-tags within the family.
-        carrier: the dynamics: "deterministic", "diffusive", "filter", "memory", "residual", or another name.
+        carrier: the dynamics: "deterministic", "diffusive", "filter", "memory", "residual", or another name. Regions of
+            the family "residual" are never deterministic: at the default they have the carrier "residual".
         clock: when it updates; None for always.
         learning: how it learns; None for the family's default.
-        compile_mode: what deploy makes of it: "runtime", "freeze", "constant", "export" or "distill".
+        compile_mode: what deploy makes of it: "runtime", "freeze", "constant", "export", or "distill", which is
+            recorded and does nothing yet.
         constraints: on its dynamics.
         identity: it is read through a bank of slots.
 
@@ -175,6 +184,7 @@ class RegionProgram:
         _check_strings(self, "family", "carrier", "compile_mode")
         _check_kinds(self, clock=ClockSpec, learning=LearningSpec, constraints=ConstraintSpec, identity=IdentitySpec)
         object.__setattr__(self, "tags", checked_strings(self.tags, "RegionProgram tags"))
+        object.__setattr__(self, "carrier", resolved_carrier(self.family, self.carrier))
 
     def effective_learning(self) -> LearningSpec:
         """``learning``, else the family's default, else a plain LearningSpec.

@@ -13,13 +13,14 @@ from canvas_engineering.canvas import CanvasLayout, RegionSpec
 from canvas_engineering.checked import checked_int, checked_ints, checked_kind
 from canvas_engineering.connectivity import CanvasTopology
 from canvas_engineering.program import CanvasProgram, RegionProgram
+from canvas_engineering.program.specs import resolved_carrier
 from canvas_engineering.schema import CanvasSchema
 from canvas_engineering.semantic import auto_semantic_type
 from canvas_engineering.types.bound import BoundField, BoundSchema
 from canvas_engineering.types.declare import ConnectivityPolicy, Field, LayoutStrategy, checked_strategy
 from canvas_engineering.types.pack import auto_shape, field_shapes, pack, spatial_dims
 from canvas_engineering.types.walk import TypeNode, walk
-from canvas_engineering.types.wire import wire
+from canvas_engineering.types.wire import warn_of_parts_apart, wire
 
 __all__ = [
     "DEFAULT_WIRING",
@@ -66,9 +67,11 @@ def compile_schema(
     The object is a dataclass, a Pydantic model or a plain object; its attributes may be such objects themselves, or
     lists of them. Fields come in declaration order, a type's own first, then nested types, then lists, under paths such
     as ``sensor.rgb`` and ``vehicles[3].plan``. Every nested object also gets a *coarse* field at its own path, which
-    stands for it one level up: its size is ``metadata={"coarse": Field(h, w)}`` of the attribute, else ``__coarse__``
-    of its class, else a scalar; its period the mean of all periods below it, weighted by positions per frame. Parents
-    read and are read through it, so a thousand children cost a thousand times what one does.
+    stands for it one level up. It is as ``metadata={"coarse": Field(h, w)}`` of the attribute declares, else as
+    ``__coarse__`` of its class does, else a scalar. Its period is the declared one where that is not 1, else the mean
+    of all periods below it, weighted by positions per frame. Parents read and are read through it, so a thousand
+    children cost a thousand times what one does. Parts of one object meet through its own fields, or its coarse field;
+    where the root has no field of its own, they stay unconnected, and one UserWarning names them.
 
     Args:
         root: the object.
@@ -177,6 +180,7 @@ def compile_tree(
     places, grid = _places(fields, strategy, spatial_shape, H, W)
     specs = {path: _region(path, declared, T, *places[path]) for path, declared in fields.items()}
     layout = CanvasLayout(T=T, d_model=d_model, spatial_shape=grid, regions=specs, t_current=t_current)
+    warn_of_parts_apart(tree, policy)
     return BoundSchema(CanvasSchema(layout, wire(tree, policy)), specs)
 
 
@@ -223,9 +227,6 @@ def _region(path: str, declared: Field, T: int, start: tuple[int, ...], shape: t
     bounds = [0, min(declared.temporal_extent or T, T)]
     for low, size in zip(start, shape):
         bounds += (low, low + size)
-    carrier = declared.carrier
-    if carrier is None:
-        carrier = "residual" if declared.family == "residual" else "deterministic"
     return RegionSpec(
         bounds=tuple(bounds),
         period=declared.period,
@@ -233,5 +234,5 @@ def _region(path: str, declared: Field, T: int, start: tuple[int, ...], shape: t
         loss_weight=declared.loss_weight,
         semantic_type=auto_semantic_type(path) if declared.semantic_type is None else declared.semantic_type,
         default_attn=declared.attn,
-        carrier=carrier,
+        carrier=resolved_carrier(declared.family, declared.carrier),
     )

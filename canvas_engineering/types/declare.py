@@ -35,8 +35,8 @@ class Field:
         temporal_extent: number of frames, from frame 0; None means all of the canvas.
         family: "observation", "state", "memory", "residual" or "action"; None leaves it open.
         tags: sub-tags within the family.
-        carrier: the dynamics that govern the field; None means "residual" for the family "residual", else
-            "deterministic".
+        carrier: the dynamics that govern the field; None means "deterministic". For the family "residual", both mean
+            "residual".
         spatial_shape: positions per spatial dimension, for fields of any number of dimensions, instead of ``h`` and
             ``w``, which then mirror its first two entries.
 
@@ -123,7 +123,7 @@ class ConnectivityPolicy:
     """Who reads whom in a compiled schema.
 
     Whatever the policy, every coarse field reads itself, and it and its parent's fields, and it and its own type's
-    fields, read each other.
+    fields, read each other. Coarse fields of one parent do not read each other: they meet through the parent's fields.
 
     Args:
         intra: a type's own fields: "dense" (each reads all, itself included), "isolated" (itself only), "causal_chain"

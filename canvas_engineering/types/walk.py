@@ -130,7 +130,7 @@ class _Walker:
             self.back.setdefault(id(obj), path)
             return None
         if coarse is None:
-            coarse = getattr(type(obj), "__coarse__", None)
+            coarse = getattr(obj, "__coarse__", None)
         if coarse is not None and not isinstance(coarse, Field):
             raise ValueError(f"the coarse size of {path or type(obj).__name__!r} must be a Field, got {shown(coarse)}")
         node = TypeNode(path)
@@ -206,6 +206,8 @@ class _Walker:
             self.attributes_of[cls] = _class_attributes(cls)
         declared = self.attributes_of[cls]
         for name, size in declared.items():
+            if name == "__coarse__":  # annotated, as a dataclass's other lines are
+                continue
             yield name, getattr(obj, name, None), size
         for held in ("__dict__", "__pydantic_extra__"):
             for name, value in (getattr(obj, held, None) or {}).items():
@@ -215,7 +217,9 @@ class _Walker:
 
 def _coarse_field(node: TypeNode, template: Field | None) -> Field:
     template = template or Field()
-    period = max(1, round(node.period_sum / node.positions)) if node.positions else template.period
+    period = template.period
+    if period == 1 and node.positions:  # none was declared
+        period = max(1, round(node.period_sum / node.positions))
     semantic_type = f"coarse: {node.path}" if template.semantic_type is None else template.semantic_type
     return dataclasses.replace(template, period=period, semantic_type=semantic_type)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import pairwise, permutations
 
 from canvas_engineering.connectivity import CanvasTopology, Connection
+from canvas_engineering.notices import some, warn
 from canvas_engineering.types.declare import ConnectivityPolicy
 from canvas_engineering.types.walk import TypeNode
 
@@ -40,6 +41,50 @@ def wire(root: TypeNode, policy: ConnectivityPolicy) -> CanvasTopology:
         if policy.temporal == "causal":
             connections.append(Connection(src, dst, t_src=0, t_dst=-1))
     return CanvasTopology(connections)
+
+
+def warn_of_parts_apart(root: TypeNode, policy: ConnectivityPolicy) -> None:
+    """A UserWarning where the root has no field of its own, and parts of it that nothing connects.
+
+    Anywhere else the parts of a type meet: through its own fields, or through its coarse field.
+    """
+    if root.own:
+        return
+    lists = [_groups(elements, policy.array_element) for elements in root.arrays]
+    apart = [child.path for child in root.nested] + [group[0] for groups in lists for group in groups]
+    if len(apart) > 1:
+        split = any(len(groups) > 1 for groups in lists)
+        warn(
+            f"the root has no field of its own, through which its {len(apart)} parts could meet: nothing connects "
+            f"{some(map(repr, apart))}. Give it a field"
+            + ", or connect the elements of a list by the array_element policy 'dense' or 'ring'" * split
+        )
+
+
+def _groups(elements: list[TypeNode], policy: str) -> list[list[str]]:
+    """Paths of a list's elements, those together that its policy connects."""
+    if policy in ("dense", "ring"):
+        return [[element.path for element in elements]]
+    if policy == "isolated":
+        return [[element.path] for element in elements]
+    names = {element.path: [*element.own, *[""] * element.is_field] for element in elements}
+    having: dict[str, list[str]] = {}
+    for path in names:
+        for name in names[path]:
+            having.setdefault(name, []).append(path)
+    groups, seen = [], set()
+    for path in names:
+        group, pending = [], [path]
+        while pending:
+            one = pending.pop()
+            if one in seen:
+                continue
+            seen.add(one)
+            group.append(one)
+            for name in names[one]:
+                pending += having.pop(name, ())
+        groups += [group] * bool(group)
+    return groups
 
 
 def _collect(node: TypeNode, policy: ConnectivityPolicy, pairs: _Pairs) -> None:

@@ -1,0 +1,161 @@
+"""Which parameters and buffers of a module belong to which region of a canvas."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from canvas_engineering.canvas.tensor import parameter_key
+
+
+@dataclass
+class RegionParameters:
+    """What of a module belongs to one region and to no other that is to be treated otherwise.
+
+    Attributes:
+        parameters: by dotted name; a parameter that the module holds twice may be there twice.
+        buffers: dotted names of buffers.
+        submodules: paths of the modules that hold all of these.
+    """
+
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    buffers: list[str] = field(default_factory=list)
+    submodules: list[str] = field(default_factory=list)
+
+
+def parameters_by_region(
+    module: nn.Module, modes: Mapping[str, str]
+) -> tuple[dict[str, RegionParameters], dict[str, tuple[str, ...]]]:
+    """Sorts a module's tensors by region.
+
+    A tensor belongs to a region if a run of components of its dotted name spells the region's name, as ``arm.joints``,
+    ``arm__joints`` or ``vehicles.3.plan`` do, or if ``region_parameters(region)`` of a module above it lists it. Of a
+    region and another inside it, such as ``arm`` and ``arm.joints``, the inner one has it.
+
+    Args:
+        module: any module.
+        modes: region to what becomes of it. A tensor of several regions is theirs where their modes are the same.
+
+    Returns:
+        what belongs to each region; and, by name, the regions of each tensor whose regions have different modes.
+
+    Raises:
+        ValueError: ``region_parameters`` lists what its module does not have.
+    """
+    modules = dict(module.named_modules(remove_duplicate=False))
+    spelled = _Spellings(modes)
+    listed = _listed(modules, modes)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    owners: dict[str, dict[str, str]] = {}  # name of a tensor: region to the submodule in which it has the tensor
+    for name, tensor in (*parameters.items(), *module.named_buffers(remove_duplicate=False)):
+        found = spelled.owners(name, modules)
+        for key in (id(tensor), name, *_above(name)):
+            found.update(listed.get(key, {}))
+        owners[name] = found
+    # a tensor under several names belongs to the regions of all of them
+    of_tensor: dict[int, dict[str, None]] = {}
+    for name, tensor in parameters.items():
+        of_tensor.setdefault(id(tensor), {}).update(dict.fromkeys(owners[name]))
+    own, shared = {region: RegionParameters() for region in modes}, {}
+    for name, found in owners.items():
+        regions = of_tensor[id(parameters[name])] if name in parameters else found
+        if len({modes.get(region, "runtime") for region in regions}) > 1:
+            shared[name] = tuple(sorted(regions))
+            continue
+        for region in filter(modes.__contains__, regions):
+            submodule = found.get(region, name.rpartition(".")[0])
+            if submodule not in own[region].submodules:
+                own[region].submodules.append(submodule)
+            if name in parameters:
+                own[region].parameters[name] = parameters[name]
+            else:
+                own[region].buffers.append(name)
+    return own, shared
+
+
+def _above(name: str) -> Iterator[str]:
+    """Paths of the modules that hold a tensor, from the innermost out."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+class _Spellings:
+    """Region names as dotted names of modules spell them."""
+
+    def __init__(self, regions: Iterable[str]) -> None:
+        self.by_key: dict[str, list[str]] = {}
+        self.by_parts: dict[tuple[str, ...], list[str]] = {}
+        for region in regions:
+            self.by_key.setdefault(parameter_key(region), []).append(region)
+            self.by_parts.setdefault(_parts(region), []).append(region)
+
+    def owners(self, name: str, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+        """Regions that the name of a tensor spells, each with the path of the module that spells it."""
+        components = name.split(".")
+        n = _components_that_count(components, modules)
+        spans: dict[str, tuple[int, int]] = {}
+        for start in range(n):
+            for stop in range(start + 1, n + 1):
+                run = components[start:stop]
+                by_key = self.by_key.get("__".join(run), ())
+                for region in (*by_key, *self.by_parts.get(_parts(".".join(run)), ())):
+                    spans.setdefault(region, (start, stop))
+        # a dict of parameters holds single ones: its path is what a state dict goes into
+        return {
+            region: ".".join(components[: min(stop, len(components) - 1)])
+            for region, (start, stop) in spans.items()
+            if not any(_inside(other, region, spans) for other in spans)
+        }
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[^.\[\]]+", name))
+
+
+def _inside(inner: str, outer: str, spans: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether the tensor is the inner region's rather than the outer one's."""
+    (start, stop), (low, high) = spans[inner], spans[outer]
+    return inner.startswith((f"{outer}.", f"{outer}[")) or (start <= low and high <= stop and stop - start > high - low)
+
+
+def _components_that_count(components: list[str], modules: Mapping[str, nn.Module]) -> int:
+    """How many components of a tensor's name may spell a region."""
+    for number, component in enumerate(components):
+        holder = modules[".".join(components[:number])]
+        if component in getattr(holder, "parts_of_no_region", ()):
+            return number
+    # `weight` and `bias` of torch's layers are nobody's name
+    named_by_user = isinstance(holder, (nn.ParameterDict, nn.ParameterList))
+    return len(components) - (type(holder).__module__.startswith("torch.") and not named_by_user)
+
+
+def _listed(modules: Mapping[str, nn.Module], regions: Iterable[str]) -> dict[int | str, dict[str, str]]:
+    """What modules say by ``region_parameters``: id of a parameter, or name of one or of a submodule, to regions, each
+    with the path of the module that it is in. They are asked for the given regions, and for all that they know."""
+    found: dict[int | str, dict[str, str]] = {}
+    for path, module in modules.items():
+        # of the class: wrappers, such as compiled modules, hand on what they wrap
+        if not hasattr(type(module), "region_parameters"):
+            continue
+        prefix = f"{path}." if path else ""
+        names = dict(module.named_parameters(remove_duplicate=False))
+        others = (getattr(module, "region_names", ()), getattr(getattr(module, "layout", None), "regions", ()))
+        for region in dict.fromkeys([*regions, *others[0], *others[1]]):
+            listed = list(module.region_parameters(region) or ())
+            unknown = [name for name in listed if isinstance(name, str) and f"{prefix}{name}" not in modules]
+            unknown = [name for name in unknown if name not in names]
+            if unknown:
+                raise ValueError(
+                    f"region_parameters({region!r}) lists {sorted(unknown)}, which the module does not have"
+                )
+            for item in listed:
+                if isinstance(item, torch.Tensor):
+                    found.setdefault(id(item), {})[region] = path
+                else:
+                    whole = f"{prefix}{item}"
+                    found.setdefault(whole, {})[region] = whole if whole in modules else whole.rpartition(".")[0]
+    return found
