@@ -269,9 +269,9 @@ class AttentionDispatcher(CanvasModule):
         return x
 
     @property
-    def summaries(self) -> dict[str, dict[str, float]]:
-        """Residual summaries as plain floats, {} without an accumulator; waits for the device."""
-        return {} if self.residual_accumulator is None else self.residual_accumulator.summaries()
+    def summaries(self) -> dict[str, dict[str, float]] | None:
+        """Residual summaries as plain floats, None without an accumulator; waits for the device."""
+        return None if self.residual_accumulator is None else self.residual_accumulator.summaries()
 
     # -- identity
 

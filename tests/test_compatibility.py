@@ -80,3 +80,12 @@ def test_a_program_that_says_nothing_is_written_as_its_schema():
     assert silent.to_dict()["region_programs"] == {"a": {}}
     for program in (silent, ce.CanvasProgram(schema), ce.CanvasProgram(schema, version="2.7.1")):
         assert ce.CanvasProgram.from_dict(program.to_dict()) == program
+
+
+# -- running
+
+
+def test_dispatchers_without_an_accumulator_have_no_summaries():
+    assert ce.AttentionDispatcher(TOPOLOGY, LAYOUT, 8).summaries is None
+    kept = ce.AttentionDispatcher(TOPOLOGY, LAYOUT, 8, residual_accumulator=ce.ResidualAccumulator(["b"]))
+    assert kept.summaries == {"b": {"prediction": 0.0}}
