@@ -120,7 +120,7 @@ class RegionScheduler:
 
 
 class DeviceScheduler(CanvasModule):
-    """The clocks of a program as tensors: fires the layout's regions as `RegionScheduler` does, and waits for no device.
+    """The clocks of a program as tensors: fires the layout's regions as `RegionScheduler` does, without waiting.
 
     Summaries are read where the accumulator keeps them, and who fires is a tensor that `AttentionDispatcher` takes as
     it is: a loop of both runs ahead of its device, and compiles as a whole. When regions fired last is saved with the
@@ -219,6 +219,18 @@ class LearnedScheduler(CanvasModule):
             first = nn.Linear(checked_int(summary_dim, "summary_dim", 1), 2 * n_regions)
         self.scorer = nn.Sequential(first, nn.GELU(), nn.Linear(2 * n_regions, n_regions))
 
+    @property
+    def summary_dim(self) -> int | None:
+        """Number of summaries; None before the first call, where that decides."""
+        first = self.scorer[0]
+        return None if isinstance(first, nn.LazyLinear) else first.in_features
+
+    def __repr__(self) -> str:
+        return (
+            f"LearnedScheduler(n_regions={self.n_regions}, summary_dim={self.summary_dim}, "
+            f"max_active={self.max_active}, temperature={self.temperature:g})"
+        )
+
     def forward(self, summaries: torch.Tensor) -> tuple[set[int], torch.Tensor]:
         """Chooses regions.
 
@@ -232,7 +244,7 @@ class LearnedScheduler(CanvasModule):
         """
         row = summaries if summaries.dim() == 1 else summaries[0]
         first, gelu, last = self.scorer
-        expected = None if isinstance(first, nn.LazyLinear) else first.in_features
+        expected = self.summary_dim
         if row.shape[-1] not in (0, row.shape[-1] if expected is None else expected):
             raise ValueError(f"the scheduler scores {expected} summaries, got {tuple(summaries.shape)}")
         hidden = last.weight.new_zeros(2 * self.n_regions) if not row.shape[-1] else gelu(first(row))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import canvas_engineering as ce
 
@@ -89,3 +92,127 @@ def test_dispatchers_without_an_accumulator_have_no_summaries():
     assert ce.AttentionDispatcher(TOPOLOGY, LAYOUT, 8).summaries is None
     kept = ce.AttentionDispatcher(TOPOLOGY, LAYOUT, 8, residual_accumulator=ce.ResidualAccumulator(["b"]))
     assert kept.summaries == {"b": {"prediction": 0.0}}
+
+
+def mixed():
+    """A program with a region of every compile mode, ``mode`` its name, and one that says nothing."""
+    names = ["runtime", "freeze", "constant", "export", "silent"]
+    regions = {name: (0, 1, row, row + 1) for row, name in enumerate(names)}
+    layout = ce.CanvasLayout(T=1, spatial_shape=(len(names),), d_model=8, regions=regions)
+    schema = ce.CanvasSchema(layout, ce.CanvasTopology.dense(names))
+    return ce.CanvasProgram(schema, {name: ce.RegionProgram(compile_mode=name) for name in names[:-1]})
+
+
+def test_compiled_programs_of_mixed_modes():
+    compiled = ce.ProgramCompiler(mixed()).compile()
+    assert compiled.active_regions == {"runtime", "freeze", "silent"}
+    assert compiled.frozen_regions == {"freeze"} and compiled.constant_regions == {"constant"}
+    assert compiled.exported_memories == {"export"}
+    assert compiled.all_regions == compiled.active_regions | {"constant", "export"} and compiled.n_eliminated == 2
+    assert [(c.src, c.dst) for c in compiled.active_connections] == [
+        (src, dst) for src in ("runtime", "freeze", "silent") for dst in ("runtime", "freeze", "silent")
+    ]
+    assert isinstance(compiled.schema, ce.CanvasSchema) and "frozen: freeze" in compiled.summary()
+
+
+def test_current_loops_is_what_set_loops_set():
+    block = ce.LoopedBlockWrapper(torch.nn.Linear(4, 4), max_loops=3, embed_dim=4)
+    assert block.current_loops == 1
+    block.set_loops(2)
+    assert block.current_loops == 2
+    block.current_loops = 9
+    assert block.current_loops == block.loops == 3
+
+
+def test_a_layout_has_one_grid():
+    with pytest.raises(ValueError, match="Cannot specify both"):
+        ce.CanvasLayout(T=1, d_model=4, spatial_shape=(3, 4), H=3, W=4)
+    assert (LAYOUT.spatial_shape, LAYOUT.H, LAYOUT.W) == ((3, 4), 3, 4)
+
+
+def test_fields_have_a_spatial_shape():
+    assert ce.Field(4, 8).spatial_shape == (4, 8) and ce.Field().spatial_shape == (1, 1)
+    assert ce.Field(4, 8) == ce.Field(spatial_shape=(4, 8))
+    assert dataclasses.replace(ce.Field(4, 8), h=5).spatial_shape == (5, 8)
+    with pytest.raises(ValueError, match="contradicts h=5"):
+        ce.Field(5, 8, spatial_shape=(4, 8))
+    # a scalar fits canvases of any number of dimensions
+    bound = ce.compile_schema(SimpleNamespace(line=ce.Field(spatial_shape=(5,)), scalar=ce.Field()))
+    assert bound.layout.n_spatial_dims == 1 and bound["line"].num_positions == 5
+
+
+def test_family_and_carrier_embeddings():
+    embedding = ce.FamilyCarrierEmbedding(8)
+    assert embedding.d_model == 8
+    assert embedding.family_embedding.weight.shape == embedding.carrier_embedding.weight.shape == (6, 8)
+    assert set(embedding.FAMILIES) == ce.REGION_FAMILIES and set(embedding.CARRIERS) == ce.CARRIERS
+    assert embedding.family_idx("mood") == len(embedding.FAMILIES)
+    assert embedding.carrier_idx("wave") == len(embedding.CARRIERS)
+    assert [embedding.family_idx(name) for name in embedding.FAMILIES] == [0, 1, 2, 3, 4]
+
+
+def test_errors_that_code_matches_on():
+    bound = ce.compile_schema(SimpleNamespace(a=ce.Field(2, 2)), d_model=8)
+    with pytest.raises(RuntimeError, match="No canvas"):
+        bound["a"].place(torch.zeros(1, 9, 8), torch.zeros(1, 4, 8))
+    with pytest.raises(ValueError, match="No Field"):
+        ce.compile_schema(SimpleNamespace(a=3))
+    with pytest.raises(ValueError, match="sundial"):
+        ce.ClockExpr.from_dict({"type": "sundial"})
+
+
+def test_sparse_masks_without_a_pattern_are_full():
+    with pytest.warns(UserWarning, match="without a pattern leaves nothing out"):
+        mask = ce.MaskSpec(kind="sparse")
+    assert mask.kind == "sparse"
+    assert ce.mask_to_index_pairs(mask, LAYOUT, "a", "b") == ce.mask_to_index_pairs(ce.MaskSpec(), LAYOUT, "a", "b")
+    x = torch.randn(1, LAYOUT.num_positions, 8)
+    found = []
+    for fn in ("cross_attention", "perceiver"):
+        for t_dst in (None, 0):
+            for given in (mask, None):
+                topology = ce.CanvasTopology([ce.Connection("a", "b", t_dst=t_dst, fn=fn, mask=given)])
+                torch.manual_seed(0)
+                found.append((ce.AttentionDispatcher(topology, LAYOUT, 8)(x), topology.to_attention_mask(LAYOUT)))
+    for (out, matrix), (full, expected) in zip(found[::2], found[1::2]):
+        torch.testing.assert_close(out, full)
+        assert torch.equal(matrix, expected) and matrix.any()
+    schema = ce.CanvasSchema(LAYOUT, ce.CanvasTopology([ce.Connection("a", "b", mask=mask)]))
+    with pytest.warns(UserWarning, match="without a pattern"):
+        assert ce.CanvasSchema.from_dict(schema.to_dict()) == schema
+
+
+# -- text that people read
+
+
+def test_topologies_are_summed_up():
+    predicts = ce.Connection("b", "a", t_src=0, t_dst=-1, operator="predict", temporal_fill=ce.TemporalFill.DROP)
+    topology = ce.CanvasTopology.causal_temporal(["a"])
+    assert ce.CanvasTopology([*topology.connections, predicts, ce.Connection("b", "b")]).summary().splitlines() == [
+        "CanvasTopology: 4 connections among 2 regions",
+        "  3 temporal: drop=1, hold=2",
+        "  operators: attend=3, predict=1",
+        "  a ↺ self, weight 1, fn default, t (0, 0) hold",
+        "  a ↺ self, weight 1, fn default, t (0, -1) hold",
+        "  b -> a, weight 1, fn default, t (0, -1) drop, operator predict",
+        "  b ↺ self, weight 1, fn default",
+    ]
+    assert ce.CanvasTopology.dense(["a"]).summary().splitlines()[1:] == ["  a ↺ self, weight 1, fn default"]
+
+
+def test_reprs_name_sizes_on_a_line():
+    made = [
+        ce.CanvasTopology([ce.Connection("a", "b")]),
+        ce.ResidualAccumulator(["a", "b"]),
+        ce.SlotBindingModule(8, 3, birth_death=True),
+        ce.LearnedScheduler(2, 5, 1),
+    ]
+    assert list(map(repr, made)) == [
+        "CanvasTopology(connections=1, regions=2)",
+        "ResidualAccumulator(regions=2, kinds=1, reduce='max_mean', decay=0.95)",
+        "SlotBindingModule(d_model=8, n_slots=3, n_heads=4, birth_death=True)",
+        "LearnedScheduler(n_regions=2, summary_dim=5, max_active=1, temperature=1)",
+    ]
+    assert repr(ce.LearnedScheduler(2, None, 1)).startswith("LearnedScheduler(n_regions=2, summary_dim=None, ")
+    crowd = ce.CanvasTopology.dense([f"region {number}" for number in range(200)])
+    assert repr(crowd) == "CanvasTopology(connections=40000, regions=200)"

@@ -12,6 +12,7 @@ import torch
 
 from canvas_engineering.checked import (
     LARGEST_INT,
+    MirroredInt,
     checked_bool,
     checked_int,
     checked_ints,
@@ -207,13 +208,16 @@ class CanvasLayout:
         put(self, "d_model", checked_int(self.d_model, "CanvasLayout d_model", 1))
         put(self, "t_current", checked_int(self.t_current, "CanvasLayout t_current", 0))
         shape = checked_ints(self.spatial_shape, "CanvasLayout spatial_shape")
-        # both are there, and agree, where dataclasses.replace makes a layout of another
         given = tuple(
             None if size is None else checked_int(size, f"CanvasLayout {name}", 1)
             for name, size in (("H", self.H), ("W", self.W))
         )
-        if shape and given not in ((None, None), (*shape[:2], None)[:2]):
-            raise ValueError(f"give spatial_shape={shape} or H={given[0]}, W={given[1]}, not both")
+        # both are there, and agree, where dataclasses.replace makes a layout of another
+        mirrored = isinstance(self.H, MirroredInt) and given == (*shape[:2], None)[:2]
+        if shape and given != (None, None) and not mirrored:
+            raise ValueError(
+                f"Cannot specify both: give spatial_shape={shape} or H={given[0]}, W={given[1]}, not both"
+            )
         if not shape:
             if given[0] is None:
                 raise ValueError(f"a CanvasLayout needs spatial_shape, or H and W; got H=None, W={given[1]}")
@@ -225,8 +229,8 @@ class CanvasLayout:
                 f"a CanvasLayout of T={self.T} frames of {shape} has {self.num_positions} positions: it may have up to "
                 "2**31 - 1"
             )
-        put(self, "H", shape[0])
-        put(self, "W", shape[1] if len(shape) > 1 else None)
+        put(self, "H", MirroredInt(shape[0]))
+        put(self, "W", MirroredInt(shape[1]) if len(shape) > 1 else None)
         if not isinstance(self.regions, dict):
             raise ValueError(
                 f"CanvasLayout regions must be a dict of names to bounds, got {type(self.regions).__name__}"
