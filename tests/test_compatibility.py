@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import importlib
+import inspect
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -216,3 +220,71 @@ def test_reprs_name_sizes_on_a_line():
     assert repr(ce.LearnedScheduler(2, None, 1)).startswith("LearnedScheduler(n_regions=2, summary_dim=None, ")
     crowd = ce.CanvasTopology.dense([f"region {number}" for number in range(200)])
     assert repr(crowd) == "CanvasTopology(connections=40000, regions=200)"
+
+
+# -- names and signatures
+
+SIGNATURES = json.loads(Path(__file__).with_name("public_signatures.json").read_text())
+"""Module to name to signature, of 0.5 and what its documentation adds; "Class.name" is a method or a property."""
+# at the package's root, where these words would be too short
+ROOT_NAMES = {
+    **{name: f"clock_{name}" for name in ("periodic", "on", "boundary")},
+    **{name: f"Clock{name}" for name in ("Cooldown", "MaxSilence")},
+}
+# parameter that ours has in the place of theirs; docs/migration.md says why
+REPLACED = {
+    "LoopedCogVideoXBlock.forward: **kwargs": "attention_kwargs=None",
+    # a window of the same width, on grids in two dimensions
+    "LocalAttention: window_size=8": "window_size=None",
+}
+
+
+def parameters_of(text):
+    """The parameters of a signature that is written as "(a, b=1)"."""
+    known = {"FACTORY": "<factory>", "TemporalFill": ce.TemporalFill, "LayoutStrategy": ce.LayoutStrategy}
+    return list(inspect.signature(eval(f"lambda {text[1:-1]}: None", known)).parameters.values())
+
+
+def differences(name, found, text):
+    """What a call that 0.5 takes could stumble over."""
+    theirs = parameters_of(text)
+    ours = [bare(p) for p in inspect.signature(found).parameters.values() if p.name != "self"]
+    by_place = [p for p in ours if p.kind is not p.KEYWORD_ONLY]
+    for place, parameter in enumerate(theirs):
+        by_name = [p for p in ours if p.kind is p.KEYWORD_ONLY and p.name == parameter.name]
+        (twin,) = by_name if parameter.kind is parameter.KEYWORD_ONLY else by_place[place : place + 1] or [None]
+        if str(twin) not in (str(parameter), REPLACED.get(f"{name}: {parameter}")):
+            yield f"{name} takes {twin}, not {parameter}"
+    for parameter in ours[len(theirs) :]:
+        if parameter.default is parameter.empty and not str(parameter).startswith("*"):
+            yield f"{name} wants {parameter} too"
+
+
+def bare(parameter):
+    """A parameter without its annotation, as 0.5 would have it."""
+    default = "<factory>" if repr(parameter.default) == "<factory>" else parameter.default
+    return parameter.replace(annotation=parameter.empty, default=default)
+
+
+@pytest.mark.parametrize("module", SIGNATURES)
+def test_names_and_signatures_are_the_published_ones(module):
+    imported, problems = importlib.import_module(module), []
+    for name, expected in SIGNATURES[module].items():
+        owner, _, attribute = name.partition(".")
+        found = getattr(imported, owner, None)
+        if found is not getattr(ce, ROOT_NAMES.get(owner, owner), None):
+            problems.append(f"{owner} is not at the package's root")
+        found = getattr(found, attribute, None) if attribute else found
+        if found is None:
+            problems.append(f"{name} is gone")
+        elif expected == "property":
+            problems += [] if isinstance(found, property) else [f"{name} is no property"]
+        elif expected == "enum":
+            problems += [] if issubclass(found, enum.Enum) else [f"{name} is no enumeration"]
+        elif expected[0] != "(":
+            kind, _, least = expected.partition(" of ")
+            right = type(found).__name__ == kind and len(found) >= int(least)
+            problems += [] if right else [f"{name} is a {type(found).__name__} of {len(found)}, was a {expected}"]
+        else:
+            problems += differences(name, found, expected)
+    assert problems == []
