@@ -23,6 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+if not __package__:  # run as a file, whose folder has no package `examples`
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
+
 from benchmarks.naive import DenseMask, PerEdgeLoop
 from canvas_engineering import AttentionDispatcher, draw
 from canvas_engineering.files import replacing

@@ -20,6 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+if not __package__:  # run as a file, whose folder has no package `examples`
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
+
 from canvas_engineering import (
     CurriculumScheduler,
     cogvideox_layout,

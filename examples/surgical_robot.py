@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+
+if not __package__:  # run as a file, whose folder has no package `examples`
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
 
 from canvas_engineering import BoundSchema, Field, compile_schema
 from examples.typed_canvas import run
