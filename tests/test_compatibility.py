@@ -7,6 +7,9 @@ import enum
 import importlib
 import inspect
 import json
+import operator
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -288,3 +291,80 @@ def test_names_and_signatures_are_the_published_ones(module):
         else:
             problems += differences(name, found, expected)
     assert problems == []
+
+
+# -- docs/migration.md
+
+PAGE = Path(__file__).resolve().parents[1] / "docs/migration.md"
+# what the readme of 0.5 asks for
+REQUIRED = {
+    "Python": ">=3.9",
+    "package `torch`": ">=2.0",
+    "package `einops`": ">=0.7",
+    "extra `cogvideox`": "`diffusers>=0.28`, `transformers>=4.40`, `accelerate`",
+    "extra `data`": "`av`, `numpy`, `Pillow`",
+    "extra `docs`": "`mkdocs-material>=9.0`, `mkdocstrings[python]>=0.24`, `pymdown-extensions>=10.0`",
+}
+
+
+def page_rows():
+    """The rows of the page's one table, as lists of four cells."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def requirements():
+    """What pyproject.toml asks for, in the form of REQUIRED."""
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli", reason="reads pyproject.toml")
+    project = tomllib.loads((PAGE.parents[1] / "pyproject.toml").read_text())["project"]
+    plain = [wanted.partition(";")[0] for wanted in project["dependencies"]]
+    packages = (re.fullmatch(r"([\w-]+)(.*)", wanted).groups() for wanted in plain)
+    return {
+        "Python": project["requires-python"],
+        **{f"package `{name}`": bounds for name, bounds in packages},
+        **{
+            f"extra `{extra}`": ", ".join(f"`{wanted.partition(';')[0]}`" for wanted in names)
+            for extra, names in project["optional-dependencies"].items()
+            if extra != "dev"
+        },
+    }
+
+
+def computed_rows():
+    """(what, 0.5, ours) of every difference that can be read off signatures and requirements."""
+    ours = requirements()
+    for what in [*REQUIRED, *(what for what in ours if what not in REQUIRED)]:
+        if REQUIRED.get(what) != ours.get(what):
+            yield what, REQUIRED.get(what, "none"), ours.get(what, "none")
+    for module, names in SIGNATURES.items():
+        for name, text in names.items():
+            if text[0] == "(":
+                found = operator.attrgetter(name)(importlib.import_module(module))
+                now = [bare(p) for p in inspect.signature(found).parameters.values() if p.name != "self"]
+                both = (parameters_of(text), now)
+                before, now = ([str(p).replace("'<factory>'", "…") for p in each] for each in both)
+                gone, new = [p for p in before if p not in now], [p for p in now if p not in before]
+                if gone or new:
+                    yield f"`{name}`", ", ".join(f"`{p}`" for p in gone) or "without", ", ".join(f"`{p}`" for p in new)
+
+
+def missing_rows():
+    found = [tuple(row[:3]) for row in page_rows()]
+    return [f"| {' | '.join(row)} | why? |" for row in computed_rows() if row not in found]
+
+
+def test_the_migration_page_has_every_difference_and_its_reason():
+    rows = page_rows()
+    assert [row for row in rows if len(row) != 4 or not all(row)] == []
+    assert len({row[0] for row in rows}) == len(rows), "one row for each thing"
+    missing = missing_rows()
+    assert not missing, "docs/migration.md wants these rows, with their reasons:\n" + "\n".join(missing)
+
+
+def test_the_migration_page_names_no_difference_that_is_none():
+    stated = {tuple(row[:3]) for row in page_rows() if re.match(r"(Python|package|extra)\b", row[0])}
+    assert stated <= set(computed_rows())
+
+
+if __name__ == "__main__":
+    print("\n".join(missing_rows()))
