@@ -1,4 +1,4 @@
-"""CartPole on a canvas, end to end: ``make demo``, or ``python -m examples.cartpole`` from the project's root.
+"""CartPole on a canvas, end to end: ``make demo``, or ``python examples/cartpole.py``.
 
 Records simulated trajectories with their rendered frames, declares a multi-rate canvas over them, trains a small canvas
 transformer to predict the second half of each window, and measures it on held-out episodes against persistence (the
@@ -224,7 +224,7 @@ def loss_figure(losses: list[float]):
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.cartpole", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python examples/cartpole.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the pictures")
     parser.add_argument("--data", type=Path, help="the recording, made if missing (default: in the --out folder)")
     parser.add_argument("--frames", type=int, default=2400, help="frames to record")

@@ -1,4 +1,4 @@
-"""A fleet of vehicles and their dispatcher: ``python -m examples.fleet``.
+"""A fleet of vehicles and their dispatcher: ``python examples/fleet.py``.
 
 Dispatch reads each vehicle's 4 x 4 summary and is read by it; no vehicle reads another's camera. Connections grow with
 the number of vehicles, not with its square: 27 for each, 1,351 for fifty. Plans and actions are predicted from what the

@@ -1,4 +1,4 @@
-"""Two economies in one world, three levels deep: ``python -m examples.world_model``.
+"""Two economies in one world, three levels deep: ``python examples/world_model.py``.
 
 What the one country's output says about the other's prices must climb to the country's summary, cross the regime that
 both read, and descend again: six reads in a row, where a dense canvas needs one. `hops` counts them from the topology;
