@@ -18,15 +18,6 @@ LARGEST_INT = 2**31 - 1
 DEEPEST = 100
 """Levels of nested JSON, types and clocks: what walks them recurses, and the stack ends near 1,000 frames."""
 
-
-class MirroredInt(int):
-    """A size that a declaration took from another of its fields: `dataclasses.replace` hands it on beside that."""
-
-
-class MirroredTuple(tuple):
-    """As `MirroredInt`, of several sizes."""
-
-
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlong = 4, 80
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdeque = 12

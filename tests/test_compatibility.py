@@ -140,7 +140,7 @@ def test_a_layout_has_one_grid():
 def test_fields_have_a_spatial_shape():
     assert ce.Field(4, 8).spatial_shape == (4, 8) and ce.Field().spatial_shape == (1, 1)
     assert ce.Field(4, 8) == ce.Field(spatial_shape=(4, 8))
-    assert dataclasses.replace(ce.Field(4, 8), h=5).spatial_shape == (5, 8)
+    assert dataclasses.replace(ce.Field(4, 8), h=5, spatial_shape=None).spatial_shape == (5, 8)
     with pytest.raises(ValueError, match="contradicts h=5"):
         ce.Field(5, 8, spatial_shape=(4, 8))
     # a scalar fits canvases of any number of dimensions
@@ -265,7 +265,7 @@ def differences(name, found, text):
 
 def bare(parameter):
     """A parameter without its annotation, as 0.5 would have it."""
-    default = "<factory>" if repr(parameter.default) == "<factory>" else parameter.default
+    default = "<factory>" if repr(parameter.default) in ("<factory>", "{}") else parameter.default
     return parameter.replace(annotation=parameter.empty, default=default)
 
 

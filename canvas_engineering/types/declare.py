@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from canvas_engineering.checked import (
-    MirroredTuple,
     checked_bool,
     checked_choice,
     checked_int,
@@ -74,8 +73,8 @@ class Field:
         for name in ("semantic_type", "family", "carrier"):
             checked_string(getattr(self, name), f"Field {name}", optional=True)
         put(self, "tags", checked_strings(self.tags, "Field tags"))
-        if self.spatial_shape is None or isinstance(self.spatial_shape, MirroredTuple):
-            put(self, "spatial_shape", MirroredTuple((self.h, self.w)))
+        if self.spatial_shape is None:
+            put(self, "spatial_shape", (self.h, self.w))
         else:
             self._take_spatial_shape()
 
