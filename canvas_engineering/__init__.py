@@ -110,6 +110,7 @@ from canvas_engineering.types import (
     compile_program,
     compile_schema,
 )
+from canvas_engineering.version import __version__ as __version__
 
 __all__ = [
     # declare

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import operator
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -294,7 +295,7 @@ class _ConnectionsKey(tuple):
             return self._hash
 
 
-@dataclass
+@dataclass(repr=False)
 class CanvasTopology:
     """The attention graph of a canvas: a list of connections, in the order in which they were declared.
 
@@ -316,6 +317,9 @@ class CanvasTopology:
             if not isinstance(connection, Connection):
                 raise ValueError(f"connections[{position}] must be a Connection, got {shown(connection)}")
         self._key = (None, None)  # the connections that it was made of, and the key
+
+    def __repr__(self) -> str:
+        return f"CanvasTopology(connections={len(self.connections)}, regions={len(self.regions)})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"connections": self.connections}
@@ -468,10 +472,17 @@ class CanvasTopology:
         return torch.from_numpy(matrix).to(device)
 
     def summary(self) -> str:
-        """The connections, one a line, in words."""
+        """How many connections there are, those in time by fill and all by operator, then one a line, in words."""
         lines = [f"CanvasTopology: {len(self.connections)} connections among {len(self.regions)} regions"]
+        fills = [c.temporal_fill.value for c in self.connections if (c.t_src, c.t_dst) != (None, None)]
+        operators = [c.operator for c in self.connections]
+        if fills:
+            lines.append(f"  {len(fills)} temporal: {_counted(fills)}")
+        if set(operators) - {"attend"}:
+            lines.append(f"  operators: {_counted(operators)}")
         for c in self.connections:
-            parts = [f"{c.src} -> {c.dst}", f"weight {c.weight:g}", f"fn {c.fn or 'default'}"]
+            ends = f"{c.src} ↺ self" if c.src == c.dst else f"{c.src} -> {c.dst}"
+            parts = [ends, f"weight {c.weight:g}", f"fn {c.fn or 'default'}"]
             if c.t_src is not None or c.t_dst is not None:
                 parts.append(f"t ({c.t_src}, {c.t_dst}) {c.temporal_fill.value}")
             if c.mask is not None:
@@ -482,6 +493,10 @@ class CanvasTopology:
                 parts.append(f"operator {c.operator}")
             lines.append("  " + ", ".join(parts))
         return "\n".join(lines)
+
+
+def _counted(names: list[str]) -> str:
+    return ", ".join(f"{name}={count}" for name, count in sorted(Counter(names).items()))
 
 
 def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> Iterator[tuple[int, Connection, str]]:

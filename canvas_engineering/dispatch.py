@@ -290,9 +290,9 @@ class AttentionDispatcher(CanvasModule):
         return [*banks, *["edge_gates"] * (region in self._gating)]
 
     @property
-    def summaries(self) -> dict[str, dict[str, float]]:
-        """Residual summaries as plain floats, {} without an accumulator; waits for the device."""
-        return {} if self.residual_accumulator is None else self.residual_accumulator.summaries()
+    def summaries(self) -> dict[str, dict[str, float]] | None:
+        """Residual summaries as plain floats, None without an accumulator; waits for the device."""
+        return None if self.residual_accumulator is None else self.residual_accumulator.summaries()
 
     # -- identity
 

@@ -107,6 +107,11 @@ class SlotBindingModule(CanvasModule):
             return torch.ones(size, dtype=torch.bool, device=observations.device)
         return self.life_gate(self._bound(observations)).squeeze(-1) > 0.5
 
+    def __repr__(self) -> str:
+        (n_slots, d_model), n_heads = self.slots.shape, self.binding_attn.n_heads
+        birth_death = self.life_gate is not None
+        return f"SlotBindingModule(d_model={d_model}, n_slots={n_slots}, n_heads={n_heads}, birth_death={birth_death})"
+
     def _bound(self, observations: torch.Tensor) -> torch.Tensor:
         slots = self.slots.expand(observations.shape[0], -1, -1)
         return self.layer_norm(self.binding_attn(slots, observations) + slots)

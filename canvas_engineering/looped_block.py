@@ -166,6 +166,15 @@ class LoopedBlockWrapper(CanvasModule):
         """(max_loops, 1)."""
         return self.loop.loop_gate
 
+    @property
+    def current_loops(self) -> int:
+        """Number of loops that run now: the published name of ``loops``."""
+        return self.loops
+
+    @current_loops.setter
+    def current_loops(self, n: int) -> None:
+        self.set_loops(n)
+
     def set_loops(self, n: int) -> None:
         """Run ``n`` loops from now on, at most max_loops. ValueError below 1."""
         self.loops = checked_loops(n, self.max_loops)

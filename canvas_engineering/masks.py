@@ -18,6 +18,7 @@ import torch
 
 from canvas_engineering.canvas.layout import CanvasLayout
 from canvas_engineering.checked import checked_choice, checked_int, checked_ints, checked_kind, shown
+from canvas_engineering.notices import warn
 
 __all__ = [
     "MaskSpec",
@@ -63,15 +64,15 @@ class MaskSpec:
         tile_h: tile size along the first spatial dimension, where `CanvasLayout.H` lies.
         tile_w: tile size along the second spatial dimension, where `CanvasLayout.W` lies.
         tile_shape: tile size along every spatial dimension; wins over ``tile_h`` and ``tile_w``.
-        pattern: for "sparse", bools either of dst's box shape ``(t, s0, ...)``, which select the keys of every
-            query, or of shape ``(|src|, |dst|)``, which select pairs. Lists, arrays and tensors of bools are
-            stored as nested tuples, so that the spec is hashable.
+        pattern: for "sparse", bools either of dst's box shape ``(t, s0, ...)``, which select the keys of every query,
+            or of shape ``(|src|, |dst|)``, which select pairs; None leaves nothing out, with a UserWarning. Lists,
+            arrays and tensors of bools are stored as nested tuples, so that the spec is hashable.
 
     Tiles lie on the absolute grid of the canvas: tile ``i`` along a dimension holds the coordinates from
     ``i * size`` up to ``(i + 1) * size``, wherever the regions begin.
 
     Raises:
-        ValueError: an unknown kind, a tile size below 1, "sparse" without a pattern, or a pattern with another kind.
+        ValueError: an unknown kind, a tile size below 1, or a pattern with another kind than "sparse".
 
     >>> MaskSpec("tile", tile_h=4, tile_w=2).tiles(2)
     (4, 2)
@@ -91,10 +92,11 @@ class MaskSpec:
         if self.tile_shape is not None:
             sizes = checked_ints(self.tile_shape, "MaskSpec tile_shape", 1, kind="an int of at least 1")
             object.__setattr__(self, "tile_shape", sizes)
-        if (self.kind == "sparse") != (self.pattern is not None):
-            problem = "needs a pattern" if self.pattern is None else "takes no pattern (only 'sparse' does)"
-            raise ValueError(f"a mask of kind {self.kind!r} {problem}")
+        if self.kind != self.effective_kind:
+            warn("a mask of kind 'sparse' without a pattern leaves nothing out: it is the same as 'full'")
         if self.pattern is not None:
+            if self.kind != "sparse":
+                raise ValueError(f"a mask of kind {self.kind!r} takes no pattern: only 'sparse' does")
             object.__setattr__(self, "pattern", _checked_pattern(self.pattern))
 
     def __hash__(self) -> int:
@@ -106,6 +108,11 @@ class MaskSpec:
             cached = hash(fields)
             object.__setattr__(self, "_hash", cached)
         return cached
+
+    @property
+    def effective_kind(self) -> str:
+        """``kind``, but "full" for a sparse mask without a pattern."""
+        return "full" if self.kind == "sparse" and self.pattern is None else self.kind
 
     def tiles(self, n_spatial: int) -> tuple[int, ...]:
         """Tile size along each of the layout's ``n_spatial`` spatial dimensions.
@@ -158,9 +165,9 @@ def split_boxes(spec: MaskSpec, q_box: np.ndarray, k_box: np.ndarray) -> tuple[n
     ([[1, 2], [2, 4]], [[3, 9], [3, 4]])
     """
     q_box, k_box = np.asarray(q_box, dtype=np.int64), np.asarray(k_box, dtype=np.int64)
-    if spec.kind == "full":
+    if spec.effective_kind == "full":
         return q_box[None].copy(), k_box[None].copy()
-    if spec.kind == "sparse":
+    if spec.effective_kind == "sparse":
         raise ValueError("a sparse mask has no tiles: pattern_cover() gives its rectangles")
     size = np.array(spec.tiles(len(q_box) - 1), dtype=np.int64)
     first = q_box[1:, 0] // size
@@ -258,7 +265,7 @@ def mask_parts(
     >>> read.tolist(), queries[:, 1].tolist(), keys[:, 1].tolist()
     ([0, 0, 0], [[0, 1], [1, 2], [2, 3]], [[0, 2], [1, 2], [1, 3]])
     """
-    if spec.kind != "sparse":
+    if spec.effective_kind != "sparse":
         q_boxes, k_boxes = split_boxes(spec, q_region, k_region)
         row, tile = (part.ravel() for part in np.indices((len(q_frames), len(q_boxes))))
         q_boxes, k_boxes = q_boxes[tile], k_boxes[tile] if not whole_keys else np.repeat(k_region[None], len(row), 0)
@@ -572,7 +579,7 @@ def mask_to_index_pairs(
     """
     checked_kind(mask_spec, "mask_spec", MaskSpec)
     q_box, k_box = checked_kind(layout, "layout", CanvasLayout).region_box(src), layout.region_box(dst)
-    if mask_spec.kind != "sparse":
+    if mask_spec.effective_kind != "sparse":
         boxes = zip(*split_boxes(mask_spec, q_box, k_box), strict=True)
         return [
             (_box_indices(layout, queries).tolist(), _box_indices(layout, keys).tolist()) for queries, keys in boxes

@@ -82,6 +82,10 @@ class ResidualAccumulator(CanvasModule):
         self._row = {name: row for row, name in enumerate(self._names)}
         self.register_state("values", torch.zeros(len(self._names), len(self.spec.kinds)))
 
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return f"regions={len(self._names)}, kinds={len(spec.kinds)}, reduce={spec.reduce!r}, decay={spec.decay:g}"
+
     @property
     def region_names(self) -> list[str]:
         """Names of the regions, sorted: the rows of `summary_tensor`."""

@@ -12,13 +12,16 @@ from torch import nn
 
 from canvas_engineering.checked import checked_int, checked_kind, checked_names, checked_number
 from canvas_engineering.clock_formulas import ClockFormulas
-from canvas_engineering.clock_ir import ClockContext, Summaries
+from canvas_engineering.clock_ir import ClockContext, Not, Summaries, periodic
 from canvas_engineering.derived_buffers import CanvasModule, outside_inference
 from canvas_engineering.program import CanvasProgram, ClockSpec
 from canvas_engineering.program.checks import check_program
 from canvas_engineering.residuals import ResidualAccumulator
 
 __all__ = ["DeviceScheduler", "HybridScheduler", "LearnedScheduler", "RegionScheduler"]
+
+
+_NEVER = ClockSpec(expr=Not(periodic()))
 
 
 @dataclass
@@ -32,12 +35,13 @@ class _NodeCooldowns(ClockContext):
 class RegionScheduler:
     """Fires regions by the clocks of a program.
 
-    A region without a clock fires at every step. Otherwise, in order: within ``cooldown`` steps after it fired it does
-    not; with ``max_silence``, it does if it never fired, or not for that long; then its expression decides, or its
-    mode, in the clock's domain.
+    Scheduled are the regions of the program, whether its layout has them or not, and those of the layout; a program
+    without any region fires none. A region without a clock fires at every step. Otherwise, in order: within
+    ``cooldown`` steps after it fired it does not; with ``max_silence``, it does if it never fired, or not for that
+    long; then its expression decides, or its mode, in the clock's domain.
 
     Args:
-        program: every region of its layout is scheduled.
+        program: whose clocks are followed.
 
     Raises:
         ValueError: an unknown clock mode or domain, or what else cannot be run.
@@ -51,12 +55,12 @@ class RegionScheduler:
     """
 
     def __init__(self, program: CanvasProgram):
-        check_program(program)
+        check_program(program, on_layout=False)
         self.program = program
-        programs = {name: program.regions.get(name) for name in program.schema.layout.regions}
-        self._clocks: dict[str, ClockSpec | None] = {
-            name: None if region is None else region.clock for name, region in programs.items()
-        }
+        self._clocks: dict[str, ClockSpec | None] = {}
+        if program.regions:
+            self._clocks = dict.fromkeys(program.schema.layout.regions)
+            self._clocks.update((name, region.clock) for name, region in program.regions.items())
         self._last_fired: dict[str, int] = {}
         self._boundary_t = 0
 
@@ -116,14 +120,14 @@ class RegionScheduler:
 
 
 class DeviceScheduler(CanvasModule):
-    """The clocks of a program as tensors: fires the regions that `RegionScheduler` does, and waits for no device.
+    """The clocks of a program as tensors: fires the layout's regions as `RegionScheduler` does, without waiting.
 
     Summaries are read where the accumulator keeps them, and who fires is a tensor that `AttentionDispatcher` takes as
     it is: a loop of both runs ahead of its device, and compiles as a whole. When regions fired last is saved with the
     module, and each process's own, as the averages are.
 
     Args:
-        program: every region of its layout is scheduled.
+        program: every region of its layout is scheduled; programs of others are ignored, with a UserWarning.
         accumulator: whose summaries event clocks read; those that it does not keep read as 0.
 
     Raises:
@@ -144,6 +148,8 @@ class DeviceScheduler(CanvasModule):
         self.program, self.accumulator = program, accumulator
         regions = program.schema.layout.regions
         clocks = {name: program.regions[name].clock for name in regions if name in program.regions}
+        if not program.regions:
+            clocks = dict.fromkeys(regions, _NEVER)
         self.formulas = ClockFormulas([clocks.get(name) for name in regions], accumulator)
         inner = [0 if c is None or c.domain != "internal" else c.max_inner_steps or 0 for c in map(clocks.get, regions)]
         self._n_inner = max(inner, default=0)
@@ -213,6 +219,18 @@ class LearnedScheduler(CanvasModule):
             first = nn.Linear(checked_int(summary_dim, "summary_dim", 1), 2 * n_regions)
         self.scorer = nn.Sequential(first, nn.GELU(), nn.Linear(2 * n_regions, n_regions))
 
+    @property
+    def summary_dim(self) -> int | None:
+        """Number of summaries; None before the first call, where that decides."""
+        first = self.scorer[0]
+        return None if isinstance(first, nn.LazyLinear) else first.in_features
+
+    def __repr__(self) -> str:
+        return (
+            f"LearnedScheduler(n_regions={self.n_regions}, summary_dim={self.summary_dim}, "
+            f"max_active={self.max_active}, temperature={self.temperature:g})"
+        )
+
     def forward(self, summaries: torch.Tensor) -> tuple[set[int], torch.Tensor]:
         """Chooses regions.
 
@@ -226,7 +244,7 @@ class LearnedScheduler(CanvasModule):
         """
         row = summaries if summaries.dim() == 1 else summaries[0]
         first, gelu, last = self.scorer
-        expected = None if isinstance(first, nn.LazyLinear) else first.in_features
+        expected = self.summary_dim
         if row.shape[-1] not in (0, row.shape[-1] if expected is None else expected):
             raise ValueError(f"the scheduler scores {expected} summaries, got {tuple(summaries.shape)}")
         hidden = last.weight.new_zeros(2 * self.n_regions) if not row.shape[-1] else gelu(first(row))
@@ -255,7 +273,7 @@ class HybridScheduler(CanvasModule):
             region and kind.
 
     Raises:
-        KeyError: a learned region that the program does not have.
+        KeyError: a learned region that neither the program nor its layout has.
         ValueError: none, or what the program is refused for.
     """
 
@@ -272,9 +290,10 @@ class HybridScheduler(CanvasModule):
         self.learned_regions = sorted(set(checked_names(learned_regions, "learned_regions")))
         if not self.learned_regions:
             raise ValueError("learned_regions names no region: use RegionScheduler for a program that is all declared")
-        unknown = [name for name in self.learned_regions if name not in self.declared._clocks]
+        known = {*program.schema.layout.regions, *program.regions}
+        unknown = [name for name in self.learned_regions if name not in known]
         if unknown:
-            raise KeyError(f"learned_regions names {unknown}; the program has {sorted(self.declared._clocks)}")
+            raise KeyError(f"learned_regions names {unknown}; the program has {sorted(known)}")
         n = len(self.learned_regions)
         self.learned = LearnedScheduler(
             n, summary_dim, max(1, n // 2) if max_active is None else max_active, temperature

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ from canvas_engineering.checked import checked_depth, checked_kind, checked_numb
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
 from canvas_engineering.files import replace_file
 from canvas_engineering.masks import MaskSpec
+from canvas_engineering.notices import some, warn
+from canvas_engineering.version import WRITTEN_BY
 
 __all__ = ["CanvasSchema"]
 
 _GRID_FIELDS = ("T", "spatial_shape", "H", "W", "d_model", "t_current")
-_ENTRIES = ("schema_version", "layout", "regions", "topology", "metadata")
-_ENTRIES += ("program_version", "region_programs", "connection_programs")
+_SCHEMA_ENTRIES = ("schema_version", "layout", "regions", "topology", "metadata")
+_PROGRAM_ENTRIES = ("program_version", "region_programs", "connection_programs")
+_ENTRIES = (*_SCHEMA_ENTRIES, *_PROGRAM_ENTRIES)
 
 
 def _plain(value: Any) -> Any:
@@ -54,10 +59,39 @@ def built(cls: type, given: Any, what: str) -> Any:
         raise ValueError(f"{what}: {error}") from None
 
 
-def _refuse_unknown(given: dict[str, Any], known: tuple[str, ...], what: str) -> None:
+def _refuse_unknown(given: Iterable[str], known: tuple[str, ...], what: str) -> None:
     unknown = [name for name in given if name not in known]
     if unknown:
         raise ValueError(f"{what} has unknown fields {shown(unknown)}; known are {', '.join(known)}")
+
+
+def _version(d: dict[str, Any]) -> Any:
+    """The form's version; files of earlier releases call it "version"."""
+    given = [d[name] for name in ("schema_version", "version") if d.get(name) is not None]
+    if given[1:] and given[0] != given[1]:
+        raise ValueError(f"a schema has schema_version {shown(given[0])}, and version, its old name, {shown(given[1])}")
+    return given[0] if given else CanvasSchema.version
+
+
+def _metadata(d: dict[str, Any]) -> dict[str, Any]:
+    """The form's metadata, with the top-level fields that no release knows, of which a UserWarning tells.
+
+    Raises:
+        ValueError: a field that is nearly one of a program's, or that metadata has another value for.
+    """
+    metadata = dict(checked_kind({} if d.get("metadata") is None else d["metadata"], "metadata", dict))
+    unknown = {name: value for name, value in d.items() if name not in (*_ENTRIES, "version", "written_by")}
+    if not unknown:
+        return metadata
+    meant = {name: difflib.get_close_matches(name, _ENTRIES, 1, 0.8) for name in map(str, unknown)}
+    # a program without its behaviour would run, and do something else
+    _refuse_unknown([name for name, near in meant.items() if set(near) & {*_PROGRAM_ENTRIES}], _ENTRIES, "a schema")
+    taken = [name for name, value in unknown.items() if metadata.get(name, value) != value]
+    if taken:
+        raise ValueError(f"a schema has {shown(taken)} at its top level, and others of that name in its metadata")
+    told = (f"{shown(name)} (did you mean {near[0]}?)" if near else shown(name) for name, near in meant.items())
+    warn(f"a schema has unknown fields, which are kept in its metadata: {some(told)}")
+    return {**metadata, **unknown}
 
 
 def _connection_from_dict(given: Any, index: int) -> Connection:
@@ -68,14 +102,14 @@ def _connection_from_dict(given: Any, index: int) -> Connection:
 
 
 def dumped(form: dict[str, Any], metadata: dict[str, Any]) -> bytes:
-    """JSON text of a schema's dict.
+    """JSON text of a schema's dict, and which version of the package wrote it.
 
     Raises:
         ValueError: metadata that JSON has no exact form for.
     """
     checked_depth(metadata, "the schema's metadata")
     try:
-        text = json.dumps(form, indent=2, allow_nan=False)
+        text = json.dumps({"written_by": WRITTEN_BY, **form}, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the schema's metadata cannot be written as JSON: {error}") from error
     if json.loads(text)["metadata"] != metadata:  # a tuple, say, which would come back as a list
@@ -139,9 +173,11 @@ class CanvasSchema:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> CanvasSchema:
-        """The schema of a dict as `to_dict` gives it, or with the older layout form of ``H`` and ``W``.
+        """The schema of a dict as `to_dict` gives it, or as earlier releases wrote it: with a layout of ``H`` and
+        ``W``, or with ``version`` in the place of ``schema_version``.
 
-        The entries of a program are left to :class:`CanvasProgram`.
+        The entries of a program are left to :class:`CanvasProgram`. Other fields at the top level become metadata, with
+        a UserWarning that names them, and the entry that was probably meant.
 
         Raises:
             ValueError: something is missing, unknown or wrong; the message names the entry.
@@ -149,7 +185,6 @@ class CanvasSchema:
         if not isinstance(d, dict) or not isinstance(d.get("layout"), dict):
             raise ValueError(f"a schema must be a dict with a 'layout', got {shown(d)}")
         grid = d["layout"]
-        _refuse_unknown(d, _ENTRIES, "a schema")
         _refuse_unknown(grid, _GRID_FIELDS, "layout")
         if "spatial_shape" not in grid and "H" not in grid:
             raise ValueError(f"layout needs spatial_shape, or H and W, got {shown(grid)}")
@@ -165,14 +200,14 @@ class CanvasSchema:
             name: tuple(given) if isinstance(given, list) else built(RegionSpec, given, f"region {name!r}")
             for name, given in regions.items()
         }
-        topology, metadata = None, d.get("metadata")
+        topology = None
         if connections is not None:
             topology = CanvasTopology([_connection_from_dict(given, index) for index, given in enumerate(connections)])
         return cls(
             layout=CanvasLayout(**grid, regions=specs),
             topology=topology,
-            version=d.get("schema_version", cls.version),
-            metadata=dict(checked_kind({} if metadata is None else metadata, "metadata", dict)),
+            version=_version(d),
+            metadata=_metadata(d),
         )
 
     def to_json(self, path: str | Path) -> None:

@@ -1,1 +1,1 @@
-"""Examples, run from the project's root: ``python -m examples.cartpole``. Never imported by the library."""
+"""Examples, each a file that runs from any folder: ``python examples/cartpole.py``. Never imported by the library."""

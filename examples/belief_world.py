@@ -1,4 +1,4 @@
-"""A world model that thinks when it is surprised: ``python -m examples.belief_world``.
+"""A world model that thinks when it is surprised: ``python examples/belief_world.py``.
 
 A cart (gymnasium's CartPole) whose motor changes strength now and then, unseen. The model predicts how the state will
 change; for that it must infer the motor's strength from recent transitions. They lie in a memory region, which a belief

@@ -1,4 +1,4 @@
-"""CartPole on a canvas, end to end: ``make demo``, or ``python -m examples.cartpole`` from the project's root.
+"""CartPole on a canvas, end to end: ``make demo``, or ``python examples/cartpole.py``.
 
 Records simulated trajectories with their rendered frames, declares a multi-rate canvas over them, trains a small canvas
 transformer to predict the second half of each window, and measures it on held-out episodes against persistence (the
@@ -22,6 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
+
+if not __package__:  # run as a file, whose folder has no package `examples`
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
 
 from benchmarks.naive import DenseMask, PerEdgeLoop
 from canvas_engineering import AttentionDispatcher, draw
@@ -221,7 +224,7 @@ def loss_figure(losses: list[float]):
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.cartpole", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python examples/cartpole.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the pictures")
     parser.add_argument("--data", type=Path, help="the recording, made if missing (default: in the --out folder)")
     parser.add_argument("--frames", type=int, default=2400, help="frames to record")

@@ -8,11 +8,16 @@ actions are known, as they are for a plan.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+
+if not __package__:  # run as a file, whose folder has no package `examples`
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
 
 from canvas_engineering import CanvasLayout, CanvasTopology, Connection, RegionSpec, SpatiotemporalCanvas, TemporalFill
 from examples.cartpole_data import HEIGHT, WIDTH

@@ -1,4 +1,4 @@
-"""A fleet of vehicles and their dispatcher: ``python -m examples.fleet``.
+"""A fleet of vehicles and their dispatcher: ``python examples/fleet.py``.
 
 Dispatch reads each vehicle's 4 x 4 summary and is read by it; no vehicle reads another's camera. Connections grow with
 the number of vehicles, not with its square: 27 for each, 1,351 for fifty. Plans and actions are predicted from what the
@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+
+if not __package__:  # run as a file, whose folder has no package `examples`
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
 
 from canvas_engineering import BoundSchema, Field, compile_schema
 from examples.typed_canvas import run

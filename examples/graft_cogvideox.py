@@ -1,4 +1,4 @@
-"""What grafting onto CogVideoX does, in one go: ``python -m examples.graft_cogvideox``.
+"""What grafting onto CogVideoX does, in one go: ``python examples/graft_cogvideox.py``.
 
 Three changed lines make a model loop and attend along a topology. This shows that nothing else changes: the grafted
 model gives its backbone's output bit for bit, loop parameters train through an accelerate loop, a checkpoint of them
@@ -19,6 +19,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+
+if not __package__:  # run as a file, whose folder has no package `examples`
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
 
 from canvas_engineering import (
     CurriculumScheduler,
@@ -96,7 +99,7 @@ def train(model: nn.Module, blocks: list[nn.Module], head: nn.Module, batch: dic
 
 def main(argv: list[str] | None = None) -> int:
     """0 if everything that is claimed above holds."""
-    parser = argparse.ArgumentParser(prog="python -m examples.graft_cogvideox", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python examples/graft_cogvideox.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/graft"))
     parser.add_argument("--model", help="CogVideoX weights: a name or a folder with transformer/")
     parser.add_argument("--size", type=int, nargs=3, default=[17, 64, 96], metavar=("FRAMES", "HEIGHT", "WIDTH"))

@@ -1,4 +1,4 @@
-"""How far apart modalities are, as real numbers: ``python -m examples.semantic_distance``.
+"""How far apart modalities are, as real numbers: ``python examples/semantic_distance.py``.
 
 Embeds the semantic types of a robot's regions with a small sentence-embedding model, prints their transfer distances,
 finds the compatible regions of another robot, and conditions a canvas on the embeddings. The model is all-MiniLM-L6-v2,

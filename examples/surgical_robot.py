@@ -1,4 +1,4 @@
-"""A surgical robot, declared as nested types: ``python -m examples.surgical_robot``.
+"""A surgical robot, declared as nested types: ``python examples/surgical_robot.py``.
 
 Its sensor and its two arms are types of their own. The parent sees each through one coarse field: 2 x 4 for the sensor
 because its class says so, 2 x 4 for the left arm because this robot says so, a scalar for the right arm. The arms do
@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+
+if not __package__:  # run as a file, whose folder has no package `examples`
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
 
 from canvas_engineering import BoundSchema, Field, compile_schema
 from examples.typed_canvas import run

@@ -1,4 +1,4 @@
-"""Train a looped CogVideoX on simulated robot clips with actions: ``python -m examples.train_robot --out out/robot``.
+"""Train a looped CogVideoX on simulated robot clips with actions: ``python examples/train_robot.py --out out/robot``.
 
 Without ``--model`` the transformer is tiny and random and everything runs on a CPU in minutes; with ``--model
 THUDM/CogVideoX-2b`` (or a folder of one) the same command grafts onto its weights and encodes the clips with its VAE.
@@ -24,6 +24,9 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+
+if not __package__:  # run as a file, whose folder has no package `examples`
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
 
 from canvas_engineering import (
     ActionHead,
@@ -58,7 +61,7 @@ TOPOLOGIES = {"dense": None, "window": window_topology(), "tiles": tile_topology
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.train_robot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python examples/train_robot.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/robot"))
     parser.add_argument("--model", help="CogVideoX weights: a name or a folder with transformer/ and vae/")
     parser.add_argument("--env", default="CartPole-v1", help="gymnasium environment, such as Pusher-v5 (extra mujoco)")

@@ -128,7 +128,7 @@ def run(
     n_blocks: int,
 ) -> int:
     """What each example's ``main`` does: say, draw, train. 1 unless training reduced the held-out error."""
-    parser = argparse.ArgumentParser(prog=f"python -m examples.{name}", description=doc.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=f"python examples/{name}.py", description=doc.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("out") / name)
     options = parser.parse_args(argv)

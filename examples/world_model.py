@@ -1,4 +1,4 @@
-"""Two economies in one world, three levels deep: ``python -m examples.world_model``.
+"""Two economies in one world, three levels deep: ``python examples/world_model.py``.
 
 What the one country's output says about the other's prices must climb to the country's summary, cross the regime that
 both read, and descend again: six reads in a row, where a dense canvas needs one. `hops` counts them from the topology;
@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+
+if not __package__:  # run as a file, whose folder has no package `examples`
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
 
 from canvas_engineering import BoundSchema, CanvasTopology, Field, compile_schema
 from examples.typed_canvas import run

@@ -185,7 +185,8 @@ def test_bad_bounds_name_the_region(bounds, message):
 
 BAD_LAYOUTS = {
     "both grids": ({"spatial_shape": (4, 4), "H": 4, "W": 5}, r"spatial_shape=\(4, 4\) or H=4, W=5, not both"),
-    "both, one": ({"spatial_shape": (4,), "W": 4}, "not both"),
+    "the same twice": ({"spatial_shape": (4, 4), "H": 4, "W": 4}, "Cannot specify both"),
+    "both, one": ({"spatial_shape": (4,), "W": 4}, "Cannot specify both"),
     "no grid": ({}, "needs spatial_shape, or H and W"),
     "W alone": ({"W": 4}, "needs spatial_shape, or H and W"),
     "T of 0": ({"H": 4, "T": 0}, "T must be at least 1, got 0"),
@@ -532,6 +533,10 @@ def test_a_layout_made_of_another_keeps_its_grid():
     layout = CanvasLayout(T=2, H=3, W=4, d_model=8, regions={"a": (0, 2, 0, 3, 0, 4)})
     other = dataclasses.replace(layout, t_current=1)
     assert (other.t_current, other.spatial_shape, other.regions) == (1, (3, 4), layout.regions)
+    wider = dataclasses.replace(layout, spatial_shape=(9, 9))
+    assert (wider.H, wider.W) == (9, 9)
+    # sizes of one layout are sizes for another
+    assert CanvasLayout(T=1, H=layout.H, W=layout.W, d_model=8).spatial_shape == (3, 4)
 
 
 def test_indices_are_made_on_the_host_whatever_the_default_device():

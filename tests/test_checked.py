@@ -94,7 +94,7 @@ DECLARATIONS = [
     (ce.CanvasTopology.hub_spoke, {"hub": "a", "spokes": ["b"]}, "hub:name spokes:names bidirectional:bool"),
     (ce.CanvasTopology.causal_temporal, {"regions": ["a"]}, "regions:names layout:ours? temporal_fill:name"),
     (ce.MaskSpec, {"kind": "tile"}, "kind:name tile_h:int tile_w:int tile_shape:ints?"),
-    (ce.MaskSpec, {"kind": "sparse", "pattern": ((True,),)}, "pattern:ours"),
+    (ce.MaskSpec, {"kind": "sparse", "pattern": ((True,),)}, "pattern:ours?"),
     (ce.rect_cover, {"mask": torch.ones(2, 2, dtype=torch.bool)}, "min_area:int"),
     (
         ce.mask_to_index_pairs,

@@ -168,7 +168,6 @@ def test_hashes_are_the_same_in_every_process():
         ({"tile_w": True}, "tile_w must be an int of at least 1, got True"),
         ({"tile_shape": (2, 1.5)}, "tile_shape must be an int of at least 1, got 1.5"),
         ({"tile_shape": 2}, "tile_shape must be a tuple of ints, got 2"),
-        ({"kind": "sparse"}, "'sparse' needs a pattern"),
         ({"kind": "tile", "pattern": ((True,),)}, "'tile' takes no pattern"),
         ({"pattern": ((True,),)}, "'full' takes no pattern"),
         ({"kind": "sparse", "pattern": ((True,), (True, False))}, "rows of equal length"),

@@ -173,6 +173,7 @@ def paths_of(form, path=()):
         yield from paths_of(item, (*path, key))
 
 
+@pytest.mark.filterwarnings("ignore:a mask of kind 'sparse' without a pattern:UserWarning")
 def test_wrong_json_is_refused_with_its_place_and_nothing_else_is_raised():
     """Every entry in turn replaced by every kind of JSON value: a program, or a ValueError."""
     clock = ClockSpec(

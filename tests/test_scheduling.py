@@ -140,12 +140,26 @@ def test_reset_forgets():
     assert "a" in counting.step(3, boundary="end")
 
 
-def test_regions_that_the_layout_lacks_are_told_of_and_never_fire():
+def test_regions_that_the_layout_lacks_have_clocks_too():
+    # a scheduler may stand alone, without a canvas that has its regions
+    declared = program(a=ClockSpec(period=2), y=ClockSpec(period=3), z=None)
+    scheduler = RegionScheduler(declared)
+    everywhere = {"b", "c", "d", "z"}
+    assert [scheduler.step(t) - everywhere for t in range(4)] == [{"a", "y"}, set(), {"a"}, {"y"}]
+    assert scheduler.step(5) == everywhere
+    hybrid = HybridScheduler(declared, ["y", "z"]).eval()
+    assert [len(hybrid.step(t) & {"y", "z"}) for t in range(3)] == [1, 1, 1]
+    # what fires as a tensor goes by the layout
     with pytest.warns(UserWarning, match=r"2 of 3 region programs are for regions that the layout does not have.*'y'"):
-        scheduler = RegionScheduler(program(a=ClockSpec(period=2), y=ClockSpec(), z=None))
-    assert scheduler.step(1) == {"b", "c", "d"}
-    with pytest.warns(UserWarning, match="'y'"), pytest.raises(KeyError, match=r"learned_regions names \['y'\]"):
-        HybridScheduler(program(y=ClockSpec()), ["y"])
+        flags = DeviceScheduler(declared)
+    assert [flags.step(t).tolist() for t in range(2)] == [[1, 1, 1, 1], [0, 1, 1, 1]]
+
+
+def test_a_program_without_regions_fires_none():
+    for step in range(3):
+        assert RegionScheduler(program()).step_plan(step, boundary="end") == [set()]
+        assert DeviceScheduler(program()).step(step).tolist() == [0, 0, 0, 0]
+    assert len(HybridScheduler(program(), ["a", "b"]).step(0)) == 1
 
 
 def test_inner_steps_follow_for_internal_regions_that_fired():

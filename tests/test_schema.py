@@ -197,7 +197,6 @@ def _with(**changes):
         (_with(layout__H=16), "not both"),
         (_with(layout__T=None), "layout lacks T"),
         (_with(layout__depth=3), r"layout has unknown fields \['depth'\]; known are T, spatial_shape, H, W, d_model, "),
-        (_with(topolgy=[]), r"a schema has unknown fields \['topolgy'\]; known are schema_version, layout, regions, "),
         (_with(region_program={}), r"a schema has unknown fields \['region_program'\]; .*, region_programs, "),
         (_with(regions=[]), r"regions must be a dict of names to fields, got \[\]"),
         (_with(regions__action__bounds=None), "region 'action' lacks bounds"),

@@ -265,7 +265,7 @@ def fit(fn: str, module: nn.Module, plan: AttentionPlan, layout: CanvasLayout, b
     if not (fused and getattr(module, "takes_pairs", False)):
         for number in np.unique(plan.reads.connection).tolist():
             connection = plan.connections[number]
-            if connection.mask is None or connection.mask.kind != "sparse":
+            if connection.mask is None or connection.mask.effective_kind != "sparse":
                 continue
             shapes = (layout.region_size(name) for name in (connection.src, connection.dst))
             if pattern_cover(connection.mask, *shapes).pair:

@@ -169,7 +169,10 @@ def transfer_distance(a: RegionSpec, b: RegionSpec) -> float:
     return float(cosine_distances(np.array([a.semantic_embedding]), np.array([b.semantic_embedding]))[0, 0])
 
 
-@dataclass(frozen=True, eq=False)
+_NO_REGIONS: dict = {}
+
+
+@dataclass(frozen=True, eq=False, init=False)
 class CanvasLayout:
     """A grid of ``T`` frames of ``spatial_shape`` cells, with named regions on it.
 
@@ -198,22 +201,31 @@ class CanvasLayout:
     spatial_shape: tuple[int, ...] = ()
     regions: dict[str, tuple[int, ...] | RegionSpec] = field(default_factory=dict)
     t_current: int = 0
-    H: int | None = None
-    W: int | None = None
+    # no fields of __init__: dataclasses.replace would hand them on beside spatial_shape, as a second grid
+    H: int | None = field(default=None, init=False)
+    W: int | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        T: int,
+        d_model: int,
+        spatial_shape: tuple[int, ...] = (),
+        regions: dict[str, tuple[int, ...] | RegionSpec] = _NO_REGIONS,
+        t_current: int = 0,
+        H: int | None = None,
+        W: int | None = None,
+    ) -> None:
         put = object.__setattr__
-        put(self, "T", checked_int(self.T, "CanvasLayout T", 1))
-        put(self, "d_model", checked_int(self.d_model, "CanvasLayout d_model", 1))
-        put(self, "t_current", checked_int(self.t_current, "CanvasLayout t_current", 0))
-        shape = checked_ints(self.spatial_shape, "CanvasLayout spatial_shape")
-        # both are there, and agree, where dataclasses.replace makes a layout of another
+        put(self, "T", checked_int(T, "CanvasLayout T", 1))
+        put(self, "d_model", checked_int(d_model, "CanvasLayout d_model", 1))
+        put(self, "t_current", checked_int(t_current, "CanvasLayout t_current", 0))
+        shape = checked_ints(spatial_shape, "CanvasLayout spatial_shape")
         given = tuple(
             None if size is None else checked_int(size, f"CanvasLayout {name}", 1)
-            for name, size in (("H", self.H), ("W", self.W))
+            for name, size in (("H", H), ("W", W))
         )
-        if shape and given not in ((None, None), (*shape[:2], None)[:2]):
-            raise ValueError(f"give spatial_shape={shape} or H={given[0]}, W={given[1]}, not both")
+        if shape and given != (None, None):
+            raise ValueError(f"Cannot specify both: give spatial_shape={shape} or H={given[0]}, W={given[1]}, not both")
         if not shape:
             if given[0] is None:
                 raise ValueError(f"a CanvasLayout needs spatial_shape, or H and W; got H=None, W={given[1]}")
@@ -227,11 +239,9 @@ class CanvasLayout:
             )
         put(self, "H", shape[0])
         put(self, "W", shape[1] if len(shape) > 1 else None)
-        if not isinstance(self.regions, dict):
-            raise ValueError(
-                f"CanvasLayout regions must be a dict of names to bounds, got {type(self.regions).__name__}"
-            )
-        put(self, "regions", {name: tuple(raw) if isinstance(raw, list) else raw for name, raw in self.regions.items()})
+        if not isinstance(regions, dict):
+            raise ValueError(f"CanvasLayout regions must be a dict of names to bounds, got {type(regions).__name__}")
+        put(self, "regions", {name: tuple(raw) if isinstance(raw, list) else raw for name, raw in regions.items()})
         self._forget()
         for name in self.regions:
             self.region_box(name)

@@ -109,28 +109,32 @@ class PeriodEmbedding(CanvasModule):
         return self.embedding.weight[self.bucket(period)]
 
 
-_FAMILIES = ("observation", "state", "memory", "residual", "action")
-_CARRIERS = ("deterministic", "diffusive", "filter", "memory", "residual")
-
-
 class FamilyCarrierEmbedding(CanvasModule):
-    """A learned vector per region family plus one per carrier; any other string shares the last row of its table."""
+    """A learned vector per region family plus one per carrier; any other string shares the last row of its table.
+
+    Attributes:
+        d_model: width of the vectors.
+        family_embedding, carrier_embedding: tables of one row for each of ``FAMILIES`` and ``CARRIERS``, and the last.
+    """
+
+    FAMILIES = ("observation", "state", "memory", "residual", "action")
+    CARRIERS = ("deterministic", "diffusive", "filter", "memory", "residual")
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        d_model = checked_int(d_model, "d_model", 1)
-        self.family_embedding = nn.Embedding(len(_FAMILIES) + 1, d_model)
-        self.carrier_embedding = nn.Embedding(len(_CARRIERS) + 1, d_model)
+        self.d_model = d_model = checked_int(d_model, "d_model", 1)
+        self.family_embedding = nn.Embedding(len(self.FAMILIES) + 1, d_model)
+        self.carrier_embedding = nn.Embedding(len(self.CARRIERS) + 1, d_model)
         nn.init.normal_(self.family_embedding.weight, std=0.02)
         nn.init.normal_(self.carrier_embedding.weight, std=0.02)
 
     def family_idx(self, family: str) -> int:
         """Row of the family's vector."""
-        return _FAMILIES.index(family) if family in _FAMILIES else len(_FAMILIES)
+        return self.FAMILIES.index(family) if family in self.FAMILIES else len(self.FAMILIES)
 
     def carrier_idx(self, carrier: str) -> int:
         """Row of the carrier's vector."""
-        return _CARRIERS.index(carrier) if carrier in _CARRIERS else len(_CARRIERS)
+        return self.CARRIERS.index(carrier) if carrier in self.CARRIERS else len(self.CARRIERS)
 
     def forward(self, family: str, carrier: str) -> torch.Tensor:
         """The sum of both vectors, ``(d_model,)``."""

@@ -94,7 +94,7 @@ def topology_reads(
     whole_number, whole_src, whole_dst, whole_weight = collect.whole
     for number, connection, _ in resolve_connections(topology, layout):
         src, dst, mask = names[connection.src], names[connection.dst], connection.mask
-        whole = mask is None or mask.kind == "full"
+        whole = mask is None or mask.effective_kind == "full"
         offsets = (None, None) if dense_in_time else (connection.t_src, connection.t_dst)
         if whole and offsets == (None, None):
             whole_number.append(number)

@@ -34,16 +34,20 @@ _BREAKING = {
 }
 
 
-def check_program(program: CanvasProgram) -> None:
+def check_program(program: CanvasProgram, on_layout: bool = True) -> None:
     """Refuses a program that cannot be run as it stands, and warns of what in it has no effect: programs of regions
     that the layout lacks, and inner steps outside of the domain "internal".
+
+    Args:
+        program: the program.
+        on_layout: whether it runs on its layout; clocks alone run without.
 
     Raises:
         ValueError: an unknown clock mode or domain, compile mode, write mode or identity mode, with the choices; a
             trigger or an event source of another form. The message names the region or the connection.
     """
     checked_kind(program, "program", CanvasProgram)
-    _warn_of_idle_declarations(program)
+    _warn_of_idle_declarations(program, on_layout)
     for name, region in program.regions.items():
         try:
             checked_choice(region.compile_mode, "compile_mode", DEPLOY_MODES)
@@ -63,8 +67,8 @@ def check_program(program: CanvasProgram) -> None:
             raise ValueError(f"program of connection {src!r} -> {dst!r}: {error}") from None
 
 
-def _warn_of_idle_declarations(program: CanvasProgram) -> None:
-    missing = [name for name in program.regions if name not in program.schema.layout.regions]
+def _warn_of_idle_declarations(program: CanvasProgram, on_layout: bool) -> None:
+    missing = [name for name in program.regions if on_layout and name not in program.schema.layout.regions]
     clocks = ((name, region.clock) for name, region in program.regions.items() if region.clock is not None)
     idle = [name for name, clock in clocks if clock.max_inner_steps is not None and clock.domain != "internal"]
     for names, what in (

@@ -75,9 +75,15 @@ class CanvasProgram:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """The schema's dict, with the fields of region and connection programs that differ from their defaults."""
+        """The schema's dict, with the fields of region and connection programs that differ from their defaults.
+
+        A program that says nothing has the schema's dict.
+        """
+        form = self.schema.to_dict()
+        if not self.regions and not self.connections:
+            return form if self.version == type(self).version else {**form, "program_version": self.version}
         return {
-            **self.schema.to_dict(),
+            **form,
             "program_version": self.version,
             "region_programs": {name: _declared(region) for name, region in self.regions.items()},
             "connection_programs": {

@@ -194,7 +194,7 @@ def _places(
     """Start and size of every field, and the grid they lie on."""
     given = H is not None or W is not None
     if spatial_shape is not None and given:
-        raise ValueError(f"give spatial_shape={spatial_shape!r} or H={H}, W={W}, not both")
+        raise ValueError(f"Cannot specify both: give spatial_shape={spatial_shape!r} or H={H}, W={W}, not both")
     H = None if H is None else checked_int(H, "compile_schema H", 1)
     W = None if W is None else checked_int(W, "compile_schema W", 1)
     if spatial_shape is None:

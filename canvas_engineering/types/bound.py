@@ -70,7 +70,7 @@ class BoundField:
         canvas = self.bound_schema.canvas if canvas is None else canvas
         if canvas is None:
             raise RuntimeError(
-                f"field {self.region_name!r} has no canvas to place into or extract from: "
+                f"No canvas: field {self.region_name!r} has no canvas to place into or extract from: "
                 "call build_canvas() on its schema, or pass canvas="
             )
         return canvas

@@ -38,7 +38,7 @@ class Field:
         carrier: the dynamics that govern the field; None means "deterministic". For the family "residual", both mean
             "residual".
         spatial_shape: positions per spatial dimension, for fields of any number of dimensions, instead of ``h`` and
-            ``w``, which then mirror its first two entries.
+            ``w``, which then mirror its first two entries; (h, w) where it is not given.
 
     Raises:
         ValueError: a size, period or extent below 1, ``h`` and ``w`` that contradict ``spatial_shape``, or an argument
@@ -73,7 +73,9 @@ class Field:
         for name in ("semantic_type", "family", "carrier"):
             checked_string(getattr(self, name), f"Field {name}", optional=True)
         put(self, "tags", checked_strings(self.tags, "Field tags"))
-        if self.spatial_shape is not None:
+        if self.spatial_shape is None:
+            put(self, "spatial_shape", (self.h, self.w))
+        else:
             self._take_spatial_shape()
 
     def _take_spatial_shape(self) -> None:
@@ -88,13 +90,13 @@ class Field:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Positions per spatial dimension: ``spatial_shape``, or (h, w)."""
-        return (self.h, self.w) if self.spatial_shape is None else self.spatial_shape
+        """The same as ``spatial_shape``."""
+        return self.spatial_shape
 
     @property
     def num_positions(self) -> int:
         """Positions per frame."""
-        return self.h * self.w if self.spatial_shape is None else math.prod(self.spatial_shape)
+        return math.prod(self.spatial_shape)
 
 
 class LayoutStrategy(enum.Enum):

@@ -95,7 +95,7 @@ def walk(root: Any) -> TypeNode:
         raise ValueError(f"compile an object with Field attributes, not {_shown(root)}")
     node = _Walker().visit(root, "", None)
     if node is None:
-        raise ValueError(f"no Field among the attributes of {_shown(root)}, at any depth: there is nothing to compile")
+        raise ValueError(f"No Field to compile: there is no Field among the attributes of {_shown(root)}, at any depth")
     return node
 
 
