@@ -271,7 +271,7 @@ def test_layers_with_other_seeds_share_a_plan_without_mixing():
 def test_constructor_arguments_are_checked():
     assert create_attention("local_attention", 8, window_size=4).window_size == 4
     assert create_attention("local_attention", 8).window_size == 8 and create_attention("random_fixed", 8).n_random == 8
-    with pytest.raises(ValueError, match="window_size must not be negative, got -1"):
+    with pytest.raises(ValueError, match="window_size must be at least 0, got -1"):
         create_attention("local_attention", 8, window_size=-1)
     with pytest.raises(ValueError, match="n_random must be at least 1, got 0"):
         create_attention("random_fixed", 8, n_random=0)

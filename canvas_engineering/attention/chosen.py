@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from canvas_kernels.ops import block_attention
 from canvas_kernels.table import BlockTable
 
+from ..checked import checked_int
 from ..derived_buffers import outside_inference
 from ..plan import AttentionPlan
 from ..plan.pairs import choose_pairs, pair_rectangles
@@ -108,10 +109,8 @@ class RandomFixedAttention(ChosenKeys):
         seed: int | None = None,
     ):
         super().__init__(d_model, n_heads, dropout)
-        if n_random < 1:
-            raise ValueError(f"n_random must be at least 1, got {n_random}")
-        self.n_random = n_random
-        self._host_seed = _drawn_seed() if seed is None else seed
+        self.n_random = checked_int(n_random, "n_random", 1)
+        self._host_seed = _drawn_seed() if seed is None else checked_int(seed, "seed", most=2**63 - 1)
         self.register_buffer("seed", torch.tensor(self._host_seed, dtype=torch.int64))
         self._prepared: list[AttentionPlan] = []
         self._seen = self._buffer_state()

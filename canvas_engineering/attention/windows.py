@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
 from canvas_kernels.tiling import expand_ranges
 
+from ..checked import checked_int, checked_read
 from ..plan import AttentionPlan
 from .chosen import KEPT_TABLES, ChosenKeys
 from .grouped import Coefficients, QueryPlaces, coefficients, only, query_places
@@ -160,14 +161,13 @@ class LocalAttention(ChosenKeys):
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0, window_size: int = 8):
         super().__init__(d_model, n_heads, dropout)
-        if window_size < 0:
-            raise ValueError(f"window_size must not be negative, got {window_size}")
-        self.window_size = window_size
+        self.window_size = checked_int(window_size, "window_size", 0)
         self._blocked: dict[tuple, BlockedReads] = {}
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model); 0 for queries that
         see no key."""
+        checked_read(queries, keys, values)
         low, high = self._bounds(queries.shape[1], keys.shape[1])
         sees = torch.from_numpy(high > low).to(queries.device)[:, None]
         out = super().forward(queries, keys, values)

@@ -17,6 +17,7 @@ from canvas_kernels.table import BlockTable, row_scale, row_sums
 from canvas_kernels.tiling import TileClass
 
 from ..canvas import CanvasLayout
+from ..checked import checked_bool, checked_kind
 from ..connectivity import CanvasTopology, Connection, resolve_connections
 from ..cortex import CortexRegistry
 from ..program import CanvasProgram
@@ -341,9 +342,10 @@ def compile_attention(
         raise ValueError(f"compile_attention takes a CanvasLayout and then a CanvasTopology, got {given}")
     if normalize not in NORMALIZE:
         raise ValueError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")
+    dense_in_time = checked_bool(dense_in_time, "dense_in_time")
     if program is not None:
         check_program(program)
-    if cortex is not None:
+    if checked_kind(cortex, "cortex", CortexRegistry, optional=True) is not None:
         cortex.check(layout)
     topology, triggers = resolve_edges(topology, layout, program, cortex)
     banks = _banks(layout, program)
