@@ -207,7 +207,7 @@ DECLARATIONS = [
     ),
     (ce.create_attention, {"d_model": 8}, "fn_name:name"),
     (ce.register_attention, {"cls": ce.CrossAttention}, "name:name"),
-    (ce.LocalAttention, {"d_model": 8}, "window_size:int"),
+    (ce.LocalAttention, {"d_model": 8}, "window_size:int?"),
     (ce.SparseAttention, {"d_model": 8}, "top_k:int"),
     (ce.PerceiverAttention, {"d_model": 8}, "n_latents:int"),
     (ce.RandomFixedAttention, {"d_model": 8}, "n_random:int seed:signed?"),

@@ -14,6 +14,7 @@ from ..checked import checked_int
 from ..derived_buffers import outside_inference
 from ..plan import AttentionPlan
 from ..plan.pairs import choose_pairs, pair_rectangles
+from ..plan.sets import ReadShape
 from .softmax import CrossAttention
 
 # Tables of single reads that a module keeps.
@@ -35,6 +36,10 @@ class ChosenKeys(CrossAttention):
         """(query, key), int64: the pairs that count among n queries and m keys, sorted, without repeats."""
         raise NotImplementedError
 
+    def pairs_of(self, shape: ReadShape) -> tuple[np.ndarray, np.ndarray]:
+        """The same of a read of that shape, in any order; by default the grids that its sides lie on do not matter."""
+        return self.pairs(shape.n, shape.m)
+
     def choice_key(self) -> tuple:
         """Equal for equal choices."""
         raise NotImplementedError
@@ -43,7 +48,7 @@ class ChosenKeys(CrossAttention):
         """``plan`` with the pairs that count alone, cached on it."""
         key = ("chosen", *self.choice_key())
         if key not in plan.index_sets:
-            plan.index_sets[key] = choice = choose_pairs(plan, self.pairs)
+            plan.index_sets[key] = choice = choose_pairs(plan, self.pairs_of)
             choice.index_sets[key] = choice
         return plan.index_sets[key]
 

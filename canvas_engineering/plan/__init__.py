@@ -103,6 +103,11 @@ class AttentionPlan:
         """Whether packing changes nothing."""
         return self.order_map.is_identity
 
+    @property
+    def n_canvas(self) -> int:
+        """N: the positions of the canvas alone, without slots."""
+        return self.n_positions - sum(bank.size for bank in self.banks)
+
     # -- devices and orders --------------------------------------------------------------------------------------------
 
     @derived(limit=12)
@@ -200,7 +205,7 @@ class AttentionPlan:
     def sets(self) -> ReadSets:
         """The reads as lists of rows, cached. ValueError where the queries of a read see different keys."""
         if "sets" not in self.index_sets:
-            self.index_sets["sets"] = read_sets(self.reads, self.packed)
+            self.index_sets["sets"] = read_sets(self.reads, self.packed, self.n_canvas)
         return self.index_sets["sets"]
 
     def row_sets(self) -> ReadSets:
