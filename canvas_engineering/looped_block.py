@@ -212,7 +212,7 @@ class LoopedBlockWrapper(CanvasModule):
         return self.loop.numel()
 
     def extra_repr(self) -> str:
-        return f"block_idx={self.block_idx}, loops={self.loops} of {self.max_loops}, gate={self.loop.gate}"
+        return f"block_idx={self.block_idx}, {self.loops} of {self.max_loops} loops, gate={self.loop.gate}"
 
 
 def parameter_home(block: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

@@ -100,6 +100,14 @@ def test_345690_parameters_train_on_the_2b_model_with_three_loops():
     assert sum(block.trainable_params() for block in blocks) == 345_690
 
 
+def test_a_grafted_model_says_how_often_it_loops():
+    model = tiny_model()
+    blocks, _ = graft_looped_blocks(model, max_loops=3)
+    assert repr(model).count("1 of 3 loops") == len(blocks)
+    model.set_loops(3)
+    assert repr(model).count("3 of 3 loops") == len(blocks)
+
+
 def test_the_published_constructor_shares_the_blocks_modules():
     plain = tiny_model().transformer_blocks[1]
     block = LoopedCogVideoXBlock(plain, 1, 4, 32)

@@ -22,6 +22,10 @@ class MambaAttention(MemoryAttention):
         u, z = in_proj(x_k);  dt, B, C = x_proj(u);  dt = softplus(dt_proj(dt))
         h_t = exp(−exp(A_log) · dt_t) h_{t−1} + dt_t B_t u_t;  y_t = (C_t · h_t + D u_t) · silu(z_t)
 
+    The scan goes one way, from the first key of a read to the last in canvas order (frames, then rows, then columns):
+    y_t is made of the keys up to t. Queries are no part of it: each reads the rows of all keys, later frames' too, so
+    that what is not to be seen must be left out of the read, as by a ``t_dst``.
+
     The scan is O(m · d · states) in time; the softmax that reads it is O(n · m · d), with memory O(n + m).
 
     Args:

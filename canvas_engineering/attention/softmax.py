@@ -144,10 +144,11 @@ class CogVideoXAttention(CrossAttention):
 
 
 class CosineAttention(CrossAttention):
-    """softmax(temperature · cos(q, k)) v: q and k of length 1 in each head, ``temperature`` learned, 10 at first.
+    """softmax(temperature · cos(q, k)) v: q and k of length 1 in each head.
 
-    The same kernels as :class:`CrossAttention`: the temperature is folded into q, so that reading it waits for no
-    device.
+    ``temperature`` is one learned number for all heads and connections, 10 at first: what multiplies the cosines, so a
+    larger one sharpens, and logits lie in ± temperature. Nothing bounds it; below 0 the least similar keys count most.
+    The kernels are those of :class:`CrossAttention`: it is folded into q, so that reading it waits for no device.
 
     >>> CosineAttention(8, n_heads=2).temperature.item()
     10.0

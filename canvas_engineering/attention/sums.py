@@ -241,7 +241,11 @@ class PoolingAttention(CanvasModule):
 
 
 class CopyAttention(CanvasModule):
-    """Query i takes key i as it is; zeros where there are fewer keys. No parameters.
+    """Query i takes key i as it is, both counted in canvas order within a read, in every sample alike. No parameters.
+
+    Where a read has n queries and m keys, keys beyond n are not read, and queries beyond m get zeros: the connection's
+    weight counts for them as for the others, so they do not keep their input, and what other connections give them is
+    averaged with zeros.
 
     >>> CopyAttention(1)(torch.zeros(1, 3, 1), *[torch.tensor([[[1.0], [2.0]]])] * 2).flatten().tolist()
     [1.0, 2.0, 0.0]

@@ -171,7 +171,7 @@ class LoopedCogVideoXBlock(CanvasModule):
         return self.loop.numel()
 
     def extra_repr(self) -> str:
-        return f"block_idx={self.block_idx}, loops={self.loops} of {self.max_loops}, gate={self.loop.gate}"
+        return f"block_idx={self.block_idx}, {self.loops} of {self.max_loops} loops, gate={self.loop.gate}"
 
 
 def _is_offloaded(block: nn.Module) -> bool:
