@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,7 @@ class RegionScheduler:
         """
         external_t = checked_int(external_t, "external_t", most=2**63 - 1)
         checked_string(boundary, "boundary", optional=True)
+        checked_kind(summaries, "summaries", Mapping, optional=True)
         fired = set()
         for name, clock in self._clocks.items():
             last_fired = self._last_fired.get(name, -1)

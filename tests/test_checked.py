@@ -318,6 +318,14 @@ def test_errors_that_are_no_tensors_are_refused():
         ce.ResidualAccumulator(["a"]).update("a", np.ones(3))
 
 
+@pytest.mark.parametrize("summaries", ["abc", 5, [("a", {})], np.zeros(2)])
+def test_summaries_are_a_mapping(summaries):
+    hybrid = ce.HybridScheduler(program(), ["a"], summary_dim=1)
+    for scheduler in (hybrid, ce.RegionScheduler(program())):
+        with pytest.raises(ValueError, match="summaries must be a Mapping, or None, got"):
+            scheduler.step(0, summaries)
+
+
 @pytest.mark.parametrize("wrong", [5, 1.5, {"a": 1}.values(), [["a"]], [1], "", [""], np.zeros((2, 2))])
 def test_active_regions_are_names(wrong):
     with pytest.raises((ValueError, KeyError), match="active_regions"):

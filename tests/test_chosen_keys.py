@@ -95,6 +95,7 @@ def pairs_of_blocks(blocks, n, m):
     seen = (group.bias(torch.ones(1, 1)) == 0).numpy()
     for queries, keys, pairs, counts in zip(blocks.query, blocks.key, seen, blocks.counts):
         for i, row, counted in zip(queries, pairs, counts):
+            assert row.any()  # a softmax of nothing is no number
             if counted:
                 found[i].index_add_(0, torch.from_numpy(keys[row]), torch.ones(int(row.sum()), dtype=torch.int64))
     return found

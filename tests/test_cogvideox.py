@@ -437,6 +437,25 @@ def test_a_graft_that_is_refused_changes_nothing(options, message):
     assert sum(not p.requires_grad for p in model.parameters()) == 1
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"max_loops": n} for n in (0, 2.0, True, "3", None)),
+        *({"loops": n} for n in (0, 2.0, True, "ab", [1], [1, "x"], None)),
+        *({"sharpening": betas} for betas in ("123", 5, [1, 2, "x"], [1.0, 2.0], [1, 1, 0])),
+        *({"canvas": canvas} for canvas in ({}, "a", {"schema": 5})),
+        *({"backend": backend} for backend in ("x", 5, None)),
+        {"gate": 3},
+        {"packed": "no"},
+    ],
+    ids=str,
+)
+def test_a_config_that_means_nothing_is_refused(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"{name.removesuffix('s')}|a schema must be a dict"):
+        looped_class()(**{**dict(tiny_model().config), "max_loops": 3, **wrong})
+
+
 def test_first_block_cache():
     hooks = pytest.importorskip("diffusers.hooks", reason="this diffusers has no caches")
     config_class = getattr(hooks, "FirstBlockCacheConfig", None)

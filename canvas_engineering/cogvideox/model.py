@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from ..attention import BACKENDS
 from ..canvas import CanvasLayout
-from ..checked import checked_items, checked_kind, checked_number, shown
+from ..checked import checked_bool, checked_choice, checked_items, checked_kind, checked_number, shown
 from ..connectivity import CanvasTopology
 from ..derived_buffers import outside_inference
 from ..schema import CanvasSchema
@@ -46,6 +47,8 @@ def looped_model_class() -> type[nn.Module]:
         for number, block in enumerate(self.transformer_blocks):
             LoopedCogVideoXBlock.graft(block, number, max_loops, inner_dim, gate)
         self._set_block_loops(loops)
+        checked_choice(backend, "backend", BACKENDS)
+        packed = checked_bool(packed, "packed")
         if canvas is not None and "schema" not in checked_kind(canvas, "canvas", Mapping):
             raise ValueError(f"canvas must hold the schema that the attention follows, got {shown(canvas)}")
         schema = None if canvas is None else CanvasSchema.from_dict(canvas["schema"])
@@ -164,7 +167,7 @@ def processor_for(
 ) -> CanvasAttnProcessor | None:
     """The processor that a declaration or sharpening needs; None if there is neither. ValueError: see its class, and
     sharpening that does not hold a positive factor for each loop."""
-    factors = [] if sharpening is None else checked_items(sharpening, "sharpening", "a factor for each loop")
+    factors = [] if sharpening is None else checked_items(sharpening, "sharpening", "numbers")
     factors = [checked_number(beta, "every factor of sharpening", "a positive number") for beta in factors]
     if (sharpening is not None and len(factors) < max_loops) or not all(0.0 < beta < float("inf") for beta in factors):
         raise ValueError(f"sharpening must hold a positive factor for each of {max_loops} loops, got {sharpening}")
