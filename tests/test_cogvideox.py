@@ -115,7 +115,7 @@ def test_the_published_constructor_shares_the_blocks_modules():
     assert type(plain).__name__ == "CogVideoXBlock" and block.trainable_params() == 4 * (2 * 32 + 1)
     assert (block.max_loops, block.loops, block.block_idx) == (4, 1, 1)
     block.set_loops(7)
-    assert block.loops == 4 and "loops=4 of 4" in repr(block)
+    assert block.loops == 4 and "4 of 4 loops" in repr(block)
     with pytest.raises(ValueError, match="block 1 loops already"):
         LoopedCogVideoXBlock(block, 1, 4, 32)
 

@@ -146,7 +146,7 @@ def test_loops_are_clamped_above_and_refused_below():
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match=f"at least 1 loop, got {wrong}"):
             block.set_loops(wrong)
-    assert "loops=2 of 2" in repr(block)
+    assert "2 of 2 loops" in repr(block)
 
 
 def test_wrong_widths_and_options_are_named():
