@@ -54,7 +54,7 @@ CLAIMS = {fn: "O(" + text.rpartition("O(")[2] for fn, text in ATTENTION_TYPES.it
 PRODUCTS = "products of the read-out"
 PAIRS_AND_KEYS = ("sparse_attention", "mixture", "mamba")
 NOTES = {
-    "mamba": "the scan is O(M); the equation reads its result by a softmax over all rows, which is O(NM)",
+    "mamba": "the scan is O(M); its result is read by a softmax over all rows",
     "sparse_attention": "the k largest logits are found among all N·M of them",
     "mixture": "the chunks of the keys grow with M: 2 experts of 4 see half of all pairs",
     "rwkv": "query i reads row i: 64 queries need 64 keys",
@@ -358,7 +358,7 @@ def document(rows: list[dict]) -> str:
         row = scaling[fn, "reads itself"]
         cells = (_time(row["seconds"][row["sizes"].index(size)]["p10"]) for size in (256, 1024, 8192))
         lines.append(
-            f"| {fn} | {row['claim']} | {row['time_exponent']:.2f} | {row['memory_exponent']:.2f} | "
+            f"| {fn} | {CLAIMS[fn]} | {row['time_exponent']:.2f} | {row['memory_exponent']:.2f} | "
             + " | ".join(cells)
             + f" | {row['peak_bytes'][-1] / 2**20:.0f} |"
         )
@@ -374,7 +374,7 @@ def document(rows: list[dict]) -> str:
         slowest, largest = row["seconds"][-1]["p10"], row["peak_bytes"][-1] / 2**20
         exponents = f"{row['time_exponent']:.2f} | {row['memory_exponent']:.2f}"
         lines.append(f"| {fn} | {exponents} | {_time(slowest)} | {largest:.0f} |")
-    lines += ["", "Where the measure is not the claim:", ""]
+    lines += ["", "Where an exponent needs a word:", ""]
     lines += [f"- {fn}: {note}." for fn, note in NOTES.items() if fn in names]
     lines += FLA.rstrip().splitlines()
     lines += [

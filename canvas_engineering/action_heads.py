@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .checked import checked_int
+from .checked import checked_int, checked_tensor
 from .derived_buffers import CanvasModule
 
 __all__ = ["ActionHead"]
@@ -36,7 +36,7 @@ class ActionHead(CanvasModule):
         Raises:
             ValueError: fewer than three dimensions, or another number of channels.
         """
-        if noise_pred.dim() < 3 or noise_pred.shape[2] != self.latent_channels:
+        if checked_tensor(noise_pred, "noise_pred").dim() < 3 or noise_pred.shape[2] != self.latent_channels:
             raise ValueError(
                 f"noise_pred must be (B, T, C, *spatial) or (B, N, C) with C = {self.latent_channels}; "
                 f"got {tuple(noise_pred.shape)}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 LARGEST_INT = 2**31 - 1
 """Real times are products of a frame count and a period: both up to this keep them exact in int64."""
@@ -171,6 +172,47 @@ def checked_heads(n_heads: Any, d_model: int, what: str = "n_heads") -> int:
     if d_model % heads:
         raise ValueError(f"{what} {heads} must divide d_model {d_model}")
     return heads
+
+
+def checked_dropout(value: Any, what: str = "dropout") -> float:
+    """A probability below 1; ValueError otherwise."""
+    p = checked_number(value, what, "a number in [0, 1)")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{what} must lie in [0, 1), got {p}")
+    return p
+
+
+def checked_sizes(d_model: Any, n_heads: Any, dropout: Any, divides: bool = True) -> tuple[int, int, float]:
+    """The three arguments that every attention function takes.
+
+    Args:
+        d_model: width of the canvas, at least 1.
+        n_heads: number of heads, at least 1.
+        dropout: probability of dropping an attention weight.
+        divides: whether n_heads must divide d_model; not where a function has no heads.
+
+    Raises:
+        ValueError: what is none of these, named.
+    """
+    d_model = checked_int(d_model, "d_model", 1)
+    n_heads = checked_heads(n_heads, d_model) if divides else checked_int(n_heads, "n_heads", 1)
+    return d_model, n_heads, checked_dropout(dropout)
+
+
+def checked_tensor(value: Any, what: str, floating: bool = True) -> torch.Tensor:
+    """The tensor that is given; ValueError: anything else, arrays included, or integers where ``floating``."""
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{what} must be a tensor, got a {type(value).__name__}: {shown(value)}")
+    if floating and not value.is_floating_point():
+        raise ValueError(f"{what} must be a floating-point tensor, got {value.dtype}")
+    return value
+
+
+def checked_read(queries: Any, keys: Any, values: Any) -> None:
+    """Checks the inputs of one read; ValueError: one that is no floating-point tensor (B, rows, d_model)."""
+    for what, value in (("queries", queries), ("keys", keys), ("values", values)):
+        if checked_tensor(value, what).dim() != 3:
+            raise ValueError(f"{what} must be (batch, rows, d_model), got {tuple(value.shape)}")
 
 
 def checked_depth(value: Any, what: str, deepest: int = DEEPEST) -> None:

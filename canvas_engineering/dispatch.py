@@ -18,6 +18,7 @@ from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
 from .attention.grouped import attend_grouped, fit, is_fused
 from .canvas import ATTENTION_TYPES, CanvasLayout
 from .canvas.tensor import parameter_key
+from .checked import checked_bool, checked_names, checked_sizes, checked_tensor
 from .compiler import CompiledProgram
 from .connectivity import CanvasTopology
 from .cortex import CortexRegistry
@@ -113,6 +114,8 @@ class AttentionDispatcher(CanvasModule):
             given = f"{type(topology).__name__}, {type(layout).__name__}"
             raise ValueError(f"AttentionDispatcher takes a CanvasTopology and then a CanvasLayout, got {given}")
         _check_kinds(residual_accumulator, program, cortex)
+        d_model, n_heads, dropout = checked_sizes(d_model, n_heads, dropout, divides=False)
+        skip_temporal = checked_bool(skip_temporal, "skip_temporal")
         self.topology, self.layout, self.d_model, self.backend = topology, layout, d_model, backend
         self.plan = plan = compile_attention(layout, topology, program, cortex=cortex, dense_in_time=skip_temporal)
         if program is not None:
@@ -172,15 +175,14 @@ class AttentionDispatcher(CanvasModule):
             KeyError: the name of a region that the layout does not have.
         """
         n = self.layout.num_positions
-        if x.dim() != 3 or x.shape[1] != n or x.shape[2] != self.d_model:
+        if checked_tensor(x, "x").dim() != 3 or x.shape[1] != n or x.shape[2] != self.d_model:
             raise ValueError(f"x must be (batch, {n}, {self.d_model}), got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
-        if add_to is not None and add_to.shape != x.shape:
+        if add_to is not None and checked_tensor(add_to, "add_to").shape != x.shape:
             raise ValueError(f"add_to must be like x, {tuple(x.shape)}, got {tuple(add_to.shape)}")
         self._check_dtype(x)
         if active_regions is not None and not isinstance(active_regions, torch.Tensor):
-            active_regions = frozenset([active_regions] if isinstance(active_regions, str) else active_regions)
+            names = (active_regions,) if isinstance(active_regions, str) else active_regions
+            active_regions = frozenset(checked_names(names, "active_regions"))
         active = self._active_connections(active_regions, x.device)
         if not self.fn_modules or self._may_skip(active_regions):
             return x if add_to is None else add_to

@@ -12,7 +12,7 @@ from torch import nn
 from .action_heads import ActionHead
 from .attention import BACKENDS
 from .canvas import CanvasLayout
-from .checked import checked_bool, checked_int, checked_kind, shown
+from .checked import checked_bool, checked_int, checked_items, checked_kind, checked_number, checked_string, shown
 from .cogvideox import LoopedCogVideoXBlock, TopologyMeasure, detect_inner_dim, measure_topology
 from .cogvideox.model import graft_cogvideox, is_cogvideox, ungraft_cogvideox
 from .connectivity import CanvasTopology
@@ -89,6 +89,10 @@ def graft_looped_blocks(
     if freeze not in _FREEZE:
         raise ValueError(f"freeze must be one of {', '.join(_FREEZE)}; got {freeze!r}")
     checked_kind(transformer, "transformer", nn.Module)
+    checked_string(block_attr, "block_attr")
+    checked_kind(layout, "layout", CanvasLayout, optional=True)
+    checked_kind(topology, "topology", CanvasTopology, optional=True)
+    checked_kind(measure_on, "measure_on", Mapping, optional=True)
     packed = checked_bool(packed, "packed")
     max_loops = checked_int(max_loops, "max_loops", kind="an int of at least 1", least=1)
     if wrapper_class is not None and not callable(wrapper_class):
@@ -100,7 +104,7 @@ def graft_looped_blocks(
     refuse_inference_tensors(transformer, "the model")
     originals = _blocks(transformer, block_attr)
     running = checked_loops(1 if loops is None else loops, max_loops)
-    inner_dim = detect_inner_dim(transformer) if inner_dim is None else inner_dim
+    inner_dim = detect_inner_dim(transformer) if inner_dim is None else checked_int(inner_dim, "inner_dim", 1)
     frozen = frozenset(name for name, parameter in transformer.named_parameters() if not parameter.requires_grad)
     in_place = wrapper_class in (None, LoopedCogVideoXBlock)
     if in_place and is_cogvideox(transformer) and block_attr == "transformer_blocks":
@@ -109,7 +113,8 @@ def graft_looped_blocks(
         if topology is not None:
             measured = None if measure_on is None else measure_topology(transformer, layout, topology, measure_on)
         betas = [sharpening(loop) for loop in range(max_loops)] if callable(sharpening) else sharpening
-        betas = None if betas is None else [float(beta) for beta in betas]
+        if betas is not None:
+            betas = [checked_number(beta, "sharpening") for beta in checked_items(betas, "sharpening", "numbers")]
         blocks = graft_cogvideox(transformer, max_loops, inner_dim, gate, betas, layout, topology, backend, packed)
         transformer.set_loops(running)
         if topology is not None:

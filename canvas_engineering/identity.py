@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from canvas_engineering.checked import checked_bool, checked_choice, checked_heads, checked_int, checked_string
+from canvas_engineering.checked import (
+    checked_bool,
+    checked_choice,
+    checked_heads,
+    checked_int,
+    checked_string,
+    checked_tensor,
+)
 from canvas_engineering.derived_buffers import CanvasModule
 from canvas_kernels.dense import dense_attention
 
@@ -103,7 +110,7 @@ class SlotBindingModule(CanvasModule):
     def alive_mask(self, observations: torch.Tensor) -> torch.Tensor:
         """bool (B, n_slots): slots whose life gate is above one half; all of them without a gate."""
         if self.life_gate is None:
-            size = (observations.shape[0], self.slots.shape[0])
+            size = (checked_tensor(observations, "observations").shape[0], self.slots.shape[0])
             return torch.ones(size, dtype=torch.bool, device=observations.device)
         return self.life_gate(self._bound(observations)).squeeze(-1) > 0.5
 
@@ -113,5 +120,7 @@ class SlotBindingModule(CanvasModule):
         return f"SlotBindingModule(d_model={d_model}, n_slots={n_slots}, n_heads={n_heads}, birth_death={birth_death})"
 
     def _bound(self, observations: torch.Tensor) -> torch.Tensor:
+        if checked_tensor(observations, "observations").dim() != 3:
+            raise ValueError(f"observations must be (batch, rows, d_model), got {tuple(observations.shape)}")
         slots = self.slots.expand(observations.shape[0], -1, -1)
         return self.layer_norm(self.binding_attn(slots, observations) + slots)

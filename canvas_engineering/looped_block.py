@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from canvas_engineering.derived_buffers import CanvasModule, refuse_inference_tensors
 
-from .checked import checked_bool, checked_int, checked_kind, checked_number, shown
+from .checked import checked_bool, checked_int, checked_kind, checked_number, checked_tensor, shown
 
 __all__ = ["LoopParameters", "LoopedBlockWrapper", "checked_loops"]
 
@@ -185,7 +185,8 @@ class LoopedBlockWrapper(CanvasModule):
         Raises:
             ValueError: another width, or a block that returns a second stream.
         """
-        if hidden_states.shape[-1] != self.embed_dim:
+        checked_tensor(hidden_states, "hidden_states")
+        if hidden_states.shape[-1:] != (self.embed_dim,):
             raise ValueError(
                 f"block {self.block_idx} loops over states of width {self.embed_dim}, got {tuple(hidden_states.shape)}"
             )
@@ -220,7 +221,7 @@ class LoopedBlockWrapper(CanvasModule):
         return self.loop.numel()
 
     def extra_repr(self) -> str:
-        return f"block_idx={self.block_idx}, loops={self.loops} of {self.max_loops}, gate={self.loop.gate}"
+        return f"block_idx={self.block_idx}, {self.loops} of {self.max_loops} loops, gate={self.loop.gate}"
 
 
 def parameter_home(block: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

@@ -8,7 +8,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from canvas_engineering.checked import checked_choice, checked_kind, checked_names, checked_number, shown
+from canvas_engineering.checked import (
+    checked_choice,
+    checked_kind,
+    checked_names,
+    checked_number,
+    checked_tensor,
+    shown,
+)
 from canvas_engineering.derived_buffers import CanvasModule
 from canvas_engineering.notices import warn
 from canvas_engineering.program.edges import parse_trigger
@@ -111,7 +118,7 @@ class ResidualAccumulator(CanvasModule):
             KeyError: the region's errors are not kept. ValueError: an empty error.
         """
         row = self.row(region)
-        if not error.numel():
+        if not checked_tensor(error, "error", floating=False).numel():
             raise ValueError(f"the error of region {region!r} is empty: {tuple(error.shape)}")
         size = error.detach().abs().to(torch.promote_types(error.dtype, torch.float32))
         if self.spec.reduce == "l2":

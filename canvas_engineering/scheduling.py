@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from canvas_engineering.checked import checked_int, checked_kind, checked_names, checked_number
+from canvas_engineering.checked import (
+    checked_int,
+    checked_kind,
+    checked_names,
+    checked_number,
+    checked_string,
+    checked_tensor,
+)
 from canvas_engineering.clock_formulas import ClockFormulas
 from canvas_engineering.clock_ir import ClockContext, Not, Summaries, periodic
 from canvas_engineering.derived_buffers import CanvasModule, outside_inference
@@ -72,6 +79,9 @@ class RegionScheduler:
             summaries: region to kind to value, as they stand when the step begins.
             boundary: the lifecycle event of this step, if any.
         """
+        external_t = checked_int(external_t, "external_t", most=2**63 - 1)
+        checked_string(boundary, "boundary", optional=True)
+        checked_kind(summaries, "summaries", Mapping, optional=True)
         fired = set()
         for name, clock in self._clocks.items():
             last_fired = self._last_fired.get(name, -1)
@@ -165,6 +175,9 @@ class DeviceScheduler(CanvasModule):
             external_t: the step; under ``torch.compile`` an int64 tensor on the device, so that one graph serves all.
             boundary: the lifecycle event of this step, if any.
         """
+        if not isinstance(external_t, torch.Tensor):
+            external_t = checked_int(external_t, "external_t", most=2**63 - 1)
+        checked_string(boundary, "boundary", optional=True)
         values = None if self.accumulator is None else self.accumulator.values
         fired = self.formulas(external_t, boundary, self.last_fired, self.boundary_t, values)
         self.last_fired.copy_(torch.where(fired, external_t, self.last_fired))
@@ -242,6 +255,8 @@ class LearnedScheduler(CanvasModule):
             the numbers of the regions taken, and log-softmax scores (n_regions,), with gradients. Making the set waits
             for the device.
         """
+        if checked_tensor(summaries, "summaries").dim() not in (1, 2):
+            raise ValueError(f"summaries must be (summary_dim,) or (batch, summary_dim), got {tuple(summaries.shape)}")
         row = summaries if summaries.dim() == 1 else summaries[0]
         first, gelu, last = self.scorer
         expected = self.summary_dim

@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 from canvas_engineering.canvas.layout import CanvasLayout, RegionSpec, transfer_distance
-from canvas_engineering.checked import checked_bool, checked_int, checked_kind, checked_names, checked_string, shown
+from canvas_engineering.checked import (
+    checked_bool,
+    checked_int,
+    checked_kind,
+    checked_names,
+    checked_string,
+    checked_tensor,
+    shown,
+)
 from canvas_engineering.derived_buffers import CanvasModule
 
 __all__ = ["SemanticConditioner", "auto_semantic_type", "compute_semantic_embeddings", "program_distance"]
@@ -208,6 +216,8 @@ class SemanticConditioner(CanvasModule):
         Raises:
             ValueError: a canvas of another shape.
         """
+        checked_kind(layout, "layout", CanvasLayout)
+        checked_tensor(canvas, "canvas")
         if canvas.ndim != 3 or tuple(canvas.shape[1:]) != (layout.num_positions, self.d_model):
             raise ValueError(
                 f"a canvas must have shape (batch, {layout.num_positions}, {self.d_model}), got {tuple(canvas.shape)}"

@@ -19,19 +19,27 @@ def oracle(fn, state_dict, x_q, x_k, n_heads=1, **context) -> torch.Tensor:
 
     `state_dict` holds the module's parameters by name; where they require grad, so does the result. `context` are the
     constructor arguments that no tensor's shape tells, published values by default: top_k=8, window_size=8,
-    n_random=8, top_k_experts=2, max_len=4096. Rows without a key (see `sees`) are 0.
+    n_random=8, top_k_experts=2, max_len=4096; or ``seen``, bool (n, m), for windows. Rows without a key are 0.
     """
     parameters = {name: t.double() if t.is_floating_point() else t for name, t in state_dict.items()}
     return FUNCTIONS[fn](parameters, x_q.double(), x_k.double(), n_heads, **context)
 
 
-def sees(fn, n, m, window_size=8) -> list[bool]:
-    """Per query of a read of n queries and m keys: whether it has a key there at all; only windows can miss all."""
+def seen_pairs(fn, queries, keys, shape=(), window_size=None):
+    """bool (n, m): which keys each query of a read sees, both given by position on a canvas of ``shape``, frames first;
+    None where all see all. Without a shape they are counted in order."""
     if isinstance(FUNCTIONS[fn], functools.partial):
         window_size = FUNCTIONS[fn].keywords["window_size"]
     elif FUNCTIONS[fn] is not local:
-        return [True] * n
-    return [any(row) for row in window(n, m, window_size).tolist()]
+        return None
+    slots = max(keys) >= math.prod(shape)
+    if window_size is None and not slots and len(shape) > 2:
+        window_size = (1, *[8] * (len(shape) - 1))
+    if isinstance(window_size, tuple) and not slots:
+        return grid_window(queries, keys, shape, window_size)
+    if isinstance(window_size, tuple):
+        window_size = window_size[-1]
+    return window(len(queries), len(keys), 8 if window_size is None else window_size)
 
 
 def _part(parameters, prefix):
@@ -142,8 +150,26 @@ def window(n, m, window_size=8):
     return torch.tensor([[abs(i - j * n // m) <= window_size // 2 for j in range(m)] for i in range(n)])
 
 
-def local(p, x_q, x_k, n_heads, window_size=8):
-    return cross(p, x_q, x_k, n_heads, window(x_q.shape[1], x_k.shape[1], window_size))
+def grid_window(queries, keys, shape, sizes):
+    """bool (n, m): on every axis |j − floor(i·m/n)| ≤ size // 2, the query at i of n and the key at j of m there; both
+    are counted in the smallest box that holds their side of the read."""
+
+    def places(positions):
+        points = [[position // math.prod(shape[axis + 1 :]) % shape[axis] for axis in range(len(shape))]
+                  for position in positions]  # fmt: skip
+        low = [min(column) for column in zip(*points)]
+        extent = [max(column) + 1 - first for column, first in zip(zip(*points), low)]
+        return [[value - first for value, first in zip(point, low)] for point in points], extent
+
+    (q_points, n), (k_points, m) = places(queries), places(keys)
+    axes = range(len(shape))
+    return torch.tensor(
+        [[all(abs(j[a] - i[a] * m[a] // n[a]) <= sizes[a] // 2 for a in axes) for j in k_points] for i in q_points]
+    )
+
+
+def local(p, x_q, x_k, n_heads, window_size=8, seen=None):
+    return cross(p, x_q, x_k, n_heads, window(x_q.shape[1], x_k.shape[1], window_size) if seen is None else seen)
 
 
 def _mix(word):
@@ -264,8 +290,9 @@ def step(topology, reads, fns, state_dicts, x, n_heads, gates=None, active=None,
         fn, (keys,) = fns[read.connection], set(read.keys.values())
         queries, keys = sorted(read.keys), sorted(keys)
         options = (context or {}).get(fn, {})
-        some = sees(fn, len(queries), len(keys), **({} if fn != "local_attention" else options))
-        live.append((read, fn, queries, keys, some, options))
+        seen = seen_pairs(fn, queries, keys, read.shape, options.get("window_size"))
+        some = [True] * len(queries) if seen is None else seen.any(1).tolist()
+        live.append((read, fn, queries, keys, some, options if seen is None else {"seen": seen}))
     replaced = {
         i for read, _, queries, _, some, _ in live if modes[read.connection] == "replace"
         for i, one in zip(queries, some) if one

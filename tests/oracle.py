@@ -16,11 +16,13 @@ import torch
 
 @dataclass(frozen=True)
 class Read:
-    """Every query with its keys, all of one softmax per query; `keys` leaves out queries that have none."""
+    """Every query with its keys, all of one softmax per query; `keys` leaves out queries that have none. `shape` is the
+    canvas's, frames first."""
 
     connection: int
     weight: float
     keys: dict[int, tuple[int, ...]]
+    shape: tuple[int, ...] = ()
 
 
 def _region(layout, name):
@@ -139,7 +141,7 @@ def reads(layout, topology, banks=None) -> list[Read]:
                 if c.dst in (banks or {}):
                     pairs = dict.fromkeys(pairs, banks[c.dst])
                 if pairs:
-                    found.append(Read(index, c.weight * float(share), pairs))
+                    found.append(Read(index, c.weight * float(share), pairs, (layout.T, *layout.spatial_shape)))
     return found
 
 

@@ -171,8 +171,10 @@ def step(
             if (fn, tuple(queries), keys) not in known:
                 module = dispatcher.fn_modules[fn]
                 state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-                out = family_oracle.oracle(fn, state, rows[:, queries], rows[:, list(keys)], heads)
-                some = [place for place, one in enumerate(family_oracle.sees(fn, len(queries), len(keys))) if one]
+                seen = family_oracle.seen_pairs(fn, queries, keys, read.shape)
+                context = {} if seen is None else {"seen": seen}
+                out = family_oracle.oracle(fn, state, rows[:, queries], rows[:, list(keys)], heads, **context)
+                some = [place for place in range(len(queries)) if seen is None or seen[place].any()]
                 known[fn, tuple(queries), keys] = [queries[place] for place in some], out[:, some]
             results.append((read.connection, read.weight, *known[fn, tuple(queries), keys]))
     replaced = {query for number, _, queries, _ in results if modes[number] == "replace" for query in queries}

@@ -17,6 +17,7 @@ from torch import nn
 import canvas_engineering as ce
 from canvas_engineering import clock_ir
 from canvas_engineering.checked import shown
+from canvas_engineering.cogvideox import CanvasAttnProcessor, LoopedCogVideoXBlock
 
 LOOP: list = []
 LOOP.append(LOOP)
@@ -40,6 +41,7 @@ NOT_INT = NOTHING | BOOLS | SEVERAL | NUMBERS | {"str": "2", "dict in itself": R
 ANY_INT = {name: value for name, value in NOT_INT.items() if name != "-1"}
 NOT_NUMBER = NOTHING | BOOLS | SEVERAL | {name: NUMBERS[name] for name in ("nan", "inf", "-10**5000")}
 NOT_NUMBER |= {"str": "2", "dict in itself": RING}
+NOT_SHARE = NOT_NUMBER | {"1.0": 1.0, "-0.1": -0.1}
 NOT_STRING = NOTHING | BOOLS | SEVERAL | NUMBERS | {"dict in itself": RING}
 NOT_NAME = NOT_STRING | {"empty": ""}
 NOT_STRINGS = NOT_STRING | {"str": "ab"}
@@ -63,7 +65,21 @@ def typed() -> SimpleNamespace:
 
 def graft(**options: Any) -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1)
-    ce.graft_looped_blocks(model, block_attr="layers", **{"loops": 1, **options})
+    ce.graft_looped_blocks(model, **{"block_attr": "layers", "loops": 1, **options})
+
+
+def dispatcher(**options: Any) -> ce.AttentionDispatcher:
+    given = {"topology": ce.CanvasTopology.dense(["a"]), "layout": layout(), "d_model": 8}
+    return ce.AttentionDispatcher(**{**given, **options})
+
+
+def compiled(**options: Any) -> ce.AttentionPlan:
+    return ce.compile_attention(layout(), ce.CanvasTopology.dense(["a"]), **options)
+
+
+def attention(**options: Any) -> torch.Tensor:
+    q = torch.randn(1, 1, 4, 4)
+    return ce.canvas_attention(q, q, q, compiled(), **options)
 
 
 on_event = {"source": "a.b", "gt": 1}
@@ -189,6 +205,36 @@ DECLARATIONS = [
     (ce.validate_constraints, {}, "program:ours"),
     (ce.evaluate_trigger, {"trigger": None, "summaries": None}, "trigger:string?"),
     (ce.CanvasTopology().to_attention_mask, {}, "layout:ours"),
+    *(
+        (cls, {"d_model": 8}, "d_model:int n_heads:int dropout:share")
+        for cls in dict.fromkeys(ce.ATTENTION_REGISTRY.values())
+    ),
+    (ce.create_attention, {"d_model": 8}, "fn_name:name"),
+    (ce.register_attention, {"cls": ce.CrossAttention}, "name:name"),
+    (ce.LocalAttention, {"d_model": 8}, "window_size:int?"),
+    (ce.SparseAttention, {"d_model": 8}, "top_k:int"),
+    (ce.PerceiverAttention, {"d_model": 8}, "n_latents:int"),
+    (ce.RandomFixedAttention, {"d_model": 8}, "n_random:int seed:signed?"),
+    (ce.MixtureAttention, {"d_model": 8}, "n_experts:int top_k_experts:int"),
+    (ce.MambaAttention, {"d_model": 8}, "state_size:int dt_rank:int"),
+    (ce.HyenaAttention, {"d_model": 8}, "order:int max_len:int"),
+    (
+        dispatcher,
+        {},
+        "topology:ours layout:ours d_model:int n_heads:int dropout:share skip_temporal:bool residual_accumulator:ours? "
+        "program:ours? cortex:ours? backend:name",
+    ),
+    (compiled, {}, "program:ours? cortex:ours? normalize:name dense_in_time:bool"),
+    (attention, {}, "dropout_p:share gain:ours? active:ours? row_scale:ours? backend:name packed:bool activation:name"),
+    (graft, {}, "sharpening:ours? layout:ours? topology:ours? measure_on:ours? backend:name gate:name block_attr:name"),
+    (CanvasAttnProcessor, {}, "layout:ours? topology:ours? backend:name packed:bool"),
+    (LoopedCogVideoXBlock, {"block_idx": 0, "max_loops": 2, "inner_dim": 8}, "original_block:ours"),
+    (ce.cogvideox_layout, {"height": 16, "width": 16, "num_frames": 1}, "config:ours"),
+    (ce.RegionScheduler(program()).step, {}, "external_t:signed"),
+    (ce.RegionScheduler(program()).step, {"external_t": 0}, "boundary:string?"),
+    (ce.DeviceScheduler(program()).step, {"external_t": 0}, "boundary:string?"),
+    (ce.PeriodEmbedding(8).bucket, {}, "period:signed"),
+    (ce.SinusoidalPositionalEncodingND(8), {"T": 1, "spatial_shape": (1, 1)}, "T:int spatial_shape:ints"),
     (layout().region_indices_at_t, {"name": "a"}, "t_abs:signed"),
 ]
 KINDS = {
@@ -196,6 +242,7 @@ KINDS = {
     "signed": ANY_INT,
     "ints": NOT_INTS,
     "number": NOT_NUMBER,
+    "share": NOT_SHARE,
     "bool": NOT_BOOL,
     "string": NOT_STRING,
     "strings": NOT_STRINGS,
@@ -204,7 +251,7 @@ KINDS = {
     "ours": NOT_OURS,
 }
 CASES = [
-    pytest.param(made, others, argument, kind, id=f"{made.__qualname__}-{argument}-{kind}")
+    pytest.param(made, others, argument, kind, id=f"{getattr(made, '__qualname__', 'encoding')}-{argument}-{kind}")
     for made, others, arguments in DECLARATIONS
     for argument, _, kind in (pair.partition(":") for pair in arguments.split())
 ]
@@ -224,6 +271,69 @@ def test_what_is_not_meant_is_refused_at_once(made, others, argument, kind):
         else:
             pytest.fail(f"{name} is taken for {argument}: {shown(given)}")
         assert time.process_time() - began < 1, name
+
+
+def reads(fn: str) -> list:
+    """One read of a function, with each of its three inputs to be given."""
+    module, x = ce.create_attention(fn, 8), torch.zeros(1, 2, 8)
+    given = {"queries": x, "keys": x, "values": x}
+    return [pytest.param(module, given, argument, id=f"{fn}-{argument}") for argument in given]
+
+
+def takers_of_tensors() -> list:
+    canvas, rows, q = ce.SpatiotemporalCanvas(layout()), torch.zeros(1, 2, 8), torch.zeros(1, 1, 4, 4)
+    whole = torch.zeros(1, 4, 8)
+    conditioner = ce.SemanticConditioner(8, 1, {"a": (1.0,)})
+    qkv = {"q": q, "k": q, "v": q, "plan": compiled()}
+    looped = ce.LoopedBlockWrapper(nn.Linear(8, 8), embed_dim=8)
+    takers = [
+        (dispatcher(), {"x": whole, "add_to": whole}, "x add_to"),
+        (ce.canvas_attention, qkv, "q k v"),
+        (canvas.place, {"canvas": whole, "embeddings": rows, "region_name": "a"}, "canvas embeddings"),
+        (canvas.extract, {"canvas": whole, "region_name": "a"}, "canvas"),
+        (conditioner.condition_canvas, {"canvas": whole, "layout": layout()}, "canvas"),
+        (ce.SlotBindingModule(8, 2), {"observations": rows}, "observations"),
+        (ce.SlotBindingModule(8, 2, birth_death=True).alive_mask, {"observations": rows}, "observations"),
+        (ce.ActionHead(8), {"noise_pred": torch.zeros(1, 2, 8)}, "noise_pred"),
+        (looped, {"hidden_states": rows}, "hidden_states"),
+        (ce.LearnedScheduler(2, 2, 1), {"summaries": torch.zeros(2)}, "summaries"),
+    ]
+    return [
+        pytest.param(taker, given, argument, id=f"{getattr(taker, '__name__', type(taker).__name__)}-{argument}")
+        for taker, given, arguments in takers
+        for argument in arguments.split()
+    ]
+
+
+READS = [case for fn in sorted(set(ce.ATTENTION_REGISTRY) - {"self_attention"}) for case in reads(fn)]
+
+
+@pytest.mark.parametrize("taker, given, argument", [*takers_of_tensors(), *READS])
+def test_what_is_no_tensor_of_floats_is_refused(taker, given, argument):
+    taker(**given)
+    right = given[argument]
+    for wrong in (right.numpy(), right.tolist(), right.int(), right.bool(), "abc", 1.0):
+        with pytest.raises(ValueError, match=rf"{argument}\b.* must be .*(tensor|float)"):
+            taker(**{**given, argument: wrong})
+
+
+def test_errors_that_are_no_tensors_are_refused():
+    with pytest.raises(ValueError, match="error must be a tensor, got a ndarray"):
+        ce.ResidualAccumulator(["a"]).update("a", np.ones(3))
+
+
+@pytest.mark.parametrize("summaries", ["abc", 5, [("a", {})], np.zeros(2)])
+def test_summaries_are_a_mapping(summaries):
+    hybrid = ce.HybridScheduler(program(), ["a"], summary_dim=1)
+    for scheduler in (hybrid, ce.RegionScheduler(program())):
+        with pytest.raises(ValueError, match="summaries must be a Mapping, or None, got"):
+            scheduler.step(0, summaries)
+
+
+@pytest.mark.parametrize("wrong", [5, 1.5, {"a": 1}.values(), [["a"]], [1], "", [""], np.zeros((2, 2))])
+def test_active_regions_are_names(wrong):
+    with pytest.raises((ValueError, KeyError), match="active_regions"):
+        dispatcher()(torch.zeros(1, 4, 8), wrong)
 
 
 @pytest.mark.parametrize(

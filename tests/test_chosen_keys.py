@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
+import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,14 +20,21 @@ from canvas_engineering import (
     ATTENTION_REGISTRY,
     AttentionDispatcher,
     CanvasLayout,
+    CanvasProgram,
+    CanvasSchema,
     CanvasTopology,
     Connection,
+    IdentitySpec,
     LocalAttention,
     RandomFixedAttention,
+    RegionProgram,
+    RegionSpec,
     compile_attention,
     create_attention,
 )
 from canvas_engineering.attention.chosen import draw_keys
+from canvas_engineering.attention.windows import BlockGroup
+from canvas_engineering.plan.sets import ReadShape
 from tests import family_oracle, oracle
 from tests.strategies import canvases
 
@@ -78,6 +88,19 @@ def line(n, m, fn, backend="auto", t=1):
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 
+def pairs_of_blocks(blocks, n, m):
+    """int64 (n, m): how often the blocks compute each pair of a query that counts."""
+    found = torch.zeros(n, m, dtype=torch.int64)
+    group = BlockGroup.of(1, blocks, 0, 0)
+    seen = (group.bias(torch.ones(1, 1)) == 0).numpy()
+    for queries, keys, pairs, counts in zip(blocks.query, blocks.key, seen, blocks.counts):
+        for i, row, counted in zip(queries, pairs, counts):
+            assert row.any()  # a softmax of nothing is no number
+            if counted:
+                found[i].index_add_(0, torch.from_numpy(keys[row]), torch.ones(int(row.sum()), dtype=torch.int64))
+    return found
+
+
 @settings(max_examples=60)
 @given(n=st.integers(1, 60), m=st.integers(1, 60), window_size=st.integers(0, 40))
 def test_windows_are_the_definition_in_tables_and_in_blocks(n, m, window_size):
@@ -86,12 +109,48 @@ def test_windows_are_the_definition_in_tables_and_in_blocks(n, m, window_size):
     query, key = (torch.from_numpy(a) for a in module.pairs(n, m))
     seen = torch.zeros(n, m, dtype=torch.int64).index_put_((query, key), torch.ones_like(key), accumulate=True)
     assert torch.equal(seen, expected.long())
-    blocks, seen = module.cut(n, m), torch.zeros(n, m, dtype=torch.int64)
-    for queries, keys, pairs, counts in zip(blocks.query, blocks.key, blocks.seen, blocks.counts):
-        for i, row, counted in zip(queries, pairs, counts):
-            if counted:
-                seen[i].index_add_(0, torch.from_numpy(keys[row]), torch.ones(int(row.sum()), dtype=torch.int64))
+    assert torch.equal(pairs_of_blocks(module.cut(ReadShape((1, n), (1, m))), n, m), expected.long())
+
+
+@st.composite
+def grids(draw):
+    """Extents of two boxes, frames first, a window for each axis, and which keys there are (None for all)."""
+    dims = draw(st.integers(2, 4))
+    most = {2: 40, 3: 14, 4: 6}[dims]
+    queries, keys = (tuple(draw(st.integers(1, most if axis else 3)) for axis in range(dims)) for _ in range(2))
+    if draw(st.booleans()):
+        keys = queries
+    places = None
+    if draw(st.integers(0, 3)) == 0:
+        count = draw(st.integers(1, math.prod(keys)))
+        places = np.sort(np.random.default_rng(count).permutation(math.prod(keys))[:count])
+    window = draw(st.tuples(*[st.integers(0, 9)] * dims))
+    return ReadShape(queries, keys, places), draw(st.sampled_from([window, None]) if dims > 2 else st.just(window))
+
+
+@settings(max_examples=80)
+@given(drawn=grids())
+def test_windows_on_grids_are_the_definition_in_tables_and_in_blocks(drawn):
+    shape, window = drawn
+    module = LocalAttention(4, n_heads=1, window_size=window)
+    sizes = window or (1, *[8] * (len(shape.queries) - 1))
+    expected = _grid_pairs(shape, sizes)
+    query, key = (torch.from_numpy(a) for a in module.pairs_of(shape))
+    seen = torch.zeros(shape.n, shape.m, dtype=torch.int64)
+    seen.index_put_((query, key), torch.ones_like(key), accumulate=True)
     assert torch.equal(seen, expected.long())
+    assert torch.equal(pairs_of_blocks(module.cut(shape), shape.n, shape.m), expected.long())
+
+
+def _grid_pairs(shape, sizes):
+    """bool (n, m), entry by entry."""
+    places = range(math.prod(shape.keys)) if shape.places is None else shape.places.tolist()
+    i, j = (
+        torch.tensor(np.stack(np.unravel_index(list(rows), extent), 1))
+        for rows, extent in ((range(shape.n), shape.queries), (places, shape.keys))
+    )
+    n, m = torch.tensor(shape.queries), torch.tensor(shape.keys)
+    return ((j[None] - (i * m // n)[:, None]).abs() <= torch.tensor(sizes) // 2).all(-1)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
@@ -100,14 +159,7 @@ def test_windows_are_the_definition_in_tables_and_in_blocks(n, m, window_size):
 def test_queries_without_keys_have_no_read(backend, canvas):
     layout, topology = canvas
     dispatcher = randomised(layout, topology, backend=backend)
-    x = torch.randn(2, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
-    out, expected = dispatcher(x), oracle_step(dispatcher, x)
-    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
-    leaves, grad = [x, *dispatcher.parameters()], torch.randn_like(x)
-    found = torch.autograd.grad(out, leaves, grad, allow_unused=True) if out.requires_grad else []
-    for a, b in zip(found, torch.autograd.grad(expected, leaves, grad, allow_unused=True)):
-        a, b = (torch.zeros((), dtype=torch.float64) if g is None else g for g in (a, b))
-        torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-5, atol=1e-5)
+    check_against_the_oracle(dispatcher)
 
 
 @pytest.mark.parametrize(("n", "m"), [(70, 70), (50, 7), (7, 50), (90, 31)])
@@ -137,6 +189,118 @@ def test_triton_runs_the_same_choice(fn):
         results.append([out, *torch.autograd.grad(out.square().sum(), [leaf, *dispatcher.parameters()])])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
+
+
+def check_against_the_oracle(dispatcher, batch=2):
+    """Results and every gradient, in float64."""
+    x = torch.randn(batch, dispatcher.layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    out, expected = dispatcher(x), oracle_step(dispatcher, x)
+    # weights are float32
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    leaves, grad = [x, *dispatcher.parameters()], torch.randn_like(x)
+    found = torch.autograd.grad(out, leaves, grad, allow_unused=True) if out.requires_grad else []
+    for a, b in zip(found, torch.autograd.grad(expected, leaves, grad, allow_unused=True)):
+        a, b = (torch.zeros((), dtype=torch.float64) if g is None else g for g in (a, b))
+        torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-5, atol=1e-5)
+
+
+@contextlib.contextmanager
+def registered(name, window_size):
+    """Registers ``name``, local attention of that window, for dispatchers and for the oracle."""
+
+    class Windowed(LocalAttention):
+        def __init__(self, d_model, n_heads=4, dropout=0.0):
+            super().__init__(d_model, n_heads, dropout, window_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ATTENTION_REGISTRY, name, Windowed)
+        windowed = functools.partial(family_oracle.local, window_size=window_size)
+        patch.setitem(family_oracle.FUNCTIONS, name, windowed)
+        yield
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@settings(max_examples=30)
+@given(
+    canvas=canvases(80, pairs=False, write_modes=("add", "replace", "gate"), fns=("close", "close", "local_attention")),
+    sizes=st.tuples(*[st.integers(0, 5)] * 4),
+)
+def test_windows_on_random_canvases(backend, canvas, sizes):
+    layout, topology = canvas
+    with registered("close", sizes[: 1 + layout.n_spatial_dims]):
+        check_against_the_oracle(randomised(layout, topology, backend=backend))
+
+
+GRIDS = {
+    "1-D": ((2, 40), {"a": (0, 2, 0, 23), "b": (0, 2, 23, 40)}),
+    "equal": ((3, 22, 13), {"a": (0, 3, 0, 11, 0, 13), "b": (0, 3, 11, 22, 0, 13)}),
+    "finer keys": ((3, 13, 24), {"a": (0, 3, 0, 5, 0, 7), "b": (1, 3, 0, 13, 7, 24)}),
+    "coarser keys": ((3, 13, 24), {"a": (1, 3, 0, 13, 7, 24), "b": (0, 3, 0, 5, 0, 7)}),
+    "3-D": ((1, 6, 10, 11), {"a": (0, 1, 0, 3, 0, 10, 0, 11), "b": (0, 1, 3, 6, 0, 7, 0, 11)}),
+}
+OFFSETS = {"all frames": (None, None), "own frame": (0, 0), "frame before": (0, -1), "by frame": (0, None)}
+
+
+@pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_default_window_is_four_rows_and_columns_each_way(grid, offsets):
+    (T, *spatial), boxes = GRIDS[grid]
+    regions = {"a": RegionSpec(boxes["a"], period=2), "b": RegionSpec(boxes["b"])}
+    layout = CanvasLayout(T=T, spatial_shape=tuple(spatial), d_model=D_MODEL, regions=regions)
+    edges = [Connection("a", dst, fn="local_attention", t_src=offsets[0], t_dst=offsets[1]) for dst in "ab"]
+    for backend in ("torch", "reference"):
+        check_against_the_oracle(randomised(layout, CanvasTopology(edges), backend=backend), batch=1)
+
+
+@pytest.mark.parametrize("window_size", [None, 4, (3, 3, 1)])
+def test_a_patch_sees_its_neighbours_in_its_own_frame_and_in_the_one_before(window_size):
+    with registered("close", window_size):
+        layout = CanvasLayout(T=3, H=12, W=13, d_model=D_MODEL, regions={"a": (0, 3, 0, 12, 0, 13)})
+        pair = [Connection("a", "a", fn="close", t_src=0, t_dst=offset) for offset in (0, -1)]
+        dense = AttentionDispatcher(CanvasTopology(pair), layout, D_MODEL, n_heads=HEADS).plan.to_dense()
+    seen = dense.reshape(3, 12, 13, 3, 12, 13) > 0
+    for t, row, column in ((1, 6, 6), (2, 0, 12), (0, 11, 0)):
+        expected = np.zeros((3, 12, 13), bool)
+        for frame in {t, max(t - 1, 0)}:
+            if window_size == 4:
+                place = row * 13 + column
+                expected[frame].reshape(-1)[max(0, place - 2) : place + 3] = True
+            else:
+                up, side = (4, 4) if window_size is None else (1, 0)
+                expected[frame, max(0, row - up) : row + up + 1, max(0, column - side) : column + side + 1] = True
+        assert (seen[t, row, column] == expected).all()
+
+
+def test_slots_are_counted_in_order_whatever_the_grid():
+    layout = CanvasLayout(T=1, H=5, W=8, d_model=D_MODEL, regions={"a": (0, 1, 0, 5, 0, 4), "b": (0, 1, 0, 5, 4, 8)})
+    topology = CanvasTopology([Connection("a", "b", fn="local_attention")])
+    identity = {"b": RegionProgram(identity=IdentitySpec(slot_capacity=30))}
+    program = CanvasProgram(CanvasSchema(layout, topology), identity)
+    plan = AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS, program=program).plan
+    queries = layout.region_index("a").tolist()
+    assert (plan.to_dense()[queries, 40:] > 0).tolist() == family_oracle.window(20, 30).tolist()
+
+
+def test_a_window_for_other_axes_than_the_canvas_has_is_refused():
+    layout = CanvasLayout(T=1, H=4, W=4, d_model=8, regions={"a": (0, 1, 0, 4, 0, 4)})
+    message = r"\(1, 3\) has 2 numbers; this canvas has 3 axes"
+    with registered("close", (1, 3)), pytest.raises(ValueError, match=message):
+        AttentionDispatcher(CanvasTopology([Connection("a", "a", fn="close")]), layout, D_MODEL, n_heads=HEADS)
+
+
+def test_cost_goes_with_the_window_and_not_with_the_square_of_the_grid():
+    def plan_of(side):
+        layout = CanvasLayout(T=1, H=side, W=side, d_model=D_MODEL, regions={"a": (0, 1, 0, side, 0, side)})
+        topology = CanvasTopology([Connection("a", "a", fn="local_attention")])
+        return AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS)
+
+    for side in (32, 64):
+        dispatcher = plan_of(side)
+        pairs = (9 * side - 2 * (1 + 2 + 3 + 4)) ** 2
+        assert dispatcher.plan.table.pairs == pairs
+        (group,) = dispatcher.fn_modules["local_attention"].blocked(dispatcher.plan).groups
+        assert group.blocks * group.rows * group.keys <= 4 * pairs
+        assert sum(constant.n_out for _, constant in group.seen) <= 32 * side
 
 
 def test_a_window_that_misses_every_key_gives_no_nan():
@@ -270,8 +434,13 @@ def test_layers_with_other_seeds_share_a_plan_without_mixing():
 
 def test_constructor_arguments_are_checked():
     assert create_attention("local_attention", 8, window_size=4).window_size == 4
-    assert create_attention("local_attention", 8).window_size == 8 and create_attention("random_fixed", 8).n_random == 8
-    with pytest.raises(ValueError, match="window_size must not be negative, got -1"):
+    assert create_attention("local_attention", 8).window_size is None
+    assert create_attention("random_fixed", 8).n_random == 8
+    assert LocalAttention(8, window_size=[1, np.int64(3), 5]).window_size == (1, 3, 5)
+    for wrong in ((3,), (1, -1), (1, 2.5), ("a", "b"), True, "8", 2.0):
+        with pytest.raises(ValueError, match="window_size"):
+            LocalAttention(8, window_size=wrong)
+    with pytest.raises(ValueError, match="window_size must be at least 0, got -1"):
         create_attention("local_attention", 8, window_size=-1)
     with pytest.raises(ValueError, match="n_random must be at least 1, got 0"):
         create_attention("random_fixed", 8, n_random=0)

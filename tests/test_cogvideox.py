@@ -100,6 +100,14 @@ def test_345690_parameters_train_on_the_2b_model_with_three_loops():
     assert sum(block.trainable_params() for block in blocks) == 345_690
 
 
+def test_a_grafted_model_says_how_often_it_loops():
+    model = tiny_model()
+    blocks, _ = graft_looped_blocks(model, max_loops=3)
+    assert repr(model).count("1 of 3 loops") == len(blocks)
+    model.set_loops(3)
+    assert repr(model).count("3 of 3 loops") == len(blocks)
+
+
 def test_the_published_constructor_shares_the_blocks_modules():
     plain = tiny_model().transformer_blocks[1]
     block = LoopedCogVideoXBlock(plain, 1, 4, 32)
@@ -107,7 +115,7 @@ def test_the_published_constructor_shares_the_blocks_modules():
     assert type(plain).__name__ == "CogVideoXBlock" and block.trainable_params() == 4 * (2 * 32 + 1)
     assert (block.max_loops, block.loops, block.block_idx) == (4, 1, 1)
     block.set_loops(7)
-    assert block.loops == 4 and "loops=4 of 4" in repr(block)
+    assert block.loops == 4 and "4 of 4 loops" in repr(block)
     with pytest.raises(ValueError, match="block 1 loops already"):
         LoopedCogVideoXBlock(block, 1, 4, 32)
 
@@ -427,6 +435,25 @@ def test_a_graft_that_is_refused_changes_nothing(options, message):
     assert type(model) is Plain and set(vars(model)) == attributes and dict(model.config) == config
     assert all(type(block).__name__ == "CogVideoXBlock" for block in model.transformer_blocks)
     assert sum(not p.requires_grad for p in model.parameters()) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"max_loops": n} for n in (0, 2.0, True, "3", None)),
+        *({"loops": n} for n in (0, 2.0, True, "ab", [1], [1, "x"], None)),
+        *({"sharpening": betas} for betas in ("123", 5, [1, 2, "x"], [1.0, 2.0], [1, 1, 0])),
+        *({"canvas": canvas} for canvas in ({}, "a", {"schema": 5})),
+        *({"backend": backend} for backend in ("x", 5, None)),
+        {"gate": 3},
+        {"packed": "no"},
+    ],
+    ids=str,
+)
+def test_a_config_that_means_nothing_is_refused(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"{name.removesuffix('s')}|a schema must be a dict"):
+        looped_class()(**{**dict(tiny_model().config), "max_loops": 3, **wrong})
 
 
 def test_first_block_cache():

@@ -336,8 +336,9 @@ def test_bfloat16_is_as_near_as_the_module_on_one_read(fn):
     out = dispatcher(low)
     assert out.dtype == torch.bfloat16
     queries = torch.cat([torch.arange(32), torch.arange(64, 96)])
-    keys = queries + 32
-    plain = module(low[:, queries], low[:, keys], low[:, keys])
+    # a module knows no grid, and windows end with their frame
+    reads = queries.chunk(2) if fn == "local_attention" else [queries]
+    plain = torch.cat([module(low[:, rows], *[low[:, rows + 32]] * 2) for rows in reads], 1)
     scale = expected[:, queries].abs().max()
     errors = [((y.double() - expected[:, queries]).abs().max() / scale).item() for y in (out[:, queries], plain)]
     assert errors[0] <= 2 * errors[1] + 1e-9 and errors[1] < 0.05
@@ -414,3 +415,38 @@ def test_keys_that_many_reads_share_are_summed_once():
     found = shared_keys(dispatcher._plans["linear_attention"])
     assert [(s.count, s.length) for s in found.reads] == [(2, 4)]
     assert [(s.count, s.length) for s in found.key_sets] == [(1, 8)]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_copies_between_regions_of_other_sizes(batch):
+    regions = {"five": (0, 1, 0, 5), "three": (0, 1, 5, 8)}
+    layout = CanvasLayout(T=1, spatial_shape=(8,), d_model=D_MODEL, regions=regions)
+    x = torch.randn(batch, 8, D_MODEL)
+    longer = AttentionDispatcher(CanvasTopology([Connection("five", "three", fn="copy")]), layout, D_MODEL)(x)
+    assert torch.equal(longer[:, :3], x[:, 5:]) and torch.equal(longer[:, 5:], x[:, 5:])
+    assert torch.equal(longer[:, 3:5], torch.zeros(batch, 2, D_MODEL))
+    shorter = AttentionDispatcher(CanvasTopology([Connection("three", "five", fn="copy")]), layout, D_MODEL)(x)
+    assert torch.equal(shorter, torch.cat([x[:, :5], x[:, :3]], 1))
+
+
+def test_the_scan_of_mamba_runs_from_the_first_key_to_the_last():
+    torch.manual_seed(0)
+    module = ATTENTION_REGISTRY["mamba"](D_MODEL)
+    keys = torch.randn(1, 6, D_MODEL)
+    memory = module.summarise(module.key_features(keys, keys))
+    for changed in range(6):
+        other = keys.clone()
+        other[:, changed] += 1.0
+        moved = (module.summarise(module.key_features(other, other)) - memory).abs().amax((0, 2)) > 0
+        assert moved.tolist() == [place >= changed for place in range(6)]
+
+
+def test_the_temperature_of_cosines_is_one_number_that_sharpens():
+    module = ATTENTION_REGISTRY["cosine_attention"](D_MODEL, n_heads=HEADS)
+    nn.init.eye_(module.out_proj.weight), nn.init.zeros_(module.out_proj.bias)
+    keys = torch.randn(1, 5, D_MODEL)
+    assert module.temperature.shape == ()
+    with torch.no_grad():
+        module.temperature.zero_()
+        even = module.v_proj(keys).mean(1, keepdim=True)
+        torch.testing.assert_close(module(keys, keys, keys), even.expand_as(keys), rtol=1e-5, atol=1e-6)

@@ -146,7 +146,7 @@ def test_loops_are_clamped_above_and_refused_below():
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match=f"at least 1 loop, got {wrong}"):
             block.set_loops(wrong)
-    assert "loops=2 of 2" in repr(block)
+    assert "2 of 2 loops" in repr(block)
 
 
 def test_wrong_widths_and_options_are_named():
@@ -268,8 +268,12 @@ def test_a_wrapper_of_the_users_is_used():
 
 
 def test_a_graft_says_that_it_does_not_loop_yet(caplog):
-    graft_looped_blocks(encoder(), 3, "layers")
+    model = encoder()
+    blocks, _ = graft_looped_blocks(model, 3, "layers")
     assert "they run 1 loop until set_loops" in caplog.text
+    assert repr(model).count("1 of 3 loops") == len(blocks)
+    blocks[0].set_loops(2)
+    assert "2 of 3 loops" in repr(model)
     caplog.clear()
     graft_looped_blocks(encoder(), 3, "layers", loops=3)
     assert not caplog.text

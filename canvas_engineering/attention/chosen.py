@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from canvas_kernels.ops import block_attention
 from canvas_kernels.table import BlockTable
 
+from ..checked import checked_int
 from ..derived_buffers import outside_inference
 from ..plan import AttentionPlan
 from ..plan.pairs import choose_pairs, pair_rectangles
+from ..plan.sets import ReadShape
 from .softmax import CrossAttention
 
 # Tables of single reads that a module keeps.
@@ -34,6 +36,10 @@ class ChosenKeys(CrossAttention):
         """(query, key), int64: the pairs that count among n queries and m keys, sorted, without repeats."""
         raise NotImplementedError
 
+    def pairs_of(self, shape: ReadShape) -> tuple[np.ndarray, np.ndarray]:
+        """The same of a read of that shape, in any order; by default the grids that its sides lie on do not matter."""
+        return self.pairs(shape.n, shape.m)
+
     def choice_key(self) -> tuple:
         """Equal for equal choices."""
         raise NotImplementedError
@@ -42,7 +48,7 @@ class ChosenKeys(CrossAttention):
         """``plan`` with the pairs that count alone, cached on it."""
         key = ("chosen", *self.choice_key())
         if key not in plan.index_sets:
-            plan.index_sets[key] = choice = choose_pairs(plan, self.pairs)
+            plan.index_sets[key] = choice = choose_pairs(plan, self.pairs_of)
             choice.index_sets[key] = choice
         return plan.index_sets[key]
 
@@ -108,10 +114,8 @@ class RandomFixedAttention(ChosenKeys):
         seed: int | None = None,
     ):
         super().__init__(d_model, n_heads, dropout)
-        if n_random < 1:
-            raise ValueError(f"n_random must be at least 1, got {n_random}")
-        self.n_random = n_random
-        self._host_seed = _drawn_seed() if seed is None else seed
+        self.n_random = checked_int(n_random, "n_random", 1)
+        self._host_seed = _drawn_seed() if seed is None else checked_int(seed, "seed", most=2**63 - 1)
         self.register_buffer("seed", torch.tensor(self._host_seed, dtype=torch.int64))
         self._prepared: list[AttentionPlan] = []
         self._seen = self._buffer_state()

@@ -6,6 +6,7 @@ import torch
 
 from canvas_kernels.ops import BACKENDS, block_attention
 
+from ..checked import checked_bool, checked_tensor
 from ..plan import AttentionPlan
 
 __all__ = ["BACKENDS", "canvas_attention"]
@@ -60,6 +61,9 @@ def canvas_attention(
     """
     if not isinstance(plan, AttentionPlan):
         raise ValueError(f"plan must be an AttentionPlan (from compile_attention), got {type(plan).__name__}")
+    for what, value in (("q", q), ("k", k), ("v", v)):
+        checked_tensor(value, what)
+    packed = checked_bool(packed, "packed")
     shape = q.shape
     if len(shape) != 4 or k.shape != shape or v.shape != shape:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))

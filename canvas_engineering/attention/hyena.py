@@ -12,8 +12,8 @@ from canvas_kernels.autograd import apply_map, mark_for_compilers
 from canvas_kernels.index_map import RESOLVERS, IndexMap
 from canvas_kernels.tiling import expand_ranges
 
+from ..checked import checked_int, checked_read, checked_sizes
 from ..derived_buffers import CanvasModule
-from .memories import check_dropout
 
 
 class HyenaAttention(CanvasModule):
@@ -41,10 +41,9 @@ class HyenaAttention(CanvasModule):
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0, order: int = 2, max_len: int = 4096):
         super().__init__()
         mark_for_compilers()
-        if order < 1 or max_len < 2:
-            raise ValueError(f"order must be at least 1 and max_len at least 2, got {order} and {max_len}")
-        check_dropout(dropout)
-        self.order = order
+        d_model, _, _ = checked_sizes(d_model, n_heads, dropout, divides=False)
+        self.order = order = checked_int(order, "order", 1)
+        max_len = checked_int(max_len, "max_len", 2)
         self.in_proj = nn.Linear(d_model, d_model * (order + 1))
         # mean |bin|² is 1: a convolution keeps the variance
         bins = (torch.randn(d_model, max_len // 2 + 1, 2) * 0.5**0.5 for _ in range(order))
@@ -57,6 +56,7 @@ class HyenaAttention(CanvasModule):
 
         ``values`` are not used: what is convolved is made of the keys.
         """
+        checked_read(queries, keys, values)
         n = queries.shape[1]
         v, *gates = self.in_proj(average_to(keys, n)).chunk(self.order + 1, dim=-1)
         length = 1 << (n - 1).bit_length()

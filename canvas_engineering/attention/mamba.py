@@ -10,7 +10,8 @@ from torch import nn
 
 from canvas_kernels.dense import dense_attention
 
-from .memories import MemoryAttention, check_dropout
+from ..checked import checked_int, checked_sizes
+from .memories import MemoryAttention
 from .scan import selective_scan
 
 
@@ -20,6 +21,10 @@ class MambaAttention(MemoryAttention):
 
         u, z = in_proj(x_k);  dt, B, C = x_proj(u);  dt = softplus(dt_proj(dt))
         h_t = exp(−exp(A_log) · dt_t) h_{t−1} + dt_t B_t u_t;  y_t = (C_t · h_t + D u_t) · silu(z_t)
+
+    The scan goes one way, from the first key of a read to the last in canvas order (frames, then rows, then columns):
+    y_t is made of the keys up to t. Queries are no part of it: each reads the rows of all keys, later frames' too, so
+    that what is not to be seen must be left out of the read, as by a ``t_dst``.
 
     The scan is O(m · d · states) in time; the softmax that reads it is O(n · m · d), with memory O(n + m).
 
@@ -39,11 +44,9 @@ class MambaAttention(MemoryAttention):
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0, state_size: int = 16, dt_rank: int = 0):
         super().__init__()
-        if state_size < 1 or dt_rank < 0:
-            raise ValueError(f"state_size must be at least 1 and dt_rank at least 0, got {state_size} and {dt_rank}")
-        check_dropout(dropout)
-        self.dropout, self.state_size = dropout, state_size
-        self.dt_rank = dt_rank or max(1, d_model // 16)
+        d_model, _, self.dropout = checked_sizes(d_model, n_heads, dropout, divides=False)
+        self.state_size = state_size = checked_int(state_size, "state_size", 1)
+        self.dt_rank = checked_int(dt_rank, "dt_rank", 0) or max(1, d_model // 16)
         self.in_proj = nn.Linear(d_model, 2 * d_model)
         self.x_proj = nn.Linear(d_model, self.dt_rank + 2 * state_size)
         self.dt_proj = nn.Linear(self.dt_rank, d_model)

@@ -11,26 +11,11 @@ from torch import nn
 from canvas_kernels.autograd import mark_for_compilers
 from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
 
+from ..checked import checked_read
 from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
 from .grouped import QueryPlaces, canvas_of, coefficients, from_reads, only, query_places, rows_of, to_reads
 from .softmax import project_out
-
-
-def check_heads(d_model: int, n_heads: int, dropout: float) -> None:
-    """Arguments of a constructor.
-
-    Raises:
-        ValueError: heads that do not divide the width, or a dropout that is no probability below 1.
-    """
-    if n_heads < 1 or d_model % n_heads:
-        raise ValueError(f"n_heads {n_heads} must divide d_model {d_model}")
-    check_dropout(dropout)
-
-
-def check_dropout(dropout: float) -> None:
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
 
 
 class MemoryAttention(CanvasModule):
@@ -77,6 +62,7 @@ class MemoryAttention(CanvasModule):
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """One read: queries (B, n, d_model) over keys and values (B, m, d_model), in order → (B, n, d_model)."""
+        checked_read(queries, keys, values)
         if self.causal:
             keys, values = keys[:, : queries.shape[1]], values[:, : queries.shape[1]]
         memory = self.summarise(self.key_features(keys, values))

@@ -9,6 +9,7 @@ from torch import nn
 from canvas_kernels.dense import dense_attention
 from canvas_kernels.derived import is_plain
 
+from ..checked import checked_int, checked_read, checked_sizes
 from ..derived_buffers import CanvasModule
 from .softmax import CrossAttention
 
@@ -39,14 +40,17 @@ class MixtureAttention(CanvasModule):
         self, d_model: int, n_heads: int = 4, dropout: float = 0.0, n_experts: int = 4, top_k_experts: int = 2
     ):
         super().__init__()
-        if not 1 <= top_k_experts <= n_experts:
+        d_model, self.n_heads, self.dropout = checked_sizes(d_model, n_heads, dropout)
+        n_experts = checked_int(n_experts, "n_experts", 1)
+        self.top_k_experts = top_k_experts = checked_int(top_k_experts, "top_k_experts", 1)
+        if top_k_experts > n_experts:
             raise ValueError(f"top_k_experts must lie in [1, n_experts = {n_experts}], got {top_k_experts}")
-        self.n_heads, self.dropout, self.top_k_experts = n_heads, dropout, top_k_experts
         self.experts = nn.ModuleList(CrossAttention(d_model, n_heads, dropout) for _ in range(n_experts))
         self.router = nn.Linear(d_model, n_experts)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
+        checked_read(queries, keys, values)
         n, m = queries.shape[1], keys.shape[1]
         filled = min(len(self.experts), m)  # m < n_experts: one key each for the first m
         logits = self.router(queries)[..., :filled]

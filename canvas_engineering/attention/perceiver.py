@@ -7,6 +7,7 @@ from torch import nn
 
 from canvas_kernels.dense import dense_attention
 
+from ..checked import checked_int, checked_sizes
 from .memories import MemoryAttention
 from .softmax import CrossAttention
 
@@ -30,9 +31,8 @@ class PerceiverAttention(MemoryAttention):
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0, n_latents: int = 8):
         super().__init__()
-        if n_latents < 1:
-            raise ValueError(f"n_latents must be at least 1, got {n_latents}")
-        self.n_heads, self.dropout = n_heads, dropout
+        d_model, self.n_heads, self.dropout = checked_sizes(d_model, n_heads, dropout)
+        n_latents = checked_int(n_latents, "n_latents", 1)
         # rows of norm about one, and different: equal latents would stay equal
         self.latents = nn.Parameter(torch.randn(1, n_latents, d_model) * d_model**-0.5)
         self.compress = CrossAttention(d_model, n_heads, dropout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..checked import checked_name
 from .chosen import RandomFixedAttention
 from .hyena import HyenaAttention
 from .mamba import MambaAttention
@@ -47,7 +48,7 @@ def create_attention(fn_name: str, d_model: int, n_heads: int = 4, dropout: floa
     >>> type(create_attention("self_attention", 16)).__name__
     'CrossAttention'
     """
-    if fn_name not in ATTENTION_REGISTRY:
+    if not isinstance(fn_name, str) or fn_name not in ATTENTION_REGISTRY:
         known = ", ".join(sorted(ATTENTION_REGISTRY))
         raise ValueError(f"attention function {fn_name!r} is not registered; known: {known}")
     return ATTENTION_REGISTRY[fn_name](d_model, n_heads=n_heads, dropout=dropout, **kwargs)
@@ -77,7 +78,7 @@ def register_attention(name: str, cls: type[nn.Module]) -> None:
     Raises:
         ValueError: ``cls`` is not such a class, or ``name`` is "none", which stands for no read.
     """
-    if name == "none" or not name:
+    if checked_name(name, "the name of an attention function") == "none":
         raise ValueError(f"{name!r} cannot be registered: 'none' declares an edge that does not run")
     if "." in name or hasattr(nn.ModuleDict, name):
         raise ValueError(f"{name!r} cannot be registered: a module cannot be stored under that name")

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import nn
 
-from .memories import MemoryAttention, check_heads
+from ..checked import checked_sizes
+from .memories import MemoryAttention
 from .scan import decayed_sums
 
 # exp(−exp(8)) is 0 in float64 too, and powers of it stay finite.
@@ -38,7 +39,7 @@ class RWKVAttention(MemoryAttention):
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
-        check_heads(d_model, n_heads, dropout)
+        d_model, n_heads, _ = checked_sizes(d_model, n_heads, dropout)
         self.r_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
         # as in RWKV-4: decay from slow to fast over the channels, bonus about ln 0.3 and uneven
         channel = torch.arange(d_model)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..checked import checked_read, checked_sizes
 from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
 from .functional import BACKENDS, canvas_attention
@@ -33,16 +34,12 @@ class CrossAttention(CanvasModule):
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
-        if n_heads < 1 or d_model % n_heads:
-            raise ValueError(f"n_heads {n_heads} must divide d_model {d_model}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        self.n_heads = n_heads
-        self.dropout = dropout
+        d_model, self.n_heads, self.dropout = checked_sizes(d_model, n_heads, dropout)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
+        checked_read(queries, keys, values)
         q, k, v = (
             self._heads(proj(x)) for proj, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
         )
@@ -147,10 +144,11 @@ class CogVideoXAttention(CrossAttention):
 
 
 class CosineAttention(CrossAttention):
-    """softmax(temperature · cos(q, k)) v: q and k of length 1 in each head, ``temperature`` learned, 10 at first.
+    """softmax(temperature · cos(q, k)) v: q and k of length 1 in each head.
 
-    The same kernels as :class:`CrossAttention`: the temperature is folded into q, so that reading it waits for no
-    device.
+    ``temperature`` is one learned number for all heads and connections, 10 at first: what multiplies the cosines, so a
+    larger one sharpens, and logits lie in ± temperature. Nothing bounds it; below 0 the least similar keys count most.
+    The kernels are those of :class:`CrossAttention`: it is folded into q, so that reading it waits for no device.
 
     >>> CosineAttention(8, n_heads=2).temperature.item()
     10.0

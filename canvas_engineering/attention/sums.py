@@ -14,6 +14,7 @@ from torch import nn
 
 from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
 
+from ..checked import checked_read, checked_sizes
 from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
 from .grouped import QueryPlaces, canvas_of, coefficients, only, query_places, rows_of
@@ -94,11 +95,6 @@ def _stretches(lengths: np.ndarray) -> tuple[Stretch, ...]:
     return tuple(Stretch(*numbers) for numbers in zip(counts.tolist(), values.tolist(), starts.tolist()))
 
 
-def _check_heads(d_model: int, n_heads: int) -> None:
-    if n_heads < 1 or d_model % n_heads:
-        raise ValueError(f"n_heads {n_heads} must divide d_model {d_model}")
-
-
 class LinearAttention(CanvasModule):
     """φ(q)·Σ_j φ(k_j) v_jᵀ / (φ(q)·Σ_j φ(k_j) + 1e-6) with φ = elu + 1, and biased projections as
     :class:`CrossAttention` has.
@@ -112,9 +108,7 @@ class LinearAttention(CanvasModule):
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
-        _check_heads(d_model, n_heads)
-        self.n_heads = n_heads
-        self.dropout = dropout
+        d_model, self.n_heads, self.dropout = checked_sizes(d_model, n_heads, dropout)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def prepare(self, plan: AttentionPlan) -> None:
@@ -123,6 +117,7 @@ class LinearAttention(CanvasModule):
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
+        checked_read(queries, keys, values)
         q, k, v = (
             proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
             for proj, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
@@ -210,6 +205,7 @@ class PoolingAttention(CanvasModule):
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
+        d_model, _, _ = checked_sizes(d_model, n_heads, dropout, divides=False)
         self.proj = nn.Linear(d_model, d_model)
 
     def prepare(self, plan: AttentionPlan) -> None:
@@ -218,6 +214,7 @@ class PoolingAttention(CanvasModule):
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """One read: the projected mean of ``values`` (B, m, d_model) for each of the queries (B, n, d_model)."""
+        checked_read(queries, keys, values)
         return self.proj(values.mean(1, keepdim=True)).expand(-1, queries.shape[1], -1)
 
     def attend(
@@ -244,7 +241,11 @@ class PoolingAttention(CanvasModule):
 
 
 class CopyAttention(CanvasModule):
-    """Query i takes key i as it is; zeros where there are fewer keys. No parameters.
+    """Query i takes key i as it is, both counted in canvas order within a read, in every sample alike. No parameters.
+
+    Where a read has n queries and m keys, keys beyond n are not read, and queries beyond m get zeros: the connection's
+    weight counts for them as for the others, so they do not keep their input, and what other connections give them is
+    averaged with zeros.
 
     >>> CopyAttention(1)(torch.zeros(1, 3, 1), *[torch.tensor([[[1.0], [2.0]]])] * 2).flatten().tolist()
     [1.0, 2.0, 0.0]
@@ -252,6 +253,7 @@ class CopyAttention(CanvasModule):
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
+        checked_sizes(d_model, n_heads, dropout, divides=False)
 
     def prepare(self, plan: AttentionPlan) -> None:
         """Makes the index sets of ``plan``."""
@@ -259,6 +261,7 @@ class CopyAttention(CanvasModule):
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """One read: the first n rows of ``values`` (B, m, d_model), zeros beyond → (B, n, d_model)."""
+        checked_read(queries, keys, values)
         n = queries.shape[1]
         return F.pad(values[:, :n], (0, 0, 0, max(0, n - values.shape[1])))
 
@@ -315,7 +318,9 @@ class NoneAttention(CanvasModule):
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
+        checked_sizes(d_model, n_heads, dropout, divides=False)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Zeros like the queries (B, n, d_model)."""
+        checked_read(queries, keys, values)
         return torch.zeros_like(queries)

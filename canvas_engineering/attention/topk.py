@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from canvas_kernels.dense import dense_attention
 from canvas_kernels.derived import is_plain
 
-from .memories import MemoryAttention, check_heads
+from ..checked import checked_int, checked_sizes
+from .memories import MemoryAttention
 
 # Logits of one pass: 2^22 are 16 MB in float32.
 MOST_LOGITS = 1 << 22
@@ -44,10 +45,8 @@ class SparseAttention(MemoryAttention):
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0, top_k: int = 8):
         super().__init__()
-        check_heads(d_model, n_heads, dropout)
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
-        self.n_heads, self.dropout, self.top_k = n_heads, dropout, top_k
+        d_model, self.n_heads, self.dropout = checked_sizes(d_model, n_heads, dropout)
+        self.top_k = checked_int(top_k, "top_k", 1)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def key_features(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -29,19 +29,21 @@ ATTENTION_TYPES: dict[str, str] = {
     "cosine_attention": "softmax of cosine similarities with a learned temperature, O(NM)",
     "sigmoid_attention": "independent sigmoids over keys: non-exclusive attention, O(NM)",
     "gated": "cross-attention behind a learned gate: optional conditioning, O(NM)",
-    "perceiver": "keys compressed through learned latents, O(NK)",
+    "perceiver": "keys compressed through learned latents, O((N+M)K)",
     "pooling": "projected mean of the keys: scalar conditioning signals, O(N+M)",
     "copy": "direct transfer of latents, O(N)",
-    "mamba": "selective state space over the keys: long sequences, O(N)",
+    "mamba": "selective state space along the keys, read by a softmax: ordered streams, O(NM)",
     "rwkv": "linear recurrence with learned decay, O(N)",
-    "hyena": "implicit long convolution by FFT, O(N log N)",
-    "sparse_attention": "softmax over each query's top-k keys, O(NK)",
-    "local_attention": "softmax over a window of neighbouring keys, O(NW)",
+    "hyena": "implicit long convolution by FFT, O(N log N + M)",
+    "sparse_attention": "softmax over each query's top-k keys, O(NM)",
+    "local_attention": "softmax over a window of neighbouring keys, O((N+M)W)",
     "none": "edge declared but disabled, O(0)",
-    "random_fixed": "softmax over a fixed random choice of keys: a baseline, O(NK)",
-    "mixture": "a router over experts that see chunks of the keys, O(NK)",
+    "random_fixed": "softmax over a fixed random choice of keys: a baseline, O(NK + M)",
+    "mixture": "a router over experts that see chunks of the keys, O(NM)",
     "cogvideox": "cross-attention as a CogVideoX block does it, O(NM)",
 }
+"""What each attention function is for, and what one read of N queries over M keys costs in operations: W keys lie in a
+window, and K are latents or drawn keys."""
 
 
 class HashedOnce(tuple):

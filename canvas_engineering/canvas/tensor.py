@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from canvas_engineering.canvas.layout import CanvasLayout, RegionSpec
-from canvas_engineering.checked import checked_int, checked_ints, checked_kind, shown
+from canvas_engineering.checked import checked_int, checked_ints, checked_kind, checked_tensor, shown
 from canvas_engineering.derived_buffers import CanvasModule
 
 __all__ = [
@@ -67,7 +67,8 @@ class SinusoidalPositionalEncodingND(CanvasModule):
         Raises:
             ValueError: a grid of other dimensions, or larger than the encoding was made for.
         """
-        asked, available = (T, *spatial_shape), tuple(self.pe.shape[:-1])
+        asked = (checked_int(T, "T"), *checked_ints(spatial_shape, "spatial_shape"))
+        available = tuple(self.pe.shape[:-1])
         if len(asked) != len(available) or not all(0 < size <= most for size, most in zip(asked, available)):
             raise ValueError(f"positional encoding of a grid {asked} asked of one made for grids up to {available}")
         return self.pe[tuple(slice(size) for size in asked)]
@@ -100,6 +101,7 @@ class PeriodEmbedding(CanvasModule):
 
     def bucket(self, period: int) -> int:
         """0 up to a period of 1, then buckets that are even in ln(period), the last one for all beyond max_period."""
+        period = checked_int(period, "period")
         if period <= 1:
             return 0
         return min(int(math.log(period) / math.log(self.max_period) * (self.n_buckets - 1)) + 1, self.n_buckets - 1)
@@ -258,6 +260,7 @@ class SpatiotemporalCanvas(CanvasModule):
 
     def _checked_canvas(self, canvas: torch.Tensor) -> None:
         expected = (self.layout.num_positions, self.layout.d_model)
+        checked_tensor(canvas, "canvas")
         if canvas.ndim != 3 or tuple(canvas.shape[1:]) != expected:
             raise ValueError(
                 f"a canvas must have shape (batch, {expected[0]}, {expected[1]}), got {tuple(canvas.shape)}"
@@ -304,7 +307,7 @@ class SpatiotemporalCanvas(CanvasModule):
         self._checked_canvas(canvas)
         index = self._indices(region_name)
         n, expected = len(index), (canvas.shape[0], len(index), canvas.shape[2])
-        shape = tuple(embeddings.shape)
+        shape = tuple(checked_tensor(embeddings, "embeddings").shape)
         fits = len(shape) == 3 and (shape[0], shape[2]) == (expected[0], expected[2])
         if not fits or (strict and shape[1] != n):
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checked import checked_int, checked_kind
 from ..derived_buffers import CanvasModule, refuse_inference_tensors
 from ..looped_block import LoopParameters, checked_loops, parameter_home
 
@@ -43,6 +44,7 @@ class LoopedCogVideoXBlock(CanvasModule):
         self, original_block: nn.Module, block_idx: int, max_loops: int, inner_dim: int, gate: str = "tanh"
     ):
         super().__init__()
+        checked_kind(original_block, "original_block", nn.Module)
         state = dict(original_block.__dict__)
         state.update({name: state[name].copy() for name in _CONTAINERS})
         adopted = object.__new__(type(original_block))
@@ -55,6 +57,7 @@ class LoopedCogVideoXBlock(CanvasModule):
         block: nn.Module, block_idx: int, max_loops: int, inner_dim: int, gate: str = "tanh"
     ) -> LoopedCogVideoXBlock:
         """The same change made to ``block`` itself, hooks and all; :meth:`ungraft` undoes it."""
+        block_idx = checked_int(block_idx, "block_idx")
         LoopedCogVideoXBlock.check(block, block_idx)
         loop = LoopParameters(max_loops, inner_dim, 2, gate, 0.0, *parameter_home(block))
         loop.train(block.training)
@@ -177,7 +180,7 @@ class LoopedCogVideoXBlock(CanvasModule):
         return self.loop.numel()
 
     def extra_repr(self) -> str:
-        return f"block_idx={self.block_idx}, loops={self.loops} of {self.max_loops}, gate={self.loop.gate}"
+        return f"block_idx={self.block_idx}, {self.loops} of {self.max_loops} loops, gate={self.loop.gate}"
 
 
 def _is_offloaded(block: nn.Module) -> bool:

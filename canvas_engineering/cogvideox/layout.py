@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..canvas import CanvasLayout, RegionSpec
-from ..checked import checked_int, checked_ints
+from ..checked import checked_int, checked_ints, checked_kind
 from ..connectivity import CanvasTopology, Connection, TemporalFill
 from ..masks import MaskSpec
 
@@ -78,6 +78,11 @@ def cogvideox_layout(
     >>> layout.region_size("video"), layout.region_numel("text"), layout.region_spec("hand").bounds
     ((13, 30, 45), 226, (1, 3, 15, 30, 0, 45))
     """
+    needed = ("patch_size", "temporal_compression_ratio", "num_attention_heads", "attention_head_dim")
+    missing = [name for name in needed if name not in checked_kind(config, "config", Mapping)]
+    if missing:
+        raise ValueError(f"config must be that of a CogVideoX transformer: it has no {', '.join(missing)}")
+    checked_kind(regions, "regions", Mapping, optional=True)
     height, width = checked_int(height, "height"), checked_int(width, "width")
     num_frames = checked_int(num_frames, "num_frames", 1)
     side, ratio = checked_int(vae_scale, "vae_scale", 1) * config["patch_size"], config["temporal_compression_ratio"]
@@ -119,7 +124,7 @@ def cogvideox_layout(
         if name in _OWN:
             raise ValueError(f"a region cannot be called {name!r}: the layout has its own {', '.join(_OWN)}")
         region = tokens(name, region) if isinstance(region, PixelBox) else region
-        bounds = region.bounds if isinstance(region, RegionSpec) else region
+        bounds = region.bounds if isinstance(region, RegionSpec) else checked_ints(region, f"region {name!r}")
         if len(bounds) != 6 or any(high > size for high, size in zip(bounds[1::2], (T, H, W))):
             raise ValueError(f"region {name!r}: bounds {bounds} do not lie in the video's tokens, {T} × {H} × {W}")
         placed[name] = region

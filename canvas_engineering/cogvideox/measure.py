@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..canvas import CanvasLayout
+from ..checked import checked_kind
 from ..connectivity import CanvasTopology
 from .processor import CanvasAttnProcessor
 
@@ -69,6 +70,7 @@ def measure_topology(
         ValueError: a batch of another size than the layout's, or a model that stays in packed order: measure before
             the graft.
     """
+    checked_kind(batch, "batch", Mapping)
     before = transformer.attn_processors
     if any(getattr(processor, "packed", False) for processor in before.values()):
         raise ValueError("this model keeps its tokens in packed order: measure a topology before the graft")

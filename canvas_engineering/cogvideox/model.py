@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
+from ..attention import BACKENDS
 from ..canvas import CanvasLayout
+from ..checked import checked_bool, checked_choice, checked_items, checked_kind, checked_number, shown
 from ..connectivity import CanvasTopology
 from ..derived_buffers import outside_inference
 from ..schema import CanvasSchema
@@ -44,6 +47,10 @@ def looped_model_class() -> type[nn.Module]:
         for number, block in enumerate(self.transformer_blocks):
             LoopedCogVideoXBlock.graft(block, number, max_loops, inner_dim, gate)
         self._set_block_loops(loops)
+        checked_choice(backend, "backend", BACKENDS)
+        packed = checked_bool(packed, "packed")
+        if canvas is not None and "schema" not in checked_kind(canvas, "canvas", Mapping):
+            raise ValueError(f"canvas must hold the schema that the attention follows, got {shown(canvas)}")
         schema = None if canvas is None else CanvasSchema.from_dict(canvas["schema"])
         set_attention(self, sharpening, processor_for(sharpening, schema, max_loops, backend), packed)
 
@@ -73,7 +80,8 @@ def looped_model_class() -> type[nn.Module]:
 
         def _set_block_loops(self, loops: int | list[int]) -> None:
             blocks = self.transformer_blocks
-            numbers = [loops] * len(blocks) if isinstance(loops, int) else loops
+            several = isinstance(loops, (list, tuple))
+            numbers = checked_items(loops, "loops", "ints") if several else [loops] * len(blocks)
             if len(numbers) != len(blocks):
                 raise ValueError(f"loops lists {len(numbers)} numbers for {len(blocks)} blocks: {loops}")
             for block, number in zip(blocks, numbers):
@@ -159,7 +167,8 @@ def processor_for(
 ) -> CanvasAttnProcessor | None:
     """The processor that a declaration or sharpening needs; None if there is neither. ValueError: see its class, and
     sharpening that does not hold a positive factor for each loop."""
-    factors = [] if sharpening is None else sharpening
+    factors = [] if sharpening is None else checked_items(sharpening, "sharpening", "numbers")
+    factors = [checked_number(beta, "every factor of sharpening", "a positive number") for beta in factors]
     if (sharpening is not None and len(factors) < max_loops) or not all(0.0 < beta < float("inf") for beta in factors):
         raise ValueError(f"sharpening must hold a positive factor for each of {max_loops} loops, got {sharpening}")
     if schema is not None:

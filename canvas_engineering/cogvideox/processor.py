@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..attention import BACKENDS, canvas_attention
 from ..canvas import CanvasLayout
+from ..checked import checked_bool, checked_kind
 from ..connectivity import CanvasTopology
 from ..schema import CanvasSchema
 from .layout import TEXT, VIDEO
@@ -58,6 +59,9 @@ class CanvasAttnProcessor:
     ):
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        checked_kind(layout, "layout", CanvasLayout, optional=True)
+        checked_kind(topology, "topology", CanvasTopology, optional=True)
+        packed = checked_bool(packed, "packed")
         if (layout is None) != (topology is None):
             raise ValueError("give both layout= and topology=, or neither for dense attention")
         self.layout, self.topology, self.backend, self.packed, self.fused = layout, topology, backend, packed, False

@@ -17,6 +17,7 @@ from canvas_kernels.table import BlockTable, row_scale, row_sums
 from canvas_kernels.tiling import TileClass
 
 from ..canvas import CanvasLayout
+from ..checked import checked_bool, checked_kind
 from ..connectivity import CanvasTopology, Connection, resolve_connections
 from ..cortex import CortexRegistry
 from ..program import CanvasProgram
@@ -101,6 +102,11 @@ class AttentionPlan:
     def in_canvas_order(self) -> bool:
         """Whether packing changes nothing."""
         return self.order_map.is_identity
+
+    @property
+    def n_canvas(self) -> int:
+        """N: the positions of the canvas alone, without slots."""
+        return self.n_positions - sum(bank.size for bank in self.banks)
 
     # -- devices and orders --------------------------------------------------------------------------------------------
 
@@ -199,7 +205,7 @@ class AttentionPlan:
     def sets(self) -> ReadSets:
         """The reads as lists of rows, cached. ValueError where the queries of a read see different keys."""
         if "sets" not in self.index_sets:
-            self.index_sets["sets"] = read_sets(self.reads, self.packed)
+            self.index_sets["sets"] = read_sets(self.reads, self.packed, self.n_canvas)
         return self.index_sets["sets"]
 
     def row_sets(self) -> ReadSets:
@@ -341,9 +347,10 @@ def compile_attention(
         raise ValueError(f"compile_attention takes a CanvasLayout and then a CanvasTopology, got {given}")
     if normalize not in NORMALIZE:
         raise ValueError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")
+    dense_in_time = checked_bool(dense_in_time, "dense_in_time")
     if program is not None:
         check_program(program)
-    if cortex is not None:
+    if checked_kind(cortex, "cortex", CortexRegistry, optional=True) is not None:
         cortex.check(layout)
     topology, triggers = resolve_edges(topology, layout, program, cortex)
     banks = _banks(layout, program)

@@ -10,14 +10,15 @@ import numpy as np
 from canvas_kernels.table import BlockTable
 
 from . import AttentionPlan
+from .sets import ReadShape
 
-# Of n queries over m keys of a read: (query, key) of every pair that counts, int64, sorted by both and without repeats.
-Choice = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+# Of a read of that shape: (query, key) of every pair that counts, int64, each counted in canvas order, without repeats.
+Choice = Callable[[ReadShape], tuple[np.ndarray, np.ndarray]]
 
 
 def choose_pairs(plan: AttentionPlan, choice: Choice) -> AttentionPlan:
-    """The plan with only the pairs that ``choice(n, m)`` keeps of each read of n queries and m keys, both counted
-    inside the read in canvas order. Queries that keep no key lose the read: its weight does not count for them.
+    """The plan with only the pairs that ``choice(shape)`` keeps of each read. Queries that keep no key lose the read:
+    its weight does not count for them.
 
     Host only; cost and memory go with the pairs that are kept.
 
@@ -25,12 +26,9 @@ def choose_pairs(plan: AttentionPlan, choice: Choice) -> AttentionPlan:
         ValueError: a read whose queries see different keys.
     """
     sets = plan.sets()
-    n, m = sets.lengths(sets.queries), sets.lengths(sets.keys)
-    shapes, shape = np.unique(np.stack([n, m], 1), axis=0, return_inverse=True)
     parts = []
-    for number, (rows, keys) in enumerate(shapes.tolist()):
-        query, key = choice(rows, keys)
-        reads = (shape.reshape(-1) == number).nonzero()[0]
+    for shape, reads in sets.shapes():
+        query, key = choice(shape)
         # [reads, pairs] packed rows
         q_row, k_row = (
             sets.rows[sets.ptr[side[reads]][:, None] + place]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +15,39 @@ from .reads import Reads
 
 
 @dataclass(frozen=True, eq=False)
+class ReadShape:
+    """What the sets of one or more reads look like, wherever they lie.
+
+    Attributes:
+        queries, keys: extents (frames, s0, …) of the smallest boxes that hold the two sets; for reads of a slot bank,
+            which has no grid, their lengths alone, (n,) and (m,).
+        places: int64 [m], where each key stands in its box, row-major; None where the keys are the whole box.
+    """
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    places: np.ndarray | None = None
+
+    @property
+    def n(self) -> int:
+        """Number of queries."""
+        return math.prod(self.queries)
+
+    @property
+    def m(self) -> int:
+        """Number of keys."""
+        return math.prod(self.keys) if self.places is None else len(self.places)
+
+
+@dataclass(frozen=True, eq=False)
 class ReadSets:
     """R reads over S distinct sets of rows. All arrays int64 but ``weight``.
 
     Set s holds the packed rows ``rows[ptr[s] : ptr[s + 1]]`` in canvas order, (t, s0, s1, …). Read r attends from the
     set ``queries[r]`` over the set ``keys[r]`` with ``weight[r]`` (float64) and belongs to ``connection[r]``. Equal
     reads of one connection are one read of their summed weight; ``largest[r]`` (float64) is that of one of them.
+    ``boxes[s]`` ([S, D, 2]) is the smallest box that holds set s, ``members[s]`` the boxes that it joins, if several;
+    ``banks`` (bool [S]) marks the sets of slots. These three are None for sets that were split from a table.
     """
 
     ptr: np.ndarray
@@ -29,6 +57,39 @@ class ReadSets:
     weight: np.ndarray
     connection: np.ndarray
     largest: np.ndarray
+    boxes: np.ndarray | None = None
+    members: dict[int, np.ndarray] | None = None
+    banks: np.ndarray | None = None
+
+    def shapes(self) -> list[tuple[ReadShape, np.ndarray]]:
+        """Every shape of a read, with the numbers of the reads that have it."""
+        extent = self.boxes[:, :, 1] - self.boxes[:, :, 0]
+        joined, kinds = np.zeros(len(self.boxes), np.int64), {}
+        for number in self.members:
+            places = self._places(number, tuple(extent[number].tolist())).tobytes()
+            joined[number] = 1 + kinds.setdefault(places, len(kinds))
+        slots = self.banks[self.keys][:, None]
+        extents = [np.where(slots, 0, extent[side]) for side in (self.queries, self.keys)]
+        lengths = [np.where(slots, self.lengths(side)[:, None], 0) for side in (self.queries, self.keys)]
+        columns = np.concatenate([*lengths, *extents, joined[self.keys][:, None]], 1)
+        _, first, inverse = np.unique(columns, axis=0, return_index=True, return_inverse=True)
+        by_shape = np.split(np.argsort(inverse.reshape(-1), kind="stable"), np.cumsum(np.bincount(inverse.reshape(-1))))
+        return [(self._shape(read), reads) for read, reads in zip(first.tolist(), by_shape)]
+
+    def _shape(self, read: int) -> ReadShape:
+        queries, keys = int(self.queries[read]), int(self.keys[read])
+        if self.banks[keys]:
+            return ReadShape(*((int(self.lengths(np.array(side))),) for side in (queries, keys)))
+        boxes = (self.boxes[side] for side in (queries, keys))
+        extents = [tuple((box[:, 1] - box[:, 0]).tolist()) for box in boxes]
+        return ReadShape(*extents, self._places(keys, extents[1]) if keys in self.members else None)
+
+    def _places(self, number: int, extent: tuple[int, ...]) -> np.ndarray:
+        parts = []
+        for box in self.members[number]:
+            first, shape = box[:, 0] - self.boxes[number][:, 0], box[:, 1] - box[:, 0]
+            parts.append(np.ravel_multi_index(np.indices(shape).reshape(len(shape), -1) + first[:, None], extent))
+        return np.sort(np.concatenate(parts))
 
     def lengths(self, sets: np.ndarray) -> np.ndarray:
         """How many rows each of ``sets`` holds."""
@@ -40,8 +101,8 @@ class ReadSets:
         return place, self.rows[at]
 
 
-def read_sets(reads: Reads, packed: PackedOrder) -> ReadSets:
-    """The reads, each of which must let all of its queries see the same keys.
+def read_sets(reads: Reads, packed: PackedOrder, n_canvas: int) -> ReadSets:
+    """The reads, each of which must let all of its queries see the same keys. Positions from ``n_canvas`` on are slots.
 
     Raises:
         ValueError: a read whose queries see different keys (a mask of (query, key) pairs), naming the connection.
@@ -68,7 +129,22 @@ def read_sets(reads: Reads, packed: PackedOrder) -> ReadSets:
     row = row[np.lexsort((packed.order[row], owner))]
     ptr = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(used)))])
     numbers = numbers.reshape(-1)
-    return ReadSets(ptr, row, numbers[: len(triple)], numbers[len(triple) :], weight, connection, largest)
+    boxes = np.full((len(used), *reads.boxes.shape[1:]), [np.iinfo(np.int64).max, 0])
+    np.minimum.at(boxes[:, :, 0], member_set, reads.boxes[member_box][:, :, 0])
+    np.maximum.at(boxes[:, :, 1], member_set, reads.boxes[member_box][:, :, 1])
+    several = (np.bincount(member_set, minlength=len(used)) > 1).nonzero()[0]
+    return ReadSets(
+        ptr,
+        row,
+        numbers[: len(triple)],
+        numbers[len(triple) :],
+        weight,
+        connection,
+        largest,
+        boxes,
+        {int(number): reads.boxes[member_box[member_set == number]] for number in several},
+        packed.order[row[ptr[:-1]]] >= n_canvas,
+    )
 
 
 def cell_sets(table: BlockTable) -> ReadSets:

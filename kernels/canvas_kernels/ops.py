@@ -15,6 +15,7 @@ import os
 import pkgutil
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from . import composition, frames, rectangles, reference, sigmoid
@@ -170,6 +171,8 @@ def _executor(backend: str, tensors, table: BlockTable, rows: str, need_lse: boo
 def _check_inputs(q, k, v, table, rows, scale, dropout_p) -> float:
     if not isinstance(table, BlockTable):
         raise ValueError(f"table must be a BlockTable, got {type(table).__name__}")
+    if not all(isinstance(x, torch.Tensor) for x in (q, k, v)):
+        raise ValueError(f"q, k and v must be tensors, got {', '.join(type(x).__name__ for x in (q, k, v))}")
     shape = q.shape
     if len(shape) != 4 or k.shape != shape or v.shape != shape:
         raise ValueError(
@@ -189,17 +192,22 @@ def _check_inputs(q, k, v, table, rows, scale, dropout_p) -> float:
         raise ValueError(f"q, k and v must have one dtype: q {q.dtype}, k {k.dtype}, v {v.dtype}")
     if not dtype.is_floating_point:
         raise ValueError(f"q, k and v must be floating-point tensors, got {q.dtype}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    if not _is_number(dropout_p) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p!r}")
     if scale is None:
         return shape[3] ** -0.5 if shape[3] else 1.0
     if isinstance(scale, torch.Tensor):
         raise ValueError(
             "scale must be a number, not a tensor: reading it would wait for the device; fold a learned scale into q"
         )
-    if not 0.0 <= scale < math.inf:
-        raise ValueError(f"scale must be finite and not negative, got {scale}")
+    if not _is_number(scale) or not 0.0 <= scale < math.inf:
+        raise ValueError(f"scale must be finite and not negative, got {scale!r}")
     return float(scale)
+
+
+def _is_number(value) -> bool:
+    """Whether ``value`` is a real number, numpy's included; a bool is none."""
+    return type(value) is not bool and isinstance(value, (int, float, np.number, torch.SymInt, torch.SymFloat))
 
 
 def _check_backend(backend: str, q: torch.Tensor, dropout_p: float) -> str:
@@ -231,6 +239,8 @@ def _check_edge_inputs(q, table, gain, active, row_scale) -> None:
             raise ValueError(
                 f"{name} belongs to the edge form: the table is joint, one softmax per row with constant weights"
             )
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor {shape}, got {value!r}")
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must have the shape {shape} of the table, got {tuple(value.shape)}")
         if value.device != q.device:
