@@ -35,9 +35,22 @@ AVERAGES = Refusal(
 )
 TRANSFORMS = ("torch.compile of func.grad", "func.grad", "func.vjp", "func.vmap, and of func.grad", "func.jvp")
 
+# nor what they refuse to wrap
+NOTHING = Refusal(
+    "not needed when a module doesn't have any parameter that requires a gradient|model state_dict is empty",
+    "torch refuses to wrap a model without parameters, as these alone are: wrap the model that holds them",
+)
+SCALAR = Refusal(
+    "fully_shard doesn't support scalar parameters. Change temperature",
+    "FSDP2 shards no parameter of shape (), which `temperature` is: name it in `fully_shard`'s `ignored_params`",
+)
+DDP, FSDP2 = "DistributedDataParallel, 2 processes", "FSDP2, 2 processes, from meta"
+
 REFUSALS: dict[tuple[str, str], Refusal] = {
     **{("a graft (recomputed loops)", mode): RECOMPUTED for mode in (*TRANSFORMS, "dual numbers")},
     **{("a program", mode): AVERAGES for mode in TRANSFORMS},
+    **dict.fromkeys(itertools.product(("copy", "none", "canvas_attention (joint)"), (DDP, FSDP2)), NOTHING),
+    ("cosine_attention", FSDP2): SCALAR,
 }
 
 CELLS = list(itertools.product(SUBJECTS, MODES))
