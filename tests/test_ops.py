@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from canvas_kernels import BlockTable, block_attention, ops
@@ -81,6 +82,25 @@ def test_opcheck_of_packed_rows(executor, order):
     args = (torch.randn(2, 3, 15, 8), out, *kept, *inputs, *options[:-1], False)
     result = torch.library.opcheck(torch.ops.canvas_kernels.attention_backward.default, args)
     assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
+
+
+@pytest.mark.parametrize("count", [12, 15], ids=["all rows", "packed rows"])
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 1, 2, 3)], ids=["positions first", "heads first"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_dual_numbers_of_any_layout(dense, order, count, joint):
+    """Results are no views of tensors made inside, which dual numbers refuse."""
+    every = {"q_start": [0], "q_stop": [12], "k_start": [0], "k_stop": [12], "weight": [1.0]}
+    table = BlockTable.from_rectangles("joint", 12, 0, **every) if dense else joint
+    back = [order.index(dim) for dim in range(4)]
+    q, k, v = (x.permute(order).contiguous().permute(back) for x in qkv(torch.float64, count, grad=False))
+    rows = IndexMap.gather(np.arange(12)[::-1], count)
+    along = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
+    with forward_ad.dual_level():
+        dual = block_attention(forward_ad.make_dual(q, along), k, v, table, rows=rows)
+        out, tangent = forward_ad.unpack_dual(dual)
+    ends = [block_attention(q + step * along, k, v, table, rows=rows) for step in (1e-6, -1e-6)]
+    assert error(tangent, (ends[0] - ends[1]) / 2e-6) < 1e-7
+    assert error(out, block_attention(q, k, v, table, rows=rows, backend="reference")) < 1e-12
 
 
 def test_opcheck_joint(joint):

@@ -317,12 +317,16 @@ CONSTANT_FUNCTIONS: list[Callable] = []
 """Functions of constants that compilers evaluate instead of tracing them; modules that have one add it."""
 
 
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
 def own_products(kernel: Callable) -> Callable:
-    """Decorates the kernel of an operator: autocast does not reach the products inside."""
+    """Decorates the kernel of an operator: autocast does not reach the products inside, and results are no views,
+    which dual numbers refuse, however they lie."""
 
     @functools.wraps(kernel)
     def call(*args):
-        with torch._C._DisableAutocast():
+        with torch._C._DisableAutocast(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
             return kernel(*args)
 
     return call

@@ -74,11 +74,6 @@ def backward(grad_out, q, k, v, out, lse, rows: int, scale: float) -> tuple[torc
     return tuple(_canvas(x, q) for x in flash_backward(*inputs, *results, scale))
 
 
-def empty_like(x: torch.Tensor) -> torch.Tensor:
-    """Returns an empty tensor (B, H, n, …) as these functions lay out their results."""
-    return x.new_empty((x.shape[0], x.shape[2], x.shape[1], *x.shape[3:])).transpose(1, 2)
-
-
 def _frames(x: torch.Tensor, rows: int) -> torch.Tensor:
     """(B, H, n, …) as (B · frames, H, rows, …), a view of what lies as the canvas does."""
     n = x.shape[2]

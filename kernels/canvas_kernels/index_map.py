@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -211,7 +211,7 @@ def apply_now(x: torch.Tensor, rows: IndexMap, transposed: bool = False, dim: in
     if not x.numel() or not len(rows.index):
         return x.new_zeros(shape)
     if rows.is_gather and rows.is_distinct:
-        return put_rows(x, rows, dim, x.new_empty(shape))
+        return put_rows(x, rows, dim, tuple(range(x.dim())))
     # 16-bit sums would round at every term
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     flat = wide.movedim(dim, 0)
@@ -222,32 +222,33 @@ def apply_now(x: torch.Tensor, rows: IndexMap, transposed: bool = False, dim: in
     return out.to(x.dtype).view(n, *tail).movedim(0, dim).contiguous()
 
 
-def take_rows(x: torch.Tensor, rows: IndexMap, dim: int, out: torch.Tensor) -> torch.Tensor:
-    """Writes the rows of ``x`` that a gather takes along ``dim`` to ``out``, and returns it."""
-    order = _outermost_first(out)
-    target = out.permute(order)
-    torch.index_select(x.permute(order), order.index(dim), rows.rows(x.device), out=target)
-    return out
+def take_rows(x: torch.Tensor, rows: IndexMap, dim: int, order: Sequence[int]) -> torch.Tensor:
+    """Returns the rows of ``x`` that a gather takes along ``dim``, dense, its dimensions in memory in ``order``, the
+    outermost first: moved along their memory they take a third of the time."""
+    return put_back(x.permute(order).index_select(order.index(dim), rows.rows(x.device)), order)
 
 
-def put_rows(y: torch.Tensor, rows: IndexMap, dim: int, out: torch.Tensor) -> torch.Tensor:
-    """Writes the rows of ``y`` to where a distinct gather takes them, and 0 elsewhere, to ``out``; returns it.
+def put_rows(y: torch.Tensor, rows: IndexMap, dim: int, order: Sequence[int]) -> torch.Tensor:
+    """Returns the rows of ``y`` where a distinct gather takes them and 0 elsewhere, dense, its dimensions in memory in
+    ``order``.
 
     One more row of zeros and a gather take half of the time of clearing first and copying then.
     """
-    order = _outermost_first(out)
-    target, source, dim = out.permute(order), y.permute(order), order.index(dim)
+    source, at = y.permute(order), order.index(dim)
     if rows.n_out < rows.n_in:
-        nothing = source.new_zeros((*source.shape[:dim], 1, *source.shape[dim + 1 :]))
-        source = torch.cat((source, nothing), dim)
-    torch.index_select(source, dim, rows.places(y.device), out=target)
-    return out
+        nothing = source.new_zeros((*source.shape[:at], 1, *source.shape[at + 1 :]))
+        source = torch.cat((source, nothing), at)
+    return put_back(source.index_select(at, rows.places(y.device)), order)
 
 
-def _outermost_first(x: torch.Tensor) -> list[int]:
-    """The dimensions of ``x`` as they lie in memory: rows that lie so are moved several times as fast."""
-    strides = x.stride()
-    return sorted(range(x.dim()), key=lambda dim: -strides[dim])
+def put_back(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """Returns what was ``permute(order)``-ed with its dimensions in their places again."""
+    return x.permute([order.index(dim) for dim in range(len(order))])
+
+
+def empty_in(order: Sequence[int], shape: Sequence[int], like: torch.Tensor, dtype=None) -> torch.Tensor:
+    """Returns an empty dense tensor whose dimensions lie in memory in ``order``, the outermost first."""
+    return put_back(like.new_empty([shape[dim] for dim in order], dtype=dtype), order)
 
 
 def _apply(x: torch.Tensor, map: str, transposed: bool, dim: int) -> torch.Tensor:

@@ -13,7 +13,6 @@ import importlib.util
 import math
 import os
 import pkgutil
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ import torch
 from . import composition, frames, rectangles, reference, sigmoid
 from .autograd import COMPILED_FUNCTIONS, DEVICES, OPERATIONS, TAGS, Operation, operate, own_products, under_autograd
 from .frames import frame_rows, takes_frames
-from .index_map import IndexMap, gather_rows, put_rows, scatter_rows, take_rows
+from .index_map import IndexMap, empty_in, gather_rows, put_rows, scatter_rows, take_rows
 from .table import BlockTable
 from .table import row_scale as table_row_scale
 
@@ -44,11 +43,11 @@ _LIBRARY = torch.library.Library("canvas_kernels", "DEF")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor? active, Tensor? row_scale, str table, str rows, "
     "float scale, str executor, str activation, bool need_lse, bool keep) -> "
-    "(Tensor out, Tensor lse, Tensor saved, Tensor packed)",
+    "(Tensor out, Tensor lse, Tensor saved, Tensor[] packed)",
     tags=TAGS,
 )
 _LIBRARY.define(
-    "attention_backward(Tensor grad_out, Tensor? out, Tensor lse, Tensor saved, Tensor packed, Tensor q, Tensor k, "
+    "attention_backward(Tensor grad_out, Tensor? out, Tensor lse, Tensor saved, Tensor[] packed, Tensor q, Tensor k, "
     "Tensor v, Tensor? gain, Tensor? active, Tensor? row_scale, str table, str rows, float scale, str executor, "
     "str activation, bool need_gain) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgain)",
     tags=TAGS,
@@ -160,7 +159,7 @@ def _executor(backend: str, tensors, table: BlockTable, rows: str, need_lse: boo
     if not length:
         return TORCH
     # packed rows lie as those of q
-    heads_first = q.stride(1) >= q.stride(2)
+    heads_first = _order(q) is HEADS_FIRST
     takes = frames.pays(length, table.n_positions, q.shape[3], heads_first) if rows else takes_frames(q, length)
     return FRAMES if takes else TORCH
 
@@ -309,31 +308,28 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
-def _packed(rows: str, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-    """(B, H, n_canvas, D) tensors in packed order, where ``rows`` names it."""
+# Orders of (B, H, n, D) in memory, the outermost first: heads before positions, or positions first in each batch entry.
+HEADS_FIRST, POSITIONS_FIRST = (0, 1, 2, 3), (0, 2, 1, 3)
+
+
+def _packed(rows: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """(B, H, n_canvas, D) tensors in packed order, where ``rows`` names it; they lie as the first does."""
     if not rows:
-        return tensors
-    found = IndexMap.lookup(rows)
-    packed = _packing(tensors[0], found, len(tensors))
-    for x, part in zip(tensors, packed):
-        take_rows(x, found, 2, part)
-    return packed
+        return list(tensors)
+    found, order = IndexMap.lookup(rows), _order(tensors[0])
+    return [take_rows(x, found, 2, order) for x in tensors]
 
 
-def _packing(x: torch.Tensor, rows: IndexMap, count: int) -> torch.Tensor:
-    """An empty tensor (count, B, H, n, D): positions before heads in memory where ``x`` has them so."""
-    batch, heads, _, dim = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty((count, batch, rows.n_out, heads, dim)).transpose(2, 3)
-    return x.new_empty((count, batch, heads, rows.n_out, dim))
+def _order(x: torch.Tensor) -> tuple[int, ...]:
+    return POSITIONS_FIRST if x.stride(1) < x.stride(2) else HEADS_FIRST
 
 
-def _unpacked(rows: str, executor: str, activation: str, q: torch.Tensor, *tensors: torch.Tensor):
-    """The inverse, laid out as results for ``q`` are, with zeros at positions that are not packed."""
+def _unpacked(rows: str, order: tuple[int, ...], *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The inverse, in ``order``, with zeros at positions that are not packed."""
     if not rows:
-        return tensors
+        return list(tensors)
     found = IndexMap.lookup(rows)
-    return tuple(put_rows(x, found, 2, _empty_result(q, executor, activation)) for x in tensors)
+    return [put_rows(x, found, 2, order) for x in tensors]
 
 
 @own_products
@@ -362,10 +358,13 @@ def _attention(q, k, v, gain, active, row_scale, table, rows, scale, executor, a
         out, lse, saved = rectangles.forward(q, k, v, found, **options, need_lse=need_lse, need_grad=keep)
     if need_lse and found.form == "edge":
         lse.masked_fill_(_out_of_force(found, active, row_scale, q), math.inf)
-    (out,) = _unpacked(rows, executor, activation, canvas, out)
-    # in a GPU's memory packed rows would lie twice
-    kept = packed if rows and keep and executor != TRITON else q.new_empty(0)
-    return out, lse, saved, kept
+    (out,) = _unpacked(rows, _order_of_results(canvas, executor, activation), out)
+    return out, lse, saved, packed if _keeps_packed(rows, keep, executor) else []
+
+
+def _keeps_packed(rows: str, keep: bool, executor: str) -> bool:
+    """Whether backward gets packed rows rather than packing again: in a GPU's memory they would lie twice."""
+    return bool(rows) and keep and executor != TRITON
 
 
 def _out_of_force(table: BlockTable, active, row_scale, q: torch.Tensor) -> torch.Tensor:
@@ -400,7 +399,7 @@ def _attention_backward(
 ):
     found, canvas = BlockTable.lookup(table), q
     (grad_out,) = _packed(rows, grad_out)
-    q, k, v = packed if packed.numel() else _packed(rows, q, k, v)
+    q, k, v = packed or _packed(rows, q, k, v)
     options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale, "need_gain": need_gain}
     dgain = None
     if executor == TRITON:
@@ -424,7 +423,7 @@ def _attention_backward(
     else:
         *gradients, dgain = rectangles.backward(grad_out, q, k, v, saved, found, **options)
     dgain = q.new_empty(0) if dgain is None else dgain.to(gain.dtype)
-    return *_unpacked(rows, executor, activation, canvas, *gradients), dgain
+    return *_unpacked(rows, _order_of_results(canvas, executor, activation), *gradients), dgain
 
 
 def _own_row_scale(table: BlockTable, row_scale: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
@@ -433,11 +432,11 @@ def _own_row_scale(table: BlockTable, row_scale: torch.Tensor | None, q: torch.T
     return table.row_scale(q.device, torch.float32)
 
 
-def _empty_result(q, executor: str, activation: str) -> torch.Tensor:
-    """Empty, like q (B, H, n, D) in shape, and as the results of an executor lie."""
+def _order_of_results(q: torch.Tensor, executor: str, activation: str) -> tuple[int, ...]:
+    """The order in memory of an executor's results for q."""
     if executor == TRITON or activation == "sigmoid":
-        return q.new_empty(q.shape)
-    return frames.empty_like(q) if executor == FRAMES else rectangles.empty_like(q)
+        return HEADS_FIRST
+    return POSITIONS_FIRST if executor == FRAMES else rectangles.order_of_results(q)
 
 
 def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, executor, activation, need_lse, keep):
@@ -449,13 +448,16 @@ def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, execut
         if activation != "sigmoid":
             lse = q.new_empty((batch, heads, found.n_slots), dtype=torch.float32)
     elif executor == FRAMES:
-        lse = frames.empty_like(q.new_empty((batch, heads, found.n_positions)))
+        lse = empty_in((0, 2, 1), (batch, heads, found.n_positions), q)
     elif activation != "sigmoid":
         lse = q.new_empty((batch, heads, found.n_slots if need_lse else 0), dtype=dtype)
         # head_dim decides what is kept, so it may not stay symbolic
         saved = q.new_empty(rectangles.saved_size(found, batch * heads, int(q.shape[3])) if keep else 0, dtype=dtype)
-    packed = _packing(q, IndexMap.lookup(rows), 3) if rows and keep and executor != TRITON else q.new_empty(0)
-    return _empty_result(q, executor, activation), lse, saved, packed
+    out = empty_in(_order_of_results(q, executor, activation), q.shape, q)
+    if not _keeps_packed(rows, keep, executor):
+        return out, lse, saved, []
+    shape = (batch, heads, found.n_positions, q.shape[3])
+    return out, lse, saved, [empty_in(_order(q), shape, q) for _ in range(3)]
 
 
 def _attention_backward_fake(
@@ -477,7 +479,8 @@ def _attention_backward_fake(
     activation,
     need_gain,
 ):
-    gradients = (_empty_result(q, executor, activation) for _ in range(3))
+    order = _order_of_results(q, executor, activation)
+    gradients = (empty_in(order, q.shape, q) for _ in range(3))
     return *gradients, gain.new_empty(gain.shape) if need_gain else q.new_empty(0)
 
 
@@ -492,12 +495,15 @@ torch.library.register_fake("canvas_kernels::attention_backward", _attention_bac
 
 
 def _run(keep, *args):
-    return torch.ops.canvas_kernels.attention.default(*args, keep)
+    out, lse, saved, packed = torch.ops.canvas_kernels.attention.default(*args, keep)
+    return out, lse, saved, *packed
 
 
 def _differentiate(grad, needs, kept, *args):
     *args, _need_lse = args
     need_gain = bool(needs >> 3 & 1)
+    out, lse, saved, *packed = kept
+    kept = (out, lse, saved, packed)
     *gradients, dgain = torch.ops.canvas_kernels.attention_backward.default(grad, *kept, *args, need_gain)
     return *gradients, dgain, None, None
 
@@ -517,8 +523,11 @@ OPERATIONS["attention"] = Operation(
     # this call's graph keeps its table alive
     owners=lambda *args: (BlockTable.lookup(args[6]), args[7] and IndexMap.lookup(args[7])),
 )
-_LIBRARY.impl(
-    "attention",
-    under_autograd(torch.ops.canvas_kernels.attention.default, lambda *args: operate("attention", *args[:-1])),
-    "Autograd",
-)
+
+
+def _operate(*args):
+    out, lse, saved, *packed = operate("attention", *args[:-1])
+    return out, lse, saved, packed
+
+
+_LIBRARY.impl("attention", under_autograd(torch.ops.canvas_kernels.attention.default, _operate), "Autograd")

@@ -16,13 +16,13 @@ from .derived import derived
 from .frames import APART_KEYS
 from .grouping import all_take_flash, group, kept_pairs, takes_flash
 from .groups import Grouping
+from .index_map import empty_in
 from .indices import Step, indices_of
 from .slabs import backward_slab, forward_slab, saved_parts
 from .table import BlockTable
 
-# Orders of a tensor's dimensions (batch, heads, positions) in memory, the outermost first: positions before heads, as a
-# linear layer leaves them, or not.
-POSITIONS, BATCH = (2, 0, 1), (0, 1, 2)
+# Orders of (B, H, n, D) in memory, the outermost first: positions before heads, as a linear layer leaves them, or not.
+POSITIONS, BATCH = (2, 0, 1, 3), (0, 1, 2, 3)
 
 
 def forward(
@@ -120,22 +120,13 @@ def backward(
 def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An empty (B, H, n, D) tensor as this executor lays out its results: dense, and positions outermost where ``x``
     has them outside of heads, else innermost, so that what made q reads them as they lie."""
-    return torch.empty_strided(x.shape, _strides(x), dtype=dtype or x.dtype, device=x.device)
+    return empty_in(order_of_results(x), x.shape, x, dtype)
 
 
-def _lanes_of(x: torch.Tensor) -> tuple[int, int, int]:
-    """Which of POSITIONS and BATCH is nearest to how x (B, H, n, D) lies."""
+def order_of_results(x: torch.Tensor) -> tuple[int, ...]:
+    """Returns the dimensions of a result for ``x`` (B, H, n, D) as they lie in memory, the outermost first."""
     by_batch, by_head, by_position, _ = x.stride()
     return POSITIONS if by_position > (by_head if x.shape[1] > 1 else by_batch) else BATCH
-
-
-def _strides(x: torch.Tensor) -> tuple[int, ...]:
-    """Of a dense tensor (B, H, n, D) in the order of :func:`_lanes_of`."""
-    found, size = [1] * 4, x.shape[3]
-    for dim in reversed(_lanes_of(x)):
-        found[dim] = size
-        size *= x.shape[dim]
-    return tuple(found)
 
 
 class Choices(NamedTuple):
