@@ -35,10 +35,10 @@ demo: $(READY) ## CartPole end to end: record, declare, train, compare, draw; OU
 test: $(READY_EXTRAS) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q $(ARGS)
 
-slow: $(READY_EXTRAS) ## the tests that take minutes: torch's own compiler, several processes
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m slow $(ARGS)
+slow: $(READY_EXTRAS) ## the tests that take minutes: torch's own compiler, several processes, 2,200 random canvases
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q -m slow $(ARGS)
 
-matrix: $(READY_EXTRAS) ## every attention function in every mode of torch, and 2,200 random canvases: half an hour
+matrix: $(READY_EXTRAS) ## every attention function in every mode of torch: half an hour
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q -m matrix $(ARGS)
 
 bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, ten minutes; docs/benchmarks and README's figures

@@ -60,7 +60,7 @@ def test_random_canvases_are_the_oracle():
 
 
 @unkept
-@pytest.mark.matrix
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(SLOW.start, SLOW.stop, CHUNK))
 def test_many_random_canvases_are_the_oracle(first):
     check(range(first, first + CHUNK))
@@ -204,6 +204,6 @@ def test_the_fast_seeds_reach_what_they_are_for():
 
 
 @unkept
-@pytest.mark.matrix
+@pytest.mark.slow
 def test_the_slow_seeds_reach_what_they_are_for():
     check_reach(SLOW, 10)
