@@ -16,7 +16,7 @@ RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow matrix bench costs gpu lint aot versions
+.PHONY: help setup demo test slow bench costs gpu lint aot versions
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,11 +35,8 @@ demo: $(READY) ## CartPole end to end: record, declare, train, compare, draw; OU
 test: $(READY_EXTRAS) ## the whole suite; JOBS=processes, ARGS="what pytest takes"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q $(ARGS)
 
-slow: $(READY_EXTRAS) ## the tests that take minutes: torch's own compiler, several processes, 2,200 random canvases
+slow: $(READY_EXTRAS) ## the tests that take minutes: every function in every mode of torch, 2,200 random canvases, two processes
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q -m slow $(ARGS)
-
-matrix: $(READY_EXTRAS) ## every attention function in every mode of torch: half an hour
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q -m matrix $(ARGS)
 
 bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, ten minutes; docs/benchmarks and README's figures
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher --rounds 25 --misses-pass

@@ -26,8 +26,6 @@ def pytest_collection_modifyitems(config, items):
         missing["gpu"] = "needs an NVIDIA GPU"
     if "slow" not in config.option.markexpr:
         missing["slow"] = "takes minutes: make slow"
-    if "matrix" not in config.option.markexpr:
-        missing["matrix"] = "takes half an hour: make matrix"
     for item in items:
         for marker, reason in missing.items():
             if marker in item.keywords:

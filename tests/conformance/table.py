@@ -16,7 +16,7 @@ grafted model run in every mode of torch below, on a canvas with unused position
 "yes": outputs and gradients are within 1e-5 of an oracle in float64 (16 roundings of the dtype under autocast). A
 footnote: the mode is refused with an error that says what its footnote says. Subjects of equal outcomes share a column.
 
-`make matrix` runs every cell; `python -m tests.conformance.table` writes this page from the outcomes that the tests
+`make slow` runs every cell; `python -m tests.conformance.table` writes this page from the outcomes that the tests
 hold the cells to.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,13 +64,13 @@ def check_cell(subject: str, mode: str, **changes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("subject", "mode"), [pytest.param(*c, marks=() if is_fast(*c) else pytest.mark.matrix) for c in CELLS]
+    ("subject", "mode"), [pytest.param(*c, marks=() if is_fast(*c) else pytest.mark.slow) for c in CELLS]
 )
 def test_a_cell_is_right_or_refused(subject, mode):
     check_cell(subject, mode)
 
 
-@pytest.mark.matrix
+@pytest.mark.slow
 @pytest.mark.parametrize(("subject", "mode"), INDUCTOR)
 def test_a_cell_is_right_under_inductor(subject, mode, monkeypatch):
     monkeypatch.setattr(modes, "COMPILER", "inductor")
@@ -78,14 +79,14 @@ def test_a_cell_is_right_under_inductor(subject, mode, monkeypatch):
 
 # numpy, which computes for the interpreter, warns of every NaN
 @pytest.mark.filterwarnings("ignore:invalid value|All-NaN slice:RuntimeWarning")
-@pytest.mark.matrix
+@pytest.mark.slow
 @pytest.mark.parametrize(("subject", "mode"), TRITON)
 def test_a_cell_is_right_in_triton(subject, mode):
     pytest.importorskip("triton", reason="triton is not installed")
     check_cell(subject, mode, backend="triton")
 
 
-@pytest.mark.matrix
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [mode for mode in modes.MODES if mode != "batch of 0"])
 def test_a_mode_sees_wrong_numbers(mode):
     wrong = dataclasses.replace(SUBJECTS["none"], name="half too much", oracle=lambda module, x: 1.5 * x)
@@ -106,4 +107,5 @@ def test_every_cell_has_an_outcome():
 
 def test_the_table_shows_every_mode_and_subject():
     page = table.document()
+    assert (Path(__file__).parents[2] / table.PATH).read_text() == page, "python -m tests.conformance.table"
     assert all(f"| {mode} |" in page for mode in modes.MODES) and all(name in page for name in SUBJECTS)
