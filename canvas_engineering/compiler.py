@@ -231,7 +231,8 @@ class ProgramCompiler:
             found = (f"{region!r} ({modes[region]})" for region in sorted(compiled.untouched_regions))
             warn(
                 f"nothing in the module belongs to these regions alone, and their compile modes change none of its "
-                f"tensors: {some(found)}. Attention functions are shared by all regions"
+                f"tensors: {some(found)}. Attention functions are shared by all regions; a submodule belongs to a "
+                "region under its name, as in self.camera, and by region_parameters(region) of a module that holds it"
             )
         if compiled.shared_tensors:
             warn(

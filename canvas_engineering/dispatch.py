@@ -16,7 +16,7 @@ from canvas_kernels.table import row_sums, touched
 
 from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
 from .attention.grouped import attend_grouped, fit, is_fused
-from .canvas import ATTENTION_TYPES, CanvasLayout
+from .canvas import ATTENTION_TYPES, CanvasLayout, SpatiotemporalCanvas
 from .canvas.tensor import parameter_key
 from .checked import checked_bool, checked_names, checked_sizes, checked_tensor
 from .compiler import CompiledProgram
@@ -405,10 +405,12 @@ def surviving_state(
     """What a deployed model takes of the whole model's state dict.
 
     The dispatchers of ``compiled.program`` have no parameters for functions and slot banks that only dropped
-    connections used, and gates for surviving connections only. Everything else is handed on as it is.
+    connections used, and gates for surviving connections only; a canvas on its layout has modality embeddings of its
+    regions only. Everything else is handed on as it is.
 
     Args:
-        module: the deployed model, or one dispatcher; those of other topologies are left alone.
+        module: the deployed model, or one dispatcher; those of other topologies, and canvases of other layouts, are
+            left alone.
         state: state dict of the same model on the whole program.
         compiled: what `ProgramCompiler.compile` gave for that program.
 
@@ -418,16 +420,21 @@ def surviving_state(
     Raises:
         ValueError: another number of gates than the whole program has.
     """
-    found = dict(state)
-    for path, child in module.named_modules():
-        if not isinstance(child, AttentionDispatcher) or child.topology != compiled.program.schema.topology:
-            continue
-        prefix = f"{path}." if path else ""
-        for part, kept in (("fn_modules", child.fn_modules), ("slot_modules", child.slot_modules)):
-            start = f"{prefix}{part}."
-            gone = [name for name in found if name.startswith(start) and name[len(start) :].split(".")[0] not in kept]
-            for name in gone:
+    found, schema = dict(state), compiled.program.schema
+
+    def keep(start: str, kept: Iterable[str]) -> None:
+        for name in [name for name in found if name.startswith(start)]:
+            if name[len(start) :].split(".")[0] not in kept:
                 del found[name]
+
+    for path, child in module.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(child, SpatiotemporalCanvas) and child.layout == schema.layout:
+            keep(f"{prefix}modality_embeddings.", dict(child.modality_embeddings or {}))
+        if not isinstance(child, AttentionDispatcher) or child.topology != schema.topology:
+            continue
+        keep(f"{prefix}fn_modules.", child.fn_modules)
+        keep(f"{prefix}slot_modules.", child.slot_modules)
         gates = found.pop(f"{prefix}edge_gates", None)
         if gates is not None:
             if gates.shape != (len(compiled.gates),):

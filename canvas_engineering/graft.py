@@ -60,7 +60,7 @@ def graft_looped_blocks(
         inner_dim: width of the blocks' streams; see :func:`detect_inner_dim` for the default.
         action_dim, latent_channels: of the ActionHead that is made.
         freeze: "full" leaves only loop parameters trainable, "half" freezes the patch embedding only, "none" nothing.
-        loops: loops to run; by default 1, until ``set_loops`` or a CurriculumScheduler raises it.
+        loops: loops to run, up to ``max_loops``; by default 1, until ``set_loops`` or a CurriculumScheduler says more.
         gate: "tanh", or "sigmoid" for loop checkpoints of the published package.
         sharpening: a factor on the attention scale for each loop: a :class:`SharpeningSchedule`, or a list. CogVideoX
             only, as everything below.
@@ -104,6 +104,8 @@ def graft_looped_blocks(
     refuse_inference_tensors(transformer, "the model")
     originals = _blocks(transformer, block_attr)
     running = checked_loops(1 if loops is None else loops, max_loops)
+    if loops is not None and loops > max_loops:
+        raise ValueError(f"loops={loops} are more than max_loops={max_loops}")
     inner_dim = detect_inner_dim(transformer) if inner_dim is None else checked_int(inner_dim, "inner_dim", 1)
     frozen = frozenset(name for name, parameter in transformer.named_parameters() if not parameter.requires_grad)
     in_place = wrapper_class in (None, LoopedCogVideoXBlock)

@@ -185,6 +185,8 @@ class CanvasSchema:
         if not isinstance(d, dict) or not isinstance(d.get("layout"), dict):
             raise ValueError(f"a schema must be a dict with a 'layout', got {shown(d)}")
         grid = d["layout"]
+        if "regions" in grid:
+            raise ValueError(f"the regions of a schema stand beside its layout, not in it: {shown(grid)}")
         _refuse_unknown(grid, _GRID_FIELDS, "layout")
         if "spatial_shape" not in grid and "H" not in grid:
             raise ValueError(f"layout needs spatial_shape, or H and W, got {shown(grid)}")
@@ -195,7 +197,7 @@ class CanvasSchema:
         if not isinstance(regions, dict):
             raise ValueError(f"regions must be a dict of names to fields, got {shown(regions)}")
         if connections is not None and not isinstance(connections, list):
-            raise ValueError(f"topology must be a list of connections, got {shown(connections)}")
+            raise ValueError(f"topology must be a list of connections, [{{src, dst, …}}, …], got {shown(connections)}")
         specs = {
             name: tuple(given) if isinstance(given, list) else built(RegionSpec, given, f"region {name!r}")
             for name, given in regions.items()

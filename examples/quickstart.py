@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
@@ -35,4 +37,6 @@ def train(steps: int = 12) -> list[float]:
 
 
 if __name__ == "__main__":
-    train()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=12)
+    train(parser.parse_args().steps)

@@ -424,6 +424,7 @@ def test_a_sharded_model_is_neither_grafted_nor_ungrafted(process_group):
         ({"sharpening": [1.0]}, "positive factor for each of 3 loops"),
         ({"max_loops": 0}, "max_loops must be an int of at least 1"),
         ({"loops": 0}, "at least 1 loop"),
+        ({"loops": 4, "max_loops": 3}, "loops=4 are more than max_loops=3"),
     ],
 )
 def test_a_graft_that_is_refused_changes_nothing(options, message):

@@ -367,4 +367,4 @@ def test_the_migration_page_names_no_difference_that_is_none():
 
 
 if __name__ == "__main__":
-    print("\n".join(missing_rows()))
+    print("\n".join(missing_rows()) or "docs/migration.md has them all")

@@ -644,6 +644,7 @@ def test_a_checkpoint_of_the_whole_model_goes_into_the_smaller_one():
         def __init__(self, program):
             super().__init__()
             schema = program.schema
+            self.canvas = SpatiotemporalCanvas(schema.layout)
             self.norm = nn.LayerNorm(8)
             self.blocks = nn.ModuleList(
                 AttentionDispatcher(schema.topology, schema.layout, 8, program=program) for _ in range(2)
@@ -662,6 +663,8 @@ def test_a_checkpoint_of_the_whole_model_goes_into_the_smaller_one():
     with pytest.raises(RuntimeError, match="cosine_attention"):
         small.load_state_dict(full.state_dict())
     small.load_state_dict(surviving_state(small, full.state_dict(), compiled))
+    own, whole_canvas = (dict(network.canvas.modality_embeddings) for network in (small, full))
+    assert own.keys() < whole_canvas.keys() and all(torch.equal(own[name], whole_canvas[name]) for name in own)
     assert compiled.gates == (False, True, False) and small.blocks[0].edge_gates.shape == (1,)
     for block, source in zip(small.blocks, full.blocks):
         # of eye.left -> memory[0], act -> belief, belief -> goal, the second survives

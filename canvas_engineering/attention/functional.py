@@ -29,6 +29,9 @@ def canvas_attention(
 ) -> torch.Tensor:
     """Attention of every read of a plan in one call (docs/semantics.md, sections 3 and 4).
 
+    Every connection is softmax attention here, or sigmoid by ``activation``: functions that connections name are
+    modules, which :class:`AttentionDispatcher` runs.
+
     Args:
         q, k, v: (B, heads, N, head_dim), positions in canvas order; with ``packed``, (B, heads, n, head_dim) in the
             plan's packed order (``plan.pack``), which saves the moves of a caller that stays packed.
