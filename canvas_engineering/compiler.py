@@ -19,7 +19,7 @@ from canvas_engineering.checked import checked_bool, checked_kind, checked_path,
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.files import alone_in, replace_file
 from canvas_engineering.notices import some, warn
-from canvas_engineering.program import CanvasProgram
+from canvas_engineering.program import CanvasProgram, RegionProgram
 from canvas_engineering.program.checks import check_program
 from canvas_engineering.program.edges import resolve_edges
 from canvas_engineering.region_parameters import RegionParameters, parameters_by_region
@@ -156,8 +156,8 @@ class ProgramCompiler:
 
         Args:
             module: whose tensors are treated; None decides only.
-            export_dir: where exports go; it is made. Without it, regions of a ``module`` that only their family's
-                default would export are kept as they are, with a warning.
+            export_dir: where exports go; it is made. Without it, regions that only their family's default would export
+                are kept as they are, with a warning.
             family_defaults: whether regions without a mode and a learning of their own take their family's.
             keep_constant: whether constant regions stay in the schema, for others to read: their positions pass
                 through, and their slot banks and embeddings keep the values of the buffers. They query nothing.
@@ -170,7 +170,7 @@ class ProgramCompiler:
         export_dir = None if export_dir is None else checked_path(export_dir, "export_dir")
         family_defaults = checked_bool(family_defaults, "family_defaults")
         keep_constant = checked_bool(keep_constant, "keep_constant")
-        modes = self._modes(family_defaults, keep_exported=module is not None and export_dir is None)
+        modes = self._modes(family_defaults, keep_exported=export_dir is None)
         compiled = self._decide(modes, keep_constant)
         if compiled.distill_regions:
             warn(f"compile_mode 'distill' does nothing yet: {_names(compiled.distill_regions)} run as before")
@@ -222,7 +222,11 @@ class ProgramCompiler:
         """Does to the module's tensors what the modes say, and notes in ``compiled`` what it did."""
         owned, shared = parameters_by_region(module, modes)
         acting = [region for region, mode in modes.items() if mode in _ACTING]
-        compiled.untouched_regions = {r for r in acting if not owned[r].parameters and not owned[r].buffers}
+        compiled.untouched_regions = {
+            region
+            for region in acting
+            if not owned[region].parameters and not (modes[region] == "export" and owned[region].buffers)
+        }
         compiled.shared_tensors = {name: by for name, by in shared.items() if not set(by).isdisjoint(acting)}
         exported = [region for region in acting if modes[region] == "export"]
         if exported and export_dir is None:
@@ -236,7 +240,7 @@ class ProgramCompiler:
             )
         if compiled.shared_tensors:
             warn(
-                "tensors that regions of different compile modes share are left as they are, trainable: "
+                "tensors that regions of different compile modes share are left as they are: "
                 f"{some(compiled._shared())}"
             )
         for region in exported:
@@ -254,8 +258,8 @@ def load_exported(path: str | Path, submodule: str | None = None) -> dict[str, t
     """The tensors of an exported region, as a state dict.
 
     Where all of them came from one submodule, such as ``heads.memory``, names are those of its state dict: it is what
-    they load into. Where they came from several, names are dotted ones of the whole module, which loads them with
-    ``strict=False``, unless ``submodule`` chooses.
+    they load into, with ``strict=False`` where it holds other regions' tensors too. Where they came from several,
+    names are dotted ones of the whole module, which loads them with ``strict=False``, unless ``submodule`` chooses.
 
     Args:
         path: of `CompiledProgram.exported_paths`, or of the manifest, ``<region>.json``, beside it. Either way the
@@ -367,13 +371,17 @@ def _restricted(program: CanvasProgram, active: set[str], connections: list[Conn
     schema, layout = program.schema, program.schema.layout
     regions = {name: spec for name, spec in layout.regions.items() if name in active}
     pairs = {(c.src, c.dst) for c in connections}
+    programs = {name: own for name, own in program.regions.items() if name in active}
+    if program.regions and not programs:
+        # without any, none would fire; those that were not named fire at every step
+        programs = {name: RegionProgram() for name in regions}
     return CanvasProgram(
         dataclasses.replace(
             schema,
             layout=CanvasLayout(layout.T, layout.d_model, layout.spatial_shape, regions, layout.t_current),
             topology=None if schema.topology is None else CanvasTopology(connections),
         ),
-        {name: region for name, region in program.regions.items() if name in active},
+        programs,
         {pair: connection for pair, connection in program.connections.items() if pair in pairs},
         program.version,
     )

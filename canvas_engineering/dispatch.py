@@ -91,9 +91,6 @@ class AttentionDispatcher(CanvasModule):
     True
     """
 
-    # parameters of attention functions are shared by all regions, whatever their names
-    parts_of_no_region = ("fn_modules", "slot_modules", "edge_gates")
-
     def __init__(
         self,
         topology: CanvasTopology,
@@ -142,6 +139,8 @@ class AttentionDispatcher(CanvasModule):
         self._region_number = regions
         self._readers = frozenset(plan.connections[number].src for number in plan.reads.connection.tolist())
         self._add_banks(program, n_heads)
+        # schedulers fire these too
+        self._elsewhere = frozenset() if program is None else program.regions.keys() - regions.keys()
         self.residual_accumulator = residual_accumulator
         self._errors = self._residual_connections(program, compiled)
         self.triggers = None
@@ -172,7 +171,7 @@ class AttentionDispatcher(CanvasModule):
 
         Raises:
             ValueError: x or add_to of another shape, or x of another dtype than the parameters' without autocast.
-            KeyError: the name of a region that the layout does not have.
+            KeyError: the name of a region that neither the layout nor the program has.
         """
         n = self.layout.num_positions
         if checked_tensor(x, "x").dim() != 3 or x.shape[1] != n or x.shape[2] != self.d_model:
@@ -189,9 +188,10 @@ class AttentionDispatcher(CanvasModule):
         kept = x if add_to is None else add_to
         dtype = torch.promote_types(x.dtype, torch.float32)
         row_scale = None if active is None else self.plan.row_scale(active, dtype, x.device)
+        rows = self._rows(x, active, row_scale)
         if self._errors:
-            self._accumulate(x, active)
-        written = self._attended(self._rows(x, active, row_scale), active, row_scale)
+            self._accumulate(x, rows, active)
+        written = self._attended(rows, active, row_scale)
         written = gather_rows(written, self._written, 1)
         own = gather_rows(kept, self._targets, 1)
         written = written.to(own.dtype) if add_to is None else own + written.to(own.dtype)
@@ -219,14 +219,20 @@ class AttentionDispatcher(CanvasModule):
         with real_tensors():
             scale = plan.row_scale(None, torch.float64, torch.device("cpu"))
             self._touches_all = {fn: bool(touched(own.table, None, scale).all()) for fn, own in self._plans.items()}
+            self._touches_all_banks = bool(touched(plan.table, None, scale)[n_rows:].all())
 
     def _rows(self, x: torch.Tensor, active: torch.Tensor | None, row_scale: torch.Tensor | None) -> torch.Tensor:
-        """Packed rows of the canvas, and after them the slots of each bank that is attended to, bound to x. Under
-        ``active``, banks that nothing touches are bound to 0: what is not finite there reaches nothing."""
+        """Packed rows of the canvas, and after them the slots of each bank that is attended to, bound to x. Banks that
+        nothing touches are bound to 0: what is not finite there reaches nothing."""
         rows = gather_rows(x, self._packed, 1)
         if not self._bound:
             return rows
-        used = None if active is None else touched(self.plan.table, active, row_scale)
+        used = None
+        if active is not None or not self._touches_all_banks:
+            if row_scale is None:
+                dtype = torch.promote_types(x.dtype, torch.float32)
+                row_scale = self.plan.row_scale(None, dtype, x.device)
+            used = touched(self.plan.table, active, row_scale)
         parts = [rows]
         for key, canvas_rows, first, slots in self._bound:
             own = gather_rows(x, canvas_rows, 1)
@@ -342,10 +348,11 @@ class AttentionDispatcher(CanvasModule):
         return found
 
     @torch.no_grad()
-    def _accumulate(self, x: torch.Tensor, active: torch.Tensor | None) -> None:
-        # connections that others replace count here
-        sums = None if active is None else row_sums(self.plan.table, (active != 0).to(torch.float32))
-        rows = self._rows(x, active, sums)
+    def _accumulate(self, x: torch.Tensor, rows: torch.Tensor, active: torch.Tensor | None) -> None:
+        if self._bound and (active is not None or not self._touches_all_banks):
+            # connections that others replace count here
+            on = torch.ones(self.plan.n_connections, device=x.device) if active is None else (active != 0).float()
+            rows = self._rows(x, active, row_sums(self.plan.table, on))
         for errors in self._errors:
             attended = self._attend(self.fn_modules[errors.fn], rows, errors.plan)
             error = gather_rows(attended, errors.attending, 1) - gather_rows(rows, errors.attending, 1)
@@ -390,7 +397,7 @@ class AttentionDispatcher(CanvasModule):
 
     def _region_flags(self, names: frozenset, device: torch.device) -> torch.Tensor:
         """(regions,) of names."""
-        unknown = sorted(names - self._region_number.keys(), key=str)
+        unknown = sorted(names - self._region_number.keys() - self._elsewhere, key=str)
         if unknown:
             known = ", ".join(list(self._region_number)[:12])
             raise KeyError(f"active_regions names {unknown}, which the layout does not have; it has {known}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ class RegionParameters:
 
     Attributes:
         parameters: by dotted name; a parameter that the module holds twice may be there twice.
-        buffers: dotted names of buffers.
+        buffers: dotted names of buffers that a state dict holds.
         submodules: paths of the modules that hold all of these.
     """
 
@@ -49,7 +50,7 @@ def parameters_by_region(
     modules = dict(module.named_modules(remove_duplicate=False))
     spelled = _Spellings(modes)
     listed = _listed(modules, modes)
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    parameters, saved = dict(module.named_parameters(remove_duplicate=False)), module.state_dict(keep_vars=True)
     owners: dict[str, dict[str, str]] = {}  # name of a tensor: region to the submodule in which it has the tensor
     for name, tensor in (*parameters.items(), *module.named_buffers(remove_duplicate=False)):
         found = spelled.owners(name, modules)
@@ -72,7 +73,7 @@ def parameters_by_region(
                 own[region].submodules.append(submodule)
             if name in parameters:
                 own[region].parameters[name] = parameters[name]
-            else:
+            elif name in saved:
                 own[region].buffers.append(name)
     return own, shared
 
@@ -96,10 +97,10 @@ class _Spellings:
     def owners(self, name: str, modules: Mapping[str, nn.Module]) -> dict[str, str]:
         """Regions that the name of a tensor spells, each with the path of the module that spells it."""
         components = name.split(".")
-        n = _components_that_count(components, modules)
+        counts = _may_spell(components, modules)
         spans: dict[str, tuple[int, int]] = {}
-        for start in range(n):
-            for stop in range(start + 1, n + 1):
+        for start, stop in itertools.combinations(range(len(components) + 1), 2):
+            if all(counts[start:stop]):
                 run = components[start:stop]
                 by_key = self.by_key.get("__".join(run), ())
                 for region in (*by_key, *self.by_parts.get(_parts(".".join(run)), ())):
@@ -122,15 +123,19 @@ def _inside(inner: str, outer: str, spans: Mapping[str, tuple[int, int]]) -> boo
     return inner.startswith((f"{outer}.", f"{outer}[")) or (start <= low and high <= stop and stop - start > high - low)
 
 
-def _components_that_count(components: list[str], modules: Mapping[str, nn.Module]) -> int:
-    """How many components of a tensor's name may spell a region."""
-    for number, component in enumerate(components):
+def _may_spell(components: list[str], modules: Mapping[str, nn.Module]) -> list[bool]:
+    """Of each component of a tensor's name, whether it may be a region's: those that a user gave. Names inside our own
+    modules are none, nor is ``weight`` of torch's layers; a user's module inside ours has names again."""
+    ours, found = False, []
+    for number in range(len(components)):
         holder = modules[".".join(components[:number])]
-        if component in getattr(holder, "parts_of_no_region", ()):
-            return number
-    # `weight` and `bias` of torch's layers are nobody's name
-    named_by_user = isinstance(holder, (nn.ParameterDict, nn.ParameterList))
-    return len(components) - (type(holder).__module__.startswith("torch.") and not named_by_user)
+        package = type(holder).__module__.partition(".")[0]
+        if package != "torch":  # containers go by who holds them
+            ours = package == __name__.partition(".")[0]
+        found.append(not ours)
+    if package == "torch" and not isinstance(holder, (nn.ParameterDict, nn.ParameterList)):
+        found[-1] = False
+    return found
 
 
 def _listed(modules: Mapping[str, nn.Module], regions: Iterable[str]) -> dict[int | str, dict[str, str]]:

@@ -130,8 +130,6 @@ class SemanticConditioner(CanvasModule):
         ValueError: no regions, or an embedding of another length than ``embed_dim``, or one that is not finite.
     """
 
-    parts_of_no_region = ("_embeddings", "projector", "residuals")
-
     def __init__(
         self,
         d_model: int,

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from canvas_engineering import (
+    ATTENTION_REGISTRY,
+    ActionHead,
     AttentionDispatcher,
     CanvasLayout,
     CanvasProgram,
@@ -21,12 +23,18 @@ from canvas_engineering import (
     Connection,
     ConnectionProgram,
     IdentitySpec,
+    LearnedScheduler,
     LearningSpec,
+    LoopedBlockWrapper,
     RegionProgram,
+    RegionScheduler,
     SemanticConditioner,
+    SlotBindingModule,
     SpatiotemporalCanvas,
+    create_attention,
 )
 from canvas_engineering import compiler as compiler_module
+from canvas_engineering.canvas.tensor import parameter_key
 from canvas_engineering.compiler import CompiledProgram, ProgramCompiler, load_exported
 from canvas_engineering.dispatch import surviving_state
 from tests import program_oracle
@@ -71,7 +79,7 @@ def names_of(key):
     return {f"heads.{key}.{part}" for part in ("0.weight", "0.bias", "1.weight", "1.bias")}
 
 
-def test_modes_go_by_region_learning_and_family():
+def test_modes_go_by_region_learning_and_family(tmp_path):
     chain = CanvasTopology([Connection(a, b) for a in NAMES for b in NAMES])
     regions = {
         "eye.left": RegionProgram("observation"),
@@ -87,7 +95,7 @@ def test_modes_go_by_region_learning_and_family():
     assert found.all_regions == set(NAMES) and found.n_eliminated == 1
     assert found.active_connections == [c for c in chain.connections if "act" not in (c.src, c.dst)]
     with pytest.warns(UserWarning, match="'distill' does nothing yet"):
-        families = compiler.compile(family_defaults=True)
+        families = compiler.compile(export_dir=tmp_path, family_defaults=True)
     assert families.frozen_regions == {"eye.left"} and families.exported_memories == {"memory[0]"}
     assert families.active_regions == {"eye.left", "belief", "goal"} and families.n_eliminated == 2
     assert not families.exported_paths
@@ -108,9 +116,9 @@ def test_modes_go_by_region_learning_and_family():
     [("observation", "freeze"), ("state", "runtime"), ("memory", "export"), ("residual", "freeze"),
      ("action", "freeze"), ("mood", "runtime")],
 )  # fmt: skip
-def test_every_family_has_its_default(family, mode):
+def test_every_family_has_its_default(family, mode, tmp_path):
     made = CanvasProgram(CanvasSchema(LAYOUT), {"goal": RegionProgram(family)})
-    found = ProgramCompiler(made).compile(family_defaults=True)
+    found = ProgramCompiler(made).compile(export_dir=tmp_path, family_defaults=True)
     fates = {"freeze": found.frozen_regions, "export": found.exported_memories, "constant": found.constant_regions}
     assert {fate: names for fate, names in fates.items() if names} == ({} if mode == "runtime" else {mode: {"goal"}})
     assert ("goal" in found.active_regions) is (mode != "export")
@@ -128,7 +136,9 @@ def test_family_defaults_apply_where_they_are_asked_for_and_nothing_else_is_said
     everything = trainable(model)
     compiled = compiler.compile(model)
     assert compiled.active_regions == set(NAMES) and trainable(model) == everything
-    # memory without a place to go to stays
+    # memory without a place to go to stays, with a module and without
+    with pytest.warns(UserWarning, match=r"'memory\[0\]' would be exported"):
+        assert compiler.compile(family_defaults=True).active_regions == set(NAMES)
     with pytest.warns(UserWarning, match=r"'memory\[0\]' would be exported, .* without export_dir they are kept"):
         compiled = compiler.compile(model, family_defaults=True)
     assert compiled.active_regions == set(NAMES) and not compiled.exported_memories and not compiled.exported_paths
@@ -175,7 +185,7 @@ def test_shared_constants_stay_shared_and_dictionaries_of_parameters_work():
     assert model.twin.weight is model.heads["goal"][0].weight is compiled.constant_buffers["twin.weight"]
     canvas = SpatiotemporalCanvas(LAYOUT)
     value = canvas.modality_embeddings["goal"].detach().clone()
-    with pytest.warns(UserWarning, match="are left as they are, trainable: period_embedding.embedding.weight"):
+    with pytest.warns(UserWarning, match="are left as they are: period_embedding.embedding.weight"):
         found = ProgramCompiler(program(g="constant")).compile(canvas).constant_buffers
     assert list(found) == ["modality_embeddings.goal"] and torch.equal(canvas.modality_embeddings["goal"], value)
     placed = canvas.place(canvas.create_empty(1), torch.zeros(1, 4, 8), "goal")
@@ -208,7 +218,7 @@ def test_a_tensor_of_regions_with_different_modes_is_named_and_left_alone():
     model = Torn()
     everything = trainable(model)
     compiler = ProgramCompiler(program(g="freeze", a="constant", e="freeze"))
-    with pytest.warns(UserWarning, match=r"left as they are, trainable: shared.weight \(act, goal\)"):
+    with pytest.warns(UserWarning, match=r"left as they are: shared.weight \(act, goal\)"):
         compiled = compiler.compile(model)
     assert everything - trainable(model) == names_of("goal") | names_of("eye__left") | names_of("act")
     assert compiled.shared_tensors == {"shared.weight": ("act", "goal")} and not compiled.untouched_regions
@@ -680,3 +690,65 @@ def test_a_checkpoint_of_the_whole_model_goes_into_the_smaller_one():
     torch.testing.assert_close(small.blocks[0].double()(x.double()), expected, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match=r"blocks.0.edge_gates has the shape \(1,\); the whole program has 3 "):
         surviving_state(small, small.state_dict(), compiled)
+
+
+@pytest.mark.parametrize("mode", ["constant", "export"])
+def test_deploy_leaves_the_clocks_of_regions_that_stay(mode):
+    """A program that deploy leaves without any region of its own is not one that fires none."""
+    whole = CanvasProgram(CanvasSchema(LAYOUT, CanvasTopology([])), {"goal": RegionProgram(compile_mode=mode)})
+    compiled = ProgramCompiler(whole).compile()
+    for program, expected in ((whole, set(NAMES)), (compiled.program, set(NAMES) - {"goal"})):
+        assert RegionScheduler(program).step(0) == expected
+
+
+OURS = {
+    **{fn: lambda fn=fn: create_attention(fn, 8) for fn in sorted(ATTENTION_REGISTRY)},
+    "learned scheduler": lambda: LearnedScheduler(2, 3, 1),
+    "slots": lambda: SlotBindingModule(8, 2),
+    "loops": lambda: LoopedBlockWrapper(nn.Linear(8, 8), embed_dim=8),
+    "action head": lambda: ActionHead(8, 4),
+    "canvas": lambda: SpatiotemporalCanvas(LAYOUT),
+    "conditioner": lambda: SemanticConditioner(8, 2, {"a": [1.0, 0.0]}),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_parts_of_our_modules_have_no_names_of_regions(name):
+    module = nn.ModuleDict({"held": OURS[name]()})
+    own = {parameter_key(region) for region in LAYOUT.regions}
+    inner = {part for path, _ in module.named_parameters() for part in path.split(".")[1:]} - own
+    for part in sorted(inner):
+        layout = CanvasLayout(T=1, d_model=8, spatial_shape=(4,), regions={part: (0, 1, 0, 2)})
+        schema = CanvasSchema(layout, CanvasTopology([]))
+        with pytest.warns(UserWarning, match="nothing in the module belongs to these regions alone"):
+            frozen = {part: RegionProgram(compile_mode="freeze")}
+            compiled = ProgramCompiler(CanvasProgram(schema, frozen)).compile(module)
+        assert compiled.untouched_regions == {part} and "frozen" not in compiled.summary()
+        assert trainable(module) == {path for path, _ in module.named_parameters()}
+
+
+def test_users_modules_inside_of_ours_have_names():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.goal, self.loop = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.loop(self.goal(x))
+
+    block = LoopedBlockWrapper(Inner(), embed_dim=8)
+    freeze = {name: RegionProgram(compile_mode="freeze") for name in ("goal", "loop")}
+    layout = CanvasLayout(T=1, d_model=8, spatial_shape=(4,), regions={"goal": (0, 1, 0, 1), "loop": (0, 1, 1, 2)})
+    ProgramCompiler(CanvasProgram(CanvasSchema(layout, CanvasTopology([])), freeze)).compile(block)
+    frozen = {path for path, parameter in block.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"original.{layer}.{part}" for layer in ("goal", "loop") for part in ("weight", "bias")}
+
+
+def test_buffers_alone_are_not_frozen():
+    module = nn.Module()
+    module.goal = nn.Module()
+    module.goal.register_buffer("table", torch.ones(3))
+    for mode in ("freeze", "constant"):
+        made = CanvasProgram(CanvasSchema(LAYOUT, CanvasTopology([])), {"goal": RegionProgram(compile_mode=mode)})
+        with pytest.warns(UserWarning, match="nothing in the module belongs"):
+            assert ProgramCompiler(made).compile(module).untouched_regions == {"goal"}

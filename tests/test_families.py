@@ -450,3 +450,11 @@ def test_the_temperature_of_cosines_is_one_number_that_sharpens():
         module.temperature.zero_()
         even = module.v_proj(keys).mean(1, keepdim=True)
         torch.testing.assert_close(module(keys, keys, keys), even.expand_as(keys), rtol=1e-5, atol=1e-6)
+        # keys that are their own queries are most similar to themselves
+        nn.init.eye_(module.q_proj.weight), nn.init.zeros_(module.q_proj.bias)
+        nn.init.eye_(module.k_proj.weight), nn.init.zeros_(module.k_proj.bias)
+        own, errors = module.v_proj(keys), []
+        for temperature in (10.0, 40.0, 1000.0):
+            module.temperature.fill_(temperature)
+            errors.append((module(keys, keys, keys) - own).abs().max().item())
+        assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3 * errors[0]

@@ -778,3 +778,31 @@ def test_programmed_steps_save_checkpoint_and_copy(tmp_path):
     assert {name.split(".")[0] for name in dispatcher.state_dict()} == {
         "fn_modules", "edge_gates", "slot_modules", "residual_accumulator"
     }  # fmt: skip
+
+
+def test_schedulers_and_dispatchers_of_one_program_fit():
+    layout = CanvasLayout(T=1, spatial_shape=(4,), d_model=8, regions={"a": (0, 1, 0, 2), "b": (0, 1, 2, 4)})
+    schema = CanvasSchema(layout, CanvasTopology.dense(["a", "b"]))
+    program = CanvasProgram(schema, {"a": RegionProgram(), "elsewhere": RegionProgram()})
+    with pytest.warns(UserWarning, match="for regions that the layout does not have"):
+        dispatcher = AttentionDispatcher(schema.topology, layout, 8, program=program)
+    x, fired = torch.randn(1, 4, 8), RegionScheduler(program).step(0)
+    assert "elsewhere" in fired and torch.equal(dispatcher(x, fired), dispatcher(x, {"a", "b"}))
+    with pytest.raises(KeyError, match="nowhere"):
+        dispatcher(x, {"a", "nowhere"})
+
+
+def test_a_bank_that_only_replaced_reads_use_leaks_nothing():
+    regions = {"a": (0, 1, 0, 1), "b": (0, 1, 1, 2), "c": (0, 1, 2, 3)}
+    layout = CanvasLayout(T=1, spatial_shape=(4,), d_model=8, regions=regions)
+    schema = CanvasSchema(layout, CanvasTopology([Connection("a", "b", write_mode="replace"), Connection("a", "c")]))
+    program = CanvasProgram(schema, {"c": RegionProgram(identity=IdentitySpec(slot_capacity=3))})
+    dispatcher = AttentionDispatcher(schema.topology, layout, 8, n_heads=2, program=program)
+    for active in (None, {"a", "b", "c"}):
+        x = torch.randn(1, 4, 8)
+        x[:, 2] = float("nan")
+        x.requires_grad_()
+        dispatcher.zero_grad()
+        dispatcher(x, active)[:, :2].sum().backward()
+        gradients = [x.grad, *(p.grad for p in dispatcher.parameters() if p.grad is not None)]
+        assert all(gradient.isfinite().all() for gradient in gradients)

@@ -30,7 +30,7 @@ def test_maps_are_their_matrices_with_derivatives_of_any_order(name, dim):
     matrix = torch.zeros(rows.n_out, 5, dtype=torch.float64)
     entries = np.repeat(np.arange(rows.n_out), np.diff(rows.offset))
     weight = np.ones(len(rows.index)) if rows.weight is None else rows.weight
-    matrix.index_put_((torch.from_numpy(entries), torch.from_numpy(rows.index)), torch.from_numpy(weight), True)
+    matrix.index_put_((torch.from_numpy(entries), torch.from_numpy(rows.index.copy())), torch.from_numpy(weight), True)
     x = torch.randn(5, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
     def apply(m, x):
@@ -106,3 +106,11 @@ def test_row_sums_and_their_gradient():
 def test_what_autocast_does_not_know_keeps_its_dtype():
     for dtype in (torch.float64, torch.int64):
         assert autocast_dtype(torch.empty(2, dtype=dtype, device="meta")) == dtype
+
+
+def test_maps_keep_what_they_were_made_of():
+    given = np.array([2, 0])
+    rows = IndexMap.gather(given, 3)
+    given[0] = 1
+    again = IndexMap.gather(np.array([2, 0]), 3)
+    assert again is rows and gather_rows(torch.arange(3.0)[:, None], again).flatten().tolist() == [2.0, 0.0]

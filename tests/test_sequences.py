@@ -532,3 +532,51 @@ def test_a_dispatcher_saves_and_loads_what_the_functions_hold():
     assert not torch.equal(loaded(x), saved(x))
     loaded.load_state_dict(saved.state_dict())
     assert torch.equal(loaded(x), saved(x))
+
+
+@pytest.mark.parametrize("length", [1, 7, 30, 500])
+@pytest.mark.parametrize("steps", [0.1, 3.0, 60.0])
+def test_gradients_of_the_scan_are_right_in_float32_whatever_its_steps(length, steps):
+    """Where states decay at once, gradients of dt are differences of much larger numbers, unless states are kept."""
+    generator = torch.Generator().manual_seed(length)
+
+    def draw(*shape):
+        return torch.randn(2, length, *shape, generator=generator, dtype=torch.float64)
+
+    inputs, upstream = [steps * draw(5).abs(), draw(5), draw(4), draw(4)], draw(5)
+    rate = -torch.arange(1.0, 5.0, dtype=torch.float64).expand(5, 4).contiguous()
+
+    def loop(dt, x, b, c, rate):
+        state, out = dt.new_zeros(2, 5, 4), []
+        for t in range(length):
+            state = torch.exp(rate * dt[:, t, :, None]) * state + x[:, t, :, None] * b[:, t, None]
+            out.append((state * c[:, t, None]).sum(-1))
+        return torch.stack(out, 1)
+
+    def gradients(function, dtype):
+        own = [x.to(dtype).requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*own, rate.to(dtype)), own, upstream.to(dtype))
+
+    expected = gradients(loop, torch.float64)
+    for dtype, budget in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        for found, wanted in zip(gradients(selective_scan, dtype), expected):
+            assert (found.double() - wanted).abs().max() <= budget * wanted.abs().max()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("length", [6, 300])
+def test_decayed_sums_keep_what_is_small_beside_what_decays(length, backwards):
+    """A large entry that decays at once leaves those after it as they are, to float32's last digits."""
+    log_keep = torch.tensor([-20.0, -3.0, -0.8, -0.6, -1e-4])
+    x = torch.randn(2, length, 5, generator=torch.Generator().manual_seed(0))
+    x[:, ::7] *= 1e6
+    given = x.flip(1) if backwards else x
+    found = scan._sums(given, log_keep, backwards, False)
+    found = found.flip(1) if backwards else found
+    keep, total = log_keep.double().exp(), torch.zeros(2, 5, dtype=torch.float64)
+    largest = total.clone()
+    for t in range(length):
+        # relative to what takes part in each sum
+        assert ((found[:, t].double() - total).abs() <= 3e-6 * largest).all()
+        total = keep * total + x[:, t]
+        largest = keep * largest + x[:, t].abs()

@@ -7,6 +7,7 @@ it adds; then, what the chunks before it add up to being known, from its true st
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
@@ -143,9 +144,8 @@ def _scan_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of dt, x, b and c.
 
-    With g_t = dL/dh_t, dL/d(dt_t) = Σ_s rate g_t exp(rate dt_t) h_{t−1} =: e_t needs states and their gradients at one
-    moment, though they run in opposite directions. But e_{t+1} − e_t = Σ_s rate (g_t x_t b_t − h_t c_t grad_t), of
-    which each direction has its own half: e is a running sum back from each chunk's end, and no state has to be kept.
+    With g_t = dL/dh_t, dL/d(dt_t) = Σ_s rate g_t exp(rate dt_t) h_{t−1} needs states and their gradients at one moment,
+    though they run in opposite directions: some states of each chunk are kept, those between them computed again.
     """
     recur = fla_scans.recurrence(dt) if kernels else None
     if recur is not None:
@@ -158,29 +158,38 @@ def _scan_backward(
     decay, scaled = torch.empty_like(start), torch.empty_like(start)
     row, column = torch.empty_like(xs[:, :1]), torch.empty_like(bs[:, :1])
     moves = list(zip(_rows(dts), _rows(xs), _rows(bs), _columns(bs)))
-    pulls = list(zip(_rows(grads), _rows(cs), _columns(cs)))
-    halves = _rows(d_dt)
-    state = start.clone()
-    for (dt_j, x_j, _, b_j), (grad_j, c_row, _), half, d_c_j in zip(moves, pulls, halves, _rows(d_c)):
+    pulls = list(zip(_rows(grads), _columns(cs)))
+    some = math.isqrt(chunk)
+    state, kept_states = start.clone(), []
+    for j, ((dt_j, x_j, _, b_j), (grad_j, _), d_c_j) in enumerate(zip(moves, pulls, _rows(d_c))):
+        if j % some == 0:
+            kept_states.append(state.clone())
         state.mul_(torch.mul(rate, dt_j, out=decay).exp_()).addcmul_(b_j, x_j)
         d_c_j.copy_(torch.bmm(grad_j, state.transpose(1, 2), out=column))
-        torch.mul(grad_j, torch.bmm(c_row, torch.mul(state, rate, out=scaled), out=row), out=half)
     adjoint = torch.zeros_like(start)
     if chunk < length:
-        for (dt_j, _, _, _), (grad_j, _, c_j) in zip(reversed(moves), reversed(pulls)):
+        for (dt_j, _, _, _), (grad_j, c_j) in zip(reversed(moves), reversed(pulls)):
             adjoint.addcmul_(c_j, grad_j).mul_(torch.mul(rate, dt_j, out=decay).exp_())
         kept = torch.exp(rate * dts.sum(1, keepdim=True))
         after = carry(*(t.unflatten(0, (batch, -1)).flip(1) for t in (adjoint, kept)))
         adjoint = after.flip(1).flatten(0, 1).contiguous()
-    change = (state.mul_(rate) * adjoint).sum(1, keepdim=True)
-    backwards = [reversed(t) for t in (moves, pulls, halves, _rows(d_x), _rows(d_b))]
-    for (dt_j, x_j, b_row, _), (grad_j, _, c_j), half, d_x_j, d_b_j in zip(*backwards):
-        adjoint.addcmul_(c_j, grad_j)
-        d_x_j.copy_(torch.bmm(b_row, adjoint, out=row))
-        d_b_j.copy_(torch.bmm(x_j, adjoint.transpose(1, 2), out=column))
-        change.addcmul_(x_j, torch.bmm(b_row, torch.mul(adjoint, rate, out=scaled), out=row), value=-1).add_(half)
-        half.copy_(change)
-        adjoint.mul_(torch.mul(rate, dt_j, out=decay).exp_())
+    results = list(zip(_rows(d_dt), _rows(d_x), _rows(d_b)))
+    before, decays = ([torch.empty_like(start) for _ in range(some)] for _ in range(2))
+    for first in reversed(range(0, chunk, some)):
+        steps = list(enumerate(range(first, min(first + some, chunk))))
+        state = kept_states.pop()
+        for i, j in steps:
+            dt_j, x_j, _, b_j = moves[j]
+            before[i].copy_(state)
+            state.mul_(torch.mul(rate, dt_j, out=decays[i]).exp_()).addcmul_(b_j, x_j)
+        for i, j in reversed(steps):
+            (_, x_j, b_row, _), (grad_j, c_j), (d_dt_j, d_x_j, d_b_j) = moves[j], pulls[j], results[j]
+            adjoint.addcmul_(c_j, grad_j)
+            d_x_j.copy_(torch.bmm(b_row, adjoint, out=row))
+            d_b_j.copy_(torch.bmm(x_j, adjoint.transpose(1, 2), out=column))
+            adjoint.mul_(decays[i])
+            torch.sum(torch.mul(adjoint, rate, out=scaled).mul_(before[i]), 1, keepdim=True, out=row)
+            d_dt_j.copy_(row)
     d_dt, d_x, d_b, d_c = (by_position(t, batch, length) for t in (d_dt, d_x, d_b, d_c))
     return d_dt, d_x, d_b, d_c
 
@@ -227,8 +236,10 @@ def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: boo
         return fla_scans.sums(recur, x, log_keep, backwards)
     batch, length, width = x.shape
     chunk = _chunk(length, batch * width)
-    # S + (x + S · (keep − 1)): a keep close to 1 would be rounded, and its powers with it
-    loss = torch.expm1(log_keep)
+    # S + (x + S · (keep − 1)): a keep close to 1 would be rounded, and its powers with it; x + S · keep where it is
+    # small, for x would be rounded to S
+    whole = (log_keep > math.log(0.5)).to(x.dtype)
+    change_of = torch.where(whole > 0, torch.expm1(log_keep), torch.exp(log_keep))
     # padding stands where a sum has passed all positions
     steps = by_step(x.flip(1) if backwards else x, chunk)
     out = torch.empty_like(steps)
@@ -236,12 +247,13 @@ def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: boo
     start, change = torch.zeros_like(steps[:, :1]), torch.empty_like(steps[:, :1])
     if chunk < length:
         for x_j in inputs:
-            start.add_(torch.addcmul(x_j, start, loss, out=change))
+            torch.addcmul(x_j, start, change_of, out=change)
+            start.mul_(whole).add_(change)
         kept = torch.exp(log_keep * chunk).expand_as(start)
         start = carry(*(t.unflatten(0, (batch, -1)) for t in (start, kept))).flatten(0, 1)
     outputs[0].copy_(start)
     for x_j, before, after in zip(inputs, outputs, outputs[1:]):
-        torch.addcmul(x_j, before, loss, out=after).add_(before)
+        torch.addcmul(x_j, before, change_of, out=after).addcmul_(before, whole)
     out = by_position(out, batch, length)
     return out.flip(1) if backwards else out
 

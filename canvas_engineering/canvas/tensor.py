@@ -167,15 +167,6 @@ class SpatiotemporalCanvas(CanvasModule):
             method of the ParameterDict that holds them.
     """
 
-    # what `ProgramCompiler` looks for no region's name in
-    parts_of_no_region = (
-        "empty_token",
-        "pos_enc",
-        "period_embedding",
-        "modality_embeddings",
-        "family_carrier_embedding",
-    )
-
     def __init__(self, layout: CanvasLayout, semantic_conditioner: Any = None, program: Any = None) -> None:
         super().__init__()
         self.layout = checked_kind(layout, "layout", CanvasLayout)

@@ -76,20 +76,20 @@ class IndexMap:
             ValueError: an index outside of [0, n_in), offsets that do not ascend to the number of entries, or another
                 number of weights.
         """
-        index, offset = (np.ascontiguousarray(a, np.int64).reshape(-1) for a in (index, offset))
+        # copies: equal content is one object, whoever changes the arrays that were given
+        index, offset = (np.array(a, np.int64).reshape(-1) for a in (index, offset))
         if len(index) and (index.min() < 0 or index.max() >= n_in):
             raise ValueError(f"indices must lie in [0, {n_in}), got {index.min()} … {index.max()}")
         if not len(offset) or offset[0] != 0 or offset[-1] != len(index) or (np.diff(offset) < 0).any():
             raise ValueError(f"offsets must ascend from 0 to {len(index)}, the number of entries")
         if weight is not None:
-            weight = np.ascontiguousarray(weight, np.float64).reshape(-1)
+            weight = np.array(weight, np.float64).reshape(-1)
             if len(weight) != len(index):
                 raise ValueError(f"{len(index)} entries want as many weights, got {len(weight)}")
             weight = None if (weight == 1).all() else weight
         digest = hashlib.sha1(f"{n_in}/{len(offset)}/{weight is None}".encode(), usedforsecurity=False)
         for array in (index, offset, weight):
             if array is not None:
-                array = array.copy()
                 array.setflags(write=False)
                 digest.update(array.tobytes())
         mark_for_compilers()
