@@ -440,7 +440,7 @@ def touched(table: BlockTable, active: torch.Tensor | None, row_scale: torch.Ten
     That are segments of connections whose entry of ``active`` (n_edges,) is not 0, at rows where ``row_scale`` (2, n)
     is not 0 for their class.
     """
-    if not len(table.edge):
+    if not table.n_slots:
         return torch.zeros(table.n_positions, dtype=torch.bool, device=row_scale.device)
     scaled = row_scale.detach() > 0
     counts = torch.nn.functional.pad(scaled.to(torch.float32).cumsum(1), (1, 0)).view(-1, 1)
