@@ -57,7 +57,8 @@ def takes_frames(q: torch.Tensor, rows: int) -> bool:
 def pays(rows: int, n: int, head_dim: int, heads_first: bool) -> bool:
     """Whether frames of ``rows`` of n rows are faster by the kernel; ``heads_first``: as they lie in memory, or one
     head. One frame always is."""
-    return rows == n or rows >= LARGE_ROWS[heads_first] or rows * head_dim <= SMALL_ELEMENTS[heads_first]
+    side = 1 if heads_first else 0
+    return rows == n or rows >= LARGE_ROWS[side] or rows * head_dim <= SMALL_ELEMENTS[side]
 
 
 def forward(q, k, v, rows: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
