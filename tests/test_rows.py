@@ -30,7 +30,8 @@ def test_maps_are_their_matrices_with_derivatives_of_any_order(name, dim):
     matrix = torch.zeros(rows.n_out, 5, dtype=torch.float64)
     entries = np.repeat(np.arange(rows.n_out), np.diff(rows.offset))
     weight = np.ones(len(rows.index)) if rows.weight is None else rows.weight
-    matrix.index_put_((torch.from_numpy(entries), torch.from_numpy(rows.index.copy())), torch.from_numpy(weight.copy()), True)
+    index = torch.from_numpy(rows.index.copy())
+    matrix.index_put_((torch.from_numpy(entries), index), torch.from_numpy(weight.copy()), True)
     x = torch.randn(5, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
     def apply(m, x):
