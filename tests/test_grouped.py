@@ -220,4 +220,4 @@ def test_groups_are_cached_by_plan_and_stand_in_canvas_order():
     assert groups is read_groups(plan) and [(g.reads, g.n, g.m) for g in groups.groups] == [(1, 8, 5)]
     order = torch.from_numpy(plan.order.copy())
     assert order[groups.queries.index.copy()].tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
-    assert order[groups.keys.index].tolist() == [1, 5, 8, 10, 11]
+    assert order[groups.keys.index.copy()].tolist() == [1, 5, 8, 10, 11]
