@@ -23,8 +23,8 @@ __all__ = ["CanvasSchema"]
 
 _GRID_FIELDS = ("T", "spatial_shape", "H", "W", "d_model", "t_current")
 _SCHEMA_ENTRIES = ("schema_version", "layout", "regions", "topology", "metadata")
-_PROGRAM_ENTRIES = ("program_version", "region_programs", "connection_programs")
-_ENTRIES = (*_SCHEMA_ENTRIES, *_PROGRAM_ENTRIES)
+PROGRAM_ENTRIES = ("program_version", "region_programs", "connection_programs")
+_ENTRIES = (*_SCHEMA_ENTRIES, *PROGRAM_ENTRIES)
 
 
 def _plain(value: Any) -> Any:
@@ -85,7 +85,7 @@ def _metadata(d: dict[str, Any]) -> dict[str, Any]:
         return metadata
     meant = {name: difflib.get_close_matches(name, _ENTRIES, 1, 0.8) for name in map(str, unknown)}
     # a program without its behaviour would run, and do something else
-    _refuse_unknown([name for name, near in meant.items() if set(near) & {*_PROGRAM_ENTRIES}], _ENTRIES, "a schema")
+    _refuse_unknown([name for name, near in meant.items() if set(near) & {*PROGRAM_ENTRIES}], _ENTRIES, "a schema")
     taken = [name for name, value in unknown.items() if metadata.get(name, value) != value]
     if taken:
         raise ValueError(f"a schema has {shown(taken)} at its top level, and others of that name in its metadata")
@@ -176,8 +176,8 @@ class CanvasSchema:
         """The schema of a dict as `to_dict` gives it, or as earlier releases wrote it: with a layout of ``H`` and
         ``W``, or with ``version`` in the place of ``schema_version``.
 
-        The entries of a program are left to :class:`CanvasProgram`. Other fields at the top level become metadata, with
-        a UserWarning that names them, and the entry that was probably meant.
+        The entries of a program are left to :class:`CanvasProgram`, with a UserWarning where they say something. Other
+        fields at the top level become metadata, with one that names them, and the entry that was probably meant.
 
         Raises:
             ValueError: something is missing, unknown or wrong; the message names the entry.
@@ -185,6 +185,9 @@ class CanvasSchema:
         if not isinstance(d, dict) or not isinstance(d.get("layout"), dict):
             raise ValueError(f"a schema must be a dict with a 'layout', got {shown(d)}")
         grid = d["layout"]
+        left = [name for name in PROGRAM_ENTRIES[1:] if d.get(name)]
+        if left:
+            warn(f"a program is read as a schema, without its {some(left)}: CanvasProgram reads all of it")
         if "regions" in grid:
             raise ValueError(f"the regions of a schema stand beside its layout, not in it: {shown(grid)}")
         _refuse_unknown(grid, _GRID_FIELDS, "layout")

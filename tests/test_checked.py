@@ -450,7 +450,7 @@ def test_files_that_are_none_are_named(tmp_path, text, message, kind):
 @pytest.mark.parametrize("metadata", ["abc", 5, False, [["a", "b"]], 0, ""])
 def test_metadata_is_a_dict(metadata):
     with pytest.raises(ValueError, match="metadata must be a dict, got"):
-        ce.CanvasSchema.from_dict({**program().to_dict(), "metadata": metadata})
+        ce.CanvasSchema.from_dict({**program().schema.to_dict(), "metadata": metadata})
 
 
 def test_metadata_that_holds_itself_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from canvas_engineering.identity import IdentitySpec
 from canvas_engineering.learning import LearningSpec
 from canvas_engineering.masks import MaskSpec
 from canvas_engineering.program.specs import ClockSpec, ConnectionProgram, ConstraintSpec, RegionProgram
-from canvas_engineering.schema import CanvasSchema, built, dumped
+from canvas_engineering.schema import PROGRAM_ENTRIES, CanvasSchema, built, dumped
 
 __all__ = ["CanvasProgram"]
 
@@ -98,7 +98,8 @@ class CanvasProgram:
         Raises:
             ValueError: something is missing, unknown or wrong; the message names the entry.
         """
-        schema = CanvasSchema.from_dict(d)
+        own = {name: value for name, value in d.items() if name not in PROGRAM_ENTRIES} if isinstance(d, dict) else d
+        schema = CanvasSchema.from_dict(own)
         given = {name: d.get(name, {}) for name in ("region_programs", "connection_programs")}
         for name, entries in given.items():
             if not isinstance(entries, dict):
