@@ -185,9 +185,6 @@ class CanvasSchema:
         if not isinstance(d, dict) or not isinstance(d.get("layout"), dict):
             raise ValueError(f"a schema must be a dict with a 'layout', got {shown(d)}")
         grid = d["layout"]
-        left = [name for name in PROGRAM_ENTRIES[1:] if d.get(name)]
-        if left:
-            warn(f"a program is read as a schema, without its {some(left)}: CanvasProgram reads all of it")
         if "regions" in grid:
             raise ValueError(f"the regions of a schema stand beside its layout, not in it: {shown(grid)}")
         _refuse_unknown(grid, _GRID_FIELDS, "layout")
@@ -208,12 +205,16 @@ class CanvasSchema:
         topology = None
         if connections is not None:
             topology = CanvasTopology([_connection_from_dict(given, index) for index, given in enumerate(connections)])
-        return cls(
+        schema = cls(
             layout=CanvasLayout(**grid, regions=specs),
             topology=topology,
             version=_version(d),
             metadata=_metadata(d),
         )
+        left = [name for name in PROGRAM_ENTRIES[1:] if d.get(name)]
+        if left:
+            warn(f"a program is read as a schema, without its {some(left)}: CanvasProgram reads all of it")
+        return schema
 
     def to_json(self, path: str | Path) -> None:
         """Writes the schema to a file, which is replaced in one step: it is never seen half-written.

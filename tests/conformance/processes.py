@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.conformance.modes import check, fresh, mode
 from tests.conformance.subjects import SUBJECTS, Subject
 
-WORLD, RATE, SECONDS = 2, 0.05, 120
+WORLD, RATE, SECONDS = 2, 0.05, 300
 
 # of each rank, of each step: the arguments of the model's forward
 Arguments = list[list[tuple]]
