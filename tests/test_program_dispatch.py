@@ -347,6 +347,9 @@ def test_constraints_that_do_not_hold_are_warned_of_where_a_dispatcher_is_built(
         "the program of region a: causal_direction 'acyclic'",
         "the program of region c: its clock waits for 'eror.prediction', of a region that the layout does not have",
     ]
+    lost = {"b": RegionProgram(clock=ClockSpec(mode="on_event", event_source="lost.prediction"))}
+    with pytest.warns(UserWarning, match="b: its clock waits for 'lost.prediction'"):
+        AttentionDispatcher(topology, layout, D_MODEL, HEADS, program=program_of(layout, topology, lost))
     # what counts is what runs: here, the function of a cortex, and another topology than the program's
     cortex = CortexRegistry()
     cortex.register(CortexSpec("home", local_backend="mamba"))

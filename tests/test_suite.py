@@ -349,6 +349,11 @@ def test_the_last_case_names_the_reference_s_kernels(monkeypatch):
     assert rows[-1]["kernels"] == ["not known: ZeroDivisionError: division by zero"] and "noise" in rows[-1]
 
 
+def test_kernels_are_those_that_take_the_time():
+    large = torch.ones(600, 600)
+    assert suite.kernels(lambda: large @ large, "cpu")[0] == "aten::mm"
+
+
 run_case, kernels = suite.run_case, suite.kernels
 
 

@@ -224,7 +224,7 @@ def apply_now(x: torch.Tensor, rows: IndexMap, transposed: bool = False, dim: in
 
 def take_rows(x: torch.Tensor, rows: IndexMap, dim: int, order: Sequence[int]) -> torch.Tensor:
     """Returns the rows of ``x`` that a gather takes along ``dim``, dense, its dimensions in memory in ``order``, the
-    outermost first: moved along their memory they take a third of the time."""
+    outermost first, so that whole rows are copied where ``x`` lies so too."""
     return put_back(x.permute(order).index_select(order.index(dim), rows.rows(x.device)), order)
 
 
@@ -232,7 +232,7 @@ def put_rows(y: torch.Tensor, rows: IndexMap, dim: int, order: Sequence[int]) ->
     """Returns the rows of ``y`` where a distinct gather takes them and 0 elsewhere, dense, its dimensions in memory in
     ``order``.
 
-    One more row of zeros and a gather take half of the time of clearing first and copying then.
+    A gather from one more row of zeros writes every row once; clearing first would write the taken ones twice.
     """
     source, at = y.permute(order), order.index(dim)
     if rows.n_out < rows.n_in:

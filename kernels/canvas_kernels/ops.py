@@ -460,25 +460,9 @@ def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, execut
     return out, lse, saved, [empty_in(_order(q), shape, q) for _ in range(3)]
 
 
-def _attention_backward_fake(
-    grad_out,
-    out,
-    lse,
-    saved,
-    packed,
-    q,
-    k,
-    v,
-    gain,
-    active,
-    row_scale,
-    table,
-    rows,
-    scale,
-    executor,
-    activation,
-    need_gain,
-):
+def _attention_backward_fake(*args):
+    # as the operator's: q, k, v and gain are inputs 5 to 8, the last three are executor, activation and need_gain
+    q, gain, (executor, activation, need_gain) = args[5], args[8], args[-3:]
     order = _order_of_results(q, executor, activation)
     gradients = (empty_in(order, q.shape, q) for _ in range(3))
     return *gradients, gain.new_empty(gain.shape) if need_gain else q.new_empty(0)

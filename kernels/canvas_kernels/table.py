@@ -437,8 +437,8 @@ def row_scale(
 def touched(table: BlockTable, active: torch.Tensor | None, row_scale: torch.Tensor) -> torch.Tensor:
     """Returns bool (n,): rows that something which counts holds as query or key.
 
-    That are segments of connections whose entry of ``active`` (n_edges,) is not 0, at rows where ``row_scale`` (2, n)
-    is not 0 for their class.
+    Segments count whose connection's entry of ``active`` (n_edges,) is not 0, or all for None, at query rows where
+    ``row_scale`` (2, n) is above 0 for their class, adding or replacing.
     """
     if not table.n_slots:
         return torch.zeros(table.n_positions, dtype=torch.bool, device=row_scale.device)
