@@ -3,7 +3,7 @@
     python -m benchmarks.aot [--arch sm_90] [--head-dim 64,128] [--dtype bf16] [--jobs 2] [--save ROWS] [--compare ROWS]
 
 Checked, and any failure ends the program with status 1:
-- no spills up to head_dim 128;
+- at most 16 bytes of stack up to head_dim 128;
 - shared memory within the architecture's limit (sm_80: that of its consumer relatives);
 - sm_90: every dot of a 16-bit kernel whose tile has at least 64 rows is a wgmma;
 - sm_80, sm_90, sm_100: the loads of both walked tensors are asynchronous copies inside the loop, that is, pipelined.
@@ -38,6 +38,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOAT32_POINTERS = ("lse_ptr", "lse2_ptr", "delta_ptr", "weight_ptr", "row_scale_ptr", "factor_ptr")
 DOTS = {"forward": 2, "delta": 2, "dq": 3, "dkv": 4}
 SPILL_FREE_UP_TO = 128
+OUTSIDE_LOOPS = 16
+"""Bytes of stack that a kernel may have: so few are written before its loops and read after them."""
 RESULTS = ("registers", "resident", "spilled", "shared", "wgmma", "copies", "seconds", "faults")
 # KiB a program may have. sm_86, sm_89 and sm_120 run sm_80's configurations and have 99 of its 163.
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -110,7 +112,7 @@ def describe(launch: Launch) -> dict:
 def faults(launch: Launch, row: dict) -> list[str]:
     """What is wrong with a compiled launch; empty if nothing is."""
     found = []
-    if row["spilled"] and launch.head_dim <= SPILL_FREE_UP_TO:
+    if row["spilled"] > OUTSIDE_LOOPS and launch.head_dim <= SPILL_FREE_UP_TO:
         found.append(f"spills {row['spilled']} bytes")
     if row["shared"] > SHARED_LIMIT[launch.arch]:
         found.append(f"{row['shared']} bytes of shared memory, limit {SHARED_LIMIT[launch.arch]}")

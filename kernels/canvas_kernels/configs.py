@@ -77,44 +77,44 @@ _SIXTEEN_BIT = {
     "sm_90": {
         ("forward", "joint"): {
             32: Config(64, 64, 4, 3),  # 125
-            64: Config(128, 64, 8, 3, 128),  # 128 (2); without the bound 161 (1)
-            128: Config(128, 64, 8, 3),  # 229 (1)
+            64: Config(128, 128, 8, 2),  # 248 (1)
+            128: Config(128, 128, 8, 2),  # 248 (1)
             256: Config(64, 32, 8, 2),  # 217 (1)
         },
         ("forward", "edge"): {
             32: Config(64, 64, 4, 3),  # 153
             64: Config(64, 64, 4, 3, 168),  # 168 (3); without the bound 224 (2); 128 × 64 takes 215 (1)
-            128: Config(64, 64, 8, 3),  # 230 (1); 128 × 64 spills
+            128: Config(128, 64, 8, 2),  # 255 (1)
             256: Config(32, 32, 8, 2),  # 177; 64 × 32 spills
         },
         ("delta", "edge"): {
             32: Config(64, 64, 4, 3),  # 128
             64: Config(64, 64, 4, 3, 128),  # 128 (3); without the bound 168
-            128: Config(64, 64, 8, 2),  # 127 (2)
+            128: Config(128, 64, 8, 2),  # 173 (1)
             256: Config(64, 32, 8, 2),  # 99 (1)
         },
         ("dq", "joint"): {
             32: Config(64, 64, 4, 3),  # 158
             64: Config(64, 64, 4, 3),  # 168 (3); 160 spills
-            128: Config(64, 64, 8, 2),  # 194 (1); 128 × 64 takes 255
+            128: Config(128, 64, 8, 2),  # 255 (1)
             256: Config(32, 32, 8, 2),  # 128; 64 × 32 spills
         },
         ("dq", "edge"): {
             32: Config(64, 64, 4, 3),  # 159
             64: Config(64, 64, 4, 3),  # 189, with signs 196 (2); 168 spills
-            128: Config(64, 64, 8, 2),  # 194 (1)
+            128: Config(128, 64, 8, 2),  # 253 (1)
             256: Config(32, 32, 8, 2, 168),  # unbounded, ptxas aims at 128 and spills
         },
         ("dkv", "joint"): {
             32: Config(64, 64, 4, 3),  # 194
             64: Config(64, 64, 4, 3),  # 244 (2); 168 spills, and so does 128 × 64 held to 128
-            128: Config(64, 64, 8, 2),  # 251 (1); 4 warps and 128 × 64 spill, 128 × 32 takes 254
+            128: Config(128, 32, 8, 2),  # 252 (1); 64 rows on 8 warps compute everything twice
             256: Config(32, 32, 8, 2),  # 174
         },
         ("dkv", "edge"): {
             32: Config(64, 64, 4, 3),  # 194
             64: Config(64, 64, 4, 3),  # 239, with signs 244 (2)
-            128: Config(64, 64, 8, 2),  # 251 (1)
+            128: Config(128, 32, 8, 2),  # 249 (1)
             256: Config(32, 32, 8, 2),  # 172
         },
     },
