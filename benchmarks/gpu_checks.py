@@ -88,8 +88,8 @@ def run_task(task: Task, device: str) -> dict:
             out = launch.sigmoid_forward(q, k, v, table, **options)
             gradients, dgain = launch.sigmoid_backward(grad_out, q, k, v, table, **options, need_gain=task.gained)
             return dict(zip(RESULTS, (out, *gradients, dgain)))
-        out, lse = launch.forward(q, k, v, table, **options)
-        gradients, dgain = launch.backward(grad_out, q, k, v, out, lse, table, **options, need_gain=task.gained)
+        out, lse, kept = launch.forward(q, k, v, table, **options)
+        gradients, dgain = launch.backward(grad_out, q, k, v, kept, lse, table, **options, need_gain=task.gained)
         return dict(zip(RESULTS, (out, *gradients, dgain)))
 
     found, again = compute(), compute()

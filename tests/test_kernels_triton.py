@@ -174,8 +174,8 @@ def computed(table, inputs, scale, gain=None, active=None, row_scale=None):
     q, k, v, grad_out = (x.to(DEVICE) for x in inputs)
     gain, active, row_scale = (None if x is None else x.to(DEVICE) for x in (gain, active, row_scale))
     options = dict(scale=scale, gain=gain, active=active, row_scale=row_scale)
-    out, lse = launch.forward(q, k, v, table, **options)
-    gradients, dgain = launch.backward(grad_out, q, k, v, out, lse, table, **options, need_gain=gain is not None)
+    out, lse, kept = launch.forward(q, k, v, table, **options)
+    gradients, dgain = launch.backward(grad_out, q, k, v, kept, lse, table, **options, need_gain=gain is not None)
     dq, dk, dv = gradients
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dgain": dgain}
 
@@ -382,32 +382,6 @@ def test_inactive_edges_are_as_if_they_were_not_there(tiles, name, active, tile)
     check(table, make_inputs(table, 16, torch.float32), gain=gain, active=active)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("seed", range(5))
-def test_compaction_keeps_exactly_the_active_runs_in_order(seed, transposed):
-    rng = np.random.default_rng(seed)
-    table = TABLES[["overlap", "pieces", "tiny"][seed % 3]]()
-    tilings = table.device_tilings(DEVICE, configs.classes(TILES["32+16"]), transposed)
-    active = torch.tensor(rng.integers(0, 2, table.n_edges), dtype=torch.float32, device=DEVICE)
-    for tiling in tilings:
-        walk = launch.walk(tiling, table, None, active)
-        assert walk.rows.shape[0] == tiling.rows.shape[0] + 1 and walk.n_tiles == tiling.n_tiles
-        for before, after in zip(tiling.tiles.tolist(), walk.tiles.tolist()):
-            assert before[:2] == after[:2]
-            runs, row, blocks = [], before[2], before[3]
-            while blocks > 0:
-                if active[tiling.edge[row]]:
-                    runs.append((tiling.rows[row].tolist(), tiling.weight[row].item()))
-                blocks -= -(-int(tiling.rows[row, 1]) // tiling.block_n)
-                row += 1
-            kept, row, blocks = [], after[2], after[3]
-            while blocks > 0:
-                kept.append((walk.rows[row].tolist(), walk.weight[row].item()))
-                blocks -= -(-int(walk.rows[row, 1]) // tiling.block_n)
-                row += 1
-            assert kept == runs and blocks == 0
-
-
 # -- promises ---------------------------------------------------------------------------------------------------------
 
 
@@ -450,8 +424,8 @@ def test_a_step_neither_waits_for_the_device_nor_escapes_a_captured_graph(name):
     def step():
         row_scale = row_scale_of(table, active, "cuda") if edge else None
         options = dict(scale=0.1, gain=gain, active=active, row_scale=row_scale)
-        out, lse = launch.forward(*inputs[:3], table, **options)
-        return out, *launch.backward(inputs[3], *inputs[:3], out, lse, table, **options, need_gain=edge)[0]
+        out, lse, kept = launch.forward(*inputs[:3], table, **options)
+        return out, *launch.backward(inputs[3], *inputs[:3], kept, lse, table, **options, need_gain=edge)[0]
 
     step()
     torch.cuda.synchronize()

@@ -11,16 +11,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .tiling import TileClass
 
+if TYPE_CHECKING:
+    from .table import BlockTable
+
 MAX_HEAD_DIM = 256
 HEAD_DIMS = (16, 32, 64, 128, 256)
 """What head dimensions are padded to."""
 SMALL_TILE_COST = 0.2
+
+
+MIN_STORED_KEYS, MAX_STORED_SLOTS = 128, 4
+
+
+def stores_segments(table: BlockTable) -> bool:
+    """Whether the outputs of segments are kept apart, in edge form, until a second kernel adds them up.
+
+    Then backward needs no other walk for δ, and segments share nothing: 4 · head_dim operations a pair are saved. It
+    costs 6 · head_dim bytes for every (segment, row), to write them and to read them twice: at 400 TFLOP/s and 4.8 TB/s
+    as much as 125 keys. So it wants 128 keys a slot at least, and for memory's sake at most 4 slots a row. Otherwise
+    they are added up in place.
+    """
+    small = table.n_slots <= MAX_STORED_SLOTS * table.n_positions
+    return table.form == "edge" and small and table.pairs >= MIN_STORED_KEYS * max(table.n_slots, 1)
 
 
 class Config(NamedTuple):
@@ -214,7 +232,6 @@ _FLOAT32 = {
 # Small, so that tests of a hundred positions meet ragged ends and several tiles of both classes.
 _INTERPRETER = (Config(32, 32, 4, 2), Config(16, 16, 1, 2))
 
-JOINT_DELTA = Config(64, 64, 4, 1)
 ARCHITECTURES = tuple(_SIXTEEN_BIT)
 
 

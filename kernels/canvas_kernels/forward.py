@@ -1,24 +1,35 @@
-"""The forward pass: outputs and log-sum-exps of every (segment, row)."""
+"""The forward pass: the output and the log-sum-exp of every (segment, row), and the sum of a row's segments."""
 
 import triton
 import triton.language as tl
 
 from .primitives import (
-    closes_segment,
     covered_rows,
-    load_row_scale,
+    finite,
+    head_base,
+    load_full,
+    load_full_rows,
+    load_mask,
+    load_partial,
+    load_result,
     load_rows,
-    load_run,
-    load_slot,
+    load_segment,
     load_tile,
     load_weight,
+    partial_width,
+    result_rows,
     row_base,
+    row_scales,
     store_rows,
+    taint,
     tile_offsets,
 )
 
+SIZES = ["n_tiles", "n_heads", "n_positions", "n_slots"]
+STRIDES = [f"{x}_stride_{d}" for x in ("q", "k", "v") for d in "bhn"]
 
-@triton.jit(do_not_specialize=["n_tiles", "n_rows", "n_heads", "n_positions", "n_slots"])
+
+@triton.jit(do_not_specialize=SIZES + STRIDES)
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -26,11 +37,15 @@ def forward_kernel(
     out_ptr,
     lse_ptr,
     row_scale_ptr,
+    gain_ptr,
+    active_ptr,
     tiles_ptr,
-    rows_ptr,
+    segments_ptr,
     weight_ptr,
+    full_ptr,
+    partial_ptr,
+    masks_ptr,
     n_tiles,
-    n_rows,
     n_heads,
     n_positions,
     n_slots,
@@ -45,83 +60,129 @@ def forward_kernel(
     v_stride_h,
     v_stride_n,
     JOINT: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out_i = Σ_r c_ri · softmax_j(scale · q_i·k_j) v_j over the segments r of row i, and their log-sum-exps
-    lse_ri = log2 Σ_j 2^(scale_log2 · q_i·k_j).
+    """f_r(i) = softmax_j(scale · q_i·k_j) v_j of the segments r of row i, and lse_ri = log2 Σ_j 2^(scale_log2 · q_i·k_j).
 
-    Joint form: one segment with c = 1 whose logits carry log2 w. ``weight_ptr`` holds log2 w there, else w · gain.
+    IN_PLACE: ``out`` has rows and gets Σ_r c_ri f_r(i). Else tiles have one segment, and ``out`` has slots; in joint
+    form slots are rows, and the logits carry log2 w.
     """
-    batch_head, batch, head, tile_start, tile_rows, row, n_blocks = load_tile(tiles_ptr, n_tiles, n_heads)
-    in_tile = tl.arange(0, BLOCK_M) < tile_rows
-    q_base = row_base(q_ptr + batch * q_stride_b + head * q_stride_h, tile_start, q_stride_n)
-    k_base = k_ptr + batch * k_stride_b + head * k_stride_h
-    v_base = v_ptr + batch * v_stride_b + head * v_stride_h
-    slot_base = batch_head * n_slots
+    batch_head, batch, head, tile_start, tile_rows, first, count = load_tile(tiles_ptr, n_tiles, n_heads)
+    rows = tl.arange(0, BLOCK_M)
+    BLOCK_P: tl.constexpr = partial_width(BLOCK_N)
+    columns = tl.arange(0, BLOCK_P)
+    in_tile = rows < tile_rows
+    q_base = row_base(head_base(q_ptr, batch, head, q_stride_b, q_stride_h), tile_start, q_stride_n)
+    k_base = head_base(k_ptr, batch, head, k_stride_b, k_stride_h)
+    v_base = head_base(v_ptr, batch, head, v_stride_b, v_stride_h)
     k_offsets = tile_offsets(k_stride_n, BLOCK_N, BLOCK_D)
     v_offsets = tile_offsets(v_stride_n, BLOCK_N, BLOCK_D)
     # [BLOCK_M, BLOCK_D]
     q = load_rows(q_base, tile_offsets(q_stride_n, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
-    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    running_sum = tl.zeros([BLOCK_M], tl.float32)
-    segment_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if IN_PLACE:
+        total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    else:
+        count = 1
+    for segment in range(first, first + count):
+        first_full, n_full, first_partial, n_partial, slot = load_segment(segments_ptr, active_ptr, segment, JOINT)
+        running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        running_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    start, remaining, flags = load_run(rows_ptr, row, n_rows)
-    next_start, next_length, next_flags = load_run(rows_ptr, row + 1, n_rows)
-    if JOINT:
-        weight = load_weight(weight_ptr, row, n_rows)
-        next_weight = load_weight(weight_ptr, row + 1, n_rows)
-    for _ in range(n_blocks):
-        in_run = tl.arange(0, BLOCK_N) < remaining
-        # [BLOCK_N, BLOCK_D]
-        k = load_rows(row_base(k_base, start, k_stride_n), k_offsets, in_run, HEAD_DIM, BLOCK_D)
-        # [BLOCK_N]: the mask and log2 w in one addend, cheaper than a second path for full blocks
-        bias = tl.where(in_run, weight if JOINT else 0.0, float("-inf"))
-        # [BLOCK_M, BLOCK_N]
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias[None, :]
-        covered = covered_rows(flags, BLOCK_M)
-        new_max = tl.maximum(running_max, tl.max(logits, 1))
-        # a shift of +inf makes every p of an uncovered row 0, and its state stays as it is
-        p = tl.exp2(logits - tl.where(covered, new_max, float("inf"))[:, None])
-        correction = tl.where(covered, tl.exp2(running_max - new_max), 1.0)
-        running_max = tl.where(covered, new_max, running_max)
-        running_sum = running_sum * correction + tl.sum(p, 1)
-        # [BLOCK_N, BLOCK_D]
-        v = load_rows(row_base(v_base, start, v_stride_n), v_offsets, in_run, HEAD_DIM, BLOCK_D)
-        segment_acc = tl.dot(p.to(v.dtype), v, segment_acc * correction[:, None], input_precision="ieee")
+        start, bias = load_full(full_ptr, first_full, JOINT)
+        for block in range(first_full, first_full + n_full):
+            # [BLOCK_N, BLOCK_D]
+            k = load_full_rows(row_base(k_base, start, k_stride_n), k_offsets, HEAD_DIM, BLOCK_D)
+            # [BLOCK_M, BLOCK_N]: scale and log2 w enter with the exponent's multiply-add
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+            new_max = tl.maximum(running_max, tl.max(logits, 1) * scale_log2 + bias)
+            p = tl.exp2(logits * scale_log2 - (new_max - bias)[:, None])
+            correction = tl.exp2(running_max - new_max)
+            running_max = new_max
+            running_sum = running_sum * correction + tl.sum(p, 1)
+            # [BLOCK_N, BLOCK_D]
+            v = load_full_rows(row_base(v_base, start, v_stride_n), v_offsets, HEAD_DIM, BLOCK_D)
+            acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
+            start, bias = load_full(full_ptr, block + 1, JOINT)
 
-        if not JOINT:  # noqa: SIM102 — the outer condition is settled when the kernel is compiled
-            if closes_segment(flags, remaining, BLOCK_N):
-                # read here and not carried with the cursor: the registers are worth more than the latency
-                slot = load_slot(rows_ptr, row, n_rows)
-                weight = load_weight(weight_ptr, row, n_rows)
-                seen = running_sum > 0
-                safe_sum = tl.where(seen, running_sum, 1.0)
-                factor = weight * load_row_scale(row_scale_ptr, n_positions, tile_start, flags, seen, BLOCK_M)
-                acc += segment_acc * (factor / safe_sum)[:, None]
-                tl.store(lse_ptr + slot_base + slot + tl.arange(0, BLOCK_M), running_max + tl.log2(safe_sum), mask=seen)
-                running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                running_sum = tl.zeros([BLOCK_M], tl.float32)
-                segment_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        partial_k = tile_offsets(k_stride_n, BLOCK_P, BLOCK_D)
+        partial_v = tile_offsets(v_stride_n, BLOCK_P, BLOCK_D)
+        start, length, mask, bias = load_partial(partial_ptr, first_partial, JOINT)
+        for block in range(first_partial, first_partial + n_partial):
+            keep = load_mask(masks_ptr, mask, BLOCK_M, BLOCK_P)
+            # [BLOCK_P, BLOCK_D]
+            k = load_rows(row_base(k_base, start, k_stride_n), partial_k, columns < length, HEAD_DIM, BLOCK_D)
+            v = load_rows(row_base(v_base, start, v_stride_n), partial_v, columns < length, HEAD_DIM, BLOCK_D)
+            # [BLOCK_M, BLOCK_P]
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+            logits = tl.where(keep, logits * scale_log2 + (taint(v) + bias)[None, :], float("-inf"))
+            new_max = tl.maximum(running_max, tl.max(logits, 1))
+            # rows that have met no key yet keep their state
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2(logits - shift[:, None])
+            correction = tl.exp2(running_max - shift)
+            running_max = new_max
+            running_sum = running_sum * correction + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), finite(v), acc * correction[:, None], input_precision="ieee")
+            start, length, mask, bias = load_partial(partial_ptr, block + 1, JOINT)
 
-        finished = remaining <= BLOCK_N
-        start = tl.where(finished, next_start, start + BLOCK_N)
-        remaining = tl.where(finished, next_length, remaining - BLOCK_N)
-        flags = tl.where(finished, next_flags, flags)
-        row += finished.to(tl.int32)
-        next_start, next_length, next_flags = load_run(rows_ptr, row + 1, n_rows)
-        if JOINT:
-            weight = tl.where(finished, next_weight, weight)
-            next_weight = load_weight(weight_ptr, row + 1, n_rows)
-
-    if JOINT:
-        seen = running_sum > 0
+        # true of NaN too
+        seen = running_sum != 0
         safe_sum = tl.where(seen, running_sum, 1.0)
-        acc = segment_acc * (1.0 / safe_sum)[:, None]
-        tl.store(lse_ptr + slot_base + tile_start + tl.arange(0, BLOCK_M), running_max + tl.log2(safe_sum), mask=seen)
-    out_base = row_base(out_ptr + batch_head * n_positions * HEAD_DIM, tile_start, HEAD_DIM)
-    store_rows(out_base, tile_offsets(HEAD_DIM, BLOCK_M, BLOCK_D), acc, in_tile, HEAD_DIM, BLOCK_D)
+        covered = covered_rows(segments_ptr, segment, BLOCK_M)
+        lse = tl.where(seen, running_max + tl.log2(safe_sum), float("inf"))
+        slot_base = batch_head * n_slots + slot + tile_start
+        tl.store(lse_ptr + slot_base + rows, lse, mask=covered)
+        acc *= (1.0 / safe_sum)[:, None]
+        if IN_PLACE:
+            weight = load_weight(segments_ptr, weight_ptr, gain_ptr, segment)
+            scales = row_scales(segments_ptr, row_scale_ptr, segment, n_positions) + tile_start
+            factor = tl.load(scales + rows, mask=covered, other=0.0)
+            # where other segments replace this one, what it attends to does not count
+            total += tl.where(factor[:, None] == 0, 0.0, acc * (weight * factor)[:, None])
+        else:
+            out_ptrs = result_rows(out_ptr, slot_base, HEAD_DIM, BLOCK_M, BLOCK_D)
+            store_rows(out_ptrs, acc, in_tile, HEAD_DIM, BLOCK_D)
+    if IN_PLACE:
+        out_ptrs = result_rows(out_ptr, batch_head * n_positions + tile_start, HEAD_DIM, BLOCK_M, BLOCK_D)
+        store_rows(out_ptrs, total, in_tile, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def gather_kernel(
+    f_ptr,
+    out_ptr,
+    row_scale_ptr,
+    gain_ptr,
+    active_ptr,
+    tiles_ptr,
+    segments_ptr,
+    weight_ptr,
+    n_tiles,
+    n_heads,
+    n_positions,
+    n_slots,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """out_i = Σ_r c_ri f_r(i), from the outputs of every (segment, row) in slots."""
+    batch_head, _, _, tile_start, tile_rows, first, count = load_tile(tiles_ptr, n_tiles, n_heads)
+    rows = tl.arange(0, BLOCK_M)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for segment in range(first, first + count):
+        segment_ptr = segments_ptr + segment * 8
+        alive = tl.load(active_ptr + tl.load(segment_ptr + 6)) != 0
+        covered = covered_rows(segments_ptr, segment, BLOCK_M) & alive
+        scales = row_scales(segments_ptr, row_scale_ptr, segment, n_positions) + tile_start
+        factor = tl.load(scales + rows, mask=covered, other=0.0)
+        slot_base = batch_head * n_slots + tl.load(segment_ptr + 4) + tile_start
+        f_ptrs = result_rows(f_ptr, slot_base, HEAD_DIM, BLOCK_M, BLOCK_D)
+        f = load_result(f_ptrs, factor != 0, HEAD_DIM, BLOCK_D)
+        total += f * (factor * load_weight(segments_ptr, weight_ptr, gain_ptr, segment))[:, None]
+    out_ptrs = result_rows(out_ptr, batch_head * n_positions + tile_start, HEAD_DIM, BLOCK_M, BLOCK_D)
+    store_rows(out_ptrs, total, rows < tile_rows, HEAD_DIM, BLOCK_D)

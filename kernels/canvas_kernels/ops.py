@@ -17,7 +17,7 @@ import pkgutil
 import numpy as np
 import torch
 
-from . import composition, frames, rectangles, reference, sigmoid
+from . import composition, configs, frames, rectangles, reference, sigmoid
 from .autograd import COMPILED_FUNCTIONS, DEVICES, OPERATIONS, TAGS, Operation, operate, own_products, under_autograd
 from .frames import frame_rows, takes_frames
 from .index_map import IndexMap, empty_in, gather_rows, put_rows, scatter_rows, take_rows
@@ -346,10 +346,11 @@ def _attention(q, k, v, gain, active, row_scale, table, rows, scale, executor, a
         from . import launch
 
         if activation == "sigmoid":
-            out = launch.sigmoid_forward(q, k, v, found, **options)
+            out, saved = launch.sigmoid_forward(q, k, v, found, **options), q.new_empty(0)
         else:
             options["row_scale"] = _own_row_scale(found, row_scale, q)
-            out, lse = launch.forward(q, k, v, found, **options)
+            out, lse, kept = launch.forward(q, k, v, found, **options)
+            saved = kept if keep and configs.stores_segments(found) else out.new_empty(0)
     elif executor == FRAMES:
         out, lse = frames.forward(q, k, v, frame_rows(table), scale)
     elif activation == "sigmoid":
@@ -409,12 +410,8 @@ def _attention_backward(
             gradients, dgain = launch.sigmoid_backward(grad_out, q, k, v, found, **options)
         else:
             options["row_scale"] = _own_row_scale(found, row_scale, q)
-            (out,) = _packed(rows, out)
-            gradients, dgain = launch.backward(grad_out, q, k, v, out, lse, found, **options)
-        keyless = found.keyless_rows(q.device)
-        for x in () if keyless is None else gradients[1:]:
-            # blocks hold such rows beside others: what is not finite there must not come back
-            x.masked_fill_(keyless, 0.0)
+            kept = saved if found.form == "edge" else _packed(rows, out)[0]
+            gradients, dgain = launch.backward(grad_out, q, k, v, kept, lse, found, **options)
     elif executor == FRAMES:
         (out,) = _packed(rows, out)
         gradients = frames.backward(grad_out, q, k, v, out, lse, frame_rows(table), scale)
@@ -445,8 +442,11 @@ def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, execut
     dtype = torch.promote_types(q.dtype, torch.float32)
     lse, saved = (q.new_empty(0, dtype=dtype) for _ in range(2))
     if executor == TRITON:
+        saved = q.new_empty(0)
         if activation != "sigmoid":
             lse = q.new_empty((batch, heads, found.n_slots), dtype=torch.float32)
+            if keep and configs.stores_segments(found):
+                saved = q.new_empty((batch, heads, found.n_slots, q.shape[3]))
     elif executor == FRAMES:
         lse = empty_in((0, 2, 1), (batch, heads, found.n_positions), q)
     elif activation != "sigmoid":

@@ -1,20 +1,31 @@
-"""What all the Triton passes share: reading the tables, the cursor over a tile's runs, and tiles of rows.
+"""What all the Triton passes share: reading the tables, and tiles of rows.
 
-A program owns one tile of positions of one head and walks the tile's runs block by block in ONE flat loop. The run that
-follows is read one iteration before it is needed and carried through the loop: a table row read where it is used would
-put its scalars into the pipeline in place of K and V, and an inner loop per run would drain the pipeline at every run.
+A program owns one tile of rows of one head and walks its segments one after the other: first the blocks that all of its
+rows attend to, without any mask, then the others. Blocks stand in lists that are indexed by the loop's counter. A
+block's entry is read one iteration early: read where it is used, it would put scalars into the pipeline in place of K
+and V.
+
+In blocks that are not full, rows are loaded that some of the other side's rows have nothing to do with. ``keep``
+selects pairs before a sum, and where such a row is a factor of the sum itself, what is not finite in it is cleared:
+0 · NaN is NaN. Pairs that are kept become NaN again, by a taint that enters their logits.
 """
 
 import triton
 import triton.language as tl
 
-LAST_BIT = tl.constexpr(16)
-REPLACE_BIT = tl.constexpr(17)
+# rows and heads begin at multiples of as many elements: what a lane loads at once in 16 bits
+VECTOR = tl.constexpr(8)
+
+
+@triton.constexpr_function
+def partial_width(block_n):
+    """Rows of a partial block, see :func:`.tiling.partial_width`."""
+    return min(block_n, 64)
 
 
 @triton.jit
 def load_tile(tiles_ptr, n_tiles, n_heads):
-    """This program's batch · head, batch and head (int64); its tile's start, rows, first table row, blocks."""
+    """This program's batch · head, batch and head (int64); its tile's start, rows, first segment row, segment rows."""
     program = tl.program_id(0)
     batch_head = (program // n_tiles).to(tl.int64)
     tile_ptr = tiles_ptr + (program % n_tiles) * 4
@@ -30,59 +41,101 @@ def load_tile(tiles_ptr, n_tiles, n_heads):
 
 
 @triton.jit
-def load_run(rows_ptr, row, n_rows):
-    """Start, length and flags of table row ``row``; ``n_rows`` is the index of the sentinel, read past the end."""
-    run_ptr = rows_ptr + tl.minimum(row, n_rows) * 4
-    return tl.load(run_ptr), tl.load(run_ptr + 1), tl.load(run_ptr + 2)
+def load_segment(segments_ptr, active_ptr, segment, JOINT: tl.constexpr):
+    """First full block, full blocks, first partial block, partial blocks, slot of row 0; inactive ones have none."""
+    segment_ptr = segments_ptr + segment * 8
+    n_full = tl.load(segment_ptr + 1)
+    n_partial = tl.load(segment_ptr + 3)
+    if not JOINT:
+        alive = tl.load(active_ptr + tl.load(segment_ptr + 6)) != 0
+        n_full = tl.where(alive, n_full, 0)
+        n_partial = tl.where(alive, n_partial, 0)
+    return tl.load(segment_ptr), n_full, tl.load(segment_ptr + 2), n_partial, tl.load(segment_ptr + 4)
 
 
 @triton.jit
-def load_slot(rows_ptr, row, n_rows):
-    """Slot of table row ``row``."""
-    return tl.load(rows_ptr + tl.minimum(row, n_rows) * 4 + 3)
-
-
-@triton.jit
-def load_weight(weight_ptr, row, n_rows):
-    """Weight of table row ``row``."""
-    return tl.load(weight_ptr + tl.minimum(row, n_rows))
-
-
-@triton.jit
-def covered_rows(flags, BLOCK_M: tl.constexpr):
-    """[BLOCK_M] bool: the tile's rows that the run applies to."""
+def covered_rows(segments_ptr, segment, BLOCK_M: tl.constexpr):
+    """[BLOCK_M] bool: the tile's rows that have slots in the segment."""
     rows = tl.arange(0, BLOCK_M)
-    return (rows >= (flags & 255)) & (rows < ((flags >> 8) & 255))
+    span = tl.load(segments_ptr + segment * 8 + 5)
+    return (rows >= (span & 0xFFFF)) & (rows < (span >> 16))
 
 
 @triton.jit
-def closes_segment(flags, remaining, BLOCK_N: tl.constexpr):
-    """Whether this block is the last one of its segment."""
-    return ((flags >> LAST_BIT) & 1) * (remaining <= BLOCK_N).to(tl.int32) != 0
+def load_weight(segments_ptr, weight_ptr, gain_ptr, segment):
+    """w · gain of a segment."""
+    return tl.load(weight_ptr + segment) * tl.load(gain_ptr + tl.load(segments_ptr + segment * 8 + 6))
 
 
 @triton.jit
-def load_row_scale(row_scale_ptr, n_positions, tile_start, flags, seen, BLOCK_M: tl.constexpr):
-    """[BLOCK_M] f32: row_scale of the run's class. Read where a segment closes: kept all along it costs registers."""
-    row_ptrs = row_scale_ptr + ((flags >> REPLACE_BIT) & 1) * n_positions + tile_start + tl.arange(0, BLOCK_M)
-    return tl.load(row_ptrs, mask=seen, other=0.0)
+def row_scales(segments_ptr, row_scale_ptr, segment, n_positions):
+    """Address of row 0's row_scale in the segment's class."""
+    return row_scale_ptr + tl.load(segments_ptr + segment * 8 + 7) * n_positions
 
 
 @triton.jit
-def tile_offsets(stride_n, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D] int32 offsets of a tile from its first row, which ``row_base`` finds in int64."""
-    return tl.arange(0, BLOCK)[:, None] * stride_n + tl.arange(0, BLOCK_D)[None, :]
+def load_full(full_ptr, block, JOINT: tl.constexpr):
+    """Start and log2 w (joint form) of a full block; past a list's end some other block's."""
+    start = tl.load(full_ptr + block * 2)
+    bias = 0.0
+    if JOINT:
+        bias = tl.load(full_ptr + block * 2 + 1).to(tl.float32, bitcast=True)
+    return start, bias
+
+
+@triton.jit
+def load_partial(partial_ptr, block, JOINT: tl.constexpr):
+    """Start, rows, mask and log2 w (joint form) of a partial block."""
+    block_ptr = partial_ptr + block * 4
+    bias = 0.0
+    if JOINT:
+        bias = tl.load(block_ptr + 3).to(tl.float32, bitcast=True)
+    return tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2), bias
+
+
+@triton.jit
+def load_mask(masks_ptr, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_M, BLOCK_N] bool: the pairs of a partial block."""
+    WORDS: tl.constexpr = (BLOCK_N + 31) // 32
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    word_ptrs = masks_ptr + (mask * BLOCK_M + tl.arange(0, BLOCK_M)) * WORDS
+    word = tl.load(word_ptrs)[:, None]
+    for i in tl.static_range(1, WORDS):
+        word = tl.where(columns < 32 * i, word, tl.load(word_ptrs + i)[:, None])
+    return (word & (1 << (columns % 32))) != 0
+
+
+@triton.jit
+def head_base(base_ptr, batch, head, stride_b, stride_h):
+    """Address of a head's row 0."""
+    return base_ptr + (batch * stride_b + head * stride_h) * VECTOR
 
 
 @triton.jit
 def row_base(base_ptr, start, stride_n):
     """Address of row ``start``, in int64: the rows of a million positions span more than 2^31 elements."""
-    return base_ptr + start.to(tl.int64) * stride_n
+    return base_ptr + start.to(tl.int64) * stride_n * VECTOR
+
+
+@triton.jit
+def tile_offsets(stride_n, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] int32 offsets of a tile from its first row, which ``row_base`` finds in int64."""
+    return tl.arange(0, BLOCK)[:, None] * (stride_n * VECTOR) + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def load_full_rows(tile_ptr, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] tile of rows that all exist, 0 in padding dimensions."""
+    if HEAD_DIM == BLOCK_D:
+        tile = tl.load(tile_ptr + offsets)
+    else:
+        tile = tl.load(tile_ptr + offsets, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
 def load_rows(tile_ptr, offsets, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D] tile, 0 in rows out of range and padding dimensions: no 0 · NaN of another row enters a sum."""
+    """[BLOCK, BLOCK_D] tile, 0 in rows out of range and padding dimensions."""
     if HEAD_DIM == BLOCK_D:
         tile = tl.load(tile_ptr + offsets, mask=in_range[:, None], other=0.0)
     else:
@@ -92,7 +145,31 @@ def load_rows(tile_ptr, offsets, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
 
 
 @triton.jit
-def store_rows(tile_ptr, offsets, tile, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def finite(tile):
+    """The tile with 0 in place of what is not finite."""
+    return tl.where(tl.abs(tile) < float("inf"), tile, 0.0).to(tile.dtype)
+
+
+@triton.jit
+def taint(tile):
+    """[BLOCK] f32: NaN for rows that hold something that is not finite, else 0."""
+    return tl.sum(tile.to(tl.float32) * 0.0, 1)
+
+
+@triton.jit
+def result_rows(base_ptr, row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] addresses in a contiguous tensor of rows, from int64 ``row`` on."""
+    return base_ptr + row * HEAD_DIM + tl.arange(0, BLOCK)[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def load_result(ptrs, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] float32 tile of what ``store_rows`` wrote."""
+    return tl.load(ptrs, mask=in_range[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(ptrs, tile, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Writes a [BLOCK, BLOCK_D] float32 tile in the output's dtype."""
     mask = in_range[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    tl.store(tile_ptr + offsets, tile.to(tile_ptr.dtype.element_ty), mask=mask)
+    tl.store(ptrs, tile.to(ptrs.dtype.element_ty), mask=mask)
