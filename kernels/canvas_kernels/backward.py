@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    VECTOR,
     covered_rows,
     finite,
     head_base,
@@ -22,7 +23,6 @@ from .primitives import (
     load_full_rows,
     load_mask,
     load_partial,
-    load_result,
     load_rows,
     load_segment,
     load_tile,
@@ -30,6 +30,7 @@ from .primitives import (
     partial_width,
     result_rows,
     row_base,
+    row_products,
     row_scales,
     store_rows,
     tile_offsets,
@@ -101,10 +102,9 @@ def dq_kernel(
     v_base = head_base(v_ptr, batch, head, v_stride_b, v_stride_h)
     k_offsets = tile_offsets(k_stride_n, BLOCK_N, BLOCK_D)
     v_offsets = tile_offsets(v_stride_n, BLOCK_N, BLOCK_D)
-    do_offsets = tile_offsets(do_stride_n, BLOCK_M, BLOCK_D)
     # [BLOCK_M, BLOCK_D]
     q = load_rows(q_base, tile_offsets(q_stride_n, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
-    do = load_rows(do_base, do_offsets, in_tile, HEAD_DIM, BLOCK_D)
+    do = load_rows(do_base, tile_offsets(do_stride_n, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if JOINT:
         count = 1
@@ -116,9 +116,7 @@ def dq_kernel(
         lse = tl.load(lse_ptr + slot_base + rows, mask=covered, other=float("inf"))
         delta = tl.zeros([BLOCK_M], tl.float32)
         if STORED:
-            f = load_result(result_rows(f_ptr, slot_base, HEAD_DIM, BLOCK_M, BLOCK_D), covered, HEAD_DIM, BLOCK_D)
-            # loaded again: kept from above, it would take registers all along
-            delta = tl.sum(f * load_rows(do_base, do_offsets, covered, HEAD_DIM, BLOCK_D).to(tl.float32), 1)
+            delta = row_products(do_base, do_stride_n * VECTOR, f_ptr + slot_base * HEAD_DIM, covered, HEAD_DIM, BLOCK_M)
         elif not ONLY_DELTA:
             delta = tl.load(delta_ptr + slot_base + rows, mask=covered, other=0.0)
         if not JOINT:
@@ -247,8 +245,7 @@ def dkv_kernel(
         count = 1
     for segment in range(first, first + count):
         first_full, n_full, first_partial, n_partial, slot = load_segment(segments_ptr, active_ptr, segment, JOINT)
-        lse2_base = lse2_ptr + batch_head * n_slots + slot
-        delta_base = delta_ptr + batch_head * n_slots + slot
+        slot_base = batch_head * n_slots + slot
         if SIGNED:
             weight = load_weight(segments_ptr, weight_ptr, gain_ptr, segment)
             scales = row_scales(segments_ptr, row_scale_ptr, segment, n_positions)
@@ -259,8 +256,8 @@ def dkv_kernel(
             q = load_full_rows(row_base(q_base, start, q_stride_n), q_offsets, HEAD_DIM, BLOCK_D)
             do = load_full_rows(row_base(do_base, start, do_stride_n), do_offsets, HEAD_DIM, BLOCK_D)
             # [BLOCK_N]
-            lse2 = tl.load(lse2_base + start + queries)
-            delta = tl.load(delta_base + start + queries)
+            lse2 = tl.load(lse2_ptr + slot_base + start + queries)
+            delta = tl.load(delta_ptr + slot_base + start + queries)
             # [BLOCK_M, BLOCK_N]
             logits = tl.dot(k, tl.trans(q), input_precision="ieee")
             p = tl.exp2(logits * scale_log2 - (lse2 - bias)[None, :])
@@ -282,8 +279,8 @@ def dkv_kernel(
             q = load_rows(row_base(q_base, start, q_stride_n), partial_q, in_block, HEAD_DIM, BLOCK_D)
             do = load_rows(row_base(do_base, start, do_stride_n), partial_do, in_block, HEAD_DIM, BLOCK_D)
             # [BLOCK_P]
-            lse2 = tl.load(lse2_base + start + partial_queries, mask=in_block, other=float("inf"))
-            delta = tl.load(delta_base + start + partial_queries, mask=in_block, other=0.0)
+            lse2 = tl.load(lse2_ptr + slot_base + start + partial_queries, mask=in_block, other=float("inf"))
+            delta = tl.load(delta_ptr + slot_base + start + partial_queries, mask=in_block, other=0.0)
             # a query that is not finite has an lse of NaN, a gradient that is not one a δ of NaN, which taints p
             q, do = finite(q), finite(do)
             lse2 += delta * 0.0

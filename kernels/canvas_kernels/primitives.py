@@ -20,7 +20,7 @@ VECTOR = tl.constexpr(8)
 @triton.constexpr_function
 def partial_width(block_n):
     """Rows of a partial block, see :func:`.tiling.partial_width`."""
-    return min(block_n, 64)
+    return min(block_n, 32)
 
 
 @triton.jit
@@ -76,11 +76,11 @@ def row_scales(segments_ptr, row_scale_ptr, segment, n_positions):
 @triton.jit
 def load_full(full_ptr, block, JOINT: tl.constexpr):
     """Start and log2 w (joint form) of a full block; past a list's end some other block's."""
-    start = tl.load(full_ptr + block * 2)
+    entry = tl.load(full_ptr + block)
     bias = 0.0
     if JOINT:
-        bias = tl.load(full_ptr + block * 2 + 1).to(tl.float32, bitcast=True)
-    return start, bias
+        bias = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return entry.to(tl.int32), bias
 
 
 @triton.jit
@@ -94,15 +94,10 @@ def load_partial(partial_ptr, block, JOINT: tl.constexpr):
 
 
 @triton.jit
-def load_mask(masks_ptr, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] bool: the pairs of a partial block."""
-    WORDS: tl.constexpr = (BLOCK_N + 31) // 32
-    columns = tl.arange(0, BLOCK_N)[None, :]
-    word_ptrs = masks_ptr + (mask * BLOCK_M + tl.arange(0, BLOCK_M)) * WORDS
-    word = tl.load(word_ptrs)[:, None]
-    for i in tl.static_range(1, WORDS):
-        word = tl.where(columns < 32 * i, word, tl.load(word_ptrs + i)[:, None])
-    return (word & (1 << (columns % 32))) != 0
+def load_mask(masks_ptr, mask, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
+    """[BLOCK_M, BLOCK_P] bool: the pairs of a partial block."""
+    word = tl.load(masks_ptr + mask * BLOCK_M + tl.arange(0, BLOCK_M))
+    return (word[:, None] & (1 << tl.arange(0, BLOCK_P))[None, :]) != 0
 
 
 @triton.jit
@@ -166,6 +161,20 @@ def result_rows(base_ptr, row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOC
 def load_result(ptrs, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """[BLOCK, BLOCK_D] float32 tile of what ``store_rows`` wrote."""
     return tl.load(ptrs, mask=in_range[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def row_products(a_ptr, a_stride, b_ptr, in_range, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK] f32: a_i · b_i of rows, 32 dimensions at a time: whole tiles would take all registers."""
+    rows = tl.arange(0, BLOCK)[:, None]
+    products = tl.zeros([BLOCK], tl.float32)
+    for begin in tl.static_range(0, HEAD_DIM, 32):
+        columns = begin + tl.arange(0, 32)[None, :]
+        mask = in_range[:, None] & (columns < HEAD_DIM)
+        a = tl.load(a_ptr + rows * a_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + rows * HEAD_DIM + columns, mask=mask, other=0.0).to(tl.float32)
+        products += tl.sum(a * b, 1)
+    return products
 
 
 @triton.jit

@@ -13,13 +13,11 @@ if TYPE_CHECKING:
     from .table import BlockTable
 
 TENSORS = ("tiles", "segments", "weight", "full", "partial", "masks")
-WORD = 32
-"""Bits of a mask's word."""
 
 
 def partial_width(block_n: int) -> int:
-    """Rows of a partial block: wide ones would be emptier, and masks take registers that only narrow ones leave."""
-    return min(block_n, 64)
+    """Rows of a partial block, a bit each of a mask's word: wide ones would be emptier, and masking takes registers."""
+    return min(block_n, 32)
 
 
 class TileClass(NamedTuple):
@@ -326,10 +324,8 @@ def cover(start: np.ndarray, stop: np.ndarray, block: int, stride: int) -> np.nd
 
 
 def _masks(part: _Blocks, left: np.ndarray, tile_class: TileClass) -> tuple[np.ndarray, np.ndarray]:
-    """(masks, number): distinct masks int32 [M, block_m, words], bit j of a row for row j of the block, and which one
-    each block has that is ``left``."""
-    block_m, block_n = tile_class[:2]
-    words = max(1, partial_width(block_n) // WORD)
+    """(masks, number): distinct masks int32 [M, block_m], bit j of a row for row j of the block, and which one each
+    block has that is ``left``."""
     keep = left[part.block]
     block = (np.cumsum(left) - 1)[part.block[keep]]
     low, high, begin, end = (x[keep] for x in (part.low, part.high, part.left, part.right))
@@ -339,11 +335,9 @@ def _masks(part: _Blocks, left: np.ndarray, tile_class: TileClass) -> tuple[np.n
     items = shown[block].nonzero()[0]
     item, row = expand_ranges(low[items], (high - low)[items])
     item = items[item]
-    masks = np.zeros((len(first), block_m, words), np.int64)
-    for word in range(words):
-        one, two = (np.clip(x[item] - word * WORD, 0, WORD) for x in (begin, end))
-        # ranges of one row are disjoint: adding sets bits
-        np.add.at(masks[:, :, word], (number[block[item]], row), (1 << two) - (1 << one))
+    masks = np.zeros((len(first), tile_class.block_m), np.int64)
+    # ranges of one row are disjoint: adding sets bits
+    np.add.at(masks, (number[block[item]], row), (1 << end[item]) - (1 << begin[item]))
     return masks.astype(np.uint32).view(np.int32), number
 
 
@@ -371,15 +365,15 @@ def _distinct(owner: np.ndarray, code: np.ndarray, count: int) -> tuple[np.ndarr
 
 
 def _full_lists(segment, start, count, bias, n_segments: int, block_n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(full, first, number): int32 [F + 1, 2] of starts and log2 w, and per segment of a tile where its blocks begin
-    there and how many they are.
+    """(full, first, number): int64 [F + 1], starts below and log2 w above, and per segment of a tile where its blocks
+    begin there and how many they are.
 
     A segment's runs are ``count`` blocks from ``start`` on each. A segment of one run, as most are, takes a part of a
     list that all runs share which begin at the same row of a block: its size grows with n, not with pairs. Others
     have a list for each different sequence of runs.
     """
     order = np.lexsort((start, bias, segment))
-    segment, start, count, bias = segment[order], start[order], count[order], _bits(bias[order])
+    segment, start, count, bias = segment[order], start[order], count[order], _bits(bias[order]).astype(np.int64)
     # runs that touch are one
     reach = np.append(0, (start + count * block_n)[:-1])
     fresh = _changes(segment, bias) | (start != reach)
@@ -394,8 +388,7 @@ def _full_lists(segment, start, count, bias, n_segments: int, block_n: int) -> t
     own, index = np.unique(segment[~alone], return_inverse=True)
     lists, at = _sequences(index, start[~alone], count[~alone], bias[~alone], len(own), block_n)
     first[own] = len(shared) + at
-    sentinel = np.zeros((1, 2), np.int64)
-    return np.concatenate([shared, lists, sentinel]).astype(np.int32), first, number
+    return np.concatenate([shared, lists, np.zeros(1, np.int64)]), first, number
 
 
 def _progressions(start, count, bias, block_n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -408,7 +401,7 @@ def _progressions(start, count, bias, block_n: int) -> tuple[np.ndarray, np.ndar
     np.maximum.at(high, kind, step + count)
     owner, step_of = expand_ranges(low, high - low)
     first = np.cumsum(high - low) - high
-    return np.stack([kinds[owner, 0] + step_of * block_n, kinds[owner, 1]], 1), first[kind] + step
+    return kinds[owner, 0] + step_of * block_n | kinds[owner, 1] << 32, first[kind] + step
 
 
 def _sequences(owner, start, count, bias, n_owners: int, block_n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -422,4 +415,4 @@ def _sequences(owner, start, count, bias, n_owners: int, block_n: int) -> tuple[
     item = run[item]
     length = np.bincount(owner[run], count[run], n_owners).astype(np.int64)
     first = (np.cumsum(length) - length)[chosen][number]
-    return np.stack([start[item] + step * block_n, bias[item]], 1), first
+    return start[item] + step * block_n | bias[item] << 32, first
