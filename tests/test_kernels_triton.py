@@ -180,9 +180,10 @@ def computed(table, inputs, scale, gain=None, active=None, row_scale=None):
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dgain": dgain}
 
 
-def check(table, inputs, gain=None, active=None, scale=0.3):
+def check(table, inputs, gain=None, active=None, scale=0.3, row_scale=None):
     """Every result within its budget; returns the kernels' results."""
-    row_scale = row_scale_of(table, active) if table.form == "edge" else None
+    if row_scale is None and table.form == "edge":
+        row_scale = row_scale_of(table, active)
     wanted = expected(table, inputs, scale, gain, active, row_scale)
     found = computed(table, inputs, scale, gain, active, row_scale)
     dtype = inputs[0].dtype
@@ -349,6 +350,27 @@ def test_gains_of_every_sign_have_the_right_gradients(tiles, name):
     tiles("32x16")
     table = TABLES[name]()
     check(table, make_inputs(table, 16, torch.float32), gain=torch.tensor([1.3, -0.6, 0.0]))
+
+
+@pytest.mark.parametrize("gained", [False, True])
+def test_row_scales_of_every_sign_have_the_right_gradients(tiles, gained):
+    """A row's adding and replacing segments may be scaled by different signs, or not at all."""
+    tiles("32+16")
+    table = TABLES["replace"]()
+    row_scale = torch.randn(2, table.n_positions, generator=torch.Generator().manual_seed(3))
+    row_scale[:, ::7] = 0
+    gain = torch.tensor([1.3, -0.6, 0.4]) if gained else None
+    check(table, make_inputs(table, 16, torch.float32), gain=gain, row_scale=row_scale)
+
+
+@pytest.mark.parametrize("name", ["overlap", "replace", "pieces", "tiny"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_row_scales_of_an_activity_take_one_launch(name, dtype):
+    table = TABLES[name]()
+    for seed in range(3):
+        active = torch.rand(table.n_edges, generator=torch.Generator().manual_seed(seed)) < 0.6
+        found = launch.row_scale_of(active.to(dtype).to(DEVICE), table)
+        assert torch.allclose(found.cpu(), row_scale_of(table, active), rtol=1e-6, atol=0)
 
 
 def test_a_gain_of_zero_still_has_a_gradient(tiles):

@@ -11,25 +11,41 @@ import math
 
 import torch
 
-from . import configs
+from . import configs, steps
 from .backward import dkv_kernel, dq_kernel
 from .configs import Config
 from .forward import forward_kernel, gather_kernel
 from .sigmoid_kernels import sigmoid_dkv_kernel, sigmoid_dq_kernel, sigmoid_forward_kernel
+from .steps import VECTOR
 from .table import BlockTable
 from .tiling import TENSORS
 
 LOG2E = math.log2(math.e)
-VECTOR = 8
-"""Rows and heads of what kernels read begin at multiples of as many elements."""
 
 
+def on_device(function):
+    """Decorates what launches kernels: Triton takes the current device and its stream, whatever the tensors' is."""
+
+    @functools.wraps(function)
+    def call(x, *args, **options):
+        if not x.is_cuda:
+            return function(x, *args, **options)
+        with torch.cuda.device(x.device):
+            return function(x, *args, **options)
+
+    return call
+
+
+move_rows, row_scale_of = on_device(steps.move_rows), on_device(steps.row_scale)
+
+
+@on_device
 def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None):
     """``(out, lse, kept)`` of segmented block-sparse attention (``kernels/README.md``).
 
     ``q``, ``k``, ``v`` (B, H, n, D) with any strides: copied once where rows are not whole or do not begin at multiples
-    of 8 elements, as those of an odd head_dim. Edge form: ``row_scale`` (2, n) always, ``gain`` and ``active``
-    (n_edges,) or None. ``out`` (B, H, n, D) is contiguous in q's dtype, ``lse`` (B, H, n_slots) float32. ``kept`` is
+    of 8 elements, as those of an odd head_dim. Edge form: ``row_scale`` (2, n), ``gain`` and ``active`` (n_edges,), or
+    None. ``out`` (B, H, n, D) is contiguous in q's dtype, ``lse`` (B, H, n_slots) float32. ``kept`` is
     what :func:`backward` wants besides: ``out`` itself in joint form, the outputs of all segments (B, H, n_slots, D)
     where :func:`.configs.stores_segments` says so, and else nothing. Raises ValueError for devices, dtypes and head
     dimensions without configurations.
@@ -66,6 +82,7 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
     return out, lse, f if joint or stored else q.new_empty(0)
 
 
+@on_device
 def backward(
     grad_out,
     q,
@@ -83,7 +100,7 @@ def backward(
 ):
     """``(gradients, dgain)``, those of :func:`forward`, whose ``kept`` and ``lse`` these are.
 
-    ``gradients`` are dq, dk, dv (B, H, n, D), contiguous, in the inputs' dtype; dgain is (n_edges,) float32, None
+    ``gradients`` are dq, dk, dv (B, H, n, D), contiguous, in the inputs' dtype; dgain is (n_edges,) in gain's, None
     unless ``need_gain``.
     """
     q, k, v, grad_out = _vectors(q), _vectors(k), _vectors(v), _vectors(grad_out)
@@ -142,15 +159,16 @@ def backward(
             scale * LOG2E,
             *strides,
             JOINT=joint,
-            SIGNED=not joint and gain is not None,
+            SIGNED=not joint and (gain is not None or row_scale is not None),
             **_constants(config, head_dim),
         )
-    return (dq, dk, dv), _gain_gradient(delta, table, active, row_scale) if need_gain else None
+    return (dq, dk, dv), steps.gain_gradient(delta, table, factors[0], gain) if need_gain else None
 
 
 # -- sigmoid -----------------------------------------------------------------------------------------------------------
 
 
+@on_device
 def sigmoid_forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None):
     """``out`` (B, H, n, D), contiguous in q's dtype, of attention without a normaliser; edge form. Tensors as for
     :func:`forward`; ``row_scale`` None stands for the table's own."""
@@ -176,6 +194,7 @@ def sigmoid_forward(q, k, v, table: BlockTable, *, scale: float, gain=None, acti
     return out
 
 
+@on_device
 def sigmoid_backward(
     grad_out, q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None, need_gain=False
 ):
@@ -224,15 +243,7 @@ def sigmoid_backward(
             *strides,
             **_constants(config, head_dim),
         )
-    return (dq, dk, dv), _gain_gradient(delta, table, active, factors[0]) if need_gain else None
-
-
-def _gain_gradient(delta, table, active, row_scale) -> torch.Tensor:
-    """dgain_e = Σ_{r of e} Σ_i w_r · active_e · row_scale[class_r, i] · δ_ri, (n_edges,) float32, in a fixed order."""
-    layout = table.slot_layout(delta.device)
-    share = layout.weight * row_scale[layout.replace, layout.position] * delta.sum((0, 1))
-    dgain = torch.segment_reduce(share, "sum", lengths=layout.per_edge, initial=0.0, unsafe=True)
-    return dgain if active is None else dgain.masked_fill(active == 0, 0.0)
+    return (dq, dk, dv), steps.gain_gradient(delta, table, factors[0], gain) if need_gain else None
 
 
 # -- what launches are made of -----------------------------------------------------------------------------------------
@@ -255,9 +266,10 @@ def _factors(table: BlockTable, device, gain, active, row_scale) -> tuple[torch.
     ones = table.ones(device)
     if table.form == "joint":
         return ones, ones, ones
-    row_scale = table.row_scale(device, torch.float32) if row_scale is None else row_scale
+    row_scale = table.row_scale(device, torch.float32) if row_scale is None else row_scale.to(torch.float32)
+    # of any dtype: converting them would be a launch
     given = (row_scale, ones if gain is None else gain, ones if active is None else active)
-    return tuple(x.detach().to(torch.float32).contiguous() for x in given)
+    return tuple([x.detach().contiguous() for x in given])
 
 
 def _empty(q: torch.Tensor, rows: int, head_dim: int | None = -1) -> torch.Tensor:

@@ -382,7 +382,7 @@ class BlockTable:
     @derived(limit=4)
     def ones(self, device: torch.device) -> torch.Tensor:
         """float32 (n_edges,): gains and activity where none are given."""
-        return torch.ones(max(self.n_edges, 1), device=device)
+        return to_device(np.ones(max(self.n_edges, 1), np.float32), device)
 
     @derived(limit=16)
     def device_tilings(
