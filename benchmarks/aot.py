@@ -3,7 +3,7 @@
     python -m benchmarks.aot [--arch sm_90] [--head-dim 64,128] [--dtype bf16] [--jobs 2] [--save ROWS] [--compare ROWS]
 
 Checked, and any failure ends the program with status 1:
-- at most 16 bytes of stack up to head_dim 128;
+- at most 40 bytes of stack up to head_dim 128;
 - shared memory within the architecture's limit (sm_80: that of its consumer relatives);
 - sm_90: every dot of a 16-bit kernel whose tile has at least 64 rows is a wgmma;
 - sm_80, sm_90, sm_100: the loads of both walked tensors are asynchronous copies inside the loop, that is, pipelined.
@@ -35,10 +35,11 @@ from canvas_kernels.configs import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOAT32_POINTERS = ("lse_ptr", "lse2_ptr", "delta_ptr", "weight_ptr", "row_scale_ptr", "factor_ptr")
-DOTS = {"forward": 2, "delta": 2, "dq": 3, "dkv": 4}
+FLOAT32_POINTERS = ("lse_ptr", "lse2_ptr", "delta_ptr")
+# of the loop over full blocks, and as many in that over partial ones
+DOTS = {"forward": 4, "delta": 4, "dq": 6, "dkv": 8}
 SPILL_FREE_UP_TO = 128
-OUTSIDE_LOOPS = 16
+OUTSIDE_LOOPS = 40
 """Bytes of stack that a kernel may have: so few are written before its loops and read after them."""
 RESULTS = ("registers", "resident", "spilled", "shared", "wgmma", "copies", "seconds", "faults")
 # KiB a program may have. sm_86, sm_89 and sm_120 run sm_80's configurations and have 99 of its 163.
@@ -136,31 +137,32 @@ def _target(arch: str):
 
 def _signature(launch: Launch):
     """The kernel, and its arguments as a call with aligned tensors would specialise them."""
-    from canvas_kernels.backward import dkv_kernel, dq_kernel, edge_delta_kernel
+    from canvas_kernels.backward import dkv_kernel, dq_kernel
     from canvas_kernels.forward import forward_kernel
-    from canvas_kernels.sigmoid_kernels import sigmoid_dkv_kernel, sigmoid_dq_kernel, sigmoid_forward_kernel
 
-    softmax = {"forward": forward_kernel, "delta": edge_delta_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
-    sigmoid = {"forward": sigmoid_forward_kernel, "dq": sigmoid_dq_kernel, "dkv": sigmoid_dkv_kernel}
-    function = (sigmoid if launch.form == "sigmoid" else softmax)[launch.stage]
-    values = {"JOINT": launch.form == "joint", "SIGNED": launch.signed, "GAINS": launch.signed}
-    values |= {"HEAD_DIM": launch.head_dim}
+    function = {"forward": forward_kernel, "delta": dq_kernel, "dq": dq_kernel, "dkv": dkv_kernel}[launch.stage]
+    sigmoid = launch.form == "sigmoid"
+    values = {"JOINT": launch.form == "joint", "SIGMOID": sigmoid, "IN_PLACE": launch.form in ("in_place", "sigmoid")}
+    values |= {"STORED": launch.form in ("joint", "edge"), "WRITE_DQ": launch.stage == "dq", "SIGNED": launch.signed}
+    values |= {"WALK_DELTA": launch.stage == "delta" or (sigmoid and launch.signed), "HEAD_DIM": launch.head_dim}
     values |= {"BLOCK_D": configs.block_d(launch.head_dim)}
     values |= {"BLOCK_M": launch.config.block_m, "BLOCK_N": launch.config.block_n}
+    tuples = {"tables": ("*i32", "*i32", "*fp32", "*i64", "*i32", "*i32"), "factors": ("*fp32",) * 3}
+    tuples["strides"] = ("i32",) * (9 if launch.stage == "forward" else 12)
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(function.arg_names):
-        aligned = name.endswith("_ptr") or "_stride_" in name
         if name in values:
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
+        elif name in tuples:
+            signature[name] = tuples[name]
+            pointers = [i for i, kind in enumerate(tuples[name]) if kind.startswith("*")]
+            attributes |= {(index, i): [["tt.divisibility", 16]] for i in pointers}
         elif name.endswith("_ptr"):
-            kind = DTYPE_NAMES[launch.dtype]
-            kind = "i32" if name in ("tiles_ptr", "rows_ptr") else "fp32" if name in FLOAT32_POINTERS else kind
-            signature[name] = f"*{kind}"
+            signature[name] = "*fp32" if name in FLOAT32_POINTERS else f"*{DTYPE_NAMES[launch.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name.startswith("scale") else "i32"
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
     return function, signature, constants, attributes
 
 

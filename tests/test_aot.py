@@ -34,37 +34,36 @@ def compiled(tmp_path_factory) -> list[dict]:
 
 def test_every_pass_in_every_form_compiles_without_a_fault(compiled):
     passes = {(row["stage"], row["form"], row["signed"]) for row in compiled}
-    both = {(stage, form, False) for stage in ("forward", "dq", "dkv") for form in ("edge", "joint")}
-    sigmoid = {("forward", "sigmoid", False), ("dq", "sigmoid", False), ("dq", "sigmoid", True)}
-    sigmoid.add(("dkv", "sigmoid", False))
-    assert passes == both | sigmoid | {("delta", "edge", False), ("dq", "edge", True), ("dkv", "edge", True)}
+    wanted = {(stage, form, False) for stage in ("forward", "dq", "dkv") for form in ("edge", "joint", "sigmoid")}
+    wanted |= {(stage, "in_place", False) for stage in ("forward", "delta", "dq")}
+    assert passes == wanted | {("dkv", "edge", True), ("dq", "sigmoid", True)}
     assert len(compiled) == 2 * 2 * len(passes)
     assert [row for row in compiled if row["faults"]] == []
 
 
 def test_dots_of_large_tiles_are_warp_group_products(compiled):
-    dots = {"forward": 2, "delta": 2, "dq": 3, "dkv": 4}
+    dots = {"forward": 4, "delta": 4, "dq": 6, "dkv": 8}
     large = [row for row in compiled if row["tile"] != "16x16"]
     assert len(large) == len(compiled) // 2
     assert [row["wgmma"] for row in large] == [dots[row["stage"]] for row in large]
 
 
 def test_walked_tensors_are_copied_asynchronously(compiled):
-    assert all(row["copies"] == 2 for row in compiled)
+    assert all(row["copies"] >= 2 for row in compiled)
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"spilled": 24}, "spills 24 bytes"),
-        ({"wgmma": 3}, "3 of 4 dots are wgmma"),
+        ({"spilled": 48}, "spills 48 bytes"),
+        ({"wgmma": 7}, "7 of 8 dots are wgmma"),
         ({"copies": 1}, "1 of 2 walked tensors"),
         ({"shared": 240000}, "240000 bytes of shared memory"),
     ],
 )
 def test_faults_are_seen(change, complaint):
     launch = configs.Launch("sm_90", "dkv", "edge", False, 64, torch.bfloat16, configs.Config(64, 64, 4, 3))
-    sound = {"spilled": 0, "wgmma": 4, "copies": 2, "shared": 66560}
+    sound = {"spilled": 0, "wgmma": 8, "copies": 2, "shared": 66560}
     assert aot.faults(launch, sound) == []
     assert complaint in " ".join(aot.faults(launch, sound | change))
 

@@ -18,7 +18,6 @@ from canvas_kernels import index_map, launch, ops, steps, table
 from canvas_kernels.tiling import Tiling
 
 PASSES = {"forward_kernel", "gather_kernel", "dq_kernel", "dkv_kernel"}
-PASSES |= {"sigmoid_forward_kernel", "sigmoid_dq_kernel", "sigmoid_dkv_kernel"}
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 OPERATORS = {
     "attention": ops._attention,
@@ -150,8 +149,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(counts, monkeypatch
         options = {"scale": 0.1, "gain": gain, "active": active, "row_scale": row_scale}
         _, lse, kept = launch.forward(*moved[:3], plan.table, **options)
         launch.backward(moved[3], *moved[:3], kept, lse, plan.table, **options, need_gain=True)
-        launch.sigmoid_backward(moved[3], *moved[:3], plan.table, **options, need_gain=True)
-        launch.sigmoid_forward(*moved[:3], plan.table, **options)
+        _, lse, kept = launch.forward(*moved[:3], plan.table, sigmoid=True, **options)
+        launch.backward(moved[3], *moved[:3], kept, lse, plan.table, sigmoid=True, **options, need_gain=True)
     assert seen == {1} and current == [0]
 
 

@@ -7,40 +7,22 @@ With c_ri the factor of segment r at row i (1 in joint form) and p_rij its softm
     δ_ri  = dO_i · f_r(i) = Σ_j p_rij (dO_i·v_j)        dS_rij = c_ri p_rij (dO_i·v_j − δ_ri)
     dq_i  = scale · Σ_rj dS_rij k_j     dk_j = scale · Σ_ri dS_rij q_i     dv_j = Σ_ri c_ri p_rij dO_i
 
-For dK and dV, |c| is kept inside ``lse2 = lse − log2 |c|``: then |c| p = 2^(logit − lse2) costs nothing, and only a sign
-is left to apply where gains exist.
+For dK and dV, |c| is kept inside ``lse2 = lse − log2 |c|``: then |c| p = 2^(logit − lse2) costs nothing, and only a
+sign is left to apply where gains exist.
+
+SIGMOID, without the normaliser: p_rij = σ(scale · q_i·k_j), δ_ri = Σ_j p_rij (dO_i·v_j) is for gains alone, and
+dS_rij = c_ri p_rij (1 − p_rij) (dO_i·v_j).
 """
 
 import triton
 import triton.language as tl
 
-from .primitives import (
-    VECTOR,
-    covered_rows,
-    finite,
-    head_base,
-    load_full,
-    load_full_rows,
-    load_mask,
-    load_partial,
-    load_rows,
-    load_segment,
-    load_tile,
-    load_weight,
-    partial_width,
-    result_rows,
-    row_base,
-    row_products,
-    row_scales,
-    store_rows,
-    tile_offsets,
-)
+from . import primitives as kit
 
-SIZES = ["n_tiles", "n_heads", "n_positions", "n_slots"]
-STRIDES = [f"{x}_stride_{d}" for x in ("q", "k", "v", "do") for d in "bhn"]
+SIZES = ["strides", "n_tiles", "n_heads", "n_positions", "n_slots"]
 
 
-@triton.jit(do_not_specialize=SIZES + STRIDES)
+@triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
     q_ptr,
     k_ptr,
@@ -51,36 +33,20 @@ def dq_kernel(
     lse2_ptr,
     delta_ptr,
     dq_ptr,
-    row_scale_ptr,
-    gain_ptr,
-    active_ptr,
-    tiles_ptr,
-    segments_ptr,
-    weight_ptr,
-    full_ptr,
-    partial_ptr,
-    masks_ptr,
+    tables,
+    factors,
+    strides,
     n_tiles,
     n_heads,
     n_positions,
     n_slots,
     scale,
     scale_log2,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    do_stride_b,
-    do_stride_h,
-    do_stride_n,
     JOINT: tl.constexpr,
+    SIGMOID: tl.constexpr,
     STORED: tl.constexpr,
-    ONLY_DELTA: tl.constexpr,
+    WALK_DELTA: tl.constexpr,
+    WRITE_DQ: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -89,95 +55,107 @@ def dq_kernel(
     """dq_i = scale · Σ_rj dS_rij k_j with dS_rij = 2^(logit_ij − lse_ri) · (c_ri dO_i·v_j − c_ri δ_ri).
 
     δ and lse2 of every (segment, row) are written first where f is STORED: in slots, which in joint form are rows. Else
-    a pass before this one writes them, ONLY_DELTA, with δ_ri = Σ_j p_rij (dO_i·v_j), and no dq.
+    a pass before this one writes them, WALK_DELTA without WRITE_DQ.
     """
-    batch_head, batch, head, tile_start, tile_rows, first, count = load_tile(tiles_ptr, n_tiles, n_heads)
+    batch_head, batch, head, tile_start, tile_rows, first, count = kit.load_tile(tables, n_tiles, n_heads)
+    BLOCK_P: tl.constexpr = kit.partial_width(BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
-    BLOCK_P: tl.constexpr = partial_width(BLOCK_N)
-    columns = tl.arange(0, BLOCK_P)
     in_tile = rows < tile_rows
-    q_base = row_base(head_base(q_ptr, batch, head, q_stride_b, q_stride_h), tile_start, q_stride_n)
-    do_base = row_base(head_base(do_ptr, batch, head, do_stride_b, do_stride_h), tile_start, do_stride_n)
-    k_base = head_base(k_ptr, batch, head, k_stride_b, k_stride_h)
-    v_base = head_base(v_ptr, batch, head, v_stride_b, v_stride_h)
-    k_offsets = tile_offsets(k_stride_n, BLOCK_N, BLOCK_D)
-    v_offsets = tile_offsets(v_stride_n, BLOCK_N, BLOCK_D)
+    q_base, q_stride = kit.head_base(q_ptr, batch, head, strides, kit.Q)
+    k_base, k_stride = kit.head_base(k_ptr, batch, head, strides, kit.K)
+    v_base, v_stride = kit.head_base(v_ptr, batch, head, strides, kit.V)
+    do_base, do_stride = kit.head_base(do_ptr, batch, head, strides, kit.DO)
+    q_base, do_base = kit.row_base(q_base, tile_start, q_stride), kit.row_base(do_base, tile_start, do_stride)
+    k_offsets = kit.tile_offsets(k_stride, BLOCK_N, BLOCK_D)
+    v_offsets = kit.tile_offsets(v_stride, BLOCK_N, BLOCK_D)
     # [BLOCK_M, BLOCK_D]
-    q = load_rows(q_base, tile_offsets(q_stride_n, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
-    do = load_rows(do_base, tile_offsets(do_stride_n, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
+    q = kit.load_rows(q_base, kit.tile_offsets(q_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
+    do = kit.load_rows(do_base, kit.tile_offsets(do_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if JOINT:
         count = 1
-    for segment in range(first, first + count):
-        first_full, n_full, first_partial, n_partial, slot = load_segment(segments_ptr, active_ptr, segment, JOINT)
-        covered = covered_rows(segments_ptr, segment, BLOCK_M)
-        slot_base = batch_head * n_slots + slot + tile_start
-        # [BLOCK_M]: +inf outside of the segment's rows, where p becomes 0
-        lse = tl.load(lse_ptr + slot_base + rows, mask=covered, other=float("inf"))
+    # a count of 1 leaves no loop
+    for index in range(count):
+        segment = first + index
+        first_full, n_full, first_partial, n_partial, slot = kit.load_segment(tables, factors, segment, JOINT)
+        covered = kit.covered_rows(tables, segment, BLOCK_M)
+        slots = batch_head * n_slots + slot + tile_start + rows
         delta = tl.zeros([BLOCK_M], tl.float32)
-        if STORED:
-            delta = row_products(do_base, do_stride_n * VECTOR, f_ptr + slot_base * HEAD_DIM, covered, HEAD_DIM, BLOCK_M)
-        elif not ONLY_DELTA:
-            delta = tl.load(delta_ptr + slot_base + rows, mask=covered, other=0.0)
         if not JOINT:
-            scales = row_scales(segments_ptr, row_scale_ptr, segment, n_positions) + tile_start
-            row_scale = tl.load(scales + rows, mask=covered, other=0.0)
-            factor = row_scale * load_weight(segments_ptr, weight_ptr, gain_ptr, segment)
-            delta = tl.where(row_scale == 0, 0.0, delta)
+            # [BLOCK_M]: 0 outside of the segment's rows
+            factor = kit.load_factor(tables, factors, segment, n_positions, tile_start, BLOCK_M)
+        if not SIGMOID:
+            # [BLOCK_M]: +inf outside of the segment's rows, where p becomes 0
+            lse = tl.load(lse_ptr + slots, mask=covered, other=float("inf"))
         if STORED:
-            tl.store(delta_ptr + slot_base + rows, delta, mask=covered)
-        if not JOINT:
-            if STORED or ONLY_DELTA:
+            f_base = f_ptr + (batch_head * n_slots + slot + tile_start) * HEAD_DIM
+            delta = kit.row_products(do_base, do_stride, f_base, covered, HEAD_DIM, BLOCK_M)
+            if not JOINT:
+                delta = tl.where(kit.is_active(tables, factors, segment), delta, 0.0)
+            tl.store(delta_ptr + slots, delta, mask=covered)
+        elif WRITE_DQ and not SIGMOID:
+            delta = tl.load(delta_ptr + slots, mask=covered, other=0.0)
+        if not JOINT and not SIGMOID:
+            if STORED or not WRITE_DQ:
                 lse2 = tl.where(factor == 0, float("inf"), lse - tl.log2(tl.where(factor == 0, 1.0, tl.abs(factor))))
-                tl.store(lse2_ptr + slot_base + rows, lse2, mask=covered)
-            factor_delta = factor * delta
+                tl.store(lse2_ptr + slots, lse2, mask=covered)
+            factor_delta = tl.where(factor == 0, 0.0, factor * delta)
 
-        start, bias = load_full(full_ptr, first_full, JOINT)
+        start, bias = kit.load_full(tables, first_full, JOINT)
         for block in range(first_full, first_full + n_full):
             # [BLOCK_N, BLOCK_D]
-            k = load_full_rows(row_base(k_base, start, k_stride_n), k_offsets, HEAD_DIM, BLOCK_D)
-            v = load_full_rows(row_base(v_base, start, v_stride_n), v_offsets, HEAD_DIM, BLOCK_D)
+            k = kit.load_full_rows(kit.row_base(k_base, start, k_stride), k_offsets, HEAD_DIM, BLOCK_D)
+            v = kit.load_full_rows(kit.row_base(v_base, start, v_stride), v_offsets, HEAD_DIM, BLOCK_D)
             # [BLOCK_M, BLOCK_N]
             logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-            p = tl.exp2(logits * scale_log2 - (lse - bias)[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-            if ONLY_DELTA:
-                delta += tl.sum(p * dp, 1)
+            if SIGMOID:
+                p = kit.sigmoid(logits * scale_log2)
+                ds = p * dp * (1.0 - p) * factor[:, None]
             else:
+                p = tl.exp2(logits * scale_log2 - (lse - bias)[:, None])
                 ds = p * (dp - delta[:, None]) if JOINT else p * (dp * factor[:, None] - factor_delta[:, None])
+            if WALK_DELTA:
+                delta += tl.sum(p * dp, 1)
+            if WRITE_DQ:
                 acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-            start, bias = load_full(full_ptr, block + 1, JOINT)
+            start, bias = kit.load_full(tables, block + 1, JOINT)
 
-        partial_k = tile_offsets(k_stride_n, BLOCK_P, BLOCK_D)
-        partial_v = tile_offsets(v_stride_n, BLOCK_P, BLOCK_D)
-        start, length, mask, bias = load_partial(partial_ptr, first_partial, JOINT)
+        partial_k = kit.tile_offsets(k_stride, BLOCK_P, BLOCK_D)
+        partial_v = kit.tile_offsets(v_stride, BLOCK_P, BLOCK_D)
+        start, length, mask, bias = kit.load_partial(tables, first_partial, JOINT)
         for block in range(first_partial, first_partial + n_partial):
-            keep = load_mask(masks_ptr, mask, BLOCK_M, BLOCK_P)
+            keep = kit.load_mask(tables, mask, BLOCK_M, BLOCK_P)
             # [BLOCK_P, BLOCK_D]
-            k = load_rows(row_base(k_base, start, k_stride_n), partial_k, columns < length, HEAD_DIM, BLOCK_D)
-            v = load_rows(row_base(v_base, start, v_stride_n), partial_v, columns < length, HEAD_DIM, BLOCK_D)
+            in_block = tl.arange(0, BLOCK_P) < length
+            k = kit.load_rows(kit.row_base(k_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
+            v = kit.load_rows(kit.row_base(v_base, start, v_stride), partial_v, in_block, HEAD_DIM, BLOCK_D)
             # a key that is not finite made the lse of all that attend to it NaN
-            k = finite(k)
+            tainted = kit.taint(k) if SIGMOID else tl.zeros([BLOCK_P], tl.float32)
+            k = kit.finite(k)
             # [BLOCK_M, BLOCK_P]
             logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-            p = tl.exp2(tl.where(keep, logits * scale_log2 - (lse - bias)[:, None], float("-inf")))
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-            if ONLY_DELTA:
-                delta += tl.sum(tl.where(keep, p * dp, 0.0), 1)
+            if SIGMOID:
+                p = kit.sigmoid(logits * scale_log2 + tainted[None, :])
+                ds = p * dp * (1.0 - p) * factor[:, None]
             else:
+                p = tl.exp2(tl.where(keep, logits * scale_log2 - (lse - bias)[:, None], float("-inf")))
                 ds = p * (dp - delta[:, None]) if JOINT else p * (dp * factor[:, None] - factor_delta[:, None])
+            if WALK_DELTA:
+                delta += tl.sum(tl.where(keep, p * dp, 0.0), 1)
+            if WRITE_DQ:
                 ds = tl.where(keep, ds, 0.0)
                 acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-            start, length, mask, bias = load_partial(partial_ptr, block + 1, JOINT)
+            start, length, mask, bias = kit.load_partial(tables, block + 1, JOINT)
 
-        if ONLY_DELTA:
-            tl.store(delta_ptr + slot_base + rows, delta, mask=covered)
-    if not ONLY_DELTA:
-        dq_ptrs = result_rows(dq_ptr, batch_head * n_positions + tile_start, HEAD_DIM, BLOCK_M, BLOCK_D)
-        store_rows(dq_ptrs, acc * scale, in_tile, HEAD_DIM, BLOCK_D)
+        if WALK_DELTA:
+            tl.store(delta_ptr + slots, delta, mask=covered)
+    if WRITE_DQ:
+        kit.store_rows(dq_ptr, batch_head * n_positions + tile_start, acc * scale, in_tile, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=SIZES + STRIDES)
+@triton.jit(do_not_specialize=SIZES)
 def dkv_kernel(
     q_ptr,
     k_ptr,
@@ -187,34 +165,17 @@ def dkv_kernel(
     delta_ptr,
     dk_ptr,
     dv_ptr,
-    row_scale_ptr,
-    gain_ptr,
-    active_ptr,
-    tiles_ptr,
-    segments_ptr,
-    weight_ptr,
-    full_ptr,
-    partial_ptr,
-    masks_ptr,
+    tables,
+    factors,
+    strides,
     n_tiles,
     n_heads,
     n_positions,
     n_slots,
     scale,
     scale_log2,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    do_stride_b,
-    do_stride_h,
-    do_stride_n,
     JOINT: tl.constexpr,
+    SIGMOID: tl.constexpr,
     SIGNED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -225,78 +186,89 @@ def dkv_kernel(
 
     Everything is computed transposed, keys along the rows, so that P and dS enter their second dot from registers.
     """
-    batch_head, batch, head, tile_start, tile_rows, first, count = load_tile(tiles_ptr, n_tiles, n_heads)
+    batch_head, batch, head, tile_start, tile_rows, first, count = kit.load_tile(tables, n_tiles, n_heads)
+    BLOCK_P: tl.constexpr = kit.partial_width(BLOCK_N)
     in_tile = tl.arange(0, BLOCK_M) < tile_rows
-    BLOCK_P: tl.constexpr = partial_width(BLOCK_N)
-    queries = tl.arange(0, BLOCK_N)
-    partial_queries = tl.arange(0, BLOCK_P)
-    k_base = row_base(head_base(k_ptr, batch, head, k_stride_b, k_stride_h), tile_start, k_stride_n)
-    v_base = row_base(head_base(v_ptr, batch, head, v_stride_b, v_stride_h), tile_start, v_stride_n)
-    q_base = head_base(q_ptr, batch, head, q_stride_b, q_stride_h)
-    do_base = head_base(do_ptr, batch, head, do_stride_b, do_stride_h)
-    q_offsets = tile_offsets(q_stride_n, BLOCK_N, BLOCK_D)
-    do_offsets = tile_offsets(do_stride_n, BLOCK_N, BLOCK_D)
+    q_base, q_stride = kit.head_base(q_ptr, batch, head, strides, kit.Q)
+    k_base, k_stride = kit.head_base(k_ptr, batch, head, strides, kit.K)
+    v_base, v_stride = kit.head_base(v_ptr, batch, head, strides, kit.V)
+    do_base, do_stride = kit.head_base(do_ptr, batch, head, strides, kit.DO)
+    k_base, v_base = kit.row_base(k_base, tile_start, k_stride), kit.row_base(v_base, tile_start, v_stride)
+    q_offsets = kit.tile_offsets(q_stride, BLOCK_N, BLOCK_D)
+    do_offsets = kit.tile_offsets(do_stride, BLOCK_N, BLOCK_D)
     # [BLOCK_M, BLOCK_D]
-    k = load_rows(k_base, tile_offsets(k_stride_n, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_base, tile_offsets(v_stride_n, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
+    k = kit.load_rows(k_base, kit.tile_offsets(k_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
+    v = kit.load_rows(v_base, kit.tile_offsets(v_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if JOINT:
         count = 1
-    for segment in range(first, first + count):
-        first_full, n_full, first_partial, n_partial, slot = load_segment(segments_ptr, active_ptr, segment, JOINT)
+    # a count of 1 leaves no loop
+    for index in range(count):
+        segment = first + index
+        first_full, n_full, first_partial, n_partial, slot = kit.load_segment(tables, factors, segment, JOINT)
         slot_base = batch_head * n_slots + slot
-        if SIGNED:
-            weight = load_weight(segments_ptr, weight_ptr, gain_ptr, segment)
-            scales = row_scales(segments_ptr, row_scale_ptr, segment, n_positions)
+        if SIGNED or SIGMOID:
+            weight = kit.load_weight(tables, factors, segment)
+            scale_ptr = kit.row_scales(tables, factors, segment, n_positions)
 
-        start, bias = load_full(full_ptr, first_full, JOINT)
+        start, bias = kit.load_full(tables, first_full, JOINT)
         for block in range(first_full, first_full + n_full):
+            queries = start + tl.arange(0, BLOCK_N)
             # [BLOCK_N, BLOCK_D]
-            q = load_full_rows(row_base(q_base, start, q_stride_n), q_offsets, HEAD_DIM, BLOCK_D)
-            do = load_full_rows(row_base(do_base, start, do_stride_n), do_offsets, HEAD_DIM, BLOCK_D)
-            # [BLOCK_N]
-            lse2 = tl.load(lse2_ptr + slot_base + start + queries)
-            delta = tl.load(delta_ptr + slot_base + start + queries)
+            q = kit.load_full_rows(kit.row_base(q_base, start, q_stride), q_offsets, HEAD_DIM, BLOCK_D)
+            do = kit.load_full_rows(kit.row_base(do_base, start, do_stride), do_offsets, HEAD_DIM, BLOCK_D)
             # [BLOCK_M, BLOCK_N]
             logits = tl.dot(k, tl.trans(q), input_precision="ieee")
-            p = tl.exp2(logits * scale_log2 - (lse2 - bias)[None, :])
-            if SIGNED:
-                p *= tl.where(weight * tl.load(scales + start + queries) < 0, -1.0, 1.0)[None, :]
+            if SIGMOID:
+                sigma = kit.sigmoid(logits * scale_log2)
+                p = sigma * (tl.load(scale_ptr + queries) * weight)[None, :]
+            else:
+                lse2 = tl.load(lse2_ptr + slot_base + start + tl.arange(0, BLOCK_N))
+                delta = tl.load(delta_ptr + slot_base + start + tl.arange(0, BLOCK_N))
+                p = tl.exp2(logits * scale_log2 - (lse2 - bias)[None, :])
+                if SIGNED:
+                    p *= tl.where(weight * tl.load(scale_ptr + queries) < 0, -1.0, 1.0)[None, :]
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            ds = p * (dp - delta[None, :])
+            ds = p * (1.0 - sigma) * dp if SIGMOID else p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-            start, bias = load_full(full_ptr, block + 1, JOINT)
+            start, bias = kit.load_full(tables, block + 1, JOINT)
 
-        partial_q = tile_offsets(q_stride_n, BLOCK_P, BLOCK_D)
-        partial_do = tile_offsets(do_stride_n, BLOCK_P, BLOCK_D)
-        start, length, mask, bias = load_partial(partial_ptr, first_partial, JOINT)
+        partial_q = kit.tile_offsets(q_stride, BLOCK_P, BLOCK_D)
+        partial_do = kit.tile_offsets(do_stride, BLOCK_P, BLOCK_D)
+        start, length, mask, bias = kit.load_partial(tables, first_partial, JOINT)
         for block in range(first_partial, first_partial + n_partial):
-            in_block = partial_queries < length
-            keep = load_mask(masks_ptr, mask, BLOCK_M, BLOCK_P)
+            keep = kit.load_mask(tables, mask, BLOCK_M, BLOCK_P)
+            in_block = tl.arange(0, BLOCK_P) < length
+            queries = start + tl.arange(0, BLOCK_P)
             # [BLOCK_P, BLOCK_D]
-            q = load_rows(row_base(q_base, start, q_stride_n), partial_q, in_block, HEAD_DIM, BLOCK_D)
-            do = load_rows(row_base(do_base, start, do_stride_n), partial_do, in_block, HEAD_DIM, BLOCK_D)
-            # [BLOCK_P]
-            lse2 = tl.load(lse2_ptr + slot_base + start + partial_queries, mask=in_block, other=float("inf"))
-            delta = tl.load(delta_ptr + slot_base + start + partial_queries, mask=in_block, other=0.0)
-            # a query that is not finite has an lse of NaN, a gradient that is not one a δ of NaN, which taints p
-            q, do = finite(q), finite(do)
-            lse2 += delta * 0.0
-            delta = finite(delta)
+            q = kit.load_rows(kit.row_base(q_base, start, q_stride), partial_q, in_block, HEAD_DIM, BLOCK_D)
+            do = kit.load_rows(kit.row_base(do_base, start, do_stride), partial_do, in_block, HEAD_DIM, BLOCK_D)
+            tainted = kit.taint(q) + kit.taint(do) if SIGMOID else tl.zeros([BLOCK_P], tl.float32)
+            q, do = kit.finite(q), kit.finite(do)
             # [BLOCK_M, BLOCK_P]
             logits = tl.dot(k, tl.trans(q), input_precision="ieee")
-            p = tl.exp2(tl.where(keep, logits * scale_log2 - (lse2 - bias)[None, :], float("-inf")))
-            if SIGNED:
-                row_scale = tl.load(scales + start + partial_queries, mask=in_block, other=0.0)
-                p *= tl.where(weight * row_scale < 0, -1.0, 1.0)[None, :]
+            if SIGMOID:
+                sigma = kit.sigmoid(logits * scale_log2 + tainted[None, :])
+                factor = tl.load(scale_ptr + queries, mask=in_block, other=0.0) * weight
+                p = tl.where(keep, sigma * factor[None, :], 0.0)
+            else:
+                lse2 = tl.load(lse2_ptr + slot_base + start + tl.arange(0, BLOCK_P), mask=in_block, other=float("inf"))
+                delta = tl.load(delta_ptr + slot_base + start + tl.arange(0, BLOCK_P), mask=in_block, other=0.0)
+                # a query that is not finite has an lse of NaN, a gradient that is not one a δ of NaN, which taints p
+                lse2 += delta * 0.0
+                delta = kit.finite(delta)
+                p = tl.exp2(tl.where(keep, logits * scale_log2 - (lse2 - bias)[None, :], float("-inf")))
+                if SIGNED:
+                    row_scale = tl.load(scale_ptr + queries, mask=in_block, other=0.0)
+                    p *= tl.where(weight * row_scale < 0, -1.0, 1.0)[None, :]
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            ds = p * (dp - delta[None, :])
+            ds = tl.where(keep, p * (1.0 - sigma) * dp, 0.0) if SIGMOID else p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-            start, length, mask, bias = load_partial(partial_ptr, block + 1, JOINT)
+            start, length, mask, bias = kit.load_partial(tables, block + 1, JOINT)
 
     row = batch_head * n_positions + tile_start
-    store_rows(result_rows(dk_ptr, row, HEAD_DIM, BLOCK_M, BLOCK_D), dk * scale, in_tile, HEAD_DIM, BLOCK_D)
-    store_rows(result_rows(dv_ptr, row, HEAD_DIM, BLOCK_M, BLOCK_D), dv, in_tile, HEAD_DIM, BLOCK_D)
+    kit.store_rows(dk_ptr, row, dk * scale, in_tile, HEAD_DIM, BLOCK_D)
+    kit.store_rows(dv_ptr, row, dv, in_tile, HEAD_DIM, BLOCK_D)

@@ -15,7 +15,6 @@ from . import configs, steps
 from .backward import dkv_kernel, dq_kernel
 from .configs import Config
 from .forward import forward_kernel, gather_kernel
-from .sigmoid_kernels import sigmoid_dkv_kernel, sigmoid_dq_kernel, sigmoid_forward_kernel
 from .steps import VECTOR
 from .table import BlockTable
 from .tiling import TENSORS
@@ -40,46 +39,47 @@ move_rows, row_scale_of = on_device(steps.move_rows), on_device(steps.row_scale)
 
 
 @on_device
-def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None):
+def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None, sigmoid=False):
     """``(out, lse, kept)`` of segmented block-sparse attention (``kernels/README.md``).
 
     ``q``, ``k``, ``v`` (B, H, n, D) with any strides: copied once where rows are not whole or do not begin at multiples
     of 8 elements, as those of an odd head_dim. Edge form: ``row_scale`` (2, n), ``gain`` and ``active`` (n_edges,), or
-    None. ``out`` (B, H, n, D) is contiguous in q's dtype, ``lse`` (B, H, n_slots) float32. ``kept`` is
-    what :func:`backward` wants besides: ``out`` itself in joint form, the outputs of all segments (B, H, n_slots, D)
-    where :func:`.configs.stores_segments` says so, and else nothing. Raises ValueError for devices, dtypes and head
-    dimensions without configurations.
+    None. ``out`` (B, H, n, D) is contiguous in q's dtype, ``lse`` (B, H, n_slots) float32, without slots if
+    ``sigmoid``. ``kept`` is what :func:`backward` wants besides: ``out`` itself in joint form, the outputs of all
+    segments (B, H, n_slots, D) where :func:`.configs.stores_segments` says so, and else nothing. Raises ValueError for
+    devices, dtypes and head dimensions without configurations.
     """
     q, k, v = _vectors(q), _vectors(k), _vectors(v)
     batch, heads, n, head_dim = q.shape
-    joint, stored = table.form == "joint", configs.stores_segments(table)
-    out, lse = _empty(q, n), _empty(q, table.n_slots, None)
-    f = _empty(q, table.n_slots) if stored else out
+    form = _form(table, sigmoid)
+    out, lse = _empty(q, n), _empty(q, 0 if sigmoid else table.n_slots, None)
+    f = _empty(q, table.n_slots) if form == "edge" else out
     factors = _factors(table, q.device, gain, active, row_scale)
-    for config, tiling, tables in _launches(table, q, "forward", by_slot=stored):
+    for config, tiling, tables in _launches(table, q, "forward", form):
         forward_kernel[(tiling.n_tiles * batch * heads,)](
             q,
             k,
             v,
             f,
             lse,
-            *factors,
-            *tables,
+            tables,
+            factors,
+            _strides(q, k, v),
             tiling.n_tiles,
             heads,
             n,
             table.n_slots,
             scale * LOG2E,
-            *_strides(q, k, v),
-            JOINT=joint,
-            IN_PLACE=not (joint or stored),
+            JOINT=form == "joint",
+            SIGMOID=sigmoid,
+            IN_PLACE=form in ("in_place", "sigmoid"),
             **_constants(config, head_dim),
         )
-    for config, tiling, tables in _launches(table, q, "dq") if stored else ():
+    for config, tiling, tables in _launches(table, q, "dq", form) if form == "edge" else ():
         constants = _constants(config, head_dim, walks=False)
         sizes = (tiling.n_tiles, heads, n, table.n_slots)
-        gather_kernel[(tiling.n_tiles * batch * heads,)](f, out, *factors, *tables[:3], *sizes, **constants)
-    return out, lse, f if joint or stored else q.new_empty(0)
+        gather_kernel[(tiling.n_tiles * batch * heads,)](f, out, tables, factors, *sizes, **constants)
+    return out, lse, f if form in ("joint", "edge") else q.new_empty(0)
 
 
 @on_device
@@ -97,6 +97,7 @@ def backward(
     active=None,
     row_scale=None,
     need_gain: bool = False,
+    sigmoid: bool = False,
 ):
     """``(gradients, dgain)``, those of :func:`forward`, whose ``kept`` and ``lse`` these are.
 
@@ -105,16 +106,19 @@ def backward(
     """
     q, k, v, grad_out = _vectors(q), _vectors(k), _vectors(v), _vectors(grad_out)
     batch, heads, n, head_dim = q.shape
-    joint = table.form == "joint"
-    stored = joint or configs.stores_segments(table)
+    form = _form(table, sigmoid)
+    stored = form in ("joint", "edge")
     kept = kept.contiguous() if stored else lse
-    strides = _strides(q, k, v, grad_out)
     factors = _factors(table, q.device, gain, active, row_scale)
-    delta = torch.empty_like(lse)
-    lse2 = lse if joint else torch.empty_like(lse)
+    delta = _empty(q, table.n_slots if need_gain or not sigmoid else 0, None)
+    lse2 = torch.empty_like(lse) if form in ("edge", "in_place") else lse
     dq, dk, dv = (_empty(q, n) for _ in range(3))
-    for only_delta in (False,) if stored else (True, False):
-        for config, tiling, tables in _launches(table, q, "delta" if only_delta else "dq"):
+    common = (heads, n, table.n_slots, scale, scale * LOG2E)
+    strides = _strides(q, k, v, grad_out)
+    flags = {"JOINT": form == "joint", "SIGMOID": sigmoid}
+    for stage in ("delta", "dq") if form == "in_place" else ("dq",):
+        walk_delta = stage == "delta" or (sigmoid and need_gain)
+        for config, tiling, tables in _launches(table, q, stage, form):
             dq_kernel[(tiling.n_tiles * batch * heads,)](
                 q,
                 k,
@@ -125,21 +129,18 @@ def backward(
                 lse2,
                 delta,
                 dq,
-                *factors,
-                *tables,
+                tables,
+                factors,
+                strides,
                 tiling.n_tiles,
-                heads,
-                n,
-                table.n_slots,
-                scale,
-                scale * LOG2E,
-                *strides,
-                JOINT=joint,
+                *common,
                 STORED=stored,
-                ONLY_DELTA=only_delta,
+                WALK_DELTA=walk_delta,
+                WRITE_DQ=stage == "dq",
+                **flags,
                 **_constants(config, head_dim),
             )
-    for config, tiling, tables in _launches(table, q, "dkv"):
+    for config, tiling, tables in _launches(table, q, "dkv", form):
         dkv_kernel[(tiling.n_tiles * batch * heads,)](
             q,
             k,
@@ -149,98 +150,13 @@ def backward(
             delta,
             dk,
             dv,
-            *factors,
-            *tables,
+            tables,
+            factors,
+            strides,
             tiling.n_tiles,
-            heads,
-            n,
-            table.n_slots,
-            scale,
-            scale * LOG2E,
-            *strides,
-            JOINT=joint,
-            SIGNED=not joint and (gain is not None or row_scale is not None),
-            **_constants(config, head_dim),
-        )
-    return (dq, dk, dv), steps.gain_gradient(delta, table, factors[0], gain) if need_gain else None
-
-
-# -- sigmoid -----------------------------------------------------------------------------------------------------------
-
-
-@on_device
-def sigmoid_forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None):
-    """``out`` (B, H, n, D), contiguous in q's dtype, of attention without a normaliser; edge form. Tensors as for
-    :func:`forward`; ``row_scale`` None stands for the table's own."""
-    q, k, v = _vectors(q), _vectors(k), _vectors(v)
-    batch, heads, n, head_dim = q.shape
-    out = _empty(q, n)
-    factors = _factors(table, q.device, gain, active, row_scale)
-    for config, tiling, tables in _launches(table, q, "forward", "sigmoid"):
-        sigmoid_forward_kernel[(tiling.n_tiles * batch * heads,)](
-            q,
-            k,
-            v,
-            out,
-            *factors,
-            *tables,
-            tiling.n_tiles,
-            heads,
-            n,
-            scale * LOG2E,
-            *_strides(q, k, v),
-            **_constants(config, head_dim),
-        )
-    return out
-
-
-@on_device
-def sigmoid_backward(
-    grad_out, q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None, need_gain=False
-):
-    """``(gradients, dgain)`` of :func:`sigmoid_forward`, as :func:`backward` gives them."""
-    q, k, v, grad_out = _vectors(q), _vectors(k), _vectors(v), _vectors(grad_out)
-    batch, heads, n, head_dim = q.shape
-    strides = _strides(q, k, v, grad_out)
-    factors = _factors(table, q.device, gain, active, row_scale)
-    delta = _empty(q, table.n_slots if need_gain else 0, None)
-    dq, dk, dv = (_empty(q, n) for _ in range(3))
-    for config, tiling, tables in _launches(table, q, "dq", "sigmoid"):
-        sigmoid_dq_kernel[(tiling.n_tiles * batch * heads,)](
-            q,
-            k,
-            v,
-            grad_out,
-            delta,
-            dq,
-            *factors,
-            *tables,
-            tiling.n_tiles,
-            heads,
-            n,
-            table.n_slots,
-            scale,
-            scale * LOG2E,
-            *strides,
-            GAINS=need_gain,
-            **_constants(config, head_dim),
-        )
-    for config, tiling, tables in _launches(table, q, "dkv", "sigmoid"):
-        sigmoid_dkv_kernel[(tiling.n_tiles * batch * heads,)](
-            q,
-            k,
-            v,
-            grad_out,
-            dk,
-            dv,
-            *factors,
-            *tables,
-            tiling.n_tiles,
-            heads,
-            n,
-            scale,
-            scale * LOG2E,
-            *strides,
+            *common,
+            SIGNED=not flags["JOINT"] and not sigmoid and (gain is not None or row_scale is not None),
+            **flags,
             **_constants(config, head_dim),
         )
     return (dq, dk, dv), steps.gain_gradient(delta, table, factors[0], gain) if need_gain else None
@@ -249,15 +165,22 @@ def sigmoid_backward(
 # -- what launches are made of -----------------------------------------------------------------------------------------
 
 
-def _launches(table: BlockTable, q: torch.Tensor, stage: str, form: str | None = None, by_slot: bool = False):
-    """(config, tiling, its tensors) of every launch of a pass, configured for the table's form unless another ``form``
-    is named."""
+def _form(table: BlockTable, sigmoid: bool) -> str:
+    """What passes are configured for: "joint", "edge", "in_place" (the edge form without kept segments), "sigmoid"."""
+    if sigmoid or table.form == "joint":
+        return "sigmoid" if sigmoid else "joint"
+    return "edge" if configs.stores_segments(table) else "in_place"
+
+
+def _launches(table: BlockTable, q: torch.Tensor, stage: str, form: str):
+    """(config, tiling, its tensors) of every launch of a pass."""
     if not q.numel():
         return
-    found = configs.lookup(arch_of(q.device), q.shape[3], q.dtype, stage, form or table.form)
+    found = configs.lookup(arch_of(q.device), q.shape[3], q.dtype, stage, form)
     config_of = {(config.block_m, config.block_n): config for config in found}
+    by_slot = (stage, form) == ("forward", "edge")
     for tiling in table.device_tilings(q.device, configs.classes(found), stage == "dkv", by_slot):
-        yield config_of[tiling.block_m, tiling.block_n], tiling, [getattr(tiling, name) for name in TENSORS]
+        yield config_of[tiling.block_m, tiling.block_n], tiling, tuple(getattr(tiling, name) for name in TENSORS)
 
 
 def _factors(table: BlockTable, device, gain, active, row_scale) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -290,9 +213,10 @@ def _vectors(x: torch.Tensor) -> torch.Tensor:
     return rows[..., :dim].copy_(x)
 
 
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    """Strides of heads and rows, in vectors."""
-    return [stride // VECTOR * (size > 1) for x in tensors for stride, size in zip(x.stride()[:3], x.shape)]
+def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Strides of batch, heads and rows, in vectors."""
+    strides = [stride // VECTOR * (size > 1) for x in tensors for stride, size in zip(x.stride()[:3], x.shape)]
+    return tuple(strides)
 
 
 @functools.lru_cache(maxsize=64)

@@ -404,11 +404,12 @@ def _triton(q, k, v, table, rows, activation, need_lse, keep, options):
     saved = q.new_empty(0)
     if rows:
         q, k, v = launch.move_rows(q, k, v, rows=IndexMap.lookup(rows))
-    if activation == "sigmoid":
-        out, lse = launch.sigmoid_forward(q, k, v, table, **options), q.new_empty(0, dtype=torch.float32)
-    else:
-        out, lse, kept = launch.forward(q, k, v, table, **options)
-        saved = kept if keep and configs.stores_segments(table) else saved
+    sigmoid = activation == "sigmoid"
+    out, lse, kept = launch.forward(q, k, v, table, sigmoid=sigmoid, **options)
+    if sigmoid:
+        lse = lse.view(0)
+    elif keep and configs.stores_segments(table):
+        saved = kept
     if need_lse and table.form == "edge":
         lse.masked_fill_(_out_of_force(table, options["active"], options["row_scale"], q), math.inf)
     if rows:
@@ -422,12 +423,10 @@ def _triton_backward(grad_out, out, lse, saved, q, k, v, table, rows, activation
     if rows:
         moved = (grad_out, q, k, v) if table.form == "edge" else (grad_out, q, k, v, out)
         grad_out, q, k, v, *kept_rows = launch.move_rows(*moved, rows=IndexMap.lookup(rows))
-    if activation == "sigmoid":
-        gradients, dgain = launch.sigmoid_backward(grad_out, q, k, v, table, **options)
-    else:
-        # in joint form a segment's output is the result
-        kept = saved if table.form == "edge" else kept_rows[0] if rows else out
-        gradients, dgain = launch.backward(grad_out, q, k, v, kept, lse, table, **options)
+    # in joint form a segment's output is the result
+    kept = saved if table.form == "edge" else kept_rows[0] if rows else out
+    options["sigmoid"] = activation == "sigmoid"
+    gradients, dgain = launch.backward(grad_out, q, k, v, kept, lse, table, **options)
     if rows:
         gradients = launch.move_rows(*gradients, rows=IndexMap.lookup(rows), back=True)
     return *gradients, q.new_empty(0) if dgain is None else dgain

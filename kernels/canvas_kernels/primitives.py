@@ -17,18 +17,24 @@ import triton.language as tl
 VECTOR = tl.constexpr(8)
 
 
+# what a launch brings in tuples: the tensors of a Tiling; row scales, gains and activity; three strides of each operand
+TILES, SEGMENTS, WEIGHT, FULL, PARTIAL, MASKS = (tl.constexpr(i) for i in range(6))
+ROW_SCALE, GAIN, ACTIVE = (tl.constexpr(i) for i in range(3))
+Q, K, V, DO = (tl.constexpr(i) for i in range(4))
+
+
 @triton.constexpr_function
 def partial_width(block_n):
-    """Rows of a partial block, see :func:`.tiling.partial_width`."""
+    """Rows of a partial block, as :func:`.tiling.partial_width`."""
     return min(block_n, 32)
 
 
 @triton.jit
-def load_tile(tiles_ptr, n_tiles, n_heads):
+def load_tile(tables, n_tiles, n_heads):
     """This program's batch · head, batch and head (int64); its tile's start, rows, first segment row, segment rows."""
     program = tl.program_id(0)
     batch_head = (program // n_tiles).to(tl.int64)
-    tile_ptr = tiles_ptr + (program % n_tiles) * 4
+    tile_ptr = tables[TILES] + (program % n_tiles) * 4
     return (
         batch_head,
         batch_head // n_heads,
@@ -41,42 +47,57 @@ def load_tile(tiles_ptr, n_tiles, n_heads):
 
 
 @triton.jit
-def load_segment(segments_ptr, active_ptr, segment, JOINT: tl.constexpr):
+def load_segment(tables, factors, segment, JOINT: tl.constexpr):
     """First full block, full blocks, first partial block, partial blocks, slot of row 0; inactive ones have none."""
-    segment_ptr = segments_ptr + segment * 8
+    segment_ptr = tables[SEGMENTS] + segment * 8
     n_full = tl.load(segment_ptr + 1)
     n_partial = tl.load(segment_ptr + 3)
     if not JOINT:
-        alive = tl.load(active_ptr + tl.load(segment_ptr + 6)) != 0
+        alive = is_active(tables, factors, segment)
         n_full = tl.where(alive, n_full, 0)
         n_partial = tl.where(alive, n_partial, 0)
     return tl.load(segment_ptr), n_full, tl.load(segment_ptr + 2), n_partial, tl.load(segment_ptr + 4)
 
 
 @triton.jit
-def covered_rows(segments_ptr, segment, BLOCK_M: tl.constexpr):
+def is_active(tables, factors, segment):
+    """Whether a segment's connection is active."""
+    return tl.load(factors[ACTIVE] + tl.load(tables[SEGMENTS] + segment * 8 + 6)) != 0
+
+
+@triton.jit
+def covered_rows(tables, segment, BLOCK_M: tl.constexpr):
     """[BLOCK_M] bool: the tile's rows that have slots in the segment."""
     rows = tl.arange(0, BLOCK_M)
-    span = tl.load(segments_ptr + segment * 8 + 5)
+    span = tl.load(tables[SEGMENTS] + segment * 8 + 5)
     return (rows >= (span & 0xFFFF)) & (rows < (span >> 16))
 
 
 @triton.jit
-def load_weight(segments_ptr, weight_ptr, gain_ptr, segment):
+def load_weight(tables, factors, segment):
     """w · gain of a segment."""
-    return tl.load(weight_ptr + segment) * tl.load(gain_ptr + tl.load(segments_ptr + segment * 8 + 6))
+    gain = tl.load(factors[GAIN] + tl.load(tables[SEGMENTS] + segment * 8 + 6))
+    return tl.load(tables[WEIGHT] + segment) * gain.to(tl.float32)
 
 
 @triton.jit
-def row_scales(segments_ptr, row_scale_ptr, segment, n_positions):
+def row_scales(tables, factors, segment, n_positions):
     """Address of row 0's row_scale in the segment's class."""
-    return row_scale_ptr + tl.load(segments_ptr + segment * 8 + 7) * n_positions
+    return factors[ROW_SCALE] + tl.load(tables[SEGMENTS] + segment * 8 + 7) * n_positions
 
 
 @triton.jit
-def load_full(full_ptr, block, JOINT: tl.constexpr):
+def load_factor(tables, factors, segment, n_positions, tile_start, BLOCK_M: tl.constexpr):
+    """[BLOCK_M] f32: c = w · gain · row_scale of a segment at the tile's rows, 0 where it has none."""
+    scale_ptrs = row_scales(tables, factors, segment, n_positions) + tile_start + tl.arange(0, BLOCK_M)
+    row_scale = tl.load(scale_ptrs, mask=covered_rows(tables, segment, BLOCK_M), other=0.0)
+    return row_scale * load_weight(tables, factors, segment)
+
+
+@triton.jit
+def load_full(tables, block, JOINT: tl.constexpr):
     """Start and log2 w (joint form) of a full block; past a list's end some other block's."""
-    entry = tl.load(full_ptr + block)
+    entry = tl.load(tables[FULL] + block)
     bias = 0.0
     if JOINT:
         bias = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
@@ -84,9 +105,9 @@ def load_full(full_ptr, block, JOINT: tl.constexpr):
 
 
 @triton.jit
-def load_partial(partial_ptr, block, JOINT: tl.constexpr):
+def load_partial(tables, block, JOINT: tl.constexpr):
     """Start, rows, mask and log2 w (joint form) of a partial block."""
-    block_ptr = partial_ptr + block * 4
+    block_ptr = tables[PARTIAL] + block * 4
     bias = 0.0
     if JOINT:
         bias = tl.load(block_ptr + 3).to(tl.float32, bitcast=True)
@@ -94,16 +115,17 @@ def load_partial(partial_ptr, block, JOINT: tl.constexpr):
 
 
 @triton.jit
-def load_mask(masks_ptr, mask, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
+def load_mask(tables, mask, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
     """[BLOCK_M, BLOCK_P] bool: the pairs of a partial block."""
-    word = tl.load(masks_ptr + mask * BLOCK_M + tl.arange(0, BLOCK_M))
+    word = tl.load(tables[MASKS] + mask * BLOCK_M + tl.arange(0, BLOCK_M))
     return (word[:, None] & (1 << tl.arange(0, BLOCK_P))[None, :]) != 0
 
 
 @triton.jit
-def head_base(base_ptr, batch, head, stride_b, stride_h):
-    """Address of a head's row 0."""
-    return base_ptr + (batch * stride_b + head * stride_h) * VECTOR
+def head_base(base_ptr, batch, head, strides, OPERAND: tl.constexpr):
+    """Address of a head's row 0, and its stride of rows in vectors."""
+    offset = batch * strides[3 * OPERAND] + head * strides[3 * OPERAND + 1]
+    return base_ptr + offset * VECTOR, strides[3 * OPERAND + 2]
 
 
 @triton.jit
@@ -152,15 +174,31 @@ def taint(tile):
 
 
 @triton.jit
-def result_rows(base_ptr, row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def sigmoid(logits_log2):
+    """σ of logits that were multiplied by log2 e; no power overflows on the way."""
+    power = tl.exp2(-tl.abs(logits_log2))
+    return tl.where(logits_log2 >= 0, 1.0, power) / (1.0 + power)
+
+
+@triton.jit
+def result_ptrs(base_ptr, row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """[BLOCK, BLOCK_D] addresses in a contiguous tensor of rows, from int64 ``row`` on."""
     return base_ptr + row * HEAD_DIM + tl.arange(0, BLOCK)[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
-def load_result(ptrs, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D] float32 tile of what ``store_rows`` wrote."""
-    return tl.load(ptrs, mask=in_range[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+def load_result(base_ptr, row, in_range, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] float32 tile of what ``store_rows`` wrote; 0 out of range."""
+    mask = in_range[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    return tl.load(result_ptrs(base_ptr, row, HEAD_DIM, BLOCK, BLOCK_D), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(base_ptr, row, tile, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes a [BLOCK, BLOCK_D] float32 tile in the output's dtype, to a contiguous tensor from ``row`` on."""
+    ptrs = result_ptrs(base_ptr, row, HEAD_DIM, tile.shape[0], BLOCK_D)
+    mask = in_range[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    tl.store(ptrs, tile.to(base_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -171,14 +209,7 @@ def row_products(a_ptr, a_stride, b_ptr, in_range, HEAD_DIM: tl.constexpr, BLOCK
     for begin in tl.static_range(0, HEAD_DIM, 32):
         columns = begin + tl.arange(0, 32)[None, :]
         mask = in_range[:, None] & (columns < HEAD_DIM)
-        a = tl.load(a_ptr + rows * a_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + rows * (a_stride * VECTOR) + columns, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + rows * HEAD_DIM + columns, mask=mask, other=0.0).to(tl.float32)
         products += tl.sum(a * b, 1)
     return products
-
-
-@triton.jit
-def store_rows(ptrs, tile, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Writes a [BLOCK, BLOCK_D] float32 tile in the output's dtype."""
-    mask = in_range[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    tl.store(ptrs, tile.to(ptrs.dtype.element_ty), mask=mask)

@@ -364,7 +364,7 @@ def _distinct(owner: np.ndarray, code: np.ndarray, count: int) -> tuple[np.ndarr
 # -- full blocks -------------------------------------------------------------------------------------------------------
 
 
-def _full_lists(segment, start, count, bias, n_segments: int, block_n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _full_lists(segment, start, count, bias, n_segments: int, block_n: int):
     """(full, first, number): int64 [F + 1], starts below and log2 w above, and per segment of a tile where its blocks
     begin there and how many they are.
 
