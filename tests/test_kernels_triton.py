@@ -287,6 +287,17 @@ def test_batches_and_heads_find_their_own_rows(tiles, name):
     check(table, make_inputs(table, 16, torch.float32, batch=2, heads=2))
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_long_tiles_of_all_heads_come_first(tiles, joint):
+    tiles("16")
+    rows = [(1.0, 0, 16, 0, 90), *((0.5, start, start + 15, start, start + 9) for start in range(16, 75, 15))]
+    table = joint_table(91, rows) if joint else edge_table(91, [(i, i, *row) for i, row in enumerate(rows)])
+    for transposed in (False, True):
+        (tiling,) = table.device_tilings("cpu", configs.classes(TILES["16"]), transposed)
+        assert transposed or 0 < tiling.n_long < tiling.n_tiles
+    check(table, make_inputs(table, 16, torch.float32, batch=2, heads=3))
+
+
 @pytest.mark.parametrize("name", ["replace", "joint"])
 def test_strides_are_followed(tiles, name):
     """q is a (B, N, H, D) view, k a slice of a wider tensor, v has no unit stride, grad_out is one expanded number."""
@@ -350,6 +361,19 @@ def test_gains_of_every_sign_have_the_right_gradients(tiles, name):
     tiles("32x16")
     table = TABLES[name]()
     check(table, make_inputs(table, 16, torch.float32), gain=torch.tensor([1.3, -0.6, 0.0]))
+
+
+def test_gains_of_sixteen_bits_are_read_as_they_are(tiles):
+    tiles("32+16")
+    table = TABLES["replace"]()
+    inputs, gain = make_inputs(table, 16, torch.float32), torch.tensor([1.5, -0.5, 0.25])
+    wanted = expected(table, inputs, 0.3, gain, None, row_scale_of(table))
+    found = computed(table, inputs, 0.3, gain.half(), None, row_scale_of(table))
+    for name in ("out", "dq", "dk", "dv"):
+        assert error(found[name], wanted[name]) <= FLOAT32_BUDGET, name
+    assert (
+        found["dgain"].dtype == torch.float16 and error(found["dgain"], wanted["dgain"]) <= torch.finfo(torch.half).eps
+    )
 
 
 @pytest.mark.parametrize("gained", [False, True])

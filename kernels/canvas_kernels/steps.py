@@ -68,8 +68,8 @@ def move_rows_kernel(
     at = (batch_head * n_out + rows)[:, None] * width + dims[None, :]
     for i in tl.static_range(len(sources)):
         base = sources[i] + batch * strides[4 * i] + head * strides[4 * i + 1]
-        source = base + index[:, None] * strides[4 * i + 2] + dims[None, :] * strides[4 * i + 3]
-        tl.store(targets[i] + at, tl.load(source, mask=taken, other=0), mask=written)
+        source_ptrs = base + index[:, None] * strides[4 * i + 2] + dims[None, :] * strides[4 * i + 3]
+        tl.store(targets[i] + at, tl.load(source_ptrs, mask=taken, other=0), mask=written)
 
 
 # -- row scales --------------------------------------------------------------------------------------------------------

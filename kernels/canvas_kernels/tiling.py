@@ -54,7 +54,12 @@ class Tiling:
 
     @property
     def n_tiles(self) -> int:
-        return self.tiles.shape[0]
+        return len(self.blocks)
+
+    @property
+    def n_long(self) -> int:
+        """Tiles that walk more than twice the mean: they start first, of all heads."""
+        return _count_long(self.blocks)
 
     @property
     def nbytes(self) -> int:
@@ -171,10 +176,15 @@ class _Walk(NamedTuple):
 def _tiling(tile_class: TileClass, walk: _Walk) -> Tiling:
     # longest walks first: the short ones fill the last wave
     order = np.argsort(-walk.blocks, kind="stable")
-    walk = walk._replace(blocks=walk.blocks[order], tiles=walk.tiles[order])
+    behind = np.int32([[_count_long(walk.blocks), 0, 0, 0]])
+    walk = walk._replace(blocks=walk.blocks[order], tiles=np.concatenate([walk.tiles[order], behind]))
     tensors = {name: torch.from_numpy(getattr(walk, name)) for name in TENSORS}
     walked = int(walk.blocks.sum() * tile_class.block_m * tile_class.block_n)
     return Tiling(tile_class.block_m, tile_class.block_n, walk.pairs, walked, walk.blocks, **tensors)
+
+
+def _count_long(blocks: np.ndarray) -> int:
+    return int((blocks > 2 * blocks.mean()).sum())
 
 
 def _walk(table: BlockTable, axes: _Axes, start: np.ndarray, rows: np.ndarray, tile_class: TileClass) -> _Walk:
