@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from canvas_kernels import block_attention, configs, launch
+from canvas_kernels import block_attention, configs, launch, steps
 from canvas_kernels.configs import Config
 from canvas_kernels.table import BlockTable, row_scale
 
@@ -387,14 +387,25 @@ def test_row_scales_of_every_sign_have_the_right_gradients(tiles, gained):
     check(table, make_inputs(table, 16, torch.float32), gain=gain, row_scale=row_scale)
 
 
-@pytest.mark.parametrize("name", ["overlap", "replace", "pieces", "tiny"])
+def band_table(n=70) -> BlockTable:
+    """Each row attends to its neighbours, in one segment; the last ten rows to two rows more, in another one."""
+    rows = [(0, 0, 1.0, i, i + 1, max(i - 2, 0), min(i + 3, n)) for i in range(n)]
+    return edge_table(n, [*rows, (1, 1, 0.5, n - 10, n, 0, 2)])
+
+
+@pytest.mark.parametrize("make", [band_table, *(TABLES[name] for name in ("overlap", "replace", "pieces", "tiny"))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
-def test_row_scales_of_an_activity_take_one_launch(name, dtype):
-    table = TABLES[name]()
+def test_row_scales_of_an_activity_take_one_launch(make, dtype):
+    table = make()
     for seed in range(3):
         active = torch.rand(table.n_edges, generator=torch.Generator().manual_seed(seed)) < 0.6
         found = launch.row_scale_of(active.to(dtype).to(DEVICE), table)
         assert torch.allclose(found.cpu(), row_scale_of(table, active), rtol=1e-6, atol=0)
+
+
+def test_rows_of_a_band_share_a_chunk():
+    chunks, _, _ = steps._chunks(band_table(), torch.device("cpu"))
+    assert chunks[:, :2].tolist() == [[0, 60], [60, 70]]
 
 
 def test_a_gain_of_zero_still_has_a_gradient(tiles):
@@ -468,7 +479,7 @@ def test_a_step_neither_waits_for_the_device_nor_escapes_a_captured_graph(name):
     gain = torch.tensor([1.0, -0.5, 2.0], device="cuda") if edge else None
 
     def step():
-        row_scale = row_scale_of(table, active, "cuda") if edge else None
+        row_scale = launch.row_scale_of(active, table) if edge else None
         options = dict(scale=0.1, gain=gain, active=active, row_scale=row_scale)
         out, lse, kept = launch.forward(*inputs[:3], table, **options)
         return out, *launch.backward(inputs[3], *inputs[:3], kept, lse, table, **options, need_gain=edge)[0]
