@@ -211,7 +211,7 @@ def _serve(pipe: Connection, device: str, run: Callable[[Task, str], dict]) -> N
 
 def _unused(table: BlockTable, task: Task, device: str) -> list[str]:
     """Configurations that the table gives no tile: they would pass unseen."""
-    missing, form = [], launch._form(table, task.form == "sigmoid")
+    missing, form = [], configs.form_of(table, task.form == "sigmoid")
     stages = ("forward", "delta", "dq", "dkv") if form == "in_place" else ("forward", "dq", "dkv")
     for stage in stages:
         found = configs.lookup(launch.arch_of(torch.device(device)), task.head_dim, task.dtype, stage, form)

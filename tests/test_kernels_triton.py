@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from canvas_kernels import block_attention, configs, launch
+from canvas_kernels import block_attention, configs, launch, steps
 from canvas_kernels.configs import Config
 from canvas_kernels.table import BlockTable, row_scale
 
@@ -325,6 +325,17 @@ def test_batches_and_heads_find_their_own_rows(tiles, name):
     check(table, make_inputs(table, 16, torch.float32, batch=2, heads=2))
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_long_tiles_of_all_heads_come_first(tiles, joint):
+    tiles("16")
+    rows = [(1.0, 0, 16, 0, 90), *((0.5, start, start + 15, start, start + 9) for start in range(16, 75, 15))]
+    table = joint_table(91, rows) if joint else edge_table(91, [(i, i, *row) for i, row in enumerate(rows)])
+    for transposed in (False, True):
+        (tiling,) = table.device_tilings("cpu", configs.classes(TILES["16"]), transposed)
+        assert transposed or 0 < tiling.n_long < tiling.n_tiles
+    check(table, make_inputs(table, 16, torch.float32, batch=2, heads=3))
+
+
 @pytest.mark.parametrize("name", ["replace", "joint"])
 def test_strides_are_followed(tiles, name):
     """q is a (B, N, H, D) view, k a slice of a wider tensor, v has no unit stride, grad_out is one expanded number."""
@@ -504,6 +515,19 @@ def test_gains_of_every_sign_have_the_right_gradients(tiles, name):
     check(table, make_inputs(table, 16, torch.float32), gain=torch.tensor([1.3, -0.6, 0.0]))
 
 
+def test_gains_of_sixteen_bits_are_read_as_they_are(tiles):
+    tiles("32+16")
+    table = TABLES["replace"]()
+    inputs, gain = make_inputs(table, 16, torch.float32), torch.tensor([1.5, -0.5, 0.25])
+    wanted = expected(table, inputs, 0.3, gain, None, row_scale_of(table))
+    found = computed(table, inputs, 0.3, gain.half(), None, row_scale_of(table))
+    for name in ("out", "dq", "dk", "dv"):
+        assert error(found[name], wanted[name]) <= FLOAT32_BUDGET, name
+    assert (
+        found["dgain"].dtype == torch.float16 and error(found["dgain"], wanted["dgain"]) <= torch.finfo(torch.half).eps
+    )
+
+
 @pytest.mark.parametrize("gained", [False, True])
 def test_row_scales_of_every_sign_have_the_right_gradients(tiles, gained):
     """A row's adding and replacing segments may be scaled by different signs, or not at all."""
@@ -515,14 +539,25 @@ def test_row_scales_of_every_sign_have_the_right_gradients(tiles, gained):
     check(table, make_inputs(table, 16, torch.float32), gain=gain, row_scale=row_scale)
 
 
-@pytest.mark.parametrize("name", ["overlap", "replace", "pieces", "tiny"])
+def band_table(n=70) -> BlockTable:
+    """Each row attends to its neighbours, in one segment; the last ten rows to two rows more, in another one."""
+    rows = [(0, 0, 1.0, i, i + 1, max(i - 2, 0), min(i + 3, n)) for i in range(n)]
+    return edge_table(n, [*rows, (1, 1, 0.5, n - 10, n, 0, 2)])
+
+
+@pytest.mark.parametrize("make", [band_table, *(TABLES[name] for name in ("overlap", "replace", "pieces", "tiny"))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
-def test_row_scales_of_an_activity_take_one_launch(name, dtype):
-    table = TABLES[name]()
+def test_row_scales_of_an_activity_take_one_launch(make, dtype):
+    table = make()
     for seed in range(3):
         active = torch.rand(table.n_edges, generator=torch.Generator().manual_seed(seed)) < 0.6
         found = launch.row_scale_of(active.to(dtype).to(DEVICE), table)
         assert torch.allclose(found.cpu(), row_scale_of(table, active), rtol=1e-6, atol=0)
+
+
+def test_rows_of_a_band_share_a_chunk():
+    chunks, _, _ = steps._chunks(band_table(), torch.device("cpu"))
+    assert chunks[:, :2].tolist() == [[0, 60], [60, 70]]
 
 
 def test_a_gain_of_zero_still_has_a_gradient(tiles):
@@ -596,7 +631,7 @@ def test_a_step_neither_waits_for_the_device_nor_escapes_a_captured_graph(name):
     gain = torch.tensor([1.0, -0.5, 2.0], device="cuda") if edge else None
 
     def step():
-        row_scale = row_scale_of(table, active, "cuda") if edge else None
+        row_scale = launch.row_scale_of(active, table) if edge else None
         options = dict(scale=0.1, gain=gain, active=active, row_scale=row_scale)
         out, lse, kept = launch.forward(*inputs[:3], table, **options)
         return out, *launch.backward(inputs[3], *inputs[:3], kept, lse, table, **options, need_gain=edge)[0]

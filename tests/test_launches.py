@@ -9,108 +9,48 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import cases
+from benchmarks.host import TorchLaunches, inputs, stub_kernels
 from canvas_engineering.attention import canvas_attention
 from canvas_engineering.plan import compile_attention
-from canvas_kernels import index_map, launch, ops, steps, table
+from canvas_kernels import index_map, launch, steps, table
 from canvas_kernels.tiling import Tiling
 
 PASSES = {"forward_kernel", "gather_kernel", "dq_kernel", "dkv_kernel"}
-ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
-OPERATORS = {
-    "attention": ops._attention,
-    "attention_backward": ops._attention_backward,
-    "row_scale": ops._row_scale_now,
-    "apply_map": index_map._apply,
-    "replace_rows": index_map._replace,
-}
-
-
-class Launches(TorchDispatchMode):
-    """Counts torch's operators that launch something, also those inside of the project's own."""
-
-    def __init__(self, counts: Counter) -> None:
-        super().__init__()
-        self.counts = counts
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "canvas_kernels":
-            with self:
-                return OPERATORS[func.overloadpacket.__name__](*args)
-        name = func.overloadpacket.__name__
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not view and name not in ALLOCATIONS and name != "promote_types":
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
 def counts(monkeypatch) -> Counter:
     """Launches by name; no Triton kernel runs."""
-    monkeypatch.setattr(launch, "arch_of", lambda device: "sm_90")
     found = Counter()
-
-    class Stub:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            def call(*args, **options):
-                found[self.name] += 1
-
-            return call
-
-    stub_kernels(monkeypatch, Stub)
+    stub_kernels(lambda name: found.update((name,)), monkeypatch.setattr)
     return found
 
 
-def stub_kernels(monkeypatch, stub):
-    for module in (launch, steps):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, stub(name))
-
-
-def inputs(plan, edge: bool, packed: bool):
-    """q, k, v, gain and the options of a call, and the gradient of its result."""
-    n = plan.n_packed if packed else plan.n_positions
-    q, k, v, grad = torch.randn(4, 2, 2, n, 64)
-    leaves, options = [q, k, v], {"backend": "triton", "packed": packed}
-    if edge:
-        leaves.append(torch.ones(plan.n_connections))
-        options["active"] = torch.ones(plan.n_connections)
-    return [x.requires_grad_() for x in leaves], options, grad
-
-
-def attend(leaves, options, plan):
-    q, k, v, *gain = leaves
-    return canvas_attention(q, k, v, plan, gain=gain[0] if gain else None, **options)
-
-
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("packed", "head_dim"), [(False, 64), (True, 64), (False, 20)])
 @pytest.mark.parametrize("form", ["joint", "edge", "sigmoid"])
-def test_a_call_launches_four_small_kernels_forward_and_six_backward(counts, form, packed):
+def test_a_call_launches_four_small_kernels_forward_and_six_backward(counts, form, packed, head_dim):
     layout, topology = cases.robot()
     plan = compile_attention(layout, topology, normalize="joint" if form == "joint" else "edge")
-    leaves, options, grad = inputs(plan, form != "joint", packed)
+    leaves, options, grad = inputs(plan, form != "joint", packed, head_dim)
     if form == "sigmoid":
         options["activation"] = "sigmoid"
-    attend(leaves, options, plan)  # makes the tables
+    canvas_attention(**leaves, plan=plan, **options)  # makes the tables
     counts.clear()
-    with Launches(counts):
-        out = attend(leaves, options, plan)
+    with TorchLaunches(counts):
+        out = canvas_attention(**leaves, plan=plan, **options)
     forward = Counter(counts)
     counts.clear()
-    with Launches(counts):
-        torch.autograd.grad(out, leaves, grad)
+    with TorchLaunches(counts):
+        torch.autograd.grad(out, list(leaves.values()), grad)
     assert PASSES & forward.keys() and PASSES & counts.keys()
     for found, most in ((forward, 4), (counts, 6)):
         beside = {name: count for name, count in found.items() if name not in PASSES}
         assert sum(beside.values()) <= most, beside
 
 
-def test_kernels_are_launched_on_the_device_of_their_tensors(counts, monkeypatch):
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     current, seen = [0], set()
 
     class Device:
@@ -123,15 +63,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(counts, monkeypatch
         def __exit__(self, *error):
             current[0] = self.before
 
-    class Recorder:
-        def __init__(self, name):
-            pass
-
-        def __getitem__(self, grid):
-            return lambda *args, **options: seen.add(current[0])
-
     monkeypatch.setattr(torch.cuda, "device", Device)
-    stub_kernels(monkeypatch, Recorder)
+    stub_kernels(lambda name: seen.add(current[0]), monkeypatch.setattr)
     # a fake tensor has no address to be aligned
     monkeypatch.setattr(launch, "_vectors", lambda x: x)
     # tables stay where they are: there is no second device to copy them to

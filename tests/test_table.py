@@ -10,6 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from canvas_engineering.attention.windows import LocalAttention
+from canvas_engineering.canvas import CanvasLayout
+from canvas_engineering.connectivity import CanvasTopology, Connection
+from canvas_engineering.plan import compile_attention
+from canvas_kernels import configs
 from canvas_kernels.table import BlockTable, normalise_row_sums, row_scale, row_sums
 from canvas_kernels.tiling import TileClass, build_tilings, cut_tiles
 
@@ -82,7 +87,7 @@ def walked_pairs(tiling, rows):
     """(tile, segment row, tile rows, walked rows) of every block, rows as the pairs that it computes; ``rows`` are the
     table's."""
     masks = tiling.masks.numpy().view(np.uint32)
-    for tile, (_start, length, first, count) in enumerate(tiling.tiles.tolist()):
+    for tile, (_start, length, first, count) in enumerate(tiling.tiles[:-1].tolist()):
         assert 0 < length <= tiling.block_m
         blocks = 0
         for s in range(first, first + count):
@@ -125,7 +130,7 @@ def test_walks_give_every_pair_once(seed, kind, classes):
             assert tiling.weight[s].item() == table.weight[lead]
             pairs += len(queries)
         assert pairs == tiling.pairs <= tiling.walked
-        for start, length, first, count in tiling.tiles.tolist():
+        for start, length, first, count in tiling.tiles[:-1].tolist():
             if kind == "by_slot":
                 assert count == 1
                 start += tiling.segments[first, 4].item()
@@ -192,8 +197,8 @@ def test_small_tiles_are_chosen_by_fill():
         edge=[0] * 65,
     )
     large, small = build_tilings(table, (TileClass(64, 64, 8.0), TileClass(16, 16, 1.0)), False)
-    assert large.tiles[:, 0].tolist() == [0, 64, 128, 192] and large.block_m == 64
-    assert sorted(small.tiles[:, 0].tolist()) == [256, 272, 288, 304] and small.block_m == 16
+    assert large.tiles[:-1, 0].tolist() == [0, 64, 128, 192] and large.block_m == 64
+    assert sorted(small.tiles[:-1, 0].tolist()) == [256, 272, 288, 304] and small.block_m == 16
 
 
 def test_long_ranges_get_tiles_of_their_own():
@@ -224,6 +229,26 @@ def test_a_causal_million_positions_shares_its_lists(others):
     for transposed in (False, True):
         (tiling,) = build_tilings(table, (TileClass(128, 64),), transposed)
         assert tiling.nbytes < 0.02 * 4 * n * 64 * 2
+
+
+WINDOWS = [(1, (2048,), 128), (1, (48, 32), None), (3, (20, 25), (3, 8, 8))]
+
+
+@pytest.mark.parametrize(("frames", "shape", "window"), WINDOWS)
+def test_local_attention_walks_little_more_than_the_blocks_that_hold_its_band(frames, shape, window):
+    box = (0, frames, *(bound for size in shape for bound in (0, size)))
+    layout = CanvasLayout(T=frames, d_model=32, spatial_shape=shape, regions={"video": box})
+    plan = compile_attention(layout, CanvasTopology([Connection("video", "video", fn="local_attention")]))
+    table = LocalAttention(32, window_size=window).chosen(plan).table
+    count = -(-table.n_positions // 64)
+    holds = np.zeros((count, count), bool)
+    for q0, q1, k0, k1 in zip(table.q_start, table.q_stop, table.k_start, table.k_stop):
+        holds[q0 // 64 : (q1 - 1) // 64 + 1, k0 // 64 : (k1 - 1) // 64 + 1] = True
+    for head_dim in (64, 128):
+        for stage, form in (("forward", "edge"), *((stage, "in_place") for stage in ("forward", "delta", "dq", "dkv"))):
+            classes = configs.classes(configs.lookup("sm_90", head_dim, torch.bfloat16, stage, form))
+            tilings = build_tilings(table, classes, stage == "dkv", (stage, form) == ("forward", "edge"))
+            assert sum(tiling.walked for tiling in tilings) <= 1.6 * 64 * 64 * holds.sum(), (head_dim, stage, form)
 
 
 def test_equal_content_has_equal_key_and_is_found_while_alive():

@@ -41,6 +41,14 @@ def stores_segments(table: BlockTable) -> bool:
     return table.form == "edge" and small and table.pairs >= MIN_STORED_KEYS * max(table.n_slots, 1)
 
 
+def form_of(table: BlockTable, sigmoid: bool = False) -> str:
+    """What passes over a table are configured for: "joint"; "edge", or "in_place" where segments are not kept;
+    "sigmoid"."""
+    if sigmoid or table.form == "joint":
+        return "sigmoid" if sigmoid else "joint"
+    return "edge" if stores_segments(table) else "in_place"
+
+
 class Config(NamedTuple):
     """One tile size of one pass, ``block_m`` rows of the tile × ``block_n`` walked rows, and how to compile it."""
 
@@ -160,10 +168,10 @@ _SIXTEEN_BIT = {
     },
 }
 
-# Regions of a few positions: 64-row tiles would be nearly empty. Unbounded, ptxas aims at 168 registers, and some spill.
+# Regions of a few positions: 64-row tiles would be nearly empty. One warp spills.
 _SMALL = {
-    64: Config(16, 16, 1, 2, 255),
-    128: Config(16, 16, 2, 2, 255),  # one warp spills
+    64: Config(16, 16, 2, 2),
+    128: Config(16, 16, 2, 2, 255),  # unbounded, ptxas aims at 168 registers and spills
     256: Config(16, 16, 4, 2),
 }
 

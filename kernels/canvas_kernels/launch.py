@@ -51,7 +51,7 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
     """
     q, k, v = _vectors(q), _vectors(k), _vectors(v)
     batch, heads, n, head_dim = q.shape
-    form = _form(table, sigmoid)
+    form = configs.form_of(table, sigmoid)
     out, lse = _empty(q, n), _empty(q, 0 if sigmoid else table.n_slots, None)
     f = _empty(q, table.n_slots) if form == "edge" else out
     factors = _factors(table, q.device, gain, active, row_scale)
@@ -106,7 +106,7 @@ def backward(
     """
     q, k, v, grad_out = _vectors(q), _vectors(k), _vectors(v), _vectors(grad_out)
     batch, heads, n, head_dim = q.shape
-    form = _form(table, sigmoid)
+    form = configs.form_of(table, sigmoid)
     stored = form in ("joint", "edge")
     kept = kept.contiguous() if stored else lse
     factors = _factors(table, q.device, gain, active, row_scale)
@@ -163,13 +163,6 @@ def backward(
 
 
 # -- what launches are made of -----------------------------------------------------------------------------------------
-
-
-def _form(table: BlockTable, sigmoid: bool) -> str:
-    """What passes are configured for: "joint", "edge", "in_place" (the edge form without kept segments), "sigmoid"."""
-    if sigmoid or table.form == "joint":
-        return "sigmoid" if sigmoid else "joint"
-    return "edge" if configs.stores_segments(table) else "in_place"
 
 
 def _launches(table: BlockTable, q: torch.Tensor, stage: str, form: str):

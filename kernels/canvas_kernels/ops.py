@@ -389,15 +389,11 @@ def _attention(q, k, v, gain, active, row_scale, table, rows, scale, executor, a
     if need_lse and found.form == "edge":
         lse.masked_fill_(_out_of_force(found, active, row_scale, q), math.inf)
     (out,) = _unpacked(rows, _order_of_results(canvas, executor, activation), out)
-    return out, lse, saved, packed if _keeps_packed(rows, keep, executor) else []
-
-
-def _keeps_packed(rows: str, keep: bool, executor: str) -> bool:
-    """Whether backward gets packed rows rather than packing again: in a GPU's memory they would lie twice."""
-    return bool(rows) and keep and executor != TRITON
+    return out, lse, saved, packed if rows and keep else []
 
 
 def _triton(q, k, v, table, rows, activation, need_lse, keep, options):
+    """The operator on Triton. Backward packs rows again: in a GPU's memory they would lie twice."""
     _refuse_triton(q.device.type, q.dtype)
     from . import launch
 
@@ -505,7 +501,7 @@ def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, execut
         # head_dim decides what is kept, so it may not stay symbolic
         saved = q.new_empty(rectangles.saved_size(found, batch * heads, int(q.shape[3])) if keep else 0, dtype=dtype)
     out = empty_in(_order_of_results(q, executor, activation), q.shape, q)
-    if not _keeps_packed(rows, keep, executor):
+    if not (rows and keep) or executor == TRITON:
         return out, lse, saved, []
     shape = (batch, heads, found.n_positions, q.shape[3])
     return out, lse, saved, [empty_in(_order(q), shape, q) for _ in range(3)]

@@ -31,10 +31,19 @@ def partial_width(block_n):
 
 @triton.jit
 def load_tile(tables, n_tiles, n_heads):
-    """This program's batch · head, batch and head (int64); its tile's start, rows, first segment row, segment rows."""
+    """This program's batch · head, batch and head (int64); its tile's start, rows, first segment row, segment rows.
+
+    The longest tiles, as many as the row behind them says, come first, each of all heads, so that none starts when all
+    else ends; the others head by head, whose keys and values stay in L2.
+    """
     program = tl.program_id(0)
-    batch_head = (program // n_tiles).to(tl.int64)
-    tile_ptr = tables[TILES] + (program % n_tiles) * 4
+    batch_heads = tl.num_programs(0) // n_tiles
+    n_long = tl.load(tables[TILES] + n_tiles * 4)
+    n_rest = tl.maximum(n_tiles - n_long, 1)
+    rest = program - n_long * batch_heads
+    tile = tl.where(rest < 0, program // batch_heads, n_long + rest % n_rest)
+    batch_head = tl.where(rest < 0, program % batch_heads, rest // n_rest).to(tl.int64)
+    tile_ptr = tables[TILES] + tile * 4
     return (
         batch_head,
         batch_head // n_heads,

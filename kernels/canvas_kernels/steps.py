@@ -68,8 +68,8 @@ def move_rows_kernel(
     at = (batch_head * n_out + rows)[:, None] * width + dims[None, :]
     for i in tl.static_range(len(sources)):
         base = sources[i] + batch * strides[4 * i] + head * strides[4 * i + 1]
-        source = base + index[:, None] * strides[4 * i + 2] + dims[None, :] * strides[4 * i + 3]
-        tl.store(targets[i] + at, tl.load(source, mask=taken, other=0), mask=written)
+        source_ptrs = base + index[:, None] * strides[4 * i + 2] + dims[None, :] * strides[4 * i + 3]
+        tl.store(targets[i] + at, tl.load(source_ptrs, mask=taken, other=0), mask=written)
 
 
 # -- row scales --------------------------------------------------------------------------------------------------------
@@ -80,12 +80,19 @@ def _chunks(table: BlockTable, device: torch.device) -> tuple[torch.Tensor, torc
     """(chunks, entries, weight): int32 [C, 4] first row, end of rows, first and end of entries, of rows in the same
     segments; int32 [E, 2] edge and class of these segments; float32 [E] their weights."""
     marks, lead, run = table._runs()
-    ptr = np.searchsorted(run, np.arange(len(marks)))
+    ptr, segment = np.searchsorted(run, np.arange(len(marks))), table.segment[lead]
+    # runs that differ in keys only are one, as the rows of a band are
+    size = np.diff(ptr)
+    as_before = (run > 0) & (size[run] == size[run - 1])
+    as_before &= segment == segment[np.maximum(np.arange(len(run)) - size[run], 0)]
+    first = np.bincount(run, as_before, len(size)) != size
+    first |= np.append(True, size[1:] != size[:-1])[: len(size)]
+    marks, ptr, stop_ptr = np.append(marks[:-1][first], marks[-1]), ptr[:-1][first], ptr[1:][first]
     count = -(-np.diff(marks) // SCALED_ROWS)
     owner = np.repeat(np.arange(len(count)), count)
     row = marks[owner] + SCALED_ROWS * (np.arange(len(owner)) - (np.cumsum(count) - count)[owner])
     stop = np.minimum(row + SCALED_ROWS, marks[owner + 1])
-    chunks = np.stack([row, stop, ptr[owner], ptr[owner + 1]], 1)
+    chunks = np.stack([row, stop, ptr[owner], stop_ptr[owner]], 1)
     entries = np.stack([table.edge[lead], table.replace[lead]], 1)
     arrays = (chunks.astype(np.int32), entries.astype(np.int32), table.weight[lead])
     return tuple(to_device(a, device) for a in arrays)

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 TENSORS = ("tiles", "segments", "weight", "full", "partial", "masks")
 
 
+ONE_CLASS = 1 + 1 / 32
+"""How much more a single class of tiles may cost: another one is a launch, with an end of its own."""
+
+
 def partial_width(block_n: int) -> int:
     """Rows of a partial block, a bit each of a mask's word: wide ones would be emptier, and masking takes registers."""
     return min(block_n, 32)
@@ -54,7 +58,12 @@ class Tiling:
 
     @property
     def n_tiles(self) -> int:
-        return self.tiles.shape[0]
+        return len(self.blocks)
+
+    @property
+    def n_long(self) -> int:
+        """Tiles that walk more than twice the mean: they start first, of all heads."""
+        return _count_long(self.blocks)
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +135,7 @@ def _ranges(table: BlockTable):
 def build_tilings(
     table: BlockTable, classes: tuple[TileClass, ...], transposed: bool = False, by_slot: bool = False
 ) -> tuple[Tiling, ...]:
-    """Cuts rows into tiles, each of the class whose blocks cost the least.
+    """Cuts rows into tiles, each of the class whose blocks cost the least; all of one class where that does as well.
 
     Tiles are of query rows that walk keys; of key rows that walk queries if ``transposed``; of the rows of one segment
     each, which walk its keys, if ``by_slot``. ``classes`` go from large to small, each ``block_m`` a multiple of the
@@ -144,7 +153,10 @@ def build_tilings(
         cuts.append((parent, start, np.diff(np.append(start, axes.n))))
         walks.append(_walk(table, axes, *cuts[-1][1:], tile_class))
         costs.append(np.bincount(parent, walks[-1].blocks * tile_class.cost, len(largest)))
-    choice = np.stack(costs).argmin(0)
+    costs = np.stack(costs)
+    choice, total = costs.argmin(0), costs.sum(1)
+    if total.min() <= ONE_CLASS * costs.min(0).sum():
+        choice[:] = total.argmin()
     tilings = []
     for i, tile_class in enumerate(classes):
         parent, start, rows = cuts[i]
@@ -171,10 +183,15 @@ class _Walk(NamedTuple):
 def _tiling(tile_class: TileClass, walk: _Walk) -> Tiling:
     # longest walks first: the short ones fill the last wave
     order = np.argsort(-walk.blocks, kind="stable")
-    walk = walk._replace(blocks=walk.blocks[order], tiles=walk.tiles[order])
+    behind = np.int32([[_count_long(walk.blocks), 0, 0, 0]])
+    walk = walk._replace(blocks=walk.blocks[order], tiles=np.concatenate([walk.tiles[order], behind]))
     tensors = {name: torch.from_numpy(getattr(walk, name)) for name in TENSORS}
     walked = int(walk.blocks.sum() * tile_class.block_m * tile_class.block_n)
     return Tiling(tile_class.block_m, tile_class.block_n, walk.pairs, walked, walk.blocks, **tensors)
+
+
+def _count_long(blocks: np.ndarray) -> int:
+    return int((blocks > 2 * blocks.mean()).sum())
 
 
 def _walk(table: BlockTable, axes: _Axes, start: np.ndarray, rows: np.ndarray, tile_class: TileClass) -> _Walk:

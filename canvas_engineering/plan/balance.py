@@ -1,0 +1,87 @@
+"""How evenly the passes of a plan occupy a GPU's multiprocessors: simulated, from the plan alone."""
+
+from __future__ import annotations
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from canvas_kernels import configs
+from canvas_kernels.table import BlockTable
+
+MULTIPROCESSORS = 132
+ARCHITECTURE = "sm_90"
+"""Those of an H200."""
+FIXED_BLOCKS = 2
+"""What a program takes besides its walk, in blocks: its own rows in and out."""
+
+
+class Balance(NamedTuple):
+    """One launch: its pass and tile, how much of the time multiprocessors are busy, and how much they could be."""
+
+    stage: str
+    block_m: int
+    block_n: int
+    predicted: float
+    possible: float
+
+
+def balance(table: BlockTable, batch_heads: int, head_dim: int, dtype: torch.dtype) -> list[Balance]:
+    """Returns the balance of each launch of the passes over a table: forward, dQ, dK with dV.
+
+    Programs start in the kernels' order, each on the first multiprocessor that has room; a program takes as long as
+    its blocks and :data:`FIXED_BLOCKS` more. With W the work of all programs and S how many run at once, the balance is
+    W / (S · time). No order takes less time than the longest program, and programs that are alike come in whole waves:
+    W / (S · max(longest, waves · mean)) is possible, at most 1; more where unlike ones fill the last wave better.
+
+    Args:
+        table: what is attended to.
+        batch_heads: batch entries times heads.
+        head_dim: of q, k and v.
+        dtype: float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: a head_dim or dtype that the Triton kernels do not take.
+    """
+    found, form = [], configs.form_of(table)
+    for stage in ("forward", "dq", "dkv"):
+        sizes = configs.lookup(ARCHITECTURE, head_dim, dtype, stage, form)
+        config_of = {(config.block_m, config.block_n): config for config in sizes}
+        by_slot = (stage, form) == ("forward", "edge")
+        for tiling in table.device_tilings("cpu", configs.classes(sizes), stage == "dkv", by_slot):
+            config = config_of[tiling.block_m, tiling.block_n]
+            values = simulate(tiling.blocks, tiling.n_long, batch_heads, MULTIPROCESSORS * _resident(config))
+            found.append(Balance(stage, tiling.block_m, tiling.block_n, *values))
+    return found
+
+
+def simulate(blocks: np.ndarray, n_long: int, batch_heads: int, slots: int) -> tuple[float, float]:
+    """Returns (predicted, possible) of a launch of which ``slots`` programs run at once.
+
+    Args:
+        blocks: int64 (tiles,), what each tile walks, the longest first.
+        n_long: tiles that start first, of all heads.
+        batch_heads: batch entries times heads.
+        slots: programs that run at once.
+
+    >>> simulate(np.array([8, 1, 1, 1]), 1, 2, 2)  # programs of 10, 10 and six times 3 on two multiprocessors
+    (1.0, 1.0)
+    """
+    times = blocks + FIXED_BLOCKS
+    programs = np.concatenate([np.repeat(times[:n_long], batch_heads), np.tile(times[n_long:], batch_heads)])
+    work, count = int(programs.sum()), len(programs)
+    busy = [0] * min(slots, count)
+    for time in programs.tolist():
+        heapq.heapreplace(busy, busy[0] + time)
+    predicted = work / (slots * max(busy))
+    waves = -(-count // slots)
+    shortest = max(int(times.max()), waves * work / count)
+    return predicted, max(predicted, min(1.0, work / (slots * shortest)))
+
+
+def _resident(config: configs.Config) -> int:
+    """Programs that a multiprocessor's registers hold, each thread with as many as it may take."""
+    threads = 32 * config.num_warps
+    return max(1, min(65536 // (threads * (config.max_registers or 255)), 2048 // threads, 32))
