@@ -269,6 +269,9 @@ def dkv_kernel(
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
             start, length, mask, bias = kit.load_partial(tables, block + 1, JOINT)
 
+    # asked again: what waits for the end takes registers all along
+    batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, True)
+    in_tile = tl.arange(0, BLOCK_M) < tile_rows
     row = batch_head * n_positions + tile_start
     kit.store_rows(dk_ptr, row, dk * scale, in_tile, HEAD_DIM, BLOCK_D)
     kit.store_rows(dv_ptr, row, dv, in_tile, HEAD_DIM, BLOCK_D)

@@ -30,15 +30,15 @@ def partial_width(block_n):
 
 
 @triton.jit
-def load_tile(tables, n_tiles, n_heads):
+def load_tile(tables, n_tiles, n_heads, AGAIN: tl.constexpr = False):
     """This program's batch · head, batch and head (int64); its tile's start, rows, first segment row, segment rows.
 
     The longest tiles, as many as the row behind them says, come first, each of all heads, so that none starts when all
-    else ends; the others head by head, whose keys and values stay in L2.
+    else ends; the others head by head, whose keys and values stay in L2. AGAIN loads anew what was loaded before.
     """
     program = tl.program_id(0)
     batch_heads = tl.num_programs(0) // n_tiles
-    n_long = tl.load(tables[TILES] + n_tiles * 4)
+    n_long = tl.load(tables[TILES] + n_tiles * 4, volatile=AGAIN)
     n_rest = tl.maximum(n_tiles - n_long, 1)
     rest = program - n_long * batch_heads
     tile = tl.where(rest < 0, program // batch_heads, n_long + rest % n_rest)
@@ -48,8 +48,8 @@ def load_tile(tables, n_tiles, n_heads):
         batch_head,
         batch_head // n_heads,
         batch_head % n_heads,
-        tl.load(tile_ptr),
-        tl.load(tile_ptr + 1),
+        tl.load(tile_ptr, volatile=AGAIN),
+        tl.load(tile_ptr + 1, volatile=AGAIN),
         tl.load(tile_ptr + 2),
         tl.load(tile_ptr + 3),
     )
