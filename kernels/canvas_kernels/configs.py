@@ -1,10 +1,7 @@
 """Tile sizes, as data: per architecture, padded head dimension, element size and pass. Imports no triton.
 
-The comments give registers, and in brackets the programs that fit a multiprocessor, as ``make aot`` measures them with
-Triton 3.9 in bfloat16; up to head_dim 128 nothing spills. The rule behind the choices: a dot needs 64 rows for wgmma;
-the edge form holds two accumulators and takes the smaller tile; a pass that fits 128 registers at 8 warps or 168 at 4
-is held there by ``max_registers``, since one more resident program hides more latency than the last registers do. Which
-class a tile takes follows fill: the blocks it walks times :attr:`Config.cost`, constants on every device.
+The comments give registers on Triton 3.6.0 in bfloat16, and in brackets the programs that fit a multiprocessor. The
+rule behind the choices: 4 warps take 64 rows and 8 take 128, each warp 16, or everything is computed twice.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
     q, k, v = _vectors(q), _vectors(k), _vectors(v)
     batch, heads, n, head_dim = q.shape
     form = configs.form_of(table, sigmoid)
-    out, lse = _empty(q, n), _empty(q, 0 if sigmoid else table.n_slots, None)
-    f = _empty(q, table.n_slots) if form == "edge" else out
+    out, lse = _empty(q, n, head_dim), _empty(q, 0 if sigmoid else table.n_slots)
+    f = _empty(q, table.n_slots, head_dim) if form == "edge" else out
     factors = _factors(table, q.device, gain, active, row_scale)
     for config, tiling, tables in _launches(table, q, "forward", form):
         forward_kernel[(tiling.n_tiles * batch * heads,)](
@@ -110,9 +110,9 @@ def backward(
     stored = form in ("joint", "edge")
     kept = kept.contiguous() if stored else lse
     factors = _factors(table, q.device, gain, active, row_scale)
-    delta = _empty(q, table.n_slots if need_gain or not sigmoid else 0, None)
+    delta = _empty(q, table.n_slots if need_gain or not sigmoid else 0)
     lse2 = torch.empty_like(lse) if form in ("edge", "in_place") else lse
-    dq, dk, dv = (_empty(q, n) for _ in range(3))
+    dq, dk, dv = (_empty(q, n, head_dim) for _ in range(3))
     common = (heads, n, table.n_slots, scale, scale * LOG2E)
     strides = _strides(q, k, v, grad_out)
     flags = {"JOINT": form == "joint", "SIGMOID": sigmoid}
@@ -188,11 +188,9 @@ def _factors(table: BlockTable, device, gain, active, row_scale) -> tuple[torch.
     return tuple([x.detach().contiguous() for x in given])
 
 
-def _empty(q: torch.Tensor, rows: int, head_dim: int | None = -1) -> torch.Tensor:
-    """(B, H, rows, D) of q's dtype, or (B, H, rows) float32 without a ``head_dim``."""
-    if head_dim is None:
-        return torch.empty((*q.shape[:2], rows), dtype=torch.float32, device=q.device)
-    return torch.empty((*q.shape[:2], rows, q.shape[3]), dtype=q.dtype, device=q.device)
+def _empty(q: torch.Tensor, rows: int, *dim: int) -> torch.Tensor:
+    """(B, H, rows, dim) of q's dtype, or (B, H, rows) float32."""
+    return torch.empty((*q.shape[:2], rows, *dim), dtype=q.dtype if dim else torch.float32, device=q.device)
 
 
 def _vectors(x: torch.Tensor) -> torch.Tensor:

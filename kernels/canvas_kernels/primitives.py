@@ -205,9 +205,9 @@ def load_result(base_ptr, row, in_range, HEAD_DIM: tl.constexpr, BLOCK: tl.const
 @triton.jit
 def store_rows(base_ptr, row, tile, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Writes a [BLOCK, BLOCK_D] float32 tile in the output's dtype, to a contiguous tensor from ``row`` on."""
-    ptrs = result_ptrs(base_ptr, row, HEAD_DIM, tile.shape[0], BLOCK_D)
+    out_ptrs = result_ptrs(base_ptr, row, HEAD_DIM, tile.shape[0], BLOCK_D)
     mask = in_range[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    tl.store(ptrs, tile.to(base_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, tile.to(base_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -116,7 +116,8 @@ class _Axes(NamedTuple):
 
     @classmethod
     def of(cls, table: BlockTable, transposed: bool, by_slot: bool) -> _Axes:
-        queries, keys = ([x.astype(np.int64) for x in pair] for pair in _ranges(table))
+        arrays = (table.q_start, table.q_stop), (table.k_start, table.k_stop)
+        queries, keys = ([x.astype(np.int64) for x in pair] for pair in arrays)
         span = table.slot - queries[0]
         if transposed:
             return cls(table.n_positions, *keys, *queries, span, np.zeros_like(span), span[:0])
@@ -126,10 +127,6 @@ class _Axes(NamedTuple):
         # rectangles lie by segment and first query: a range begins where the span or the segment changes
         fresh = np.append(True, (span[1:] != span[:-1]) | (table.segment[1:] != table.segment[:-1]))[: len(span)]
         return cls(table.n_slots, start, stop, *keys, span, -span, start[fresh])
-
-
-def _ranges(table: BlockTable):
-    return (table.q_start, table.q_stop), (table.k_start, table.k_stop)
 
 
 def build_tilings(
@@ -152,7 +149,7 @@ def build_tilings(
         start = largest[parent] + number * tile_class.block_m
         cuts.append((parent, start, np.diff(np.append(start, axes.n))))
         walks.append(_walk(table, axes, *cuts[-1][1:], tile_class))
-        costs.append(np.bincount(parent, walks[-1].blocks * tile_class.cost, len(largest)))
+        costs.append(np.bincount(parent, walks[-1]["blocks"] * tile_class.cost, len(largest)))
     costs = np.stack(costs)
     choice, total = costs.argmin(0), costs.sum(1)
     if total.min() <= ONE_CLASS * costs.min(0).sum():
@@ -167,35 +164,22 @@ def build_tilings(
     return tuple(tilings)
 
 
-class _Walk(NamedTuple):
-    """What tiles walk: the tensors of a :class:`Tiling` as arrays, in order of the tiles."""
-
-    pairs: int
-    blocks: np.ndarray
-    tiles: np.ndarray
-    segments: np.ndarray
-    weight: np.ndarray
-    full: np.ndarray
-    partial: np.ndarray
-    masks: np.ndarray
-
-
-def _tiling(tile_class: TileClass, walk: _Walk) -> Tiling:
+def _tiling(tile_class: TileClass, walk: dict) -> Tiling:
     # longest walks first: the short ones fill the last wave
-    order = np.argsort(-walk.blocks, kind="stable")
-    behind = np.int32([[_count_long(walk.blocks), 0, 0, 0]])
-    walk = walk._replace(blocks=walk.blocks[order], tiles=np.concatenate([walk.tiles[order], behind]))
-    tensors = {name: torch.from_numpy(getattr(walk, name)) for name in TENSORS}
-    walked = int(walk.blocks.sum() * tile_class.block_m * tile_class.block_n)
-    return Tiling(tile_class.block_m, tile_class.block_n, walk.pairs, walked, walk.blocks, **tensors)
+    order = np.argsort(-walk["blocks"], kind="stable")
+    blocks, behind = walk["blocks"][order], np.int32([[_count_long(walk["blocks"]), 0, 0, 0]])
+    walk = walk | {"tiles": np.concatenate([walk["tiles"][order], behind])}
+    walked = int(blocks.sum() * tile_class.block_m * tile_class.block_n)
+    tensors = {name: torch.from_numpy(walk[name]) for name in TENSORS}
+    return Tiling(tile_class.block_m, tile_class.block_n, walk["pairs"], walked, blocks, **tensors)
 
 
 def _count_long(blocks: np.ndarray) -> int:
     return int((blocks > 2 * blocks.mean()).sum())
 
 
-def _walk(table: BlockTable, axes: _Axes, start: np.ndarray, rows: np.ndarray, tile_class: TileClass) -> _Walk:
-    """The walk of tiles of ``rows`` rows each that begin at ``start``, ascending and disjoint."""
+def _walk(table: BlockTable, axes: _Axes, start: np.ndarray, rows: np.ndarray, tile_class: TileClass) -> dict:
+    """What tiles of ``rows`` rows from ``start``, ascending and disjoint, walk: a Tiling's fields as arrays."""
     block_n, joint = tile_class.block_n, table.form == "joint"
     width = partial_width(block_n)
     first = np.searchsorted(start + rows, axes.start, "right")
@@ -211,6 +195,7 @@ def _walk(table: BlockTable, axes: _Axes, start: np.ndarray, rows: np.ndarray, t
     owner = np.arange(len(start)) if joint else tile[lead]
     unit = np.cumsum(_changes(segment, table.weight[r])) - 1
     walk_start, walk_stop = axes.walk_start[r], axes.walk_stop[r]
+    # of rectangles as high as the tile their full blocks
     whole = np.where((low == 0) & (high == rows[tile]), (walk_stop - walk_start) // block_n, 0)
     rest = walk_start + whole * block_n
     ragged = (rest < walk_stop).nonzero()[0]
@@ -221,8 +206,7 @@ def _walk(table: BlockTable, axes: _Axes, start: np.ndarray, rows: np.ndarray, t
     left = np.ones(len(of_block), bool)
     left[first_of[:, None] + np.arange(block_n // width)] = False
     bias = np.log2(table.weight[r]) if joint else np.zeros(len(r), np.float32)
-    runs = whole.nonzero()[0]
-    more = of_block[first_of]
+    runs, more = whole.nonzero()[0], of_block[first_of]
     full, first_full, n_full = _full_lists(
         np.append(segment[runs], segment[more]),
         np.append(walk_start[runs], part.start[first_of]),
@@ -233,8 +217,8 @@ def _walk(table: BlockTable, axes: _Axes, start: np.ndarray, rows: np.ndarray, t
     )
     masks, number = _masks(part, left, tile_class)
     of_left = of_block[left]
-    partial = np.zeros((len(of_left) + 1, 4), np.int32)
-    partial[:-1] = np.stack([part.start[left], part.rows[left], number, _bits(bias[of_left])], 1)
+    entries = np.stack([part.start[left], part.rows[left], number, _bits(bias[of_left])], 1).astype(np.int32)
+    partial = np.concatenate([entries, np.zeros((1, 4), np.int32)])
     n_partial = np.bincount(segment[of_left], minlength=len(owner))
     segments = np.zeros((len(owner), 8), np.int32)
     segments[:, 0], segments[:, 1] = first_full, n_full
@@ -254,7 +238,8 @@ def _walk(table: BlockTable, axes: _Axes, start: np.ndarray, rows: np.ndarray, t
     tiles = np.stack([start + shift, rows, np.cumsum(count) - count, count], 1).astype(np.int32)
     blocks = np.bincount(owner, n_full + n_partial * width / block_n, len(start))
     pairs = int((high - low) @ (walk_stop - walk_start))
-    return _Walk(pairs, blocks, tiles, segments, weight, full, partial, masks)
+    walk = {"pairs": pairs, "blocks": blocks, "tiles": tiles, "segments": segments, "weight": weight}
+    return walk | {"full": full, "partial": partial, "masks": masks}
 
 
 def _changes(*columns: np.ndarray) -> np.ndarray:
