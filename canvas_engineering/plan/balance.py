@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from canvas_kernels import configs
+from canvas_kernels.configs import Config, classes, form_of, lookup
 from canvas_kernels.table import BlockTable
 
 MULTIPROCESSORS = 132
@@ -44,13 +44,13 @@ def balance(table: BlockTable, batch_heads: int, head_dim: int, dtype: torch.dty
     Raises:
         ValueError: a head_dim or dtype that the Triton kernels do not take.
     """
-    found, form = [], configs.form_of(table)
+    found, form = [], form_of(table)
     for stage in ("forward", "dq", "dkv"):
-        sizes = configs.lookup(ARCHITECTURE, head_dim, dtype, stage, form)
+        sizes = lookup(ARCHITECTURE, head_dim, dtype, stage, form)
         config_of = {(config.block_m, config.block_n): config for config in sizes}
         by_slot = (stage, form) == ("forward", "edge")
         times = np.zeros(3)
-        for tiling in table.device_tilings("cpu", configs.classes(sizes), stage == "dkv", by_slot):
+        for tiling in table.device_tilings("cpu", classes(sizes), stage == "dkv", by_slot):
             config = config_of[tiling.block_m, tiling.block_n]
             slots = MULTIPROCESSORS * _resident(config)
             times += config.cost * np.array(simulate(tiling.blocks, tiling.n_long, batch_heads, slots))
@@ -83,7 +83,7 @@ def simulate(blocks: np.ndarray, n_long: int, batch_heads: int, slots: int) -> t
     return ideal, float(max(busy)), max(ideal, float(times.max()), waves * work / count)
 
 
-def _resident(config: configs.Config) -> int:
+def _resident(config: Config) -> int:
     """Programs that a multiprocessor's registers hold, each thread with as many as it may take."""
     threads = 32 * config.num_warps
     return max(1, min(65536 // (threads * (config.max_registers or 255)), 2048 // threads, 32))
