@@ -27,7 +27,7 @@ frames: t → t-1 asks at each frame and reads the frame before; all is every fr
 between frames: what is read where the region that answers has no frame at that time
 read: one softmax of some positions over some others; rectangle: a block of the table that attention runs from
 density: share of all pairs of positions that is computed; tile fill: how full the tiles of pairs are that a GPU walks
-balance: share of the time in which a GPU's multiprocessors work, by pass and tile, and what whole tiles could give
+balance: share of a pass's time in which a GPU's multiprocessors work, and what whole tiles could give
 log-sum-exp slots: numbers that each head keeps for the backward pass
 in the picture: down, positions that ask; across, positions that are read; the darker, the more pairs are computed
 """
@@ -95,8 +95,7 @@ def call_in_words(plan, batch: int, heads: int, head_dim: int, dtype: str) -> st
 
 
 def balance_in_words(plan, batch: int, heads: int, head_dim: int, dtype: str) -> str:
-    """How evenly the launches of each pass occupy an H200, and how evenly they could; empty where no kernel is built
-    for it."""
+    """How evenly each pass occupies an H200, and how evenly it could; empty where no kernel is built for it."""
     import torch
 
     from canvas_engineering.plan.balance import MULTIPROCESSORS, balance
@@ -106,8 +105,8 @@ def balance_in_words(plan, batch: int, heads: int, head_dim: int, dtype: str) ->
     except ValueError:
         return ""
     names = {"forward": "forward", "dq": "dQ", "dkv": "dK and dV"}
-    launches = (f"{names[b.stage]} {b.block_m} × {b.block_n} {b.predicted:.2f} of {b.possible:.2f}" for b in found)
-    return f"balance of {MULTIPROCESSORS} multiprocessors, predicted of possible: {', '.join(launches)}"
+    passes = ", ".join(f"{names[b.stage]} {b.predicted:.2f} of {b.possible:.2f}" for b in found)
+    return f"balance on {MULTIPROCESSORS} multiprocessors, predicted of possible: {passes}"
 
 
 def _say_what_is_left_out(table, total: int) -> None:

@@ -23,16 +23,21 @@ def test_every_long_case_is_as_balanced_as_whole_tiles_can_be(form):
         for found in balance(table, case.batch * case.heads, case.head_dim, torch.bfloat16):
             assert found.predicted >= found.possible - 0.02, (case.name, found)
             checked += 1
-    assert checked > 80
+    assert checked > 50
 
 
 def test_long_tiles_of_all_heads_start_first():
     """528 steps of work for 16 multiprocessors: head by head, the last head's long tile ends after 45 of them."""
     blocks = np.array([22, *[1] * 36])
-    assert simulate(blocks, 0, 4, 16)[0] == pytest.approx(528 / (16 * 45))
-    predicted, possible = simulate(blocks, 1, 4, 16)
-    assert predicted == possible == 1.0
+    assert simulate(blocks, 0, 4, 16)[:2] == (33, 45)
+    assert simulate(blocks, 1, 4, 16)[:2] == (33, 33)
 
 
 def test_few_programs_leave_multiprocessors_idle():
-    assert simulate(np.array([8, 8]), 0, 1, 4) == (0.5, 0.5)
+    assert simulate(np.array([8, 8]), 0, 1, 4) == (5, 10, 10)
+
+
+def test_a_kernel_that_is_not_built_has_no_balance():
+    table = Problem(cases.TOY[0]).plan("joint").table
+    with pytest.raises(ValueError, match="512"):
+        balance(table, 1, 512, torch.bfloat16)

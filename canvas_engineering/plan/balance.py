@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from canvas_kernels import configs
+from canvas_kernels.configs import Config, classes, form_of, lookup
 from canvas_kernels.table import BlockTable
 
 MULTIPROCESSORS = 132
@@ -19,22 +19,21 @@ FIXED_BLOCKS = 2
 
 
 class Balance(NamedTuple):
-    """One launch: its pass and tile, how much of the time multiprocessors are busy, and how much they could be."""
+    """How much of a pass's time multiprocessors are busy, and how much of it they could be."""
 
     stage: str
-    block_m: int
-    block_n: int
     predicted: float
     possible: float
 
 
 def balance(table: BlockTable, batch_heads: int, head_dim: int, dtype: torch.dtype) -> list[Balance]:
-    """Returns the balance of each launch of the passes over a table: forward, dQ, dK with dV.
+    """Returns the balance of the passes over a table: forward, dQ, dK with dV.
 
     Programs start in the kernels' order, each on the first multiprocessor that has room; a program takes as long as
     its blocks and :data:`FIXED_BLOCKS` more. With W the work of all programs and S how many run at once, the balance is
     W / (S · time). No order takes less time than the longest program, and programs that are alike come in whole waves:
-    W / (S · max(longest, waves · mean)) is possible, at most 1; more where unlike ones fill the last wave better.
+    W / (S · max(longest, waves · mean)) is possible, at most 1; more where unlike ones fill the last wave better. A
+    pass's launches, one for each size of tile, follow each other.
 
     Args:
         table: what is attended to.
@@ -45,20 +44,25 @@ def balance(table: BlockTable, batch_heads: int, head_dim: int, dtype: torch.dty
     Raises:
         ValueError: a head_dim or dtype that the Triton kernels do not take.
     """
-    found, form = [], configs.form_of(table)
+    found, form = [], form_of(table)
     for stage in ("forward", "dq", "dkv"):
-        sizes = configs.lookup(ARCHITECTURE, head_dim, dtype, stage, form)
+        sizes = lookup(ARCHITECTURE, head_dim, dtype, stage, form)
         config_of = {(config.block_m, config.block_n): config for config in sizes}
         by_slot = (stage, form) == ("forward", "edge")
-        for tiling in table.device_tilings("cpu", configs.classes(sizes), stage == "dkv", by_slot):
+        times = np.zeros(3)
+        for tiling in table.device_tilings("cpu", classes(sizes), stage == "dkv", by_slot):
             config = config_of[tiling.block_m, tiling.block_n]
-            values = simulate(tiling.blocks, tiling.n_long, batch_heads, MULTIPROCESSORS * _resident(config))
-            found.append(Balance(stage, tiling.block_m, tiling.block_n, *values))
+            slots = MULTIPROCESSORS * _resident(config)
+            times += config.cost * np.array(simulate(tiling.blocks, tiling.n_long, batch_heads, slots))
+        if times[0]:
+            ideal, predicted, least = times.tolist()
+            found.append(Balance(stage, ideal / predicted, ideal / min(least, predicted)))
     return found
 
 
-def simulate(blocks: np.ndarray, n_long: int, batch_heads: int, slots: int) -> tuple[float, float]:
-    """Returns (predicted, possible) of a launch of which ``slots`` programs run at once.
+def simulate(blocks: np.ndarray, n_long: int, batch_heads: int, slots: int) -> tuple[float, float, float]:
+    """Returns (ideal, predicted, least) time of a launch: its work spread evenly, in the kernels' order, and the longer
+    of the longest program and whole waves of the mean one.
 
     Args:
         blocks: int64 (tiles,), what each tile walks, the longest first.
@@ -67,7 +71,7 @@ def simulate(blocks: np.ndarray, n_long: int, batch_heads: int, slots: int) -> t
         slots: programs that run at once.
 
     >>> simulate(np.array([8, 1, 1, 1]), 1, 2, 2)  # programs of 10, 10 and six times 3 on two multiprocessors
-    (1.0, 1.0)
+    (19.0, 19.0, 19.0)
     """
     times = blocks + FIXED_BLOCKS
     programs = np.concatenate([np.repeat(times[:n_long], batch_heads), np.tile(times[n_long:], batch_heads)])
@@ -75,13 +79,11 @@ def simulate(blocks: np.ndarray, n_long: int, batch_heads: int, slots: int) -> t
     busy = [0] * min(slots, count)
     for time in programs.tolist():
         heapq.heapreplace(busy, busy[0] + time)
-    predicted = work / (slots * max(busy))
-    waves = -(-count // slots)
-    shortest = max(int(times.max()), waves * work / count)
-    return predicted, max(predicted, min(1.0, work / (slots * shortest)))
+    ideal, waves = work / slots, -(-count // slots)
+    return ideal, float(max(busy)), max(ideal, float(times.max()), waves * work / count)
 
 
-def _resident(config: configs.Config) -> int:
+def _resident(config: Config) -> int:
     """Programs that a multiprocessor's registers hold, each thread with as many as it may take."""
     threads = 32 * config.num_warps
     return max(1, min(65536 // (threads * (config.max_registers or 255)), 2048 // threads, 32))
