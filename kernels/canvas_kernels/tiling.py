@@ -221,8 +221,7 @@ def _walk(table: BlockTable, axes: _Axes, start: np.ndarray, rows: np.ndarray, t
     partial = np.concatenate([entries, np.zeros((1, 4), np.int32)])
     n_partial = np.bincount(segment[of_left], minlength=len(owner))
     segments = np.zeros((len(owner), 8), np.int32)
-    segments[:, 0], segments[:, 1] = first_full, n_full
-    segments[:, 2], segments[:, 3] = np.cumsum(n_partial) - n_partial, n_partial
+    segments[:, :4] = np.stack([first_full, n_full, np.cumsum(n_partial) - n_partial, n_partial], 1)
     weight = np.ones(len(owner), np.float32)
     if joint:
         segments[:, 5] = rows << 16
