@@ -33,11 +33,11 @@ in the picture: down, positions that ask; across, positions that are read; the d
 
 
 def load_schema(path: Path):
-    """The :class:`~canvas_engineering.schema.CanvasSchema` in a JSON file; ValueError that names the file otherwise."""
-    from canvas_engineering.schema import CanvasSchema
+    """The schema in a JSON file, or of the program in it; ValueError that names the file otherwise."""
+    from canvas_engineering.program import CanvasProgram
 
     try:
-        return CanvasSchema.from_json(path)
+        return CanvasProgram.from_json(path).schema
     except OSError as cause:
         raise ValueError(f"{path}: {cause.strerror}") from cause
     except (ValueError, KeyError, TypeError) as cause:

@@ -176,11 +176,11 @@ class CanvasSchema:
         """The schema of a dict as `to_dict` gives it, or as earlier releases wrote it: with a layout of ``H`` and
         ``W``, or with ``version`` in the place of ``schema_version``.
 
-        The entries of a program are left to :class:`CanvasProgram`, with a UserWarning where they say something. Other
-        fields at the top level become metadata, with one that names them, and the entry that was probably meant.
+        Fields at the top level that no release knows become metadata, with a UserWarning that names them, and the
+        entry that was probably meant.
 
         Raises:
-            ValueError: something is missing, unknown or wrong; the message names the entry.
+            ValueError: something is missing, unknown or wrong, or the dict is a program's; the message names the entry.
         """
         if not isinstance(d, dict) or not isinstance(d.get("layout"), dict):
             raise ValueError(f"a schema must be a dict with a 'layout', got {shown(d)}")
@@ -211,9 +211,9 @@ class CanvasSchema:
             version=_version(d),
             metadata=_metadata(d),
         )
-        left = [name for name in PROGRAM_ENTRIES[1:] if d.get(name)]
-        if left:
-            warn(f"a program is read as a schema, without its {some(left)}: CanvasProgram reads all of it")
+        of_program = [name for name in PROGRAM_ENTRIES[1:] if d.get(name)]
+        if of_program:
+            raise ValueError(f"a schema has no {some(of_program)}: this is a program, which CanvasProgram reads")
         return schema
 
     def to_json(self, path: str | Path) -> None:

@@ -44,8 +44,10 @@ def test_files_of_earlier_releases_load(tmp_path):
     programs = {"program_version": "2.0.0", "region_programs": {"a": {"family": "memory"}}}
     path.write_text(json.dumps(old_form(**programs)))
     assert ce.CanvasProgram.from_json(path) == ce.CanvasProgram(schema, {"a": ce.RegionProgram("memory")})
-    with pytest.warns(UserWarning, match="a program is read as a schema, without its region_programs"):
-        assert ce.CanvasSchema.from_json(path) == schema
+    with pytest.raises(ValueError, match=r"old\.json.* no region_programs: .*CanvasProgram"):
+        ce.CanvasSchema.from_json(path)
+    path.write_text(json.dumps(old_form(program_version="2.0.0", region_programs={}, connection_programs={})))
+    assert ce.CanvasSchema.from_json(path) == schema
 
 
 def test_the_version_has_an_old_name():

@@ -12,7 +12,16 @@ pytest.importorskip("rich", reason="the command line prints with rich")
 
 from typer.testing import CliRunner
 
-from canvas_engineering import CanvasLayout, CanvasSchema, CanvasTopology, Connection, RegionSpec, draw
+from canvas_engineering import (
+    CanvasLayout,
+    CanvasProgram,
+    CanvasSchema,
+    CanvasTopology,
+    Connection,
+    RegionProgram,
+    RegionSpec,
+    draw,
+)
 from canvas_engineering.__main__ import KEY, MAX_ROWS, build_app, connection_table, load_schema, main, region_table
 from canvas_engineering.plan import compile_attention
 
@@ -171,6 +180,12 @@ def test_a_file_that_is_no_schema_is_named(tmp_path, content, message):
         load_schema(path)
     done = run("inspect", path)
     assert done.exit_code == 2 and done.stderr.count("broken.json") == 1 and len(done.stderr.splitlines()) == 1
+
+
+def test_a_program_is_shown_by_its_schema(schema, path, tmp_path):
+    CanvasProgram(schema, {"cam": RegionProgram("observation")}).to_json(tmp_path / "program.json")
+    shown, plain = (run("inspect", file) for file in (tmp_path / "program.json", path))
+    assert shown.exit_code == 0 and shown.stdout.splitlines()[1:] == plain.stdout.splitlines()[1:]
 
 
 def test_bench_starts_the_suite_with_its_options(monkeypatch):
