@@ -52,8 +52,8 @@ class CompiledProgram:
         dropped_connections: the connections that no longer run. Their src regions lose what these read.
         untouched_regions: regions to freeze, to make constant or to export to which nothing of the module belongs
             alone.
-        shared_tensors: name of each tensor of the module that such a region shares with regions of another compile
-            mode, to all of these, sorted; it is left as it is.
+        shared_tensors: name of each tensor of the module that such a region shares with others, to all of these,
+            sorted; it is left as it is.
     """
 
     schema: CanvasSchema
@@ -146,10 +146,10 @@ class ProgramCompiler:
         What belongs to a region: its slot bank; its modality embedding; modules and parameters of its name, with ``.``
         as ``__`` and brackets as ``_`` (``heads.arm__joints``) or nested as types are (``arm.joints``, which is then
         not part of ``arm``); and what ``region_parameters(region)`` of a module in ``module`` lists, as Parameters, or
-        by dotted name. Gates of connections that a region queries, and rows of embedding tables, belong to it too, but
-        share one tensor: where all regions in it have the same mode that is done to the tensor; else it is left as it
-        is, with a warning that names it. Attention functions belong to no region. A region to which nothing belongs
-        gets a warning.
+        by dotted name. Gates of connections that a region queries, and rows of embedding tables, belong to it too. A
+        tensor that several regions share, as gates and tables are, is left as it is and stays trainable, whatever
+        their modes, with a warning that names it. Attention functions belong to no region. A region to which nothing
+        belongs alone gets a warning.
 
         Constant and exported regions leave the schema: their positions pass through, and regions that read them lose
         these connections. Their steps are the whole program's on the surviving regions only where none did.
@@ -239,10 +239,7 @@ class ProgramCompiler:
                 "region under its name, as in self.camera, and by region_parameters(region) of a module that holds it"
             )
         if compiled.shared_tensors:
-            warn(
-                "tensors that regions of different compile modes share are left as they are: "
-                f"{some(compiled._shared())}"
-            )
+            warn(f"tensors that several regions share are left as they are: {some(compiled._shared())}")
         for region in exported:
             tensors, submodules = _state_of(module, owned[region]), owned[region].submodules
             compiled.exported_paths[region] = _export(export_dir, region, tensors, submodules, self.program.version)

@@ -15,7 +15,7 @@ from canvas_engineering.canvas.tensor import parameter_key
 
 @dataclass
 class RegionParameters:
-    """What of a module belongs to one region and to no other that is to be treated otherwise.
+    """What of a module belongs to one region and to no other.
 
     Attributes:
         parameters: by dotted name; a parameter that the module holds twice may be there twice.
@@ -29,7 +29,7 @@ class RegionParameters:
 
 
 def parameters_by_region(
-    module: nn.Module, modes: Mapping[str, str]
+    module: nn.Module, regions: Iterable[str]
 ) -> tuple[dict[str, RegionParameters], dict[str, tuple[str, ...]]]:
     """Sorts a module's tensors by region.
 
@@ -39,17 +39,18 @@ def parameters_by_region(
 
     Args:
         module: any module.
-        modes: region to what becomes of it. A tensor of several regions is theirs where their modes are the same.
+        regions: names of the regions to sort by.
 
     Returns:
-        what belongs to each region; and, by name, the regions of each tensor whose regions have different modes.
+        what belongs to each region; and, by name, the regions of each tensor that several regions share.
 
     Raises:
         ValueError: ``region_parameters`` lists what its module does not have.
     """
     modules = dict(module.named_modules(remove_duplicate=False))
-    spelled = _Spellings(modes)
-    listed = _listed(modules, modes)
+    names = tuple(regions)
+    spelled = _Spellings(names)
+    listed = _listed(modules, names)
     parameters, saved = dict(module.named_parameters(remove_duplicate=False)), module.state_dict(keep_vars=True)
     owners: dict[str, dict[str, str]] = {}  # name of a tensor: region to the submodule in which it has the tensor
     for name, tensor in (*parameters.items(), *module.named_buffers(remove_duplicate=False)):
@@ -61,13 +62,13 @@ def parameters_by_region(
     of_tensor: dict[int, dict[str, None]] = {}
     for name, tensor in parameters.items():
         of_tensor.setdefault(id(tensor), {}).update(dict.fromkeys(owners[name]))
-    own, shared = {region: RegionParameters() for region in modes}, {}
+    own, shared = {region: RegionParameters() for region in names}, {}
     for name, found in owners.items():
-        regions = of_tensor[id(parameters[name])] if name in parameters else found
-        if len({modes.get(region, "runtime") for region in regions}) > 1:
-            shared[name] = tuple(sorted(regions))
+        sharing = of_tensor[id(parameters[name])] if name in parameters else found
+        if len(sharing) > 1:
+            shared[name] = tuple(sorted(sharing))
             continue
-        for region in filter(modes.__contains__, regions):
+        for region in filter(own.__contains__, sharing):
             submodule = found.get(region, name.rpartition(".")[0])
             if submodule not in own[region].submodules:
                 own[region].submodules.append(submodule)
