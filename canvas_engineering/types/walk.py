@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from canvas_engineering.checked import DEEPEST, shown
-from canvas_engineering.types.declare import Field
+from canvas_engineering.types.declare import Field, UndeclaredPeriod
 
 # Values that declare nothing. Everything else may be a plain object with Fields among its attributes.
 _OPAQUE = (
@@ -218,7 +218,7 @@ class _Walker:
 def _coarse_field(node: TypeNode, template: Field | None) -> Field:
     template = template or Field()
     period = template.period
-    if period == 1 and node.positions:  # none was declared
+    if isinstance(period, UndeclaredPeriod) and node.positions:
         period = max(1, round(node.period_sum / node.positions))
     semantic_type = f"coarse: {node.path}" if template.semantic_type is None else template.semantic_type
     return dataclasses.replace(template, period=period, semantic_type=semantic_type)
