@@ -46,8 +46,9 @@ class CompiledProgram:
         constant_buffers: name to the buffer that took the parameter's place.
         exported_paths: region to its file of tensors, for `load_exported`. Its name carries its checksum: exporting
             the region again makes another file and removes this one.
-        program: the program on ``schema``: what a dispatcher is to be built of. A checkpoint of the whole model goes
-            into it through ``canvas_engineering.dispatch.surviving_state``.
+        program: the program on ``schema``: what a dispatcher is to be built of. The whole model's dispatchers and
+            canvases go into it through ``canvas_engineering.dispatch.surviving_state``; schedulers and accumulators of
+            fewer regions start anew.
         gates: of all connections of the whole program that write by "gate", in declaration order, whether they survive.
         dropped_connections: the connections that no longer run. Their src regions lose what these read.
         untouched_regions: regions to freeze, to make constant or to export to which nothing of the module belongs
@@ -84,7 +85,7 @@ class CompiledProgram:
             f"CompiledProgram: {len(self.active_regions)} of {len(self.all_regions)} regions and "
             f"{n_running} of {n_running + n_dropped} connections active"
         ]
-        readable = self.constant_regions & self.active_regions
+        readable = self.constant_regions & {connection.dst for connection in self.active_connections}
         modes = {
             **dict.fromkeys(self.frozen_regions, "freeze"),
             **dict.fromkeys(self.constant_regions, "constant"),
@@ -225,7 +226,7 @@ class ProgramCompiler:
         compiled.untouched_regions = {
             region
             for region in acting
-            if not owned[region].parameters and not (modes[region] == "export" and owned[region].buffers)
+            if not owned[region].parameters and not (modes[region] in _GONE and owned[region].buffers)
         }
         compiled.shared_tensors = {name: by for name, by in shared.items() if not set(by).isdisjoint(acting)}
         exported = [region for region in acting if modes[region] == "export"]
@@ -368,10 +369,11 @@ def _restricted(program: CanvasProgram, active: set[str], connections: list[Conn
     schema, layout = program.schema, program.schema.layout
     regions = {name: spec for name, spec in layout.regions.items() if name in active}
     pairs = {(c.src, c.dst) for c in connections}
-    programs = {name: own for name, own in program.regions.items() if name in active}
-    if program.regions and not programs:
+    # names that the layout does not have keep their clocks
+    programs = {name: own for name, own in program.regions.items() if name in active or name not in layout.regions}
+    if program.regions and not programs.keys() & regions.keys():
         # without any, none would fire; those that were not named fire at every step
-        programs = {name: RegionProgram() for name in regions}
+        programs |= {name: RegionProgram() for name in regions}
     return CanvasProgram(
         dataclasses.replace(
             schema,

@@ -413,7 +413,8 @@ def surviving_state(
 
     The dispatchers of ``compiled.program`` have no parameters for functions and slot banks that only dropped
     connections used, and gates for surviving connections only; a canvas on its layout has modality embeddings of its
-    regions only. Everything else is handed on as it is.
+    regions only. Everything else is handed on as it is; what schedulers, accumulators and conditioners of other regions
+    hold does not fit.
 
     Args:
         module: the deployed model, or one dispatcher; those of other topologies, and canvases of other layouts, are

@@ -12,6 +12,9 @@ from torch import nn
 
 from canvas_engineering.canvas.tensor import parameter_key
 
+_PACKAGE = __name__.partition(".")[0]
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
 
 @dataclass
 class RegionParameters:
@@ -126,17 +129,25 @@ def _inside(inner: str, outer: str, spans: Mapping[str, tuple[int, int]]) -> boo
 
 def _may_spell(components: list[str], modules: Mapping[str, nn.Module]) -> list[bool]:
     """Of each component of a tensor's name, whether it may be a region's: those that a user gave. Names inside our own
-    modules are none, nor is ``weight`` of torch's layers; a user's module inside ours has names again."""
-    ours, found = False, []
-    for number in range(len(components)):
-        holder = modules[".".join(components[:number])]
+    modules are none, nor are those of torch's (``weight``, ``layers``); a user's module inside ours has names again,
+    but in what all regions share, such as a dispatcher, ``region_parameters`` alone says what is a region's."""
+    holders = [modules[".".join(components[:number])] for number in range(len(components))]
+    if any(map(_is_shared, holders)):
+        return [False] * len(components)
+    ours, flags = False, []
+    for holder in holders:
         package = type(holder).__module__.partition(".")[0]
         if package != "torch":  # containers go by who holds them
-            ours = package == __name__.partition(".")[0]
-        found.append(not ours)
-    if package == "torch" and not isinstance(holder, (nn.ParameterDict, nn.ParameterList)):
-        found[-1] = False
-    return found
+            ours = package == _PACKAGE
+        flags.append(not ours and (package != "torch" or isinstance(holder, _CONTAINERS)))
+    return flags
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Whether it is one of our modules that know what of them is a region's, or derived from one."""
+    return any(
+        "region_parameters" in vars(cls) and cls.__module__.startswith(f"{_PACKAGE}.") for cls in type(module).__mro__
+    )
 
 
 def _listed(modules: Mapping[str, nn.Module], regions: Iterable[str]) -> dict[int | str, dict[str, str]]:
@@ -148,7 +159,9 @@ def _listed(modules: Mapping[str, nn.Module], regions: Iterable[str]) -> dict[in
         if not hasattr(type(module), "region_parameters"):
             continue
         prefix = f"{path}." if path else ""
-        names = dict(module.named_parameters(remove_duplicate=False))
+        # what an earlier compile made constant is a buffer now
+        held = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        names = {name for tensors in held for name, _ in tensors}
         others = (getattr(module, "region_names", ()), getattr(getattr(module, "layout", None), "regions", ()))
         for region in dict.fromkeys([*regions, *others[0], *others[1]]):
             listed = list(module.region_parameters(region) or ())
