@@ -12,11 +12,12 @@ export OMP_WAIT_POLICY := passive
 READY := .venv/ready
 # diffusers, a sentence-embedding model and what they want: only the suite, benchmarks and some examples need them
 READY_EXTRAS := .venv/ready-cogvideox,embeddings
+READY_DOCS := .venv/ready-docs
 RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench costs gpu lint aot versions
+.PHONY: help setup demo test slow bench costs gpu lint aot versions docs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +27,9 @@ $(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
 
 $(READY_EXTRAS): $(READY)
 	@scripts/setup.sh cogvideox,embeddings
+
+$(READY_DOCS): $(READY) pyproject.toml
+	@scripts/setup.sh docs
 
 setup: $(READY) $(READY_EXTRAS) ## make .venv ready (every other target does it when needed)
 
@@ -53,6 +57,9 @@ costs: $(READY_EXTRAS) ## what functions, programs, fleets and CogVideoX cost, a
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --long --seconds 60 --out out/long --save benchmarks/results/long.json
 	@$(RUN) -m benchmarks.bench --rows benchmarks/results/suite.json --beside benchmarks/results/long.json --out docs/benchmarks
 	@$(RUN) -m benchmarks.readme
+
+docs: $(READY_DOCS) ## the site, strictly and offline, into out/site
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet && echo "out/site/index.html"
 
 versions: ## the suite on the oldest, the reference and the newest versions, beside .venv; ARGS="what pytest takes"
 	@ARGS="$(ARGS)" JOBS=$(JOBS) scripts/versions.sh

@@ -1,4 +1,4 @@
-"""README's measured figures, written from the committed rows: ``python -m benchmarks.readme``."""
+"""The figures of docs/performance.md, written from the committed rows: ``python -m benchmarks.readme``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks import measure, report
 from canvas_engineering.files import replace_file
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parent.parent / "docs/performance.md"
 BEGIN, END = "<!-- measured: python -m benchmarks.readme -->\n", "<!-- end of measured -->\n"
 WORDS = {
     "robot": "robot: camera, action, reward",
@@ -41,7 +41,7 @@ def measured(
     cogvideox: list[dict],
     plan_cost: list[dict],
 ) -> str:
-    """The Markdown between README's marks, from the rows of the benchmarks of those names."""
+    """The Markdown between the marks, from the rows of the benchmarks of those names."""
     suite = report.merged(suite, long)
     held = {"per_edge_loop": "edge", "dense_mask": "joint"}
     forms = {(row["case"], row["contestant"], row.get("form", "edge")): row["ratio"] for row in dispatcher}
@@ -81,7 +81,7 @@ def measured(
             "cases by more, and the median is as close to 1, or the quartiles enclose 1. Each contestant's output and "
             "gradients, FlexAttention's output, agree with float64 to 1e-5 of the largest in the run that times it. "
             f"{report.SAMPLED} All cases, quartiles, rates, memory and figures are in [the report]"
-            "(docs/benchmarks/report.md). FlexAttention has no backward on a CPU: forward alone is compared, in "
+            "(benchmarks/report.md). FlexAttention has no backward on a CPU: forward alone is compared, in "
             "canvas order and in the order that our plan packs tokens in. A mask of used positions leaves out those "
             "that neither read nor are read, which it gathers the others from. Density is that of joint form, where "
             "edge form computes other pairs of that as well. –: it cannot run here, or it is another column's call; "

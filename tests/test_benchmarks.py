@@ -386,7 +386,7 @@ def test_readme_states_what_the_committed_rows_say():
 
 def test_the_report_states_what_the_committed_rows_say():
     suite, long = (measure.read_rows(measure.RESULTS / f"{name}.json") for name in ("suite", "long"))
-    written = readme.README.parent / "docs/benchmarks"
+    written = readme.README.parent / "benchmarks"
     figures = [name for name in report.FIGURES if (written / f"{name}.png").exists()]
     assert figures == list(report.FIGURES)
     found = (written / "report.md").read_text()
