@@ -41,6 +41,14 @@ def save_loop_checkpoint(
 
     Raises:
         ValueError: metadata that JSON does not hold.
+
+    >>> import tempfile
+    >>> from canvas_engineering import LoopedBlockWrapper
+    >>> block = LoopedBlockWrapper(nn.Linear(8, 8), 0, 3, 8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_loop_checkpoint([block], None, f"{folder}/loops.pt", {"step": 100})
+    ...     load_loop_checkpoint([block], None, f"{folder}/loops.pt")["metadata"]
+    {'step': 100}
     """
     path, looped_blocks = checked_path(path, "path"), _checked_blocks(looped_blocks, action_head)
     description = _describe(looped_blocks, action_head)
@@ -83,6 +91,15 @@ def load_loop_checkpoint(
         OSError: the file cannot be read.
         ValueError: no loop checkpoint, one that was cut short, one of another format, or one of another model: the
             message names the file, and lists what differs.
+
+    >>> import tempfile
+    >>> from canvas_engineering import LoopedBlockWrapper
+    >>> one, other = (LoopedBlockWrapper(nn.Linear(8, 8), 0, 3, 8) for _ in range(2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_loop_checkpoint([one], None, f"{folder}/loops.pt")
+    ...     _ = load_loop_checkpoint([other], None, f"{folder}/loops.pt")
+    >>> torch.equal(one.loop_emb, other.loop_emb)
+    True
     """
     path, looped_blocks = checked_path(path, "path"), _checked_blocks(looped_blocks, action_head)
     try:

@@ -55,6 +55,12 @@ class CompiledProgram:
             alone.
         shared_tensors: name of each tensor of the module that such a region shares with others, to all of these,
             sorted; it is left as it is.
+
+    >>> layout = CanvasLayout(T=1, spatial_shape=(2,), d_model=8, regions={"eye": (0, 1, 0, 1), "map": (0, 1, 1, 2)})
+    >>> program = CanvasProgram(CanvasSchema(layout), {"map": RegionProgram(compile_mode="constant")})
+    >>> compiled = ProgramCompiler(program).compile()
+    >>> compiled.active_regions, compiled.n_eliminated
+    ({'eye'}, 1)
     """
 
     schema: CanvasSchema
@@ -270,6 +276,15 @@ def load_exported(path: str | Path, submodule: str | None = None) -> dict[str, t
         KeyError: no tensors came from the submodule.
         ValueError: the manifest is none, or the file is not the one that it describes.
         ImportError: safetensors is not installed.
+
+    >>> import tempfile
+    >>> layout = CanvasLayout(T=1, spatial_shape=(2,), d_model=8, regions={"map": (0, 1, 0, 2)})
+    >>> program = CanvasProgram(CanvasSchema(layout), {"map": RegionProgram(compile_mode="export")})
+    >>> model = nn.ModuleDict({"map": nn.Linear(3, 8)})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     paths = ProgramCompiler(program).compile(model, folder).exported_paths
+    ...     sorted(load_exported(paths["map"]))
+    ['bias', 'weight']
     """
     from safetensors import SafetensorError
     from safetensors.torch import load

@@ -46,7 +46,11 @@ _SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-18, 1e18
 
 
 class TemporalFill(enum.Enum):
-    """What a read does when dst has no frame at the real time that is asked for."""
+    """What a read does when dst has no frame at the real time that is asked for.
+
+    >>> [fill.value for fill in TemporalFill]
+    ['drop', 'hold', 'interpolate']
+    """
 
     DROP = "drop"
     HOLD = "hold"

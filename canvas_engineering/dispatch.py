@@ -427,6 +427,16 @@ def surviving_state(
 
     Raises:
         ValueError: another number of gates than the whole program has.
+
+    >>> from canvas_engineering import Connection, ProgramCompiler, RegionProgram
+    >>> layout = CanvasLayout(T=1, d_model=8, spatial_shape=(2,), regions={"a": (0, 1, 0, 1), "b": (0, 1, 1, 2)})
+    >>> topology = CanvasTopology([Connection("a", "a"), Connection("a", "b", fn="pooling")])
+    >>> regions = {"a": RegionProgram(), "b": RegionProgram(compile_mode="constant")}
+    >>> program = CanvasProgram(CanvasSchema(layout, topology), regions)
+    >>> whole, compiled = AttentionDispatcher(topology, layout, 8), ProgramCompiler(program).compile()
+    >>> small = AttentionDispatcher(compiled.schema.topology, compiled.schema.layout, 8, program=compiled.program)
+    >>> small.load_state_dict(surviving_state(small, whole.state_dict(), compiled))
+    <All keys matched successfully>
     """
     found, schema = dict(state), compiled.program.schema
 

@@ -167,6 +167,12 @@ def ungraft(transformer: nn.Module, block_attr: str = "transformer_blocks") -> n
 
     Returns:
         ``transformer``.
+
+    >>> block = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    >>> model = nn.TransformerEncoder(block, 1, enable_nested_tensor=False)
+    >>> _ = graft_looped_blocks(model, block_attr="layers", inner_dim=8, freeze="none")
+    >>> type(ungraft(model, "layers").layers[0]).__name__
+    'TransformerEncoderLayer'
     """
     blocks = _blocks(transformer, block_attr)
     if not any(hasattr(block, "set_loops") for block in blocks):
@@ -192,12 +198,21 @@ def ungraft(transformer: nn.Module, block_attr: str = "transformer_blocks") -> n
 
 
 def freeze_full(transformer: nn.Module) -> int:
-    """Freeze everything but loop parameters; the number of frozen parameters."""
+    """Freeze everything but loop parameters; the number of frozen parameters.
+
+    >>> freeze_full(nn.Linear(3, 4))
+    16
+    """
     return _freeze(transformer, lambda name: name.split(".")[-1] not in LOOP_PARAMETER_NAMES)
 
 
 def freeze_half(transformer: nn.Module) -> int:
-    """Freeze the patch embedding and positional embeddings only; the number of frozen parameters."""
+    """Freeze the patch embedding and positional embeddings only; the number of frozen parameters.
+
+    >>> model = nn.ModuleDict({"patch_embed": nn.Linear(3, 4), "blocks": nn.Linear(4, 4)})
+    >>> freeze_half(model)
+    16
+    """
     return _freeze(transformer, lambda name: "patch_embed" in name or "pos_embedding" in name)
 
 

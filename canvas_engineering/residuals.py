@@ -37,6 +37,9 @@ class ResidualSpec:
 
     Raises:
         ValueError: no kinds, or one twice or with a dot, an unknown reduction, or a decay outside [0, 1].
+
+    >>> ResidualSpec(kinds=("prediction", "peak"), decay=0.9).reduce
+    'max_mean'
     """
 
     kinds: tuple[str, ...] = ("prediction",)

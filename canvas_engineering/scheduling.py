@@ -215,6 +215,10 @@ class LearnedScheduler(CanvasModule):
 
     Raises:
         ValueError: a size below 1, or a temperature that is not above 0.
+
+    >>> active, scores = LearnedScheduler(n_regions=4, summary_dim=2, max_active=1).eval()(torch.randn(2))
+    >>> scores.shape
+    torch.Size([4])
     """
 
     def __init__(self, n_regions: int, summary_dim: int | None, max_active: int, temperature: float = 1.0):
@@ -290,6 +294,12 @@ class HybridScheduler(CanvasModule):
     Raises:
         KeyError: a learned region that neither the program nor its layout has.
         ValueError: none, or what the program is refused for.
+
+    >>> from canvas_engineering import CanvasLayout, CanvasProgram, CanvasSchema, RegionProgram
+    >>> layout = CanvasLayout(T=1, d_model=8, spatial_shape=(2,), regions={"a": (0, 1, 0, 1), "b": (0, 1, 1, 2)})
+    >>> program = CanvasProgram(CanvasSchema(layout), {"a": RegionProgram(), "b": RegionProgram()})
+    >>> sorted(HybridScheduler(program, ["b"]).step(0, {"a": {"prediction": 0.5}}))
+    ['a', 'b']
     """
 
     def __init__(

@@ -35,6 +35,9 @@ class SinusoidalPositionalEncodingND(CanvasModule):
 
     Raises:
         ValueError: a size below 1.
+
+    >>> SinusoidalPositionalEncodingND(12, max_T=4, max_spatial=(6, 8))(2, (3, 5)).shape
+    torch.Size([2, 3, 5, 12])
     """
 
     def __init__(self, d_model: int, max_T: int = 32, max_spatial: tuple[int, ...] = (64, 64)) -> None:
@@ -75,7 +78,11 @@ class SinusoidalPositionalEncodingND(CanvasModule):
 
 
 class SinusoidalPositionalEncoding3D(SinusoidalPositionalEncodingND):
-    """`SinusoidalPositionalEncodingND` of a (T, H, W) grid."""
+    """`SinusoidalPositionalEncodingND` of a (T, H, W) grid.
+
+    >>> SinusoidalPositionalEncoding3D(12)(2, 3, 5).shape
+    torch.Size([2, 3, 5, 12])
+    """
 
     def __init__(self, d_model: int, max_T: int = 32, max_H: int = 64, max_W: int = 64) -> None:
         super().__init__(d_model, max_T, (max_H, max_W))
@@ -90,6 +97,9 @@ class PeriodEmbedding(CanvasModule):
 
     Raises:
         ValueError: fewer than 2 buckets, or a max_period below 2.
+
+    >>> PeriodEmbedding(8)(4).shape
+    torch.Size([8])
     """
 
     def __init__(self, d_model: int, n_buckets: int = 16, max_period: int = 10000) -> None:
@@ -117,6 +127,9 @@ class FamilyCarrierEmbedding(CanvasModule):
     Attributes:
         d_model: width of the vectors.
         family_embedding, carrier_embedding: tables of one row for each of ``FAMILIES`` and ``CARRIERS``, and the last.
+
+    >>> FamilyCarrierEmbedding(8)("observation", "deterministic").shape
+    torch.Size([8])
     """
 
     FAMILIES = ("observation", "state", "memory", "residual", "action")
@@ -165,6 +178,12 @@ class SpatiotemporalCanvas(CanvasModule):
     Raises:
         ValueError: two region names that give their modality embeddings the same parameter name, or one that is a
             method of the ParameterDict that holds them.
+
+    >>> layout = CanvasLayout(T=2, d_model=8, spatial_shape=(4,), regions={"arm": (0, 2, 0, 3)})
+    >>> canvas = SpatiotemporalCanvas(layout)
+    >>> x = canvas.place(canvas.create_empty(1), torch.randn(1, 6, 8), "arm")
+    >>> canvas.extract(x, "arm").shape
+    torch.Size([1, 6, 8])
     """
 
     def __init__(self, layout: CanvasLayout, semantic_conditioner: Any = None, program: Any = None) -> None:

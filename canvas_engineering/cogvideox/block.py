@@ -38,6 +38,12 @@ class LoopedCogVideoXBlock(CanvasModule):
 
     Raises:
         ValueError: the block is offloaded or hooked already, it loops already, or it holds inference tensors.
+
+    >>> from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+    >>> stock = CogVideoXBlock(dim=8, num_attention_heads=2, attention_head_dim=4, time_embed_dim=4)
+    >>> block = LoopedCogVideoXBlock(stock, block_idx=0, max_loops=3, inner_dim=8)
+    >>> block.loop_emb.shape, block.current_loops
+    (torch.Size([3, 8]), 1)
     """
 
     def __init__(

@@ -69,6 +69,20 @@ def measure_topology(
     Raises:
         ValueError: a batch of another size than the layout's, or a model that stays in packed order: measure before
             the graft.
+
+    >>> from canvas_engineering import cogvideox_layout, window_topology
+    >>> from diffusers import CogVideoXTransformer3DModel
+    >>> model = CogVideoXTransformer3DModel(
+    ...     num_layers=1, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=8,
+    ...     max_text_seq_length=2, sample_height=4, sample_width=4, sample_frames=9,
+    ... )
+    >>> batch = {
+    ...     "hidden_states": torch.randn(1, 3, 4, 4, 4), "encoder_hidden_states": torch.randn(1, 2, 8),
+    ...     "timestep": torch.tensor([500]),
+    ... }
+    >>> layout = cogvideox_layout(model.config, 32, 32, 9)
+    >>> measure_topology(model, layout, window_topology(), batch).density < 1
+    True
     """
     checked_kind(batch, "batch", Mapping)
     before = transformer.attn_processors

@@ -42,6 +42,12 @@ class CanvasAttnProcessor:
     Raises:
         ValueError: a layout without a topology or the reverse, an unknown backend, or a declaration that the joint
             form cannot compute.
+
+    >>> from canvas_engineering import dense_topology
+    >>> regions = {"text": (0, 1, 0, 1), "video": (0, 2, 1, 4)}
+    >>> layout = CanvasLayout(T=2, d_model=8, spatial_shape=(4,), regions=regions)
+    >>> CanvasAttnProcessor(layout, dense_topology()).plan.density
+    1.0
     """
 
     # diffusers' registries of kernels and of sequence parallelism look for these two, and set them.

@@ -58,6 +58,11 @@ class AttentionPlan:
         replaces: whether some connection writes by replacing.
         by_fn: the plan of each function, where some function leaves out pairs of its reads; else empty.
         pairs: the table of the pairs that are left, where this is the plan of such a function.
+
+    >>> layout = CanvasLayout(T=1, d_model=8, spatial_shape=(4,), regions={"a": (0, 1, 0, 2), "b": (0, 1, 2, 4)})
+    >>> plan = compile_attention(layout, CanvasTopology([Connection("a", "b")]))
+    >>> plan.density, plan.flops(head_dim=4)
+    (0.25, 64)
     """
 
     normalize: str

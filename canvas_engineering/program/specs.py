@@ -88,6 +88,9 @@ class ClockSpec:
     Raises:
         ValueError: a number that is not an int, or too small, or a field of the wrong kind. Unknown modes and domains
             are refused where the program is put to use.
+
+    >>> ClockSpec(period=4, max_silence=10).mode
+    'periodic'
     """
 
     domain: str = "external"
@@ -140,6 +143,9 @@ class ConstraintSpec:
 
     Raises:
         ValueError: a field of the wrong kind. Unknown values are reported by `validate_constraints`.
+
+    >>> ConstraintSpec(causal_direction="acyclic").equivariance is None
+    True
     """
 
     equivariance: str | None = None
@@ -169,6 +175,9 @@ class RegionProgram:
 
     Raises:
         ValueError: a field of the wrong kind.
+
+    >>> RegionProgram("residual").carrier, RegionProgram("state", clock=ClockSpec(period=2)).carrier
+    ('residual', 'deterministic')
     """
 
     family: str = "state"
@@ -217,6 +226,9 @@ class ConnectionProgram:
     Raises:
         ValueError: a field of the wrong kind. Unknown write modes and triggers of another form are refused where the
             program is put to use.
+
+    >>> ConnectionProgram("correct", trigger="error.prediction > 0.4", write_mode="gate").operator
+    'correct'
     """
 
     operator: str = "attend"

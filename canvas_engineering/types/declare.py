@@ -108,7 +108,11 @@ class Field:
 
 
 class LayoutStrategy(enum.Enum):
-    """In which order fields are packed: as they are declared, or those of equal local name together."""
+    """In which order fields are packed: as they are declared, or those of equal local name together.
+
+    >>> LayoutStrategy("interleaved") is LayoutStrategy.INTERLEAVED
+    True
+    """
 
     PACKED = "packed"
     INTERLEAVED = "interleaved"
@@ -146,6 +150,9 @@ class ConnectivityPolicy:
 
     Raises:
         ValueError: an unknown policy; the message lists the choices.
+
+    >>> ConnectivityPolicy(intra="causal_chain", temporal="causal").array_element
+    'isolated'
     """
 
     intra: str = "dense"
