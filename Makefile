@@ -17,7 +17,7 @@ RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench costs gpu lint aot versions docs
+.PHONY: help setup demo test slow bench costs gpu lint aot versions docs gallery
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,7 +58,10 @@ costs: $(READY_EXTRAS) ## what functions, programs, fleets and CogVideoX cost, a
 	@$(RUN) -m benchmarks.bench --rows benchmarks/results/suite.json --beside benchmarks/results/long.json --out docs/benchmarks
 	@$(RUN) -m benchmarks.readme
 
-docs: $(READY_DOCS) ## the site, strictly and offline, into out/site
+gallery: $(READY) ## pictures of canvases, topologies and tables, with the lines that draw them: docs/gallery.md
+	@OMP_NUM_THREADS=1 $(RUN) -m scripts.gallery
+
+docs: $(READY_DOCS) gallery ## the site with its gallery, strictly and offline, into out/site
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet && echo "out/site/index.html"
 
 versions: ## the suite on the oldest, the reference and the newest versions, beside .venv; ARGS="what pytest takes"

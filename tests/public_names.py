@@ -251,9 +251,13 @@ PUBLIC_NAMES = {
         "surviving_state",
     ),
     "canvas_engineering.draw": (
+        "alignment_figure",
+        "distance_figure",
+        "frames_figure",
         "layout_figure",
         "plan_figure",
         "topology_figure",
+        "volume_figure",
     ),
     "canvas_engineering.graft": (
         "freeze_full",
