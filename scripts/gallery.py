@@ -1,6 +1,7 @@
 """The pictures of docs/gallery.md, and that page: ``make gallery``.
 
-Each picture is drawn by the lines that stand below it: this file runs the page's own text.
+Each picture is drawn by the lines that stand below it: this file runs the page's own text. ``python -m scripts.gallery
+--hero`` draws README's picture, which is a file of the repository, again.
 """
 
 from __future__ import annotations
@@ -210,6 +211,32 @@ def turning(layout, count: int) -> bytes:
     return file.getvalue()
 
 
+def hero() -> bytes:
+    """README's picture: the demo's canvas, its topology and its block table, side by side."""
+    from PIL import Image
+
+    from canvas_engineering import compile_attention
+    from examples.cartpole_model import declare
+
+    layout, topology = declare(96)
+    figures = (
+        draw.volume_figure(layout),
+        draw.topology_figure(topology),
+        draw.plan_figure(compile_attention(layout, topology)),
+    )
+    panels = [Image.open(BytesIO(picture(figure))).convert("RGB") for figure in figures]
+    height = 420
+    panels = [panel.resize((round(panel.width * height / panel.height), height)) for panel in panels]
+    sheet = Image.new("RGB", (sum(panel.width for panel in panels) + 40, height), "white")
+    left = 0
+    for panel in panels:
+        sheet.paste(panel, (left, 0))
+        left += panel.width + 20
+    file = BytesIO()
+    sheet.save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
 def main(folder: Path = DOCS) -> None:
     """Draws all pictures into ``folder/gallery`` and writes ``folder/gallery.md``."""
     (folder / "gallery").mkdir(parents=True, exist_ok=True)
@@ -227,4 +254,7 @@ def main(folder: Path = DOCS) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(Path, sys.argv[1:])))
+    if sys.argv[1:] == ["--hero"]:
+        replace_file(DOCS / "hero.png", hero())
+    else:
+        main(*map(Path, sys.argv[1:]))
