@@ -17,7 +17,7 @@ RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench costs gpu lint aot versions docs gallery
+.PHONY: help setup demo test slow bench costs gpu lint aot versions docs gallery lerobot
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ docs: $(READY_DOCS) gallery ## the site with its gallery, strictly and offline, 
 
 versions: ## the suite on the oldest, the reference and the newest versions, beside .venv; ARGS="what pytest takes"
 	@ARGS="$(ARGS)" JOBS=$(JOBS) scripts/versions.sh
+
+lerobot: ## files of ours under LeRobot's own loader and the reverse, in an environment of its own beside .venv
+	@scripts/lerobot.sh
 
 lint: $(READY) ## ruff
 	@$(RUN) -m ruff check .

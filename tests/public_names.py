@@ -246,6 +246,11 @@ PUBLIC_NAMES = {
     "canvas_engineering.curriculum": (
         "CurriculumScheduler",
     ),
+    "canvas_engineering.data": (
+        "LeRobotCanvasDataset",
+        "LeRobotFolder",
+        "LeRobotRecorder",
+    ),
     "canvas_engineering.dispatch": (
         "AttentionDispatcher",
         "surviving_state",
