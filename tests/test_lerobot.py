@@ -282,3 +282,22 @@ def test_a_recorder_keeps_what_is_there_and_whole(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             LeRobotRecorder(tmp_path / "bad", FPS, {"x": feature})
+
+
+def test_an_environment_is_recorded_with_its_states_and_actions(tmp_path):
+    pytest.importorskip("gymnasium", reason="gymnasium plays the environments, of the extra data")
+    from examples import record_robot
+
+    out = tmp_path / "data"
+    options = ["--episodes", "3", "--longest", "12", "--out", str(out), "--size", "20", "30"]
+    assert record_robot.main(options) == 0
+    folder = LeRobotFolder(out)
+    assert folder.info["robot_type"] == "CartPole-v1" and 3 <= sum(e.length for e in folder.episodes) <= 36
+    for episode in folder.episodes:
+        rows = folder.columns(episode)
+        assert np.abs(rows["observation.state"]).max() < 5 and set(np.unique(rows["action"])) <= {0.0, 1.0}
+        # the position moves by the velocity times the two steps of 0.02 s between frames
+        position, velocity = rows["observation.state"][:, 0], rows["observation.state"][:, 1]
+        np.testing.assert_allclose(np.diff(position), 0.02 * (velocity[:-1] + velocity[1:]), atol=0.02)
+        images = folder.frames(episode, "observation.images.front", np.arange(episode.length) / folder.fps)
+        assert images.shape == (episode.length, 20, 30, 3) and images.std() > 5  # a cart on white ground
