@@ -127,9 +127,9 @@ class CanvasModule(nn.Module):
         with self._states_as_buffers():
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         with self._states_as_buffers():
-            super()._load_from_state_dict(*args)
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     @outside_inference
     def _apply(self, fn, recurse=True):
@@ -140,12 +140,15 @@ class CanvasModule(nn.Module):
             if self.__dict__[name].dtype != tensor.dtype:
                 self.__dict__[name] = tensor.to(self.__dict__[name].device)
         for name in self._declared_tables:
-            self._fill(name, self._buffers[name].device)
+            self._fill(name)
         return self
 
-    def _fill(self, name: str, device: torch.device) -> None:
+    def _fill(self, name: str, home: torch.device | None = None) -> None:
+        """Makes a table again where it lies, unless that is ``meta``; with ``home``, there and only then."""
+        table = self._buffers[name]
         # a fake or a distributed tensor is as its maker left it
-        if device.type != "meta" and type(self._buffers[name]) is torch.Tensor:
+        if type(table) is torch.Tensor and table.is_meta == (home is not None):
+            device = table.device if home is None else home
             self._buffers[name] = torch.tensor(self._declared_tables[name], device=device)
 
 
@@ -155,6 +158,6 @@ def _fill_tables(module: CanvasModule, incompatible_keys: Any) -> None:
     devices = (tensor.device for tensor in chain(module.parameters(), module.buffers()))
     home = next((device for device in devices if device.type != "meta"), None)
     for child in () if home is None else module.modules():
-        for name in child._declared_tables if isinstance(child, CanvasModule) else ():
-            if child._buffers[name].is_meta:
+        if isinstance(child, CanvasModule):
+            for name in child._declared_tables:
                 child._fill(name, home)

@@ -130,6 +130,9 @@ class SemanticConditioner(CanvasModule):
         ValueError: no regions, or an embedding of another length than ``embed_dim``, or one that is not finite.
     """
 
+    _embeddings: torch.Tensor
+    residuals: nn.Parameter | None
+
     def __init__(
         self,
         d_model: int,

@@ -192,4 +192,5 @@ def _pair(key: str) -> tuple[str, str]:
     parts = re.fullmatch(r"((?:[^\\|]|\\.)*)\|((?:[^\\|]|\\.)*)", key, re.DOTALL)
     if parts is None:
         raise ValueError(f"connection_programs has {key!r} for a key, which is not 'src|dst'")
-    return tuple(re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in parts.groups())
+    src, dst = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in parts.groups())
+    return src, dst
