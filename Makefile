@@ -16,7 +16,7 @@ RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench costs gpu lint aot versions
+.PHONY: help setup demo test slow bench costs gpu lint types aot versions
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ versions: ## the suite on the oldest, the reference and the newest versions, bes
 
 lint: $(READY) ## ruff
 	@$(RUN) -m ruff check .
+
+types: $(READY_EXTRAS) ## pyright, on both packages
+	@$(RUN) -m pyright --pythonpath $(RUN) --level error $(ARGS)
 
 aot: $(READY) ## compile every shipped kernel configuration for every architecture, without a GPU; none may be worse than before
 	@$(RUN) -m benchmarks.aot --compare benchmarks/results/aot.json --save out/aot.json
