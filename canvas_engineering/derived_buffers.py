@@ -6,14 +6,17 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-def outside_inference(function: Callable) -> Callable:
+
+def outside_inference(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorates a function that leaves ``torch.inference_mode`` while it runs: tensors made there can be trained.
 
     >>> with torch.inference_mode():
@@ -23,7 +26,7 @@ def outside_inference(function: Callable) -> Callable:
 
     # a frame of this package, for warnings that look for the user's line
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not torch.is_inference_mode_enabled():
             return function(*args, **kwargs)
         with torch.inference_mode(False):
