@@ -194,7 +194,7 @@ def draw_keys(seed: int, n: int, m: int, count: int) -> np.ndarray:
     Numbers come from 64-bit words scrambled as splitmix64 does it, of (seed, query, m, last): a word depends on no
     other draw. Fixed for ever, for saved models hold to it.
     """
-    word = _scramble(np.uint64(seed & _MASK64))
+    word = _scramble(np.array(seed & _MASK64, np.uint64))
     word = _scramble(_scramble(word ^ np.arange(n, dtype=np.uint64)) ^ np.uint64(m))
     drawn = np.empty((n, count), np.int64)
     for place, last in enumerate(range(m - count, m)):
@@ -204,7 +204,7 @@ def draw_keys(seed: int, n: int, m: int, count: int) -> np.ndarray:
     return drawn
 
 
-def _scramble(word: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
+def _scramble(word: np.ndarray) -> np.ndarray:
     """The next output of splitmix64 (Steele, Lea, Flood, 2014) from each uint64 state, modulo 2⁶⁴."""
     with np.errstate(over="ignore"):
         word = word + np.uint64(0x9E3779B97F4A7C15)
