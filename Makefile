@@ -17,7 +17,7 @@ RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench costs gpu lint aot versions docs gallery lerobot
+.PHONY: help setup demo test slow bench costs gpu lint types aot versions docs gallery lerobot
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ lerobot: ## files of ours under LeRobot's own loader and the reverse, in an envi
 
 lint: $(READY) ## ruff
 	@$(RUN) -m ruff check .
+
+types: $(READY_EXTRAS) ## pyright, on both packages
+	@$(RUN) -m pyright --pythonpath $(RUN) --level error $(ARGS)
 
 aot: $(READY) ## compile every shipped kernel configuration for every architecture, without a GPU; none may be worse than before
 	@$(RUN) -m benchmarks.aot --compare benchmarks/results/aot.json --save out/aot.json

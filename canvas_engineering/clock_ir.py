@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar
 
 from canvas_engineering.checked import (
     DEEPEST,
@@ -97,6 +97,8 @@ class ClockExpr:
     True
     """
 
+    # every node is a dataclass
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     # of the tree from here on down, a node that is held twice counted twice
     _depth, _n_nodes = 1, 1
 

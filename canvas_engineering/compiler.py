@@ -187,16 +187,12 @@ class ProgramCompiler:
 
     def _modes(self, family_defaults: bool, keep_exported: bool) -> dict[str, str]:
         """Region to its compile mode."""
-        programs = {name: self.program.regions.get(name) for name in self.program.schema.layout.regions}
-        modes = {
-            name: "runtime" if region is None else region.effective_compile_mode(family_defaults)
-            for name, region in programs.items()
-        }
-        kept = [
-            name
-            for name, mode in modes.items()
-            if keep_exported and mode == "export" and programs[name].effective_compile_mode() != "export"
-        ]
+        modes, kept = dict.fromkeys(self.program.schema.layout.regions, "runtime"), []
+        for name, region in self.program.regions.items():
+            if name in modes:
+                modes[name] = region.effective_compile_mode(family_defaults)
+                if keep_exported and modes[name] == "export" and region.effective_compile_mode() != "export":
+                    kept.append(name)
         if kept:
             warn(f"{_names(kept)} would be exported, by the default of their family: without export_dir they are kept")
         return {**modes, **dict.fromkeys(kept, "runtime")}
@@ -211,10 +207,13 @@ class ProgramCompiler:
         kept = [c for c, on in zip(topology.connections, runs) if on]
         resolved, _ = resolve_edges(topology, schema.layout, program)
         restricted = _restricted(program, left, kept)
+        frozen, constant, exported = (by_mode.get(mode, set()) for mode in _ACTING)
         return CompiledProgram(
             restricted.schema,
             left,
-            *(by_mode.get(mode, set()) for mode in _ACTING),
+            frozen,
+            constant,
+            exported,
             kept,
             set(modes),
             by_mode.get("distill", set()),
@@ -248,6 +247,7 @@ class ProgramCompiler:
         if compiled.shared_tensors:
             warn(f"tensors that several regions share are left as they are: {some(compiled._shared())}")
         for region in exported:
+            assert export_dir is not None
             tensors, submodules = _state_of(module, owned[region]), owned[region].submodules
             compiled.exported_paths[region] = _export(export_dir, region, tensors, submodules, self.program.version)
         for region in acting:

@@ -49,7 +49,8 @@ def layout_figure(layout: CanvasLayout) -> Figure:
     runs = _frame_runs(layout.T, specs)
     shown = runs[:MAX_PANELS]
     figure = _figure(width=max(6.0, 3.2 * len(shown)), height=4.2 + 0.22 * min(len(specs), MAX_LABELS))
-    panels, clocks = figure.subfigures(2, 1, height_ratios=[3.2, 1.0 + 0.22 * min(len(specs), MAX_LABELS)])
+    heights = [3.2, 1.0 + 0.22 * min(len(specs), MAX_LABELS)]
+    panels, clocks = (part[0] for part in figure.subfigures(2, 1, squeeze=False, height_ratios=heights))
     colours = _colours(specs)
     rows, columns = _plane(layout.spatial_shape)
     for axes, (first, last, names) in zip(panels.subplots(1, len(shown), squeeze=False)[0], shown):
@@ -258,7 +259,7 @@ def plan_figure(plan: AttentionPlan) -> Figure:
     # The thin outline tells neighbours apart, and keeps a rectangle visible that is smaller than a pixel.
     width = 0.3 if len(table.weight) > MAX_OUTLINED else 0.8
     outlines = faces if len(table.weight) > MAX_OUTLINED else "w"
-    axes.add_collection(PolyCollection(corners, facecolors=faces, edgecolors=outlines, linewidths=width))
+    axes.add_collection(PolyCollection(list(corners), facecolors=faces, edgecolors=outlines, linewidths=width))
     end = max(1, plan.n_packed)
     cuts = np.unique(np.concatenate([[0, end], *(getattr(table, name) for name in BOUNDS)]))
     places = np.concatenate([[0.0], np.cumsum(np.sqrt(np.diff(cuts)))])
@@ -281,9 +282,12 @@ def plan_figure(plan: AttentionPlan) -> Figure:
             Patch(color=colours[pair], label=f"{pair[0]} attends to {pair[1]}: {_in_words(offsets)}")
             for pair, offsets in list(frames.items())[:MAX_LABELS]
         ]
-        beside = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
         size = 8 if len(handles) <= 20 else 7
-        axes.legend(handles=handles, fontsize=size, title=f"{len(pairs)} connections", **beside)
+        title = f"{len(pairs)} connections"
+        beside = (1.01, 1.0)
+        axes.legend(
+            handles=handles, fontsize=size, title=title, loc="upper left", bbox_to_anchor=beside, borderaxespad=0.0
+        )
     return figure
 
 
@@ -371,8 +375,8 @@ def _offsets(t_src: int | None, t_dst: int | None) -> str:
 def _colours(names) -> dict:
     from matplotlib import colormaps
 
-    palette = colormaps["tab20"].colors
-    return {name: palette[i % len(palette)] for i, name in enumerate(names)}
+    palette = colormaps["tab20"]
+    return {name: palette(i % palette.N) for i, name in enumerate(names)}
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -171,7 +171,7 @@ def split_boxes(spec: MaskSpec, q_box: np.ndarray, k_box: np.ndarray) -> tuple[n
     size = np.array(spec.tiles(len(q_box) - 1), dtype=np.int64)
     first = q_box[1:, 0] // size
     counts = (q_box[1:, 1] - 1) // size - first + 1
-    tiles = np.indices(counts, dtype=np.int64).reshape(len(size), -1).T + first  # [n, n_spatial]
+    tiles = np.indices(tuple(counts), dtype=np.int64).reshape(len(size), -1).T + first  # [n, n_spatial]
     low, high = tiles * size, (tiles + 1) * size
     q_boxes = np.empty((len(tiles), len(q_box), 2), dtype=np.int64)
     q_boxes[:, 0] = q_box[0]

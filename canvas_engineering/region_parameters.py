@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -158,13 +159,14 @@ def _listed(modules: Mapping[str, nn.Module], regions: Iterable[str]) -> dict[in
         # of the class: wrappers, such as compiled modules, hand on what they wrap
         if not hasattr(type(module), "region_parameters"):
             continue
+        asked: Any = module  # whose class was seen to have the method
         prefix = f"{path}." if path else ""
         # what an earlier compile made constant is a buffer now
         held = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
         names = {name for tensors in held for name, _ in tensors}
         others = (getattr(module, "region_names", ()), getattr(getattr(module, "layout", None), "regions", ()))
         for region in dict.fromkeys([*regions, *others[0], *others[1]]):
-            listed = list(module.region_parameters(region) or ())
+            listed = list(asked.region_parameters(region) or ())
             unknown = [name for name in listed if isinstance(name, str) and f"{prefix}{name}" not in modules]
             unknown = [name for name in unknown if name not in names]
             if unknown:

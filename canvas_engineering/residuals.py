@@ -83,6 +83,8 @@ class ResidualAccumulator(CanvasModule):
     {'eye': {'prediction': 1.0}}
     """
 
+    values: torch.Tensor
+
     def __init__(self, region_names: list[str], spec: ResidualSpec | None = None):
         super().__init__()
         self.spec = checked_kind(ResidualSpec() if spec is None else spec, "spec", ResidualSpec)
@@ -175,6 +177,13 @@ class TriggerFlags(CanvasModule):
     Raises:
         ValueError: a trigger of another form.
     """
+
+    column: torch.Tensor
+    known: torch.Tensor
+    wants: torch.Tensor
+    threshold: torch.Tensor
+    of_trigger: torch.Tensor
+    trigger_of: torch.Tensor
 
     _OPS = ("<", ">", "==", "!=")
     _WANTS = {"<=": ("<", "=="), ">=": (">", "==")}

@@ -139,6 +139,9 @@ class SemanticConditioner(CanvasModule):
     torch.Size([8])
     """
 
+    _embeddings: torch.Tensor
+    residuals: nn.Parameter | None
+
     def __init__(
         self,
         d_model: int,

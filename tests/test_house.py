@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.resources
 import importlib.util
 import inspect
 import re
@@ -57,6 +58,11 @@ def test_the_folder_of_kernels_is_no_package():
     # A package called `kernels` would shadow the one that diffusers and transformers look for.
     assert not (ROOT / "kernels/__init__.py").exists()
     assert (ROOT / "kernels/canvas_kernels/__init__.py").exists()
+
+
+@pytest.mark.parametrize("package", ["canvas_engineering", "canvas_kernels"])
+def test_type_checkers_believe_the_packages(package):
+    assert (importlib.resources.files(package) / "py.typed").is_file()
 
 
 def test_modules_are_short():

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..canvas import CanvasLayout
 from ..checked import checked_kind
 from ..connectivity import CanvasTopology
 from .processor import CanvasAttnProcessor
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
 __all__ = ["TopologyMeasure", "measure_topology"]
 
@@ -51,7 +53,7 @@ class _Both:
 
 @torch.no_grad()
 def measure_topology(
-    transformer: nn.Module,
+    transformer: CogVideoXTransformer3DModel,
     layout: CanvasLayout,
     topology: CanvasTopology,
     batch: Mapping[str, Any],
@@ -89,9 +91,12 @@ def measure_topology(
     if any(getattr(processor, "packed", False) for processor in before.values()):
         raise ValueError("this model keeps its tokens in packed order: measure a topology before the graft")
     sparse = CanvasAttnProcessor(layout, topology, backend=backend)
+    if sparse.plan is None:
+        raise ValueError(f"measure_topology needs a layout and a topology, got {layout!r} and {topology!r}")
     fused = {name: getattr(p, "fused", "Fused" in type(p).__name__) for name, p in before.items()}
     both = {name: _Both(CanvasAttnProcessor().with_fused(f), sparse.with_fused(f)) for name, f in fused.items()}
-    transformer.set_attn_processor(dict(both))
+    processors: dict[str, Any] = dict(both)  # diffusers' annotation lists its own classes
+    transformer.set_attn_processor(processors)
     try:
         transformer(**batch)
     finally:

@@ -33,7 +33,7 @@ class VideoReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
 
-    def frames(self, path: Path, times: Sequence[float], tolerance: float) -> np.ndarray:
+    def frames(self, path: Path, times: Sequence[float] | np.ndarray, tolerance: float) -> np.ndarray:
         """Decodes the frames nearest to ``times``.
 
         Args:
@@ -48,12 +48,12 @@ class VideoReader:
             ValueError: no video, one that is cut short, or one without a frame near one of the times; the message names
                 the file, the time and the gap.
         """
-        import av
+        from av.error import FFmpegError
 
         try:
             container = self._container(path)
             return self._decoded(container, path, np.asarray(times, dtype=np.float64), tolerance)
-        except av.error.FFmpegError as error:
+        except FFmpegError as error:
             self._open.pop(path, None)
             raise ValueError(f"{path} is no whole video: {error}") from error
 
@@ -74,7 +74,7 @@ class VideoReader:
     def _decoded(self, container: Any, path: Path, times: np.ndarray, tolerance: float) -> np.ndarray:
         stream = container.streams.video[0]
         start = float((stream.start_time or 0) * stream.time_base)
-        images: list[np.ndarray | None] = [None] * len(times)
+        images: list[np.ndarray] = [np.empty(0)] * len(times)
         gaps = np.full(len(times), np.inf)
         first = 0
         while first < len(times):

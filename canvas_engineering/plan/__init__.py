@@ -355,7 +355,8 @@ def compile_attention(
     dense_in_time = checked_bool(dense_in_time, "dense_in_time")
     if program is not None:
         check_program(program)
-    if checked_kind(cortex, "cortex", CortexRegistry, optional=True) is not None:
+    cortex = checked_kind(cortex, "cortex", CortexRegistry, optional=True)
+    if cortex is not None:
         cortex.check(layout)
     topology, triggers = resolve_edges(topology, layout, program, cortex)
     banks = _banks(layout, program)

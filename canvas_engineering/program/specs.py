@@ -14,7 +14,7 @@ from canvas_engineering.checked import (
     checked_strings,
     shown,
 )
-from canvas_engineering.clock_ir import TIME_DOMAINS, ClockExpr
+from canvas_engineering.clock_ir import TIME_DOMAINS, ClockExpr, OnEvent, Periodic
 from canvas_engineering.identity import IdentitySpec
 from canvas_engineering.learning import LearningSpec, default_learning
 from canvas_engineering.masks import MaskSpec
@@ -119,7 +119,7 @@ class ClockSpec:
         checked_choice(self.domain, "clock domain", CLOCK_DOMAINS)
         checked_choice(self.mode, "clock mode", CLOCK_MODES)
         for node in () if self.expr is None else self.expr.nodes():
-            if hasattr(node, "domain"):
+            if isinstance(node, (Periodic, OnEvent)):
                 checked_choice(node.domain, f"clock domain of {shown(node)}", TIME_DOMAINS)
         if self.expr is not None or self.mode == "periodic":
             return

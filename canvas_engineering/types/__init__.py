@@ -146,7 +146,7 @@ def compile_program(
     families = {path: field.family for path, field in declared.items() if field.family is not None}
     connections = []
     for c in bound.topology.connections:
-        operator = DEFAULT_WIRING.get((families.get(c.src), families.get(c.dst)), c.operator)
+        operator = DEFAULT_WIRING.get((families.get(c.src, ""), families.get(c.dst, "")), c.operator)
         connections.append(c if operator == c.operator else dataclasses.replace(c, operator=operator))
     bound.schema.topology = CanvasTopology(connections)
     regions = {

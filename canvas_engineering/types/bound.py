@@ -131,7 +131,7 @@ class BoundSchema:
     @property
     def topology(self) -> CanvasTopology:
         """Who reads whom."""
-        return self.schema.topology
+        return self.schema.topology  # pyright: ignore[reportReturnType] types are compiled with one
 
     @property
     def fields(self) -> Mapping[str, BoundField]:

@@ -99,12 +99,13 @@ class Field:
     @property
     def shape(self) -> tuple[int, ...]:
         """The same as ``spatial_shape``."""
+        assert self.spatial_shape is not None  # __post_init__ made one of h and w
         return self.spatial_shape
 
     @property
     def num_positions(self) -> int:
         """Positions per frame."""
-        return math.prod(self.spatial_shape)
+        return math.prod(self.shape)
 
 
 class LayoutStrategy(enum.Enum):

@@ -236,8 +236,9 @@ def _class_attributes(cls: type) -> dict[str, Any]:
         declared = {name: _model_coarse(info) for name, info in models.items()}
         _refuse_undeclared(cls, declared, "model fields")
         return declared
-    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
-        return dict.fromkeys(cls._fields)
+    names = getattr(cls, "_fields", None)
+    if issubclass(cls, tuple) and names is not None:
+        return dict.fromkeys(names)
     return {
         name: None
         for base in reversed(cls.__mro__)
