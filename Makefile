@@ -42,21 +42,13 @@ test: $(READY_EXTRAS) ## the whole suite; JOBS=processes, ARGS="what pytest take
 slow: $(READY_EXTRAS) ## the tests that take minutes: every function in every mode of torch, 2,200 random canvases, two processes
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q -m slow $(ARGS)
 
-bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, ten minutes; docs/benchmarks and README's figures
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher --rounds 25 --misses-pass
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --seconds 2 --beside benchmarks/results/long.json \
-		--out docs/benchmarks --save benchmarks/results/suite.json
-	@$(RUN) -m benchmarks.readme
+bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, ten minutes; docs/benchmarks and README's tables
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --seconds 2 --save benchmarks/results/bench.json
+	@$(RUN) -m benchmarks.bench --documents
 
-costs: $(READY_EXTRAS) ## what functions, programs, fleets and CogVideoX cost, and bench --long: an hour; docs/families.md, the report and README's figures
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.families
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.program
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cogvideox
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.fleet
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --long --seconds 60 --out out/long --save benchmarks/results/long.json
-	@$(RUN) -m benchmarks.bench --rows benchmarks/results/suite.json --beside benchmarks/results/long.json --out docs/benchmarks
-	@$(RUN) -m benchmarks.readme
+costs: $(READY_EXTRAS) ## what takes long: functions, programs, fleets, CogVideoX, slow providers, an hour; docs/families.md and the report
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --long --seconds 60 --save benchmarks/results/long.json
+	@$(RUN) -m benchmarks.bench --documents
 
 docs: $(READY_DOCS) ## the site, strictly and offline, into out/site
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet && echo "out/site/index.html"

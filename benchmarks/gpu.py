@@ -3,7 +3,7 @@
     python -m benchmarks.gpu --out DIR [--phases correctness,timings,profile,dispatcher,sweep] [--interpret]
 
 correctness  every configuration of the device's architecture, outputs and all gradients, in fp32, fp16 and bf16
-timings      the suite (``suite.py``): ours in both forms against every contestant; medians, TFLOP/s on selected pairs
+timings      the benchmarks (``bench.py``): ours in both forms against every provider; medians, TFLOP/s on selected pairs
 profile      torch.profiler on the slowest of ours
 dispatcher   AttentionDispatcher against the per-edge loop, forward and backward, and how long kernels wait for launches
 sweep        (not by default) tile candidates per pass, for ``configs.py``
@@ -11,7 +11,7 @@ sweep        (not by default) tile candidates per pass, for ``configs.py``
 Rows go to ``DIR/<phase>.jsonl`` as they come. A phase that fails is reported, the next one still runs (in a new process
 if a kernel's fault has cost this one the device; it begins with the cases that are not timed yet), and the program ends
 with status 1: time on a device is scarce. A case is timed only after its results have been found right: outputs and all
-gradients, by the suite's gate, against the loop in float64, or of tile candidates against the shipped tiles.
+gradients, by the benchmarks' gate, against the loop in float64, or of tile candidates against the shipped tiles.
 ``--interpret`` runs the same code at toy size in Triton's interpreter.
 """
 
@@ -47,7 +47,7 @@ SWEEP = {
 REGISTER_BOUNDS = (None, 168, 128)
 SWEPT_CASES = ("frames_2_d64", "frames_2_d128", "cogvideox_5b_previous_frame")
 CORRECTNESS_UNTIL, TIMINGS_UNTIL = 270.0, 420.0
-"""Seconds after the start at which checks end, and timings stop taking up contestants: the whole has ten minutes."""
+"""Seconds after the start at which checks end, and timings stop taking up providers: the whole has ten minutes."""
 
 
 class Wrong(Exception):
@@ -147,23 +147,23 @@ def correctness(session: Session) -> list[dict]:
 
 
 def timings(session: Session) -> list[dict]:
-    """The suite on this device. Contestants that fail are rows that say why; ours failing ends the phase."""
-    from benchmarks import measure, suite
+    """The suite on this device. Providers that fail are rows that say why; ours failing ends the phase."""
+    from benchmarks import bench, measure
 
-    settings = suite.Settings(session.device, session.dtype, seconds=1.0, environment=session.environment)
+    settings = measure.Settings(session.device, session.dtype, seconds=1.0, environment=session.environment)
     settings.deadline = session.began + TIMINGS_UNTIL
     if session.interpret:
         settings.backend, settings.reference_tokens, settings.seconds = "triton", 16, 0.0
-        settings.only = frozenset({"ours_torch", "sdpa_mask", "per_edge_loop", "grouped"})
+        settings.only = ("ours_torch", "sdpa_mask", "per_edge_loop", "grouped")
     names = [case.name for case in session.cases]
     left, rows = session.cases, []
     if session.after:
         left, rows = left[names.index(session.after) + 1 :], measure.read_rows(session.out / "timings.jsonl")
-    for case, new in zip(left, suite.run(left, settings)):
+    for case, new in zip(left, bench.run(left, settings)):
         rows += new
         session.write("timings", rows)
         for row in new:
-            name = f"{row['case']:24} {row['form']:9} {row['contestant']:14}"
+            name = f"{row['case']:24} {row['form']:9} {row['provider']:14}"
             why = row.get("skipped") or row.get("failed")
             if why or row["form"] == "reference":
                 rate = why or f"{row['step_tflops']:.1f} TFLOP/s"
@@ -174,8 +174,8 @@ def timings(session: Session) -> list[dict]:
             session.say(f"{name} {', '.join(rates)} TFLOP/s, first call {row['first_seconds']:.1f} s")
         if not session.usable():
             raise Lost(case.name)
-    if suite.faults(rows):
-        raise Wrong("; ".join(suite.faults(rows)))
+    if measure.faults(rows):
+        raise Wrong("; ".join(measure.faults(rows)))
     return rows
 
 
@@ -200,7 +200,7 @@ def profile(session: Session) -> list[dict]:
     from torch.profiler import ProfilerActivity
 
     rows = session.written.get("timings", [])
-    rows = [row for row in rows if row["contestant"] == "ours" and "step_seconds" in row]
+    rows = [row for row in rows if row["provider"] == "ours" and "step_seconds" in row]
     first = {"case": session.cases[0].name, "form": "edge"}
     slowest = max(rows, key=lambda row: row["step_seconds"]["p50"], default=first)
     name, form = slowest["case"], slowest["form"]
@@ -232,21 +232,21 @@ def dispatcher(session: Session) -> list[dict]:
         layout, topology = case.declare()
         heads = max(layout.d_model // 64, 1)
         backend = {"backend": "triton"} if session.interpret else {}
-        contestants = {"ours": AttentionDispatcher(topology, layout, layout.d_model, heads, **backend)}
-        contestants["per_edge"] = PerEdgeLoop(topology, layout, layout.d_model, heads)
-        contestants["per_edge"].load_state_dict(contestants["ours"].state_dict())
+        providers = {"ours": AttentionDispatcher(topology, layout, layout.d_model, heads, **backend)}
+        providers["per_edge"] = PerEdgeLoop(topology, layout, layout.d_model, heads)
+        providers["per_edge"].load_state_dict(providers["ours"].state_dict())
         x = torch.randn(1 if session.interpret else 4, layout.num_positions, layout.d_model, device=session.device)
-        for module in contestants.values():
+        for module in providers.values():
             module.to(session.device)
-        checked = gpu_checks.check_module(contestants["ours"], contestants["per_edge"], x, session.dtype)
+        checked = gpu_checks.check_module(providers["ours"], providers["per_edge"], x, session.dtype)
         row = {"case": case.name, "positions": layout.num_positions}
         if checked["faults"]:
             wrong.append(f"{case.name}: {'; '.join(checked['faults'])}")
-            rows.append(row | {"contestant": "ours"} | checked)
+            rows.append(row | {"provider": "ours"} | checked)
             session.write("dispatcher", rows)
             continue
         medians = {}
-        for name, module in contestants.items():
+        for name, module in providers.items():
 
             def step(module=module, x=x):
                 with torch.autocast(session.device, torch.bfloat16, enabled=not session.interpret):
@@ -255,7 +255,7 @@ def dispatcher(session: Session) -> list[dict]:
 
             step()
             medians[name] = session.seconds(step)
-            rows.append(row | {"contestant": name, "seconds": medians[name]} | (checked if name == "ours" else {}))
+            rows.append(row | {"provider": name, "seconds": medians[name]} | (checked if name == "ours" else {}))
             if session.device == "cuda":
                 rows[-1]["launch_gaps"] = launch_gaps(step)
         ratio = medians["per_edge"]["p50"] / medians["ours"]["p50"]

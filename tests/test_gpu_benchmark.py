@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, gpu, gpu_checks, measure, suite
+from benchmarks import bench, cases, gpu, gpu_checks, measure
 from benchmarks.naive import PerEdgeLoop
 from canvas_engineering import AttentionDispatcher
 from canvas_kernels import reference
@@ -137,7 +137,7 @@ def test_the_command_runs_at_toy_size(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
-    assert [(row["contestant"], row["form"]) for row in rows] == [
+    assert [(row["provider"], row["form"]) for row in rows] == [
         ("ours", "joint"),
         ("ours_torch", "joint"),
         ("sdpa_mask", "joint"),
@@ -155,7 +155,7 @@ def test_the_command_runs_at_toy_size(tmp_path):
         found = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert len(found) == count and not any(row.get("faults") or row.get("failed") for row in found)
     ours, loop = measure.read_rows(tmp_path / "dispatcher.jsonl")
-    assert ours["faults"] == [] and 0 < max(ours["errors"].values()) < 2e-5 and loop["contestant"] == "per_edge"
+    assert ours["faults"] == [] and 0 < max(ours["errors"].values()) < 2e-5 and loop["provider"] == "per_edge"
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".jsonl") == ["profile.txt"]
 
 
@@ -197,9 +197,9 @@ def test_cases_after_a_device_fault_are_timed_in_a_new_process(tmp_path, monkeyp
     def run(found, settings):
         for case in found:
             begun.append((case.name, settings.deadline - time.perf_counter()))
-            yield [{"case": case.name, "form": "joint", "contestant": "ours", "skipped": "this is a test"}]
+            yield [{"case": case.name, "form": "joint", "provider": "ours", "skipped": "this is a test"}]
 
-    monkeypatch.setattr(suite, "run", run)
+    monkeypatch.setattr(bench, "run", run)
     arguments = ["--out", str(tmp_path), "--interpret"]
     assert gpu.main([*arguments, "--phases", "timings,profile"]) == 1
     (command,) = commands
@@ -217,7 +217,7 @@ def test_cases_after_a_device_fault_are_timed_in_a_new_process(tmp_path, monkeyp
 
 
 def test_the_profile_knows_nothing_of_earlier_runs(tmp_path, capsys):
-    stale = {"case": "gone", "form": "joint", "contestant": "ours", "step_seconds": {"p50": 9.0}}
+    stale = {"case": "gone", "form": "joint", "provider": "ours", "step_seconds": {"p50": 9.0}}
     (tmp_path / "timings.jsonl").write_text(json.dumps(stale))
     session = gpu.Session(tmp_path, interpret=True)
     gpu.profile(session)
