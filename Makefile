@@ -42,7 +42,7 @@ test: $(READY_EXTRAS) ## the whole suite; JOBS=processes, ARGS="what pytest take
 slow: $(READY_EXTRAS) ## the tests that take minutes: every function in every mode of torch, 2,200 random canvases, two processes
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q -m slow $(ARGS)
 
-bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, ten minutes; docs/benchmarks and README's tables
+bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, ten minutes; docs/benchmarks and docs/performance.md's tables
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --seconds 2 --save benchmarks/results/bench.json
 	@$(RUN) -m benchmarks.bench --documents
 

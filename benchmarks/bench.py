@@ -1,8 +1,8 @@
 """``python -m canvas_engineering bench``: time cases by provider and form, report rows, or compare with a commit.
 
 Without further options every case but long ones is timed and reported. ``--base`` times ours of another commit against
-ours here instead; ``--rows`` reports what was measured; ``--documents`` writes the report, docs/families.md and
-README's tables from the committed rows.
+ours here instead; ``--rows`` reports what was measured; ``--documents`` writes the report and the
+tables of docs/performance.md and docs/families.md from the committed rows.
 """
 
 from __future__ import annotations
