@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.cases import TOO_LONG
 from benchmarks.problem import SAMPLED_ROWS
+from benchmarks.static_model import FLOP_PER_PAIR, pass_rates
 from benchmarks.suite import GATED_HEADS
 from canvas_engineering.files import replace_file, replacing
 
@@ -35,6 +36,10 @@ FLEX = {"flex", "flex_packed"}
 FLEX_MEMORY = (
     "FlexAttention's MiB are those of forward alone, ours and others' those of forward + backward; where it had to "
     "compile for a shape, they hold the compiler's memory too."
+)
+PREDICTED = (
+    "What the machine code of full tiles promises on an H200 (`benchmarks/static_model.py`), in TFLOP/s on selected "
+    "pairs, each pass with its best tile, beside a plain dense kernel without a table. Predicted, not measured."
 )
 SAMPLED = (
     f"Query rows are sampled, up to {SAMPLED_ROWS[1]} of them ({SAMPLED_ROWS[0]} of the longest canvas) of up to "
@@ -240,9 +245,11 @@ def markdown(rows: list[dict], figures: list[str]) -> str:
         lines += ["MiB:", "", *table, *told, ""] if table else []
     lines += [f"![{name}]({name}.png)\n" for name in figures]
     lines += ["## What did not run", "", *_left_out(rows), ""]
-    aot = measure.RESULTS / "aot.json"
-    if aot.exists():
-        lines += ["## The kernels, compiled ahead of time", "", *_aot_table(measure.read_rows(aot)), ""]
+    compiled = [measure.read_rows(path) for path in sorted(measure.RESULTS.glob("aot*.json"), reverse=True)]
+    if compiled:
+        lines += ["## The kernels, compiled ahead of time", ""]
+        shipped = [row for row in compiled[0] if row["form"] != "dense"]
+        lines += [*_aot_table(shipped), "", *_rates_table(compiled), ""]
     return "\n".join(lines)
 
 
@@ -322,6 +329,20 @@ def _aot_table(rows: list[dict]) -> list[str]:
         cells = (arch, len(own), max(r["registers"] for r in own), *spills, max(r["shared"] for r in own) // 1024)
         lines.append("| " + " | ".join(map(str, (*cells, sum(r["wgmma"] for r in own)))) + " |")
     return lines
+
+
+def _rates_table(compiled: list[list[dict]]) -> list[str]:
+    """The predicted rates of passes by each Triton's rows, those of the plain dense kernel beside ours."""
+    titles, cells = ["bfloat16, head_dim, form"], {}
+    for number, rows in enumerate(compiled):
+        titles += [f"{part}, Triton {rows[0]['triton']}" for part in FLOP_PER_PAIR]
+        for row in pass_rates(rows):
+            if row["dtype"] == "bf16":
+                cell = cells.setdefault((row["head_dim"], row["form"]), [""] * 2 * len(compiled))
+                cell[2 * number : 2 * number + 2] = [f"{row[part]:.0f}" for part in FLOP_PER_PAIR]
+    names = {"dense": "a plain dense kernel"}
+    rows = [[f"{head_dim}, {names.get(form, form)}", *cell] for (head_dim, form), cell in sorted(cells.items())]
+    return [*paragraph(PREDICTED), "", *_table(titles, rows)]
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
