@@ -17,10 +17,10 @@ RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench costs gpu lint aot versions docs
+.PHONY: help setup demo test slow bench costs gpu gpu-rehearsal lint aot versions docs
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
 	@scripts/setup.sh
@@ -59,9 +59,16 @@ versions: ## the suite on the oldest, the reference and the newest versions, bes
 lint: $(READY) ## ruff
 	@$(RUN) -m ruff check .
 
-aot: $(READY) ## compile every shipped kernel configuration for every architecture, without a GPU; none may be worse than before
-	@$(RUN) -m benchmarks.aot --compare benchmarks/results/aot.json --save out/aot.json
+aot: $(READY) $(TRITON:%=.versions/triton-%) ## compile every shipped kernel without a GPU and read rates off the machine code; none may be worse than before; TRITON=3.6.0: sm_90 with that release
+	@PYTHONPATH=$(TRITON:%=$(CURDIR)/.versions/triton-%:)$(PYTHONPATH) $(RUN) -m benchmarks.aot \
+		--save out/aot$(TRITON:%=-%).json $(TRITON:%=--arch sm_90) $(ARGS)
+
+.versions/triton-%: | $(READY)
+	@$(RUN) -m pip install --quiet --no-deps --target $@.part triton==$* && mv $@.part $@
 
 # No set-up here: a GPU machine is measured with its own torch and Triton, and may have no network.
-gpu: ## on an NVIDIA machine: every configuration against float64, then timings; OUT=folder
-	@$(PYTHON) -m benchmarks.gpu --out $(or $(OUT),out/gpu)
+gpu: ## on an NVIDIA machine: correctness, timings and profiles in less than six minutes; OUT=folder, ARGS=--resume
+	@$(PYTHON) -m benchmarks.gpu --out $(or $(OUT),out/gpu) $(ARGS)
+
+gpu-rehearsal: ## all of make gpu at toy size, without a GPU, on the reference GPU machine's versions; OUT=folder
+	@OUT=$(or $(OUT),out/gpu-rehearsal) scripts/versions.sh rehearsal

@@ -40,9 +40,10 @@ def run(chosen: Sequence[Case], settings: Settings) -> Iterator[list[dict]]:
         except Exception as cause:  # too large for the device, say: the other cases still run
             rows = [_described(case, settings) | {"failed": f"the whole case: {measure.told(cause)}"}]
         yield [row | settings.environment for row in rows]
-        torch.compiler.reset()  # FlexAttention is compiled for each case; after eight torch would run it uncompiled
         if settings.device == "cuda":
             torch.cuda.empty_cache()
+        else:
+            torch.compiler.reset()  # FlexAttention is compiled for each case; after eight torch would run it uncompiled
 
 
 def run_case(case: Case, settings: Settings) -> list[dict]:

@@ -278,6 +278,8 @@ GPU = (
     *_cogvideox("cogvideox_2b", 30),
 )
 """What a GPU is measured on, what matters most first: its time is short."""
+EARLY_ON_A_GPU = ("cogvideox_5b_previous_frame", "video_65536")
+"""What ``make gpu`` times after head_dim 128 and before the rest."""
 
 
 def toy() -> Declaration:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import ROOT
+from benchmarks.measure import RESULTS, ROOT, read_rows
+from benchmarks.static_model import FLOP_PER_PAIR, pass_rates
 from canvas_engineering.files import replace_file, replacing
 
 REPORT = ROOT / "docs/benchmarks/report.md"
@@ -190,7 +191,39 @@ def left_out(rows: list[dict]) -> str:
         why = row.get("skipped") or row.get("failed")
         if why and (row["case"], row["form"], row["provider"]) not in done:
             reasons.setdefault(f"{row['provider']}, {row['form']} form: {why}", {})[row["case"]] = None
-    return "".join(f"- {who} ({', '.join(names)})\n" for who, names in reasons.items()) or "Nothing.\n"
+    every = len({row["case"] for row in rows if "skipped" in row or "failed" in row})
+    cells = (
+        (who, "all of these cases" if len(names) == every > 1 else ", ".join(names)) for who, names in reasons.items()
+    )
+    return "".join(f"- {who} ({names})\n" for who, names in cells) or "Nothing.\n"
+
+
+def kernels(rows: list[dict]) -> str:
+    """What the configurations of each architecture take at most, from the committed rows of ``benchmarks.aot``."""
+    shipped = [row for row in read_rows(RESULTS / "aot.json") if row["form"] != "dense"]
+    names, cells = ("registers", "spilled", "shared"), []
+    for arch in dict.fromkeys(row["arch"] for row in shipped):
+        own = [row for row in shipped if row["arch"] == arch]
+        most = (str(max(row[name] for row in own)) for name in names)
+        cells.append([arch, str(len(own)), *most, str(sum(row["wgmma"] for row in own))])
+    return table(["architecture", "configurations", "registers", "bytes spilled", "shared memory", "wgmma dots"], cells)
+
+
+def rates(rows: list[dict]) -> str:
+    """The predicted rates of passes in bfloat16, by each Triton's committed rows of ``benchmarks.aot``."""
+    titles, cells = [], {}
+    for path in sorted(RESULTS.glob("aot*.json")):
+        compiled = read_rows(path)
+        new = [f"{part}, Triton {compiled[0]['triton']}" for part in FLOP_PER_PAIR]
+        titles += new
+        for row in pass_rates(compiled):
+            if row["dtype"] == "bf16":
+                rate = {title: f"{row[part]:.0f}" for title, part in zip(new, FLOP_PER_PAIR)}
+                cells.setdefault((row["head_dim"], row["form"]), {}).update(rate)
+    lines = [
+        [f"{dim}, {form}", *(cell.get(title, "") for title in titles)] for (dim, form), cell in sorted(cells.items())
+    ]
+    return table(["head_dim, form", *titles], lines)
 
 
 TABLES: dict[str, Callable[[list[dict]], str]] = {
@@ -205,6 +238,8 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "scans": lambda rows: everything(rows, "scan"),
     "edges": lambda rows: everything(rows, "edges"),
     "left_out": left_out,
+    "kernels": kernels,
+    "rates": rates,
 }
 
 

@@ -3,8 +3,8 @@
 Joint form (one softmax per query): "ours" and on GPUs "ours_torch" (the torch backend, which is ours on a CPU),
 "sdpa_mask" (scaled_dot_product_attention under a dense additive mask of all tokens), "sdpa_mask_used" (of those that
 attend or are attended to, gathered and put back), "flex" and "flex_packed" (compiled FlexAttention with a BlockMask,
-tokens in canvas order or in our packed order), and on GPUs where installed "flashinfer".
-Edge form (one softmax per attention set, averaged by weight): "ours", "ours_torch",
+tokens in canvas order or in our packed order), and on GPUs where installed "flex_flash" (by
+FlashAttention-4) and "flashinfer". Edge form (one softmax per attention set, averaged by weight): "ours", "ours_torch",
 "per_edge_loop" (gather, attend, scatter, set by set), "grouped" (sets of equal shape in one batched call, by hand: on
 views where they lie at equal distances), and on GPUs "varlen" (all sets of all entries of the batch as one batch of
 variable lengths through FlashAttention).
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -48,14 +48,14 @@ EAGER_ERRORS = 2.0
 """In 16 bits errors may be this many times those of plain dense attention in the same dtype, and a correct rounding of
 the result is always let through."""
 GATED_HEADS = 4
-ON_GPUS = ("flashinfer", "varlen")
+ON_GPUS = ("flex_flash", "flashinfer", "varlen")
 
 
 def of(device: str, backend: str = "auto") -> list[tuple[str, str, Build]]:
     """(form, name, build) of everyone, ours first in each form. ``build`` raises Unavailable where it cannot run."""
     runs_torch = backend == "torch" or (backend, device) == ("auto", "cpu")
     others = {
-        "joint": (sdpa_mask, sdpa_mask_used, flex, flex_packed, flashinfer),
+        "joint": (sdpa_mask, sdpa_mask_used, flex, flex_packed, flex_flash, flashinfer),
         "edge": (per_edge_loop, grouped, varlen),
     }
     everyone = []
@@ -255,9 +255,18 @@ def _cleared(attend: Attend, empty: Tensor | None) -> Attend:
     return attend if empty is None else lambda q, k, v: attend(q, k, v).masked_fill(empty, 0)
 
 
-def flex(problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | None = None) -> Attend:
+@cache
+def compiled_flex(dynamic: bool, backend: str = "inductor") -> Callable:
+    """FlexAttention compiled, never left uncompiled without a word. ``dynamic``: once for all cases, whose lengths,
+    block tables and kinds are inputs; on a GPU compiling for each would take longer than all timings."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    return torch.compile(flex_attention, dynamic=dynamic, fullgraph=True, backend=backend)
+
+
+def flex(
+    problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | None = None, options: dict | None = None
+) -> Attend:
     _fits(BLOCK_BYTES * (-(-problem.tokens // FLEX_BLOCK)) ** 2, device, "block tables")
     kinds = torch.from_numpy(problem.kinds if order is None else problem.kinds[order]).to(device)
     count = -(-len(problem.weight_of_kinds) // FLEX_KINDS) * FLEX_KINDS
@@ -266,8 +275,8 @@ def flex(problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | 
     weight[: len(known), : len(known)] = known
     mask, logs = block_mask(kinds, weight > 0), weight.log()
     score = (lambda score, b, h, query, key: score + logs[kinds[query], kinds[key]]) if problem.weighted else None
-    attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)  # never uncompiled without a word
-    return lambda q, k, v: attend(q, k, v, score_mod=score, block_mask=mask)
+    attend = compiled_flex(dynamic=device == "cuda")
+    return lambda q, k, v: attend(q, k, v, score_mod=score, block_mask=mask, kernel_options=options)
 
 
 def block_mask(kinds: Tensor, allowed: Tensor):
@@ -298,6 +307,12 @@ def flex_packed(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     if (order == np.arange(problem.tokens)).all():
         raise Unavailable("packed order is canvas order")
     return Packed(flex(problem, device, dtype, order), order, device)
+
+
+def flex_flash(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
+    """FlashAttention-4's kernels, which torch takes where flash-attn-4 is installed."""
+    _package("flash_attn.cute")
+    return flex(problem, device, dtype, options={"BACKEND": "FLASH"})
 
 
 def flashinfer(problem: Problem, device: str, dtype: torch.dtype) -> Attend:

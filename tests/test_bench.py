@@ -111,7 +111,10 @@ def test_documents_have_the_tables_of_the_committed_rows(tmp_path, monkeypatch):
     assert bench.main(["--documents", "--out", str(tmp_path / "out")]) == 0
     for path, original in zip(
         paths,
-        (measure.ROOT / "docs/benchmarks/report.md", *map(measure.ROOT.joinpath, ("docs/performance.md", "docs/families.md"))),
+        (
+            measure.ROOT / "docs/benchmarks/report.md",
+            *map(measure.ROOT.joinpath, ("docs/performance.md", "docs/families.md")),
+        ),
     ):
         assert path.read_text() == original.read_text(), "`python -m benchmarks.bench --documents` writes it anew"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from canvas_engineering import ConnectivityPolicy, compile_attention, compile_schema
-from examples.fleet import Fleet, Vehicle, declare
+from examples.fleet import Fleet, Vehicle
 
 ROOT = Path(__file__).resolve().parent.parent
 
