@@ -10,6 +10,7 @@ import time
 import tracemalloc
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -214,27 +215,26 @@ def packed(case: Case, settings: Settings) -> Contest:
 
 
 def scan(case: Case, settings: Settings) -> Contest:
-    """A function's scan against loops over positions, which index their inputs at every step or cut them beforehand.
+    """A function's scan against a loop that indexes its inputs at every position.
 
     Options: ``fn``, ``queries``, ``keys`` and ``width``.
     """
     fn, queries, keys, width = (case.options[name] for name in ("fn", "queries", "keys", "width"))
     torch.manual_seed(0)
-    ours = ATTENTION_REGISTRY[fn](width, n_heads=case.heads)
+    state = ATTENTION_REGISTRY[fn](width, n_heads=case.heads).state_dict()
     inputs = [torch.randn(1, n, width) for n in (queries, keys)]
     upstream = torch.randn(inputs[0].shape)
 
-    def build(name: str, dtype: torch.dtype = torch.float32) -> Run:
-        module = (
-            ATTENTION_REGISTRY[fn](width, n_heads=case.heads) if name == "ours" else LOOPS[fn, name](width, case.heads)
-        )
-        module.load_state_dict(ours.state_dict())
+    def build(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> Run:
+        module = kind(width, n_heads=case.heads)
+        module.load_state_dict(state)
         given = [x.to(dtype) for x in inputs]
         return run_of(module.to(dtype), given, upstream.to(dtype), lambda q, k: module(q, k, k))
 
-    providers = [Provider("edge", name, lambda name=name: build(name)) for name in ("ours", "indexed_loop", "cut_loop")]
-    exact = lambda form: build("cut_loop", torch.float64).results()  # noqa: E731
-    return Contest(providers, exact, {"fn": fn, "queries": queries, "keys": keys})
+    kinds = {"ours": ATTENTION_REGISTRY[fn], "indexed_loop": LOOPS[fn]}
+    providers = [Provider("edge", name, partial(build, kind)) for name, kind in kinds.items()]
+    facts = {"fn": fn, "queries": queries, "keys": keys}
+    return Contest(providers, lambda form: build(LOOPS[fn], torch.float64).results(), facts)
 
 
 def dispatcher_of(fn: str, regions: dict[str, tuple], pairs: list[tuple[str, str]], positions: int, width: int):
@@ -251,27 +251,21 @@ def edges(case: Case, settings: Settings) -> Contest:
     """
     fn, count, size, width = (case.options[name] for name in ("fn", "edges", "size", "width"))
     torch.manual_seed(0)
-    regions = {f"r{i}": (0, 1, i * size, (i + 1) * size) for i in range(count)}
-    state = dispatcher_of(fn, {"r": (0, 1, 0, size)}, [("r", "r")], size, width).state_dict()
+    state = one_set(fn, 0, size, width).state_dict()
     x, upstream = torch.randn(2, 1, count * size, width)
 
-    def build(name: str) -> Run:
-        if name == "ours":
-            module = dispatcher_of(fn, regions, [(r, r) for r in regions], count * size, width)
-        else:
-            module = dispatcher_of(fn, {"r": (0, 1, 0, size)}, [("r", "r")], size, width)
+    def build(n: int) -> Run:
+        regions = {f"r{i}": (0, 1, i * size, (i + 1) * size) for i in range(n)}
+        module = dispatcher_of(fn, regions, [(r, r) for r in regions], n * size, width)
         module.load_state_dict(state)
-        if name == "ours":
-            return run_of(module, [x], upstream)
-        return run_of(
-            module, [x.view(count, size, width)], upstream.view(count, size, width), unpack=lambda y: y.reshape(x.shape)
-        )
+        own = (y.view(-1, n * size, width) for y in (x, upstream))
+        return run_of(module, [next(own)], next(own), unpack=lambda y: y.reshape(x.shape))
 
     def exact(form: str) -> dict[str, Tensor]:
-        results = build("batch").results()
+        results = build(1).results()
         return {name: results[name].reshape(x.shape) for name in ("out", "x")}
 
-    providers = [Provider("edge", name, lambda name=name: build(name)) for name in ("ours", "batch")]
+    providers = [Provider("edge", name, partial(build, n)) for name, n in (("ours", count), ("batch", 1))]
     return Contest(providers, exact, {"fn": fn, "edges": count, "tokens": count * size})
 
 
@@ -352,5 +346,5 @@ def plan(case: Case, settings: Settings) -> list[dict]:
     return [row | {"seconds": measure.quantiles(seconds), "declare_seconds": measure.quantiles(declared)}]
 
 
-OTHERS = ["dense_mask", "without_program", "everything", "once_per_layer", "indexed_loop", "cut_loop", "batch"]
+OTHERS = ["dense_mask", "without_program", "everything", "once_per_layer", "indexed_loop", "batch"]
 KINDS = {kind.__name__: kind for kind in (layer, program, skipping, packed, scan, edges, scaling, plan)}

@@ -51,15 +51,9 @@ class Unavailable(Exception):
 
 @dataclass
 class Settings:
-    """How a run is made.
-
-    Attributes:
-        seconds: of timed rounds per case, at least and at most so many ``rounds``.
-        only, forms: providers and forms that are timed, () for all; ours always is.
-        long: time those alone that other runs leave out for the time they take, beside ours.
-        deadline: of ``time.perf_counter``; after it others than ours are skipped, and cases not begun.
-        environment: what every row says of the machine.
-    """
+    """How a run is made: ``seconds`` of timed rounds per case, within so many ``rounds``; ``only`` these providers and
+    ``forms``, () for all; ``long``, those alone that other runs leave out; after ``deadline`` (``time.perf_counter``)
+    others than ours are skipped and cases not begun; ``environment`` is what every row says of the machine."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -76,14 +70,9 @@ class Settings:
 
 @dataclass(eq=False)
 class Run:
-    """A provider that is built.
-
-    Attributes:
-        call: gives the output of ``inputs``.
-        leaves: the tensors whose gradients are asked for, by name; {} where there is no backward.
-        upstream: the gradient of the output.
-        pack, unpack: bring a result from canvas order into the provider's, and back.
-    """
+    """A provider that is built: ``call`` gives the output of ``inputs``, whose gradient is ``upstream``; ``leaves`` are
+    the tensors whose gradients are asked for, by name, {} where there is no backward; ``pack`` and ``unpack`` bring a
+    result from canvas order into the provider's, and back."""
 
     call: Callable[..., Tensor]
     inputs: Sequence[Tensor]
@@ -136,11 +125,11 @@ class Contest:
     Attributes:
         providers: ours first in each form.
         exact: form → exact results by name.
-        facts: what its rows say; ``of_form``: what those of a form say.
+        facts, of_form: what its rows say, and those of a form.
         select: name, result → the rows of it that are compared.
         budgets: form, exact results → the largest error by name.
         upstream: the gradient of the output in the call that is compared; a run's own without.
-        reference: timed twice a round; its forward has ``reference_flops``.
+        reference, reference_flops: timed twice a round; operations of its forward.
         flops: form → floating-point operations of "forward", "backward" and "step".
     """
 
@@ -193,23 +182,21 @@ class Clock:
     """Seconds between construction and marks: the host's on a CPU, on a GPU the device's."""
 
     def __init__(self, device: str):
-        self.device, self.marks = device, []
-        if device == "cuda":
+        self.on_device, self.marks = device == "cuda", []
+        if self.on_device:
             torch.cuda._sleep(2_000_000)  # about 1 ms in which the host gets ahead: kernels are timed, not launches
         self.mark()
 
     def mark(self) -> None:
-        if self.device == "cpu":
-            self.marks.append(time.perf_counter())
-        else:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
+        self.marks.append(torch.cuda.Event(enable_timing=True) if self.on_device else time.perf_counter())
+        if self.on_device:
             self.marks[-1].record()
 
     def seconds(self) -> list[float]:
-        if self.device == "cpu":
-            return np.diff(self.marks).tolist()
-        torch.cuda.synchronize()
-        return [1e-3 * a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:])]
+        if self.on_device:
+            torch.cuda.synchronize()
+            return [1e-3 * a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:])]
+        return np.diff(self.marks).tolist()
 
 
 def keep_pages() -> None:
@@ -255,15 +242,8 @@ def free_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/f
 
 
 def time_contest(contest: Contest, described: dict, settings: Settings, without: dict[str, str]) -> list[dict]:
-    """Gate and time all providers of a case.
-
-    Args:
-        described: what every row says.
-        without: provider to the reason why it is left out.
-
-    Returns:
-        A row for each provider, and one of the reference. Who cannot run, fails or is wrong is a row that says why.
-    """
+    """A row for each provider of a case, gated and timed, and one of the reference; who cannot run, fails or is wrong
+    is a row that says why. ``described`` is what every row says, ``without`` why providers are left out."""
     described = described | contest.facts
     runs, rows = {}, []
     for provider in contest.providers:

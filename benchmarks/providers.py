@@ -1,13 +1,11 @@
 """Who computes attention on q, k and v: functions of a problem, each within one form, built before they are timed.
 
-Joint form (one softmax per query): "ours" and on GPUs "ours_torch" (the torch backend, which is ours on a CPU),
-"sdpa_mask" (scaled_dot_product_attention under a dense additive mask of all tokens), "sdpa_mask_used" (of those that
-attend or are attended to, gathered and put back), "flex" and "flex_packed" (compiled FlexAttention with a BlockMask,
-tokens in canvas order or in our packed order), and on GPUs where installed "flex_flash" (by
-FlashAttention-4) and "flashinfer". Edge form (one softmax per attention set, averaged by weight): "ours", "ours_torch",
-"per_edge_loop" (gather, attend, scatter, set by set), "grouped" (sets of equal shape in one batched call, by hand: on
-views where they lie at equal distances), and on GPUs "varlen" (all sets of all entries of the batch as one batch of
-variable lengths through FlashAttention).
+Joint form (one softmax per query): "ours"; "ours_torch", the torch backend, which is ours on a CPU; "sdpa_mask",
+scaled_dot_product_attention under a dense mask of all tokens; "sdpa_mask_used", of those that attend or are attended
+to; "flex" and "flex_packed", compiled FlexAttention in canvas order and in ours; on GPUs "flex_flash" (by
+FlashAttention-4) and "flashinfer". Edge form (one softmax per attention set, averaged by weight): "ours"; "ours_torch";
+"per_edge_loop", which gathers, attends and scatters set by set; "grouped", sets of equal shape in one batched call by
+hand, on views where they lie at equal distances; on GPUs "varlen", all sets as one batch through FlashAttention.
 """
 
 from __future__ import annotations
@@ -170,15 +168,16 @@ def _package(name: str) -> ModuleType:
         raise Unavailable(f"cannot import {name}: {cause}") from cause
 
 
-class Packed:
+class Packed(NamedTuple):
     """A provider whose tokens lie in another order: :meth:`pack` its inputs, :meth:`unpack` its results.
 
-    Tokens are packed before timing: a user may stay in that order from layer to layer. Packed tensors are laid out as
-    before, one token's heads beside each other; with ``heads_first`` one head's tokens.
+    Tokens are packed before timing: a user may stay in that order from layer to layer. ``heads_first``: packed tensors
+    have one head's tokens beside each other, not one token's heads.
     """
 
-    def __init__(self, attend: Attend, order: np.ndarray, device: str, heads_first: bool = False):
-        self.attend, self.order, self.heads_first = attend, torch.from_numpy(order).to(device), heads_first
+    attend: Attend
+    order: Tensor
+    heads_first: bool = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.attend(q, k, v)
@@ -200,59 +199,39 @@ def _packed_order(problem: Problem) -> np.ndarray:
 # -- joint form --------------------------------------------------------------------------------------------------------
 
 
-def additive_mask(
-    problem: Problem, device: str, dtype: torch.dtype, tokens: np.ndarray | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """The dense mask of joint form.
-
-    Returns:
-        (n, n), ln of the joint weights, −inf where a query does not attend to a key; and (n, 1), the rows without keys,
-        None where there are none. A softmax over no key is NaN: such rows attend to themselves here, and are to be
-        cleared. ``tokens``: of those alone.
-    """
-    # rows start at multiples of eight elements: else torch copies the mask at each call of its memory-efficient kernel
+def sdpa_mask(problem: Problem, device: str, dtype: torch.dtype, tokens: np.ndarray | None = None) -> Attend:
+    """Under ln of the joint weights, −inf where a query does not attend to a key. ``tokens``: of those alone."""
     kinds = problem.kinds if tokens is None else problem.kinds[tokens]
+    # rows start at multiples of eight elements: else torch copies the mask at each call of its memory-efficient kernel
     n, wide = len(kinds), -(-len(kinds) // 8) * 8
     _fits(n * wide * dtype.itemsize, device)
     mask = torch.empty(n, wide, dtype=dtype, device=device)[:, :n]
-    empty = torch.empty(n, 1, dtype=torch.bool, device=device)
-    kinds = torch.from_numpy(kinds).to(device)
-    logs = torch.from_numpy(problem.weight_of_kinds).log().to(device, dtype)
-    for rows in torch.arange(n, device=device).split(1024):
-        mask[rows] = logs[kinds[rows]].index_select(1, kinds)
-        empty[rows] = mask[rows].isneginf().all(1, keepdim=True)
-    if not empty.any():
-        return mask, None
+    kinds, logs = torch.from_numpy(kinds).to(device), torch.from_numpy(problem.weight_of_kinds).log().to(device, dtype)
+    for low in range(0, n, 1024):
+        mask[low : low + 1024] = logs[kinds[low : low + 1024]].index_select(1, kinds)
+    empty = mask.isneginf().all(1, keepdim=True)
+    # a softmax over no key is NaN: rows without keys attend to themselves, and are cleared
     mask.diagonal()[empty[:, 0]] = 0
-    return mask, empty
-
-
-def sdpa_mask(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
-    mask, empty = additive_mask(problem, device, dtype)
-    return _cleared(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), empty)
-
-
-def sdpa_mask_used(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
-    """A dense mask over the tokens that attend or are attended to, which are gathered before and put back behind."""
-    reads = [np.concatenate([read[side] for read in problem.reads]) for side in (0, 1)]
-    used = np.unique(np.concatenate(reads))
-    if len(used) == problem.tokens:
-        raise Unavailable("every token attends or is attended to")
-    mask, empty = additive_mask(problem, device, dtype, used)
-    plain = empty is None and not mask.any()
-    at = torch.from_numpy(used).to(device)
+    clears, mask = bool(empty.any()), mask if tokens is None or mask.any() else None
 
     def attend(q, k, v):
-        parts = (x.index_select(2, at) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*parts, attn_mask=None if plain else mask)
-        out = out if empty is None else out.masked_fill(empty, 0)
-        return torch.zeros_like(q).index_copy(2, at, out)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.masked_fill(empty, 0) if clears else out
 
     return attend
 
 
-def _cleared(attend: Attend, empty: Tensor | None) -> Attend:
-    return attend if empty is None else lambda q, k, v: attend(q, k, v).masked_fill(empty, 0)
+def sdpa_mask_used(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
+    """A dense mask over the tokens that attend or are attended to, which are gathered before and put back behind."""
+    used = np.unique(np.concatenate([tokens for read in problem.reads for tokens in read[:2]]))
+    if len(used) == problem.tokens:
+        raise Unavailable("every token attends or is attended to")
+    own, at = sdpa_mask(problem, device, dtype, used), torch.from_numpy(used).to(device)
+
+    def attend(q, k, v):
+        return torch.zeros_like(q).index_copy(2, at, own(*(x.index_select(2, at) for x in (q, k, v))))
+
+    return attend
 
 
 @cache
@@ -280,11 +259,8 @@ def flex(
 
 
 def block_mask(kinds: Tensor, allowed: Tensor):
-    """What ``create_block_mask`` gives for tokens of these kinds (int [n]; bool [kinds, kinds]), without its n² pairs.
-
-    Compiled, it would hold none either, but compiling it takes minutes at some lengths
-    (https://github.com/pytorch/pytorch/issues/182060).
-    """
+    """What ``create_block_mask`` gives for tokens of these kinds, int (n,), bool (kinds, kinds), without its n² pairs
+    or the minutes of compiling it (https://github.com/pytorch/pytorch/issues/182060)."""
     from torch.nn.attention.flex_attention import BlockMask
 
     n, count = len(kinds), -(-len(kinds) // FLEX_BLOCK)
@@ -306,7 +282,7 @@ def flex_packed(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     order = _packed_order(problem)
     if (order == np.arange(problem.tokens)).all():
         raise Unavailable("packed order is canvas order")
-    return Packed(flex(problem, device, dtype, order), order, device)
+    return Packed(flex(problem, device, dtype, order), torch.from_numpy(order).to(device))
 
 
 def flex_flash(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
@@ -347,7 +323,7 @@ def flashinfer(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     def attend(q, k, v):
         return wrapper.run(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, q.shape[:2])
 
-    return Packed(attend, order, device, heads_first=True)
+    return Packed(attend, torch.from_numpy(order).to(device), heads_first=True)
 
 
 # -- edge form ---------------------------------------------------------------------------------------------------------
