@@ -1,8 +1,8 @@
 """Ours of another commit against ours here: two processes that take turns, forward and backward, in CPU seconds.
 
 The commit is checked out into a temporary ``git worktree`` with this tree's ``benchmarks``, so that both run the same
-cases. A ratio is the median over rounds of time here over time there. It is slower where it exceeds 1 by more than
-``BETWEEN`` and 1.57 · IQR / √rounds, added as squares (the notches of McGill, Tukey and Larsen).
+cases. Ours is slower where the median ratio of the rounds exceeds 1 by more than ``BETWEEN`` and 1.57 · IQR / √rounds,
+added as squares (the notches of McGill, Tukey and Larsen).
 """
 
 from __future__ import annotations

@@ -31,17 +31,9 @@ from canvas_engineering.plan import compile_attention
 CALL_SECONDS = 0.2
 """Of repeated calls of one size, where cost is fitted to sizes."""
 PLAN_ROUNDS = 9
-COGVIDEOX = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "time_embed_dim": 64,
-    "text_embed_dim": 64,
-    "num_layers": 4,
-    "max_text_seq_length": 32,
-    "use_rotary_positional_embeddings": True,
-}
+COGVIDEOX = {"num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 4, "out_channels": 4, "num_layers": 4}
+COGVIDEOX |= {"time_embed_dim": 64, "text_embed_dim": 64, "max_text_seq_length": 32}
+COGVIDEOX |= {"use_rotary_positional_embeddings": True}
 
 
 def run_of(module: nn.Module, inputs: Sequence[Tensor], upstream: Tensor, call: Callable | None = None, **order) -> Run:
@@ -175,38 +167,33 @@ def packed(case: Case, settings: Settings) -> Contest:
     from examples.train_robot import rotary_tables
 
     height, width, frames = case.options["size"]
+    sizes = {"sample_height": height // 8, "sample_width": width // 8, "sample_frames": frames}
 
     def model(is_packed: bool) -> nn.Module:
         torch.manual_seed(0)
-        sizes = {"sample_height": height // 8, "sample_width": width // 8, "sample_frames": frames}
         result = CogVideoXTransformer3DModel(**COGVIDEOX | sizes)
         options = {"layout": cogvideox_layout(result.config, height, width, frames), "topology": tile_topology(4, 4)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the density, which is not the matter here
             graft_looped_blocks(result, 1, loops=1, freeze="none", packed=is_packed, **options)
+        if result.config.packed != is_packed:
+            raise measure.Wrong("the plan moves no tokens: there is nothing to compare")
         return result
 
-    T = cogvideox_layout(model(True).config, height, width, frames).T
+    T, shape = (frames - 1) // 4 + 1, (height // 8, width // 8)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, T, COGVIDEOX["in_channels"], height // 8, width // 8, generator=generator)
+    x = torch.randn(1, T, COGVIDEOX["in_channels"], *shape, generator=generator)
     text = torch.randn(1, 32, COGVIDEOX["text_embed_dim"], generator=generator)
     upstream = torch.randn(x.shape, generator=generator) / x.numel()
 
     def build(is_packed: bool) -> Run:
         module = model(is_packed)
-        if module.config.packed != is_packed:
-            raise measure.Wrong("the plan moves no tokens: there is nothing to compare")
-        tables = rotary_tables(module.config, T, height // 8, width // 8)
-        options = {"timestep": torch.tensor([500]), "image_rotary_emb": tables, "return_dict": False}
-        return run_of(module, [x, text], upstream, lambda x, text: module(x, text, **options)[0])
+        options = {"timestep": torch.tensor([500]), "image_rotary_emb": rotary_tables(module.config, T, *shape)}
+        return run_of(module, [x, text], upstream, lambda x, text: module(x, text, return_dict=False, **options)[0])
 
     kinds = {"ours": True, "once_per_layer": False}
-    providers = [
-        Provider("joint", name, lambda is_packed=is_packed: build(is_packed)) for name, is_packed in kinds.items()
-    ]
-    contest = Contest(
-        providers, lambda form: build(False).results(), {"tokens": 32 + T * (height // 16) * (width // 16)}
-    )
+    providers = [Provider("joint", name, partial(build, is_packed)) for name, is_packed in kinds.items()]
+    contest = Contest(providers, lambda form: build(False).results(), {"tokens": 32 + T * shape[0] * shape[1] // 4})
     contest.budgets = lambda form, exact: dict.fromkeys(exact, 1e-4)
     return contest
 

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 WRITTEN = ("benchmarks/results", "docs", "README.md")
 """What benchmarks write into the tree, which is no other code."""
-ON_GPUS = ("triton", "flashinfer-python")
+ON_GPUS = ("triton", "flash-attn-4")
 BUDGET = 1e-5
 """The largest error of float32, over the largest exact value."""
 FLOOR = 1e-3

@@ -1,4 +1,4 @@
-"""From rows to what people look at: lines, Markdown tables between marks of documents, and figures.
+"""From rows to what people look at: lines, Markdown tables between marks of documents, a figure.
 
 A document has its own words; ``<!-- table: NAME -->`` to ``<!-- end -->`` is written from rows. The text of a report in
 any folder is that of docs/benchmarks/report.md.
@@ -251,9 +251,8 @@ def filled(text: str, rows: list[dict]) -> str:
 def write(rows: list[dict], folder: Path) -> Path:
     """Write the report and its figures to a folder; returns the report's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (groups, x, y, title) in FIGURES.items():
-        with replacing(folder / f"{name}.png") as file:
-            figure(timed(rows, *groups), x, y, title).savefig(file, format="png", dpi=120, bbox_inches="tight")
+    with replacing(folder / "speedup.png") as file:
+        speedup(rows).savefig(file, format="png", dpi=120, bbox_inches="tight")
     replace_file(folder / "report.md", filled(REPORT.read_text(), rows).encode())
     return folder / "report.md"
 
@@ -265,37 +264,21 @@ def write_documents(rows: list[dict]) -> None:
         replace_file(path, filled(path.read_text(), rows).encode())
 
 
-FIGURES = {
-    "speedup": (
-        ("canvas", "cogvideox", "density", "length"),
-        ("density", lambda row: row.get("density") if row["form"] == "joint" else None),
-        ("time over ours", lambda row: row.get(f"{part_of(row)}_ratio", {}).get("p50")),
-        "Joint form: time over ours by the share of all pairs that is computed",
-    ),
-    "scaling": (
-        ("length",),
-        ("tokens", lambda row: row.get("tokens")),
-        ("seconds", lambda row: seconds_of(row)["p50"]),
-        "Causal video, frames of 16 × 16: seconds by length",
-    ),
-}
-
-
-def figure(rows: list[dict], x: tuple[str, Callable], y: tuple[str, Callable], title: str):
-    """Points of every form and provider, both axes logarithmic; who has no backward is told by "forward alone"."""
+def speedup(rows: list[dict]):
+    """A figure of joint form: every provider's time over ours by density; who has no backward is told."""
     from matplotlib.figure import Figure
 
+    points: dict[str, list] = {}
+    for row in timed(rows):
+        if row["form"] == "joint" and f"{part_of(row)}_ratio" in row and "density" in row:
+            label = row["provider"] + ", forward alone" * (part_of(row) == "forward")
+            points.setdefault(label, []).append((row["density"], row[f"{part_of(row)}_ratio"]["p50"]))
     result = Figure(figsize=(7.5, 5.5), layout="constrained")
     axes = result.subplots()
-    axes.set(xlabel=x[0], ylabel=y[0], xscale="log", yscale="log", title=title)
+    axes.set(xlabel="share of all pairs that is computed", ylabel="time over ours", xscale="log", yscale="log")
     axes.grid(True, which="both", alpha=0.2)
-    points: dict[str, list] = {}
-    for row in rows:
-        if row["form"] != "reference" and x[1](row) and y[1](row):
-            label = f"{row['form']}: {row['provider']}{', forward alone' * (part_of(row) == 'forward')}"
-            points.setdefault(label, []).append((x[1](row), y[1](row)))
     for label, xy in points.items():
-        axes.plot(*zip(*sorted(xy)), "o-", label=label, alpha=0.8)
-    if points:
-        result.legend(loc="outside lower center", ncols=2, fontsize="small")
+        axes.plot(*zip(*sorted(xy)), "o", label=label, alpha=0.8)
+    axes.axhline(1, color="grey", label="as long as ours")
+    result.legend(loc="outside lower center", ncols=2, fontsize="small")
     return result

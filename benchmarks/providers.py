@@ -2,8 +2,8 @@
 
 Joint form (one softmax per query): "ours"; "ours_torch", the torch backend, which is ours on a CPU; "sdpa_mask",
 scaled_dot_product_attention under a dense mask of all tokens; "sdpa_mask_used", of those that attend or are attended
-to; "flex" and "flex_packed", compiled FlexAttention in canvas order and in ours; on GPUs "flex_flash" (by
-FlashAttention-4) and "flashinfer". Edge form (one softmax per attention set, averaged by weight): "ours"; "ours_torch";
+to; "flex" and "flex_packed", compiled FlexAttention in canvas order and in ours; on GPUs "flex_flash", by
+FlashAttention-4. Edge form (one softmax per attention set, averaged by weight): "ours"; "ours_torch";
 "per_edge_loop", which gathers, attends and scatters set by set; "grouped", sets of equal shape in one batched call by
 hand, on views where they lie at equal distances; on GPUs "varlen", all sets as one batch through FlashAttention.
 """
@@ -37,8 +37,6 @@ FLEX_BLOCK, FLEX_KINDS = 128, 64
 """FlexAttention's table of kinds is padded to a multiple of this, so that one compilation serves many patterns."""
 BLOCK_BYTES = 40
 """What a pair of FlexAttention's blocks takes: four int32 tables, and as much again and more while they are sorted."""
-INDEX_BYTES = 32
-"""What a key of a block row takes in FlashInfer's plan: an int32, and several int64 while it is made."""
 MOST_RUNS = 4
 """Of sets of one shape by hand: more runs of evenly spaced ranges than this are gathered together."""
 REFERENCE_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -46,14 +44,14 @@ EAGER_ERRORS = 2.0
 """In 16 bits errors may be this many times those of plain dense attention in the same dtype, and a correct rounding of
 the result is always let through."""
 GATED_HEADS = 4
-ON_GPUS = ("flex_flash", "flashinfer", "varlen")
+ON_GPUS = ("flex_flash", "varlen")
 
 
 def of(device: str, backend: str = "auto") -> list[tuple[str, str, Build]]:
     """(form, name, build) of everyone, ours first in each form. ``build`` raises Unavailable where it cannot run."""
     runs_torch = backend == "torch" or (backend, device) == ("auto", "cpu")
     others = {
-        "joint": (sdpa_mask, sdpa_mask_used, flex, flex_packed, flex_flash, flashinfer),
+        "joint": (sdpa_mask, sdpa_mask_used, flex, flex_packed, flex_flash),
         "edge": (per_edge_loop, grouped, varlen),
     }
     everyone = []
@@ -94,7 +92,7 @@ def attention(case: Case, settings: Settings) -> Contest:
             attend = build(problem, device, dtype)
             order = (attend.pack, attend.unpack) if isinstance(attend, Packed) else ()
             *own, upstream = map(order[0], inputs) if order else inputs
-            backward = not (name == "flashinfer" or (device == "cpu" and name.startswith("flex")))
+            backward = not (device == "cpu" and name.startswith("flex"))
             own = [x.detach().requires_grad_(backward) for x in own]
             return Run(attend, own, dict(zip(RESULTS[1:], own)) if backward else {}, upstream, *order)
 
@@ -171,29 +169,20 @@ def _package(name: str) -> ModuleType:
 class Packed(NamedTuple):
     """A provider whose tokens lie in another order: :meth:`pack` its inputs, :meth:`unpack` its results.
 
-    Tokens are packed before timing: a user may stay in that order from layer to layer. ``heads_first``: packed tensors
-    have one head's tokens beside each other, not one token's heads.
+    Tokens are packed before timing: a user may stay in that order from layer to layer.
     """
 
     attend: Attend
     order: Tensor
-    heads_first: bool = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.attend(q, k, v)
 
     def pack(self, x: Tensor) -> Tensor:
-        x = x.transpose(1, 2)[:, self.order].transpose(1, 2)
-        return x.contiguous() if self.heads_first else x
+        return x.transpose(1, 2)[:, self.order].transpose(1, 2)
 
     def unpack(self, x: Tensor) -> Tensor:
         return torch.empty_like(x).index_copy_(2, self.order, x)
-
-
-def _packed_order(problem: Problem) -> np.ndarray:
-    """Our packed order of all tokens."""
-    order = problem.plan("joint").order
-    return np.concatenate([order, np.setdiff1d(np.arange(problem.tokens), order)])
 
 
 # -- joint form --------------------------------------------------------------------------------------------------------
@@ -279,7 +268,8 @@ def block_mask(kinds: Tensor, allowed: Tensor):
 
 
 def flex_packed(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
-    order = _packed_order(problem)
+    order = problem.plan("joint").order
+    order = np.concatenate([order, np.setdiff1d(np.arange(problem.tokens), order)])
     if (order == np.arange(problem.tokens)).all():
         raise Unavailable("packed order is canvas order")
     return Packed(flex(problem, device, dtype, order), torch.from_numpy(order).to(device))
@@ -289,41 +279,6 @@ def flex_flash(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     """FlashAttention-4's kernels, which torch takes where flash-attn-4 is installed."""
     _package("flash_attn.cute")
     return flex(problem, device, dtype, options={"BACKEND": "FLASH"})
-
-
-def flashinfer(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
-    """Blocks of variable size: runs of tokens of one kind in packed order, the same for all heads of all of the batch.
-
-    https://docs.flashinfer.ai/api/sparse.html: a map of blocks per head, tensors (heads, n, D), which packing lays out.
-    """
-    sparse = _package("flashinfer.sparse")
-    if problem.weighted:
-        raise Unavailable("FlashInfer's variable blocks take no weights")
-    order = _packed_order(problem)
-    kinds = problem.kinds[order]
-    first = np.flatnonzero(np.append(True, kinds[1:] != kinds[:-1]))
-    sizes = np.diff(np.append(first, len(kinds)))
-    allowed = problem.weight_of_kinds[np.ix_(kinds[first], kinds[first])] > 0
-    heads = problem.case.batch * problem.case.heads
-    _fits(heads * (INDEX_BYTES * int((allowed @ sizes).sum()) + allowed.size), device, "an index of keys")
-    floats, integers = (torch.empty(megabytes << 20, dtype=torch.uint8, device=device) for megabytes in (512, 64))
-    wrapper = sparse.VariableBlockSparseAttentionWrapper(floats)
-    wrapper.reset_workspace_buffer(floats, integers)  # its own integers are 8 MiB, too few for many blocks
-    blocks, lengths = torch.from_numpy(allowed).to(device), torch.from_numpy(sizes).to(device, torch.int32)
-    wrapper.plan(
-        block_mask_map=blocks.expand(heads, -1, -1).contiguous(),
-        block_row_sz=lengths.expand(heads, -1).contiguous(),
-        block_col_sz=lengths.expand(heads, -1).contiguous(),
-        num_qo_heads=heads,
-        num_kv_heads=heads,
-        head_dim=problem.case.head_dim,
-        q_data_type=dtype,
-    )
-
-    def attend(q, k, v):
-        return wrapper.run(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, q.shape[:2])
-
-    return Packed(attend, torch.from_numpy(order).to(device), heads_first=True)
 
 
 # -- edge form ---------------------------------------------------------------------------------------------------------

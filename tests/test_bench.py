@@ -72,7 +72,7 @@ def test_the_command_measures_saves_and_reports(small, tmp_path, capsys):
     found = measure.read_rows(tmp_path / "rows.json")
     assert [row["provider"] for row in found] == ["ours", "grouped", "sdpa_unmasked"]
     assert "grouped" in capsys.readouterr().out
-    names = ["report.md", "rows.json", "scaling.png", "speedup.png"]
+    names = ["report.md", "rows.json", "speedup.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert bench.main(["--rows", str(tmp_path / "rows.json"), "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again/report.md").read_text() == (tmp_path / "report.md").read_text()
@@ -299,14 +299,11 @@ def test_documents_are_filled_between_their_marks():
         plot.filled("<!-- table: no_such -->\n<!-- end -->", [])
 
 
-@pytest.mark.parametrize("name", plot.FIGURES)
-def test_figures_hold_the_rows_numbers(name):
+def test_the_figure_holds_the_rows_numbers():
     pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib")
-    groups, x, y, title = plot.FIGURES[name]
-    rows = plot.timed(measure.read_rows(measure.RESULTS / "bench.json"), *groups)
-    (axes,) = plot.figure(rows, x, y, title).axes
+    rows = plot.timed(measure.read_rows(measure.RESULTS / "bench.json"), "canvas", "density")
+    (axes,) = plot.speedup(rows).axes
+    points = {line.get_label(): sorted(map(tuple, line.get_xydata())) for line in axes.lines}
     own = [row for row in rows if (row["form"], row["provider"]) == ("joint", "sdpa_mask")]
-    (line,) = (line for line in axes.lines if line.get_label() == "joint: sdpa_mask")
-    assert sorted(map(tuple, line.get_xydata())) == sorted((x[1](row), y[1](row)) for row in own)
-    assert any("forward alone" in line.get_label() for line in axes.lines)
-    plot.figure([], x, y, title)
+    assert points["sdpa_mask"] == sorted((row["density"], row["step_ratio"]["p50"]) for row in own)
+    assert "flex, forward alone" in points and "per_edge_loop" not in points
