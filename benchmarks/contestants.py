@@ -2,16 +2,17 @@
 
 Joint form (one softmax per query): "ours" and on GPUs "ours_torch" (the torch backend, which is ours on a CPU),
 "sdpa_mask" (scaled_dot_product_attention under a dense additive mask of all tokens), "sdpa_mask_used" (of those that
-read or are read, gathered and put back), "flex" and "flex_packed" (compiled FlexAttention
-with a BlockMask, tokens in canvas order or in our packed order), and on GPUs where installed "xformers", "flashinfer"
-and "flashinfer_packed". Edge form (one softmax per read, averaged by weight): "ours", "ours_torch", "per_edge_loop"
-(gather, attend, scatter, read by read), "grouped" (reads of equal shape in one batched call, by hand: on views where
-they lie at equal distances), and on GPUs "varlen" (all reads of all entries of the batch as one batch of variable
-lengths through FlashAttention).
+read or are read, gathered and put back), "flex" and "flex_packed" (compiled FlexAttention with a BlockMask, tokens in
+canvas order or in our packed order), and on GPUs where installed "flex_flash" (FlexAttention by FlashAttention-4's
+kernels), "xformers", "flashinfer" and "flashinfer_packed". Edge form (one softmax per read, averaged by weight):
+"ours", "ours_torch", "per_edge_loop" (gather, attend, scatter, read by read), "grouped" (reads of equal shape in one
+batched call, by hand: on views where they lie at equal distances), and on GPUs "varlen" (all reads of all entries of
+the batch as one batch of variable lengths through FlashAttention).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
@@ -80,6 +81,7 @@ def of(device: str, backend: str = "auto") -> list[Contestant]:
         Contestant("joint", "sdpa_mask_used", sdpa_mask_used),
         Contestant("joint", "flex", flex, on_cpu),
         Contestant("joint", "flex_packed", flex_packed, on_cpu),
+        *(() if on_cpu else (Contestant("joint", "flex_flash", flex_flash),)),
         Contestant("joint", "xformers", on_gpus(xformers)),
         Contestant("joint", "flashinfer", on_gpus(flashinfer), True),
         Contestant("joint", "flashinfer_packed", on_gpus(flashinfer_packed), True),
@@ -214,9 +216,18 @@ def _log_weights(kinds: Tensor, log_weight: Tensor) -> Callable:
     return lambda score, batch, head, query, key: score + log_weight[kinds[query], kinds[key]]
 
 
-def flex(problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | None = None) -> Attend:
+@functools.cache
+def compiled_flex(dynamic: bool, backend: str = "inductor") -> Callable:
+    """FlexAttention compiled, never left uncompiled without a word. ``dynamic``: once for all cases, whose lengths,
+    block tables and kinds are inputs; on a GPU compiling for each would take longer than all timings."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    return torch.compile(flex_attention, dynamic=dynamic, fullgraph=True, backend=backend)
+
+
+def flex(
+    problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | None = None, options: dict | None = None
+) -> Attend:
     _fits(CELL_BYTES * (-(-problem.tokens // FLEX_BLOCK)) ** 2, device, "block tables")
     kinds = torch.from_numpy(problem.kinds if order is None else problem.kinds[order]).to(device)
     count = -(-len(problem.weight_of_kinds) // KINDS) * KINDS
@@ -225,8 +236,8 @@ def flex(problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | 
     weight[: len(known), : len(known)] = known
     mask = block_mask(kinds, weight > 0)
     score = _log_weights(kinds, weight.log()) if problem.weighted else None
-    attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)  # never uncompiled without a word
-    return lambda q, k, v: attend(q, k, v, score_mod=score, block_mask=mask)
+    attend = compiled_flex(dynamic=device == "cuda")
+    return lambda q, k, v: attend(q, k, v, score_mod=score, block_mask=mask, kernel_options=options)
 
 
 def block_mask(kinds: Tensor, allowed: Tensor):
@@ -256,6 +267,12 @@ def block_mask(kinds: Tensor, allowed: Tensor):
 def flex_packed(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     order = _packed_order(problem)
     return Packed(flex(problem, device, dtype, order), order, device)
+
+
+def flex_flash(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
+    """FlashAttention-4's kernels, which torch takes where flash-attn-4 is installed."""
+    _package("flash_attn.cute")
+    return flex(problem, device, dtype, options={"BACKEND": "FLASH"})
 
 
 def flashinfer(problem: Problem, device: str, dtype: torch.dtype, order: np.ndarray | None = None) -> Attend:

@@ -41,9 +41,9 @@ from canvas_engineering.files import replace_file
 PHASES = {"defaults": 60, "ours": 160, "correctness": 215, "contestants": 290, "sweep": 325}
 PHASES |= {"profile": 332, "dispatcher": 340, "tools": 350}
 """Seconds after the start at which each phase takes up nothing more."""
-RESUMED, GRACE, PATIENCE = 230 / 350, 5.0, 30.0
-"""The share of these that a resumed run has; seconds that an item may go on beyond its phase's deadline; seconds after
-which one that is ended there is not tried again."""
+RESUMED, UNHURRIED, GRACE, PATIENCE = 230 / 350, 10.0, 5.0, 30.0
+"""The share of these that a resumed run has, and one in the interpreter, where no device waits; seconds that an item
+may go on beyond its phase's deadline; seconds after which one that is ended there is not tried again."""
 LOST = 3
 """Status of a process that the device answers no more."""
 ABSENT = ("diffusers", "transformers", "gymnasium", "rich", "typer", "matplotlib")
@@ -563,7 +563,7 @@ def main(argv=None) -> int:
     phases = arguments.phases.split(",")
     if unknown := set(phases) - set(PHASES):
         parser.error(f"no phase {', '.join(sorted(unknown))}; there are {', '.join(PHASES)}")
-    share = RESUMED if arguments.resume else 1.0
+    share = UNHURRIED if arguments.interpret else RESUMED if arguments.resume else 1.0
     if arguments.plan:
         return plan()
     if arguments.began is None and not arguments.once:

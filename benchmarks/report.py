@@ -24,6 +24,7 @@ LABELS = {
     "sdpa_mask_used": "SDPA, mask of used tokens",
     "flex": "FlexAttention",
     "flex_packed": "FlexAttention, packed order",
+    "flex_flash": "FlexAttention, FlashAttention-4",
     "xformers": "xformers",
     "flashinfer": "FlashInfer",
     "flashinfer_packed": "FlashInfer, packed order",
@@ -32,7 +33,7 @@ LABELS = {
     "varlen": "FlashAttention, varlen",
     "sdpa_unmasked": "SDPA without a mask",
 }
-FLEX = {"flex", "flex_packed"}
+FLEX = {"flex", "flex_packed", "flex_flash"}
 FLEX_MEMORY = (
     "FlexAttention's MiB are those of forward alone, ours and others' those of forward + backward; where it had to "
     "compile for a shape, they hold the compiler's memory too."

@@ -172,9 +172,10 @@ def describe(cubin: bytes, stage: str, block_m: int, block_n: int, block_d: int,
     Returns:
         ``instructions``: per warp; ``other_instructions``: those of the longest other loop, None without one.
         ``waste``: matrix work executed over work asked for. ``exp2``: executed per pair. ``waits``: for matrix
-        products. ``serialised``: products that wait for the one before (ptxas's C7515). ``local``: local loads and
-        stores in any loop. ``clocks``: as :func:`clocks`; ``bound``: the unit with the most. ``predicted``,
-        ``other_predicted``: TFLOP/s of what is asked for. {} for a kernel without a loop of matrix products.
+        products. ``serialised``: products that wait for the one before, in the worst loop (ptxas's C7515: each is a
+        group of its own). ``local``: local loads and stores in any loop. ``clocks``: as :func:`clocks`; ``bound``: the
+        unit with the most. ``predicted``, ``other_predicted``: TFLOP/s of what is asked for. {} for a kernel without a
+        loop of matrix products.
     """
     instructions = parse(run_tool("nvdisasm", "-c", cubin=cubin))
     bodies = product_loops(instructions)
@@ -185,7 +186,7 @@ def describe(cubin: bytes, stage: str, block_m: int, block_n: int, block_d: int,
     spent = clocks(hot, num_warps)
     inside = (instructions[first : last + 1] for first, last in loops(instructions))
     local = {id(i) for body in inside for i in body if i.name in ("LDL", "STL")}
-    committed = sum(i.name == "HGMMA" and "gsb0" in i.operands for i in hot)
+    committed = max(sum(i.name == "HGMMA" and "gsb0" in i.operands for i in body) for body in bodies)
     return {
         "instructions": len(hot),
         "other_instructions": other and len(other),

@@ -157,7 +157,8 @@ def _each(cases: list[Case] | tuple[Case, ...], settings: Settings) -> Iterator[
         if number == len(cases):
             name_kernels(references, settings)
         yield rows
-        torch.compiler.reset()  # FlexAttention is compiled for each case; after eight torch would run it uncompiled
+        if settings.device == "cpu":
+            torch.compiler.reset()  # FlexAttention is compiled for each case; after eight torch would run it uncompiled
         _collect()
         if settings.device == "cuda":
             torch.cuda.empty_cache()

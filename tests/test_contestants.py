@@ -102,6 +102,7 @@ def test_on_gpus_the_torch_backend_is_a_contestant_of_its_own(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "package"),
     [
+        ("flex_flash", "flash_attn.cute"),
         ("xformers", "xformers"),
         ("flashinfer", "flashinfer"),
         ("flashinfer_packed", "flashinfer"),
@@ -210,6 +211,20 @@ def test_flex_attention_holds_tables_of_blocks_and_no_n_squared_pairs(monkeypatc
             contestants.flex(Problem(cases.Case("long", cases.multi_rate)), device, torch.float32)
     assert asked == [(40 * 12**2, "block tables")] * 2
     assert contestants.GPU_BYTES > 40 * (2**20 // 128) ** 2  # a million tokens run
+
+
+def test_flex_attention_is_compiled_once_for_all_cases_of_a_gpu(monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, usual = CompileCounterWithBackend("eager"), contestants.compiled_flex
+    # a GPU's calls, on this device
+    monkeypatch.setattr(contestants, "compiled_flex", lambda dynamic: usual(True, counter))
+    for case in (cases.DISPATCH[0], cases.DISPATCH[1]):
+        problem = Problem(case)
+        *inputs, _ = problem.inputs("cpu", torch.float32)
+        with torch.no_grad():
+            contestants.flex(problem, "cpu", torch.float32)(*inputs)
+    assert problem.weighted is False and counter.frame_count == 1
 
 
 # -- FlashInfer --------------------------------------------------------------------------------------------------------

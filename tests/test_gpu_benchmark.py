@@ -270,3 +270,9 @@ def test_head_dim_128_and_long_cases_are_timed_early():
 def test_a_phase_that_does_not_exist_is_refused(tmp_path):
     done = run_command(tmp_path, "--phases", "timing")
     assert done.returncode == 2 and "no phase timing" in done.stderr
+
+
+def test_a_run_takes_less_than_six_minutes_and_a_resumed_one_less_than_four():
+    until = list(gpu.PHASES.values())
+    assert until == sorted(until) and list(gpu.PHASES)[:4] == ["defaults", "ours", "correctness", "contestants"]
+    assert until[-1] + gpu.GRACE < 360 and gpu.RESUMED * until[-1] + gpu.GRACE < 240
