@@ -101,11 +101,11 @@ def compile_launch(launch: Launch) -> dict:
     kernel = triton.compile(source, target=_target(launch.arch), options=options)
     row = describe(launch) | {"seconds": round(time.perf_counter() - began, 2), "shared": kernel.metadata.shared}
     row |= _amd_resources(kernel) if launch.arch == "gfx942" else _nvidia_resources(kernel, launch)
-    row["resident"] = resident(launch.arch, row["registers"], row["shared"], launch.config.num_warps)
+    row["resident"] = resident(launch.arch, row["registers"], row["shared"], kernel.metadata.num_warps)
     if is_read(launch):
-        config = launch.config
+        config, specialised = launch.config, "ttg.warp_specialize" in kernel.asm["ttgir"]
         shape = (config.block_m, config.block_n, configs.block_d(launch.head_dim), config.num_warps)
-        row |= static_model.describe(kernel.asm["cubin"], launch.stage, *shape)
+        row |= static_model.describe(kernel.asm["cubin"], launch.stage, *shape, consumers=1 + specialised)
     row["faults"] = faults(launch, row) if launch.form != "dense" else []
     return row
 
