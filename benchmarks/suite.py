@@ -51,6 +51,9 @@ NAMED = ("case", "form", "contestant", "batch", "heads", "head_dim", "dtype")
 """What every row says."""
 
 
+NO_TIME = "no time was left"
+
+
 class Wrong(Exception):
     """A result differs from float64: there is nothing to time."""
 
@@ -190,7 +193,7 @@ def _wanted(case: Case, settings: Settings) -> list[Contestant]:
 
 
 def _not_begun(case: Case, settings: Settings) -> list[dict]:
-    described = _described(case, settings) | {"skipped": "no time was left"}
+    described = _described(case, settings) | {"skipped": NO_TIME}
     return [described | {"form": c.form, "contestant": c.name} for c in _wanted(case, settings)]
 
 
@@ -214,7 +217,7 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
             row["skipped"] = case.without[contestant.name]
             continue
         if contestant.name != "ours" and time.perf_counter() > settings.deadline:
-            row["skipped"] = "no time was left"
+            row["skipped"] = NO_TIME
             continue
         try:
             runners.append(prepare(contestant, problem, inputs, gate, settings, row))
