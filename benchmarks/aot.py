@@ -101,11 +101,11 @@ def compile_launch(launch: Launch) -> dict:
     kernel = triton.compile(source, target=_target(launch.arch), options=options)
     row = describe(launch) | {"seconds": round(time.perf_counter() - began, 2), "shared": kernel.metadata.shared}
     row |= _amd_resources(kernel) if launch.arch == "gfx942" else _nvidia_resources(kernel, launch)
-    row["resident"] = resident(launch.arch, row["registers"], row["shared"], launch.config.num_warps)
+    row["resident"] = resident(launch.arch, row["registers"], row["shared"], kernel.metadata.num_warps)
     if is_read(launch):
-        config = launch.config
+        config, specialised = launch.config, "ttg.warp_specialize" in kernel.asm["ttgir"]
         shape = (config.block_m, config.block_n, configs.block_d(launch.head_dim), config.num_warps)
-        row |= static_model.describe(kernel.asm["cubin"], launch.stage, *shape)
+        row |= static_model.describe(kernel.asm["cubin"], launch.stage, *shape, consumers=1 + specialised)
     row["faults"] = faults(launch, row) if launch.form != "dense" else []
     return row
 
@@ -134,9 +134,8 @@ def faults(launch: Launch, row: dict) -> list[str]:
         found.append(f"spills {row['spilled']} bytes")
     if row["shared"] > SHARED_LIMIT[launch.arch]:
         found.append(f"{row['shared']} bytes of shared memory, limit {SHARED_LIMIT[launch.arch]}")
-    dots = static_model.DOTS[launch.stage]
-    if read and row["wgmma"] != dots:
-        found.append(f"{row['wgmma']} of {dots} dots are wgmma")
+    if read and row["wgmma"] < row["dots"]:
+        found.append(f"{row['wgmma']} of {row['dots']} dots are wgmma")
     if launch.arch != "gfx942" and row["copies"] < 2:
         found.append(f"{row['copies']} of 2 walked tensors are copied asynchronously in the loop")
     if read and "waste" not in row:
@@ -197,10 +196,12 @@ def _nvidia_resources(kernel, launch: Launch) -> dict:
     ttgir = kernel.asm["ttgir"]
     tile = f"<{launch.config.block_n}x{configs.block_d(launch.head_dim)}x!tt.ptr"
     loop = ttgir[ttgir.index("scf.for") :].splitlines()
+    wgmma = len(re.findall(r"ttng\.warp_group_dot ", ttgir))
     return {
         "registers": registers,
         "spilled": spilled,
-        "wgmma": len(re.findall(r"ttng\.warp_group_dot ", ttgir)) if "wgmma.mma_async" in kernel.asm["ptx"] else 0,
+        "wgmma": wgmma,
+        "dots": wgmma + len(re.findall(r"\btt\.dot ", ttgir)),
         "copies": len([line for line in loop if "async_copy_global_to_local" in line and tile in line]),
     }
 

@@ -36,7 +36,7 @@ def run(chosen: Sequence[Case], settings: Settings) -> Iterator[list[dict]]:
         gc.collect()
         try:
             late = time.perf_counter() > settings.deadline
-            rows = [_described(case, settings) | {"skipped": "no time was left"}] if late else run_case(case, settings)
+            rows = [_described(case, settings) | {"skipped": measure.NO_TIME}] if late else run_case(case, settings)
         except Exception as cause:  # too large for the device, say: the other cases still run
             rows = [_described(case, settings) | {"failed": f"the whole case: {measure.told(cause)}"}]
         yield [row | settings.environment for row in rows]

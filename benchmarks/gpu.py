@@ -4,7 +4,7 @@
 
 What we need to know first comes first:
 
-defaults     the configurations that most users meet, bf16 at head_dim 64 and 128 in both forms, against float64
+defaults     the configurations that most users meet, bf16 at head_dim 64 and 128 in all forms, against float64
 ours         the cases (``bench.py``): ours and unmasked attention, head_dim 128 and long cases early
 correctness  every other configuration, dtype, head dimension and layout
 providers    the same cases, against everyone else
@@ -14,10 +14,10 @@ dispatcher   AttentionDispatcher against the per-edge loop, and how long kernels
 tools        compute-sanitizer, and ncu on the slowest of ours, where the machine has them
 
 Every phase has a deadline. Its rows are in ``DIR/<phase>.jsonl`` as soon as they are known, each with the ``item`` that
-it is of; ``--resume`` takes up the items that have none. A process that dies, hangs or loses the device costs the item
-it was at: another one goes on. Nothing is timed whose results, outputs and all gradients, were not found right before.
-The status is 1 where something of ours is wrong or failed. ``--interpret`` runs the same at toy size in Triton's
-interpreter.
+it is of; ``--resume`` takes up the items that have none in that folder. A process that dies, hangs or loses the device
+costs the item it was at: another one goes on. Nothing is timed whose results, outputs and all gradients, were not found
+right before. The status is 1 where something of ours is wrong or failed. ``--interpret`` runs the same at toy size in
+Triton's interpreter; ``--plan`` runs no kernel, only what comes before.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from canvas_engineering.files import replace_file
 PHASES = {"defaults": 60, "ours": 160, "correctness": 215, "providers": 290, "sweep": 325}
 PHASES |= {"profile": 332, "dispatcher": 340, "tools": 350}
 """Seconds after the start at which each phase takes up nothing more."""
-RESUMED, GRACE, PATIENCE = 230 / 350, 5.0, 30.0
-"""The share of these that a resumed run has; seconds that an item may go on beyond its phase's deadline; seconds after
-which one that is ended there is not tried again."""
+RESUMED, UNHURRIED, GRACE, PATIENCE = 230 / 350, 10.0, 5.0, 30.0
+"""The share of these that a resumed run has, and one in the interpreter, where no device waits; seconds that an item
+may go on beyond its phase's deadline; seconds after which one that is ended there is not tried again."""
 LOST = 3
 """Status of a process that the device answers no more."""
 ABSENT = ("diffusers", "transformers", "gymnasium", "rich", "typer", "matplotlib")
@@ -99,12 +99,19 @@ class Session:
         return measure.read_rows(path) if path.exists() else []
 
     def write(self, phase: str, item: str, rows: list[dict]) -> None:
-        """Adds an item's rows to the phase's."""
-        add_rows(self.out / f"{phase}.jsonl", [{"item": item} | row | self.environment for row in rows])
+        """Adds an item's rows to the phase's, in place of earlier ones."""
+        from benchmarks import measure
+
+        others = [row for row in self.rows(phase) if row["item"] != item]
+        added = [{"item": item} | row | self.environment for row in rows]
+        measure.write_rows(others + added, self.out / f"{phase}.jsonl")
 
     def missing(self, phase: str, items: Iterable[str]) -> list[str]:
-        """The items that have no rows yet."""
-        known = {row["item"] for row in self.rows(phase)}
+        """The items that have no rows yet, or that there was no time for all of."""
+        from benchmarks import measure
+
+        rows = self.rows(phase)
+        known = {row["item"] for row in rows} - {row["item"] for row in rows if row.get("skipped") == measure.NO_TIME}
         return [item for item in items if item not in known]
 
     def items(self, phase: str, items: Iterable[str]) -> Iterator[str]:
@@ -172,12 +179,6 @@ def is_late(case) -> bool:
     return case.head_dim != 128 and case.name not in cases.EARLY_ON_A_GPU
 
 
-def add_rows(path: Path, rows: list[dict]) -> None:
-    """Adds them to the file in one step: it never holds half of a row."""
-    earlier = path.read_bytes() if path.exists() else b""
-    replace_file(path, earlier + "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
 # -- correctness -----------------------------------------------------------------------------------------------------
 
 
@@ -195,9 +196,8 @@ def _check_tasks(session: Session, phase: str) -> None:
     """Tasks in processes of their own; a fault of the device, or a kernel that hangs, ends only one of them."""
     from benchmarks import gpu_checks
 
-    tasks = gpu_checks.toy_tasks() if session.interpret else gpu_checks.tasks()
-    first = phase == "defaults"
-    tasks = {task.name: task for task in (tasks[: gpu_checks.DEFAULTS] if first else tasks[gpu_checks.DEFAULTS :])}
+    every = gpu_checks.toy_tasks() if session.interpret else gpu_checks.tasks()
+    tasks = {task.name: task for task in every[phase == "correctness"]}
 
     def tell(task, row: dict) -> None:
         worst = max((row["errors"][name] / row["budgets"][name] for name in row["errors"]), default=math.nan)
@@ -278,7 +278,7 @@ def sweep(session: Session) -> None:
     tried = {}
     for name in names:
         head_dim = session.cases[name].head_dim
-        for form, stage in SWEPT_PASSES:
+        for form, stage in SWEPT_PASSES[:: 3 if session.interpret else 1]:
             for shape in ((16, 16, 1, 2),) if session.interpret else SWEEP[head_dim]:
                 item = f"{name} {stage} {form} {'x'.join(map(str, shape))}"
                 tried[item] = (name, form, stage, gpu_checks.Candidate(stage, Config(*shape)))
@@ -471,7 +471,9 @@ def tools(session: Session) -> None:
             return [row | {"skipped": "it took too long"}]
         replace_file(path, (done.stdout + done.stderr).encode())
         session.say(f"{name} on {' '.join(what)}: status {done.returncode}, {path}")
-        return [row | ({"failed": f"status {done.returncode}"} if done.returncode else {})]
+        # ncu may lack the right to read counters: that is no fault of ours
+        what = "failed" if name == "compute-sanitizer" else "skipped"
+        return [row | ({what: f"status {done.returncode}"} if done.returncode else {})]
 
     session.run("tools", {name: lambda name=name: run_tool(name) for name in found if shutil.which(name)})
 
@@ -506,7 +508,7 @@ def plan() -> int:
     row = aot.compile_launch(aot.launches(["sm_90"], [64], ["bf16"])[0])
     print(f"{row['stage']} {row['form']}: {row['registers']} registers, predicted {row['predicted']} TFLOP/s")
     versions = {"torch": torch.__version__, "triton": triton.__version__, "numpy": numpy.__version__}
-    print(f"{len(cases.GPU)} cases planned, {len(gpu_checks.tasks())} checks known; {versions}")
+    print(f"{len(cases.GPU)} cases planned, {sum(map(len, gpu_checks.tasks()))} checks known; {versions}")
     return 0
 
 
@@ -546,7 +548,9 @@ def watch(command: list[str], out: Path, began: float, seconds: float) -> int:
         what = "it took too long" if status is None else f"its process ended with status {status}"
         print(f"{told['phase']}, {told['item']}: {what}; another process goes on", flush=True)
         if told["item"] and status != LOST and (status is not None or time.time() - told["since"] > PATIENCE):
-            add_rows(out / f"{told['phase']}.jsonl", [{"item": told["item"], "failed": what}])
+            rows, failed = out / f"{told['phase']}.jsonl", {"item": told["item"], "failed": what}
+            earlier = rows.read_bytes() if rows.exists() else b""
+            replace_file(rows, earlier + f"{json.dumps(failed)}\n".encode())
     return 1
 
 
@@ -563,7 +567,7 @@ def main(argv=None) -> int:
     phases = arguments.phases.split(",")
     if unknown := set(phases) - set(PHASES):
         parser.error(f"no phase {', '.join(sorted(unknown))}; there are {', '.join(PHASES)}")
-    share = RESUMED if arguments.resume else 1.0
+    share = UNHURRIED if arguments.interpret else RESUMED if arguments.resume else 1.0
     if arguments.plan:
         return plan()
     if arguments.began is None and not arguments.once:

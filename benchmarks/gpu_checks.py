@@ -29,7 +29,7 @@ from canvas_kernels.table import BlockTable, row_scale
 
 FLOAT32_BUDGET = 2e-5
 HEAD_DIMS = (16, 32, 40, 64, 72, 80, 88, 96, 120, 128, 160, 256)
-DEFAULT_HEAD_DIMS, DEFAULTS = (64, 128), 4
+DEFAULT_HEAD_DIMS = (64, 128)
 POSITIONS = 1600
 """Enough for tiles of every size to be full, ragged and empty."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -67,19 +67,21 @@ class Task(NamedTuple):
 FORMS = (("joint", False), ("edge", False), ("edge", True), ("sigmoid", False), ("sigmoid", True))
 
 
-def tasks() -> list[Task]:
-    """Every combination, what most users meet first: the first four are of the default configurations."""
+def tasks() -> tuple[list[Task], list[Task]]:
+    """Those of the default configurations, bfloat16 at the usual head dimensions, and all others."""
     found = [Task(d, dtype, form, gained) for form, gained in FORMS for d in HEAD_DIMS for dtype in DTYPES]
     for head_dim in (64, 72, 128):
         for layout in ("rows", "fused"):
             found += [Task(head_dim, torch.bfloat16, form, False, layout=layout) for form in ("joint", "edge")]
-    return sorted(found, key=lambda task: (task.dtype != torch.bfloat16, task.head_dim not in DEFAULT_HEAD_DIMS))
+    found.sort(key=lambda task: (task.dtype != torch.bfloat16, task.head_dim not in DEFAULT_HEAD_DIMS))
+    defaults = len(FORMS) * len(DEFAULT_HEAD_DIMS)
+    return found[:defaults], found[defaults:]
 
 
-def toy_tasks() -> list[Task]:
+def toy_tasks() -> tuple[list[Task], list[Task]]:
     """For Triton's interpreter: one of each form, and of each layout."""
     plain = [Task(16, torch.float32, form, gained, 40) for form, gained in FORMS]
-    return [*plain, *(Task(8, torch.float32, "joint", False, 40, layout) for layout in ("rows", "fused"))]
+    return plain, [Task(8, torch.float32, "joint", False, 40, layout) for layout in ("rows", "fused")]
 
 
 def mixed_table(form: str, n: int) -> BlockTable:

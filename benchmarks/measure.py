@@ -38,6 +38,7 @@ FLOOR = 1e-3
 """The least scale of a gradient's error, as a share of the largest gradient: some cancel to nothing."""
 REPEATED_SECONDS, LONG_SECONDS, CLOSE = 3.0, 15.0, 2.0
 """Steps that take longer (the second in long runs), or so many times as long as ours, are taken once: no ties."""
+NO_TIME = "no time was left"
 T = TypeVar("T")
 
 
@@ -252,7 +253,7 @@ def time_contest(contest: Contest, described: dict, settings: Settings, without:
         if provider.name in without:
             row["skipped"] = without[provider.name]
         elif provider.name != "ours" and time.perf_counter() > settings.deadline:
-            row["skipped"] = "no time was left"
+            row["skipped"] = NO_TIME
         else:
             try:
                 runs[provider[:2]] = prepare(provider, contest, settings.device, row)

@@ -16,6 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,32 +161,38 @@ def tflops(flop: float, spent: dict[str, float]) -> float:
     return EFFICIENCY * flop / serial * MULTIPROCESSORS * CLOCK / 1e12
 
 
-def describe(cubin: bytes, stage: str, block_m: int, block_n: int, block_d: int, num_warps: int) -> dict:
+def describe(
+    cubin: bytes, stage: str, block_m: int, block_n: int, block_d: int, num_warps: int, consumers: int = 1
+) -> dict:
     """What the machine code of a pass shows. Figures are of an iteration of the loop of full blocks.
 
     Args:
         cubin: the compiled kernel.
         stage: a key of :data:`DOTS`.
         block_m, block_n, block_d: rows of the tile, walked rows, padded head dimension.
-        num_warps: warps of a program.
+        num_warps: warps of a program, or of each consumer.
+        consumers: of a warp-specialised kernel, the groups of warps that share a tile, each with loops of its own;
+            that one's work may hide behind another's is not counted.
 
     Returns:
         ``instructions``: per warp; ``other_instructions``: those of the longest other loop, None without one.
         ``waste``: matrix work executed over work asked for. ``exp2``: executed per pair. ``waits``: for matrix
-        products. ``serialised``: products that wait for the one before (ptxas's C7515). ``local``: local loads and
-        stores in any loop. ``clocks``: as :func:`clocks`; ``bound``: the unit with the most. ``predicted``,
-        ``other_predicted``: TFLOP/s of what is asked for. {} for a kernel without a loop of matrix products.
+        products. ``serialised``: products that wait for the one before, in the worst loop (ptxas's C7515: each is a
+        group of its own). ``local``: local loads and stores in any loop. ``clocks``: as :func:`clocks`; ``bound``: the
+        unit with the most. ``predicted``, ``other_predicted``: TFLOP/s of what is asked for. {} for a kernel without a
+        loop of matrix products.
     """
     instructions = parse(run_tool("nvdisasm", "-c", cubin=cubin))
     bodies = product_loops(instructions)
     if not bodies:
         return {}
     asked = DOTS[stage] * 2 * block_m * block_n * block_d
-    hot, other = bodies[0], bodies[-1] if len(bodies) > 1 else None
+    hot = list(chain.from_iterable(bodies[:consumers]))
+    other = list(chain.from_iterable(bodies[consumers:][-consumers:])) or None
     spent = clocks(hot, num_warps)
     inside = (instructions[first : last + 1] for first, last in loops(instructions))
     local = {id(i) for body in inside for i in body if i.name in ("LDL", "STL")}
-    committed = sum(i.name == "HGMMA" and "gsb0" in i.operands for i in hot)
+    committed = max(sum(i.name == "HGMMA" and "gsb0" in i.operands for i in body) for body in bodies)
     return {
         "instructions": len(hot),
         "other_instructions": other and len(other),

