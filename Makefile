@@ -17,7 +17,7 @@ RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench costs gpu gpu-rehearsal lint aot versions docs
+.PHONY: help setup demo test slow bench costs gpu gpu-rehearsal lint aot versions docs gallery lerobot
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,11 +50,17 @@ costs: $(READY_EXTRAS) ## what takes long: functions, programs, fleets, CogVideo
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --long --seconds 60 --save benchmarks/results/long.json
 	@$(RUN) -m benchmarks.bench --documents
 
-docs: $(READY_DOCS) ## the site, strictly and offline, into out/site
+gallery: $(READY) ## pictures of canvases, topologies and tables, with the lines that draw them: docs/gallery.md
+	@OMP_NUM_THREADS=1 $(RUN) -m scripts.gallery
+
+docs: $(READY_DOCS) gallery ## the site with its gallery, strictly and offline, into out/site
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet && echo "out/site/index.html"
 
 versions: ## the suite on the oldest, the reference and the newest versions, beside .venv; ARGS="what pytest takes"
 	@ARGS="$(ARGS)" JOBS=$(JOBS) scripts/versions.sh
+
+lerobot: ## files of ours under LeRobot's own loader and the reverse, in an environment of its own beside .venv
+	@scripts/lerobot.sh
 
 lint: $(READY) ## ruff
 	@$(RUN) -m ruff check .

@@ -27,7 +27,7 @@ LAYERS = {
     "learning clock_ir cortex identity",
     "plan": "plan compiler region_parameters",
     "run": "attention dispatch scheduling clock_formulas residuals",
-    "graft": "looped_block cogvideox graft curriculum sharpening action_heads checkpoint",
+    "graft": "data looped_block cogvideox graft curriculum sharpening action_heads checkpoint",
     "look": "draw __main__",
 }
 # attention alone executes tables. plan builds them, orders rows and sums weights; dispatch moves rows into that order.
