@@ -74,9 +74,6 @@ def _described(case: Case, settings: Settings) -> dict:
     return row | {"seconds_per_case": settings.seconds} | ({"long": True} if settings.long else {})
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
-
-
 def parser_of_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m canvas_engineering bench",

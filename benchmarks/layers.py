@@ -43,9 +43,6 @@ def run_of(module: nn.Module, inputs: Sequence[Tensor], upstream: Tensor, call: 
     return Run(call or module, inputs, leaves, upstream, **order)
 
 
-# -- layers ------------------------------------------------------------------------------------------------------------
-
-
 class JointAttention(nn.Module):
     """Ours in joint form: the dense mask's projections around :func:`canvas_attention`."""
 
@@ -98,9 +95,6 @@ def layer(case: Case, settings: Settings) -> Contest:
         for name, kind in kinds[form].items()
     ]
     return Contest(providers, exact, {"tokens": layout.num_positions})
-
-
-# -- programs ----------------------------------------------------------------------------------------------------------
 
 
 def program(case: Case, settings: Settings) -> Contest:
@@ -196,9 +190,6 @@ def packed(case: Case, settings: Settings) -> Contest:
     contest = Contest(providers, lambda form: build(False).results(), {"tokens": 32 + T * shape[0] * shape[1] // 4})
     contest.budgets = lambda form, exact: dict.fromkeys(exact, 1e-4)
     return contest
-
-
-# -- attention functions -----------------------------------------------------------------------------------------------
 
 
 def scan(case: Case, settings: Settings) -> Contest:
@@ -305,9 +296,6 @@ def cpu_seconds(call: Callable[[], object], budget: float = CALL_SECONDS) -> np.
         if times[0] > budget:
             return np.array(times)
     return np.array(times[1:])
-
-
-# -- compilers ---------------------------------------------------------------------------------------------------------
 
 
 def plan(case: Case, settings: Settings) -> list[dict]:

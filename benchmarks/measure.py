@@ -176,20 +176,19 @@ def error(value: Tensor, exact: Tensor, scale: float | None = None) -> float:
     return result if result == result else float("inf")
 
 
-# -- clocks and memory -------------------------------------------------------------------------------------------------
-
-
 class Clock:
-    """Seconds between construction and marks: the host's on a CPU, on a GPU the device's."""
+    """Seconds between construction and marks: on a GPU the device's, on a CPU those of the process where it has one
+    thread, for other processes do not count then."""
 
     def __init__(self, device: str):
         self.on_device, self.marks = device == "cuda", []
+        self.now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         if self.on_device:
             torch.cuda._sleep(2_000_000)  # about 1 ms in which the host gets ahead: kernels are timed, not launches
         self.mark()
 
     def mark(self) -> None:
-        self.marks.append(torch.cuda.Event(enable_timing=True) if self.on_device else time.perf_counter())
+        self.marks.append(torch.cuda.Event(enable_timing=True) if self.on_device else self.now())
         if self.on_device:
             self.marks[-1].record()
 
@@ -237,9 +236,6 @@ def free_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/f
         # files that the system keeps while nobody wants the room count as held
         free = min(free, max(limit - held + int(stat.get("inactive_file", 0)), 0))
     return free
-
-
-# -- turns -------------------------------------------------------------------------------------------------------------
 
 
 def time_contest(contest: Contest, described: dict, settings: Settings, without: dict[str, str]) -> list[dict]:
@@ -364,9 +360,6 @@ def reference_line(contest: Contest) -> dict:
     pairs = np.log(run.seconds("step")).reshape(-1, 2)
     row["step_tflops"] = 3.5 * contest.reference_flops / row["step_seconds"]["p50"] / 1e12
     return row | {"noise": float(np.quantile(np.abs(pairs[:, 0] - pairs[:, 1]), 0.9))}
-
-
-# -- rows --------------------------------------------------------------------------------------------------------------
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:

@@ -91,9 +91,6 @@ def line(row: dict) -> str:
     return words + "".join(verdicts)
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
 def table(titles: Sequence[str], cells: list[Sequence[str]]) -> str:
     """Markdown, without columns that are empty; says so where there are no lines."""
     shown = [number for number in range(len(titles)) if any(line[number] for line in cells)]

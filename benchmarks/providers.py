@@ -185,9 +185,6 @@ class Packed(NamedTuple):
         return torch.empty_like(x).index_copy_(2, self.order, x)
 
 
-# -- joint form --------------------------------------------------------------------------------------------------------
-
-
 def sdpa_mask(problem: Problem, device: str, dtype: torch.dtype, tokens: np.ndarray | None = None) -> Attend:
     """Under ln of the joint weights, −inf where a query does not attend to a key. ``tokens``: of those alone."""
     kinds = problem.kinds if tokens is None else problem.kinds[tokens]
@@ -279,9 +276,6 @@ def flex_flash(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     """FlashAttention-4's kernels, which torch takes where flash-attn-4 is installed."""
     _package("flash_attn.cute")
     return flex(problem, device, dtype, options={"BACKEND": "FLASH"})
-
-
-# -- edge form ---------------------------------------------------------------------------------------------------------
 
 
 def _shares(problem: Problem, device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
