@@ -139,3 +139,11 @@ def test_known_faults_become_fewer_and_predicted_rates_no_lower(name):
 
 def test_each_triton_has_its_own_rows():
     assert aot.committed("3.6.0").name == "aot-3.6.0.json" and aot.committed("9.9").name == "aot.json"
+
+
+@pytest.mark.parametrize("name", KNOWN_FAULTS)
+def test_the_committed_rows_are_of_what_is_shipped(name):
+    rows = measure.read_rows(measure.RESULTS / name)
+    shipped = [aot.describe(launch) for launch in aot.launches(sorted({row["arch"] for row in rows}))]
+    described = [{key: row[key] for key in shipped[0]} for row in rows]
+    assert sorted(map(str, described)) == sorted(map(str, shipped))
