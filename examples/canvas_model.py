@@ -50,6 +50,9 @@ class Coder(nn.Module):
         else:
             size = math.prod(shape)
             self.into, self.out = nn.Linear(size, self.cells * width), nn.Linear(self.cells * width, size)
+        # at first nothing is added to what is known
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
         self.unknown = nn.Parameter(0.02 * torch.randn(width))
 
     def encode(self, values: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ class Coder(nn.Module):
 
 
 class CanvasModel(nn.Module):
-    """Predicts what of a clip is not known.
+    """Predicts what of a clip is not known, as a change from the last known frame.
 
     Args:
         layout, topology: the canvas.
@@ -122,17 +125,30 @@ class CanvasModel(nn.Module):
             other = coder.encode(noisy[name]) + time if name in noisy else coder.unknown
             x = self.canvas.place(x, torch.where(known, coder.encode(clip[name]), other).flatten(1, 2), name)
         x = self.norm(self.blocks(x))
-        return {name: coder.decode(self.canvas.extract(x, name)) for name, coder in self.coders.items()}
+        found = {name: coder.decode(self.canvas.extract(x, name)) for name, coder in self.coders.items()}
+        return {
+            name: change if name in noisy else change + self.last_known(name, clip) for name, change in found.items()
+        }
 
-    def loss(self, clip: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """The weighted loss of what is not known, and each region's mean squared error; ``mask``: (B, frames)."""
+    def last_known(self, name: str, clip: Mapping[str, Tensor]) -> Tensor:
+        """(B, 1, *shape): a region's last known frame, to which changes are predicted; 0 where none is known."""
+        count = int(self.known(name).sum())
+        return clip[name][:, count - 1 : count] if count else torch.zeros_like(clip[name][:, :1])
+
+    def loss(
+        self, clip: Mapping[str, Tensor], mask: Mapping[str, Tensor], run: nn.Module | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The weighted loss of what is not known, and each region's mean squared error.
+
+        ``mask``: (B, frames). ``run``: this model as DistributedDataParallel or FSDP wraps it, whose forward is called.
+        """
         some = clip[next(iter(self.coders))]
         t = torch.rand(len(some), device=some.device)
         noise = {name: torch.randn_like(clip[name]) for name in self.diffusive}
         at = {name: t.view(-1, *[1] * (clip[name].dim() - 1)) for name in noise}
         noisy = {name: (1 - at[name]) * noise[name] + at[name] * clip[name] for name in noise}
         total, errors = torch.zeros((), device=some.device), {}
-        for name, found in self(clip, noisy, t).items():
+        for name, found in (self if run is None else run)(clip, noisy, t).items():
             target = clip[name] - noise[name] if name in noise else clip[name]
             wanted = (mask[name] & ~self.known(name)).float()
             error = F.mse_loss(found.float(), target.float(), reduction="none").flatten(2).mean(-1)

@@ -20,7 +20,10 @@ def layout(carrier="deterministic"):
 def model(carrier="deterministic", depth=1):
     torch.manual_seed(0)
     canvas = layout(carrier)
-    return CanvasModel(canvas, CanvasTopology.dense(["camera", "action"]), SHAPES, KNOWN, depth=depth)
+    net = CanvasModel(canvas, CanvasTopology.dense(["camera", "action"]), SHAPES, KNOWN, depth=depth)
+    for coder in net.coders.values():  # which start at nothing: the last known frame is what is predicted
+        torch.nn.init.normal_(coder.out.weight, std=0.1)
+    return net
 
 
 def clips(count=3):
@@ -93,3 +96,11 @@ def test_flow_matching_learns_a_distribution_that_regression_would_average():
     assert samples.abs().mean() > 0.6
     share = (samples.mean((1, 2)) > 0).float().mean()
     assert 0.2 < share < 0.8
+
+
+def test_a_new_model_repeats_the_last_known_frame():
+    canvas = layout()
+    net, (clip, _) = CanvasModel(canvas, CanvasTopology.dense(["camera", "action"]), SHAPES, KNOWN, depth=1), clips()
+    filled = net.predict(clip)
+    torch.testing.assert_close(filled["camera"][:, 2:], clip["camera"][:, 1:2].expand(-1, 2, -1, -1, -1))
+    torch.testing.assert_close(filled["action"][:, 1:], clip["action"][:, :1].expand(-1, 3, -1))

@@ -148,7 +148,9 @@ class LeRobotCanvasDataset(Dataset):
             images = self.source.frames(episode, feature, rows["timestamp"][unique] - rows["timestamp"][0])
             values = images[back].transpose(0, 3, 1, 2).astype(np.float32) / 255.0
         else:
-            values = rows[feature][chosen].astype(np.float32)
+            # single numbers are stored without their dimension
+            shape = self.source.features[feature]["shape"]
+            values = rows[feature][chosen].astype(np.float32).reshape(len(chosen), *shape)
         shift, scale = self._scales[feature]
         return torch.from_numpy(((values - shift) / scale).astype(np.float32))
 
