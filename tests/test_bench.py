@@ -30,9 +30,6 @@ def rows():
     return next(bench.run([SMALL], quick()))
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -119,9 +116,6 @@ def test_documents_have_the_tables_of_the_committed_rows(tmp_path, monkeypatch):
         assert path.read_text() == original.read_text(), "`python -m benchmarks.bench --documents` writes it anew"
 
 
-# -- another commit ----------------------------------------------------------------------------------------------------
-
-
 def test_ratios_are_slower_where_they_exceed_noise():
     same = np.ones(25)
     assert base.slower_than(same) == pytest.approx(1 + base.BETWEEN, rel=0.01)
@@ -194,9 +188,6 @@ def test_the_worker_answers_with_cpu_seconds():
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(answer["seconds"] > 0 for answer in answers[:2]), done.stderr
     assert "no such form" in answers[2]["failed"] and "StopIteration" in answers[3]["failed"]
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def quantiles(low: float, middle: float, high: float) -> dict[str, float]:
