@@ -1,8 +1,8 @@
 """A page to look around a canvas in: boxes that turn, who attends to whom at which time, and the table behind it.
 
-:func:`explore_page` returns one HTML document that needs no network and no package, with the declaration as JSON. What it holds goes with regions and connections, not with
-positions: a connection names the pattern of its frames, which all connections of equal frames, periods, offsets and fill
-share.
+:func:`explore_page` returns one HTML document that needs no network and no package, with the declaration as JSON. What
+it holds goes with regions and connections, not with positions: a connection names the pattern of its frames, which all
+connections of equal frames, periods, offsets and fill share.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.checked import checked_kind, checked_string
 from canvas_engineering.clock_ir import And, BoundaryExpr, ClockExpr, Cooldown, MaxSilence, Not, OnEvent, Or, Periodic
-from canvas_engineering.connectivity import Connection, resolve_frames
+from canvas_engineering.connectivity import Connection, TemporalFill, resolve_frames
 from canvas_engineering.masks import mask_parts
 from canvas_engineering.plan import AttentionPlan, compile_attention
 from canvas_engineering.program import CanvasProgram, ClockSpec, RegionProgram
@@ -34,9 +34,7 @@ MAX_MASKED = 20_000
 """Boxes that masks split attention sets into; connections beyond are shown as if they had no mask."""
 
 
-def explore_page(
-    declaration: CanvasSchema | CanvasProgram, *, normalize: str = "edge", title: str = "canvas"
-) -> str:
+def explore_page(declaration: CanvasSchema | CanvasProgram, *, normalize: str = "edge", title: str = "canvas") -> str:
     """Returns a self-contained HTML page of a canvas, to open in any browser.
 
     Args:
@@ -205,8 +203,8 @@ def _fill_words(c: Connection) -> str:
     """How frames are filled in, empty for a connection over all frames."""
     if c.t_dst is None:
         return ""
-    order = c.interpolation_order
-    return f"{c.temporal_fill.value} {order}" if c.temporal_fill.value == "interpolate" and order > 1 else c.temporal_fill.value
+    higher = c.temporal_fill is TemporalFill.INTERPOLATE and c.interpolation_order > 1
+    return f"{c.temporal_fill.value} {c.interpolation_order}" if higher else c.temporal_fill.value
 
 
 def _notes(c: Connection, trigger: str | None, program: CanvasProgram) -> list[tuple[str, str]]:
@@ -225,14 +223,12 @@ class _Patterns:
 
     def __init__(self, layout: CanvasLayout):
         self.layout, self.number, self.rows = layout, {}, []
-        self.frames = {name: (spec.bounds[:2], spec.period) for name, spec in _specs(layout)}
 
     def of(self, c: Connection) -> int:
         """The number of a connection's pattern; -1 where the layout lacks one of its regions."""
-        if c.src not in self.frames or c.dst not in self.frames:
+        if c.src not in self.layout.regions or c.dst not in self.layout.regions:
             return -1
-        (src, src_period), (dst, dst_period) = self.frames[c.src], self.frames[c.dst]
-        key = (self.layout.T, src, dst, src_period, dst_period, c.t_src, c.t_dst, c.temporal_fill, c.interpolation_order)
+        key = _times(c, self.layout)
         if key not in self.number:
             self.number[key] = len(self.rows)
             frames = resolve_frames(*key)
@@ -241,14 +237,15 @@ class _Patterns:
         return self.number[key]
 
 
-def _specs(layout: CanvasLayout):
-    return ((name, layout.region_spec(name)) for name in layout.regions)
+def _times(c: Connection, layout: CanvasLayout) -> tuple:
+    """What a connection's frames follow from: the arguments of :func:`resolve_frames`."""
+    src, dst = layout.region_spec(c.src), layout.region_spec(c.dst)
+    frames = (layout.T, src.bounds[:2], dst.bounds[:2], src.period, dst.period)
+    return (*frames, c.t_src, c.t_dst, c.temporal_fill, c.interpolation_order)
 
 
 def _masked_boxes(c: Connection, layout: CanvasLayout) -> list[tuple]:
-    src, dst = layout.region_spec(c.src), layout.region_spec(c.dst)
-    times = (src.bounds[:2], dst.bounds[:2], src.period, dst.period)
-    frames = resolve_frames(layout.T, *times, c.t_src, c.t_dst, c.temporal_fill, c.interpolation_order)
+    frames = resolve_frames(*_times(c, layout))
     boxes = layout.region_box(c.src), layout.region_box(c.dst)
     row, part, queries, keys = mask_parts(c.mask, *boxes, frames.queries, frames.keys)
     columns = (queries.reshape(len(queries), -1), keys.reshape(len(keys), -1), frames.fraction[row[part]])

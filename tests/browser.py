@@ -1,4 +1,4 @@
-"""Headless Chromium over its DevTools pipe, with nothing but the standard library: real pointers, keys and screenshots."""
+"""Headless Chromium over its DevTools pipe, with the standard library alone: pointers, keys and screenshots."""
 
 from __future__ import annotations
 
@@ -54,10 +54,12 @@ class Page:
 
     def open(self, path: Path, width: int = 1400, height: int = 860) -> None:
         """Opens a file in a window of this size and waits until it has drawn itself."""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network"):
-            self.call(f"{domain}.enable")
+        if self.session is None:
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+            self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Network"):
+                self.call(f"{domain}.enable")
+        self.events.clear()
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Page.navigate", url=path.as_uri())

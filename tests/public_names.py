@@ -250,10 +250,18 @@ PUBLIC_NAMES = {
         "AttentionDispatcher",
         "surviving_state",
     ),
+    "canvas_engineering.doctor": (
+        "Check",
+        "check_numbers",
+        "doctor",
+    ),
     "canvas_engineering.draw": (
         "layout_figure",
         "plan_figure",
         "topology_figure",
+    ),
+    "canvas_engineering.explore": (
+        "explore_page",
     ),
     "canvas_engineering.graft": (
         "freeze_full",

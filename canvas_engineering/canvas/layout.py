@@ -271,6 +271,11 @@ class CanvasLayout:
 
     __hash__ = None  # `regions` is a dict that may grow: key() is what caches go by
 
+    def _repr_html_(self) -> str:
+        from canvas_engineering.notebook import layout_html
+
+        return layout_html(self)
+
     @property
     def n_spatial_dims(self) -> int:
         """Number of spatial dimensions."""

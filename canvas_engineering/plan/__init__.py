@@ -325,6 +325,11 @@ class AttentionPlan:
     def __repr__(self) -> str:
         return f"<{self.summary().splitlines()[0]}>"
 
+    def _repr_html_(self) -> str:
+        from canvas_engineering.notebook import plan_html
+
+        return plan_html(self)
+
 
 def compile_attention(
     layout: CanvasLayout,
