@@ -185,7 +185,7 @@ const nameOf = (r) => (r < 0 ? "(not in the layout)" : regions.name[r]);
 const badges = (pairs) => pairs.map(([what, value]) => { const made = element("span", undefined, "badge"); made.append(element("b", `${what} `), value); return made; });
 const frameWords = ([t, u]) => [t, u].map((x) => (x === null ? "all" : x === 0 ? "t" : `t${x < 0 ? "−" : "+"}${Math.abs(x)}`)).join(" → ");
 const positionWords = (cell) => `(${cell.join(", ")})${spatial.length > 2 ? "" : `, number ${((cell[0] * ROWS + cell[1]) * COLUMNS + cell[2]).toLocaleString()},`}`;
-const fillOf = (i) => (connections.walked && connections.walked[i] ? `${Math.round(100 * connections.pairs[i] / connections.walked[i])} %` : "–");
+const fillOf = (i) => (connections.walked && connections.walked[i] ? `${+(100 * connections.pairs[i] / connections.walked[i]).toPrecision(2)} %` : "–");
 
 /** A table of connections. `columns`: names of regions for each row; `weights`: heading and text of the weight's column. */
 function connectionTable(rows, columns, weights) {
