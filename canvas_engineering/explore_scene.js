@@ -39,7 +39,7 @@ function shade(colour, light, alpha) {
 
 /** Units of a cell along (t, row, column): cells are square, frames as long as lets time be seen. */
 const side = Math.max(ROWS, COLUMNS);
-const UNIT = [Math.min(1.3 * side, Math.max(0.6 * side, T)) / T, ROWS === 1 ? Math.max(1, 0.12 * side) : 1, COLUMNS === 1 ? Math.max(1, 0.12 * side) : 1];
+const UNIT = [Math.min(0.2 * side, Math.min(1.3 * side, Math.max(0.6 * side, T)) / T), ROWS === 1 ? Math.max(1, 0.12 * side) : 1, COLUMNS === 1 ? Math.max(1, 0.12 * side) : 1];
 const EXTENT = SIZE.map((n, axis) => n * UNIT[axis]);
 
 /** The three rows of the rotation over (t, row, column) units: right, down, away from the viewer. */

@@ -168,7 +168,9 @@ def test_hovering_a_region_shows_both_sides_of_its_connections(page):
 @in_chromium
 def test_hovering_a_position_shows_its_shares(page):
     page.click(*page.middle("#pick-position"))
-    page.click(*page.middle("#slider"))  # frame 3, half-way; the plan ticks at 0 and 3
+    x, y = page.middle("#slider")
+    page.click(x - 60, y)  # the plan ticks at 0 and 3
+    assert page.text("#now") == "real time 2"
     page.hover(*page.middle("#scene"))
     title = page.text("#details h2")
     assert re.match(r"position \(\d, \d, \d\), number \d+, of cam", title), title
