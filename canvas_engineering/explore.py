@@ -26,7 +26,7 @@ from canvas_engineering.schema import CanvasSchema
 
 __all__ = ["explore_page"]
 
-FILES = ("explore.html", "explore.js", "explore_scene.js")
+FILES = ("explore.html", "explore.js", "explore_scene.js", "explore_table.js")
 """The page and its scripts, which are put into it; they lie beside this file."""
 MAX_RECTANGLES = 20_000
 """Rectangles on the page; beyond, the largest."""

@@ -1,4 +1,4 @@
-// The canvas in three dimensions: colours, projection, boxes, axes, and what lies under the pointer.
+// The canvas in three dimensions: colours, projection, boxes, axes, what lies under the pointer; and its clocks.
 
 // -- colours ----------------------------------------------------------------------------------------------------------
 
@@ -6,7 +6,11 @@ const badge = (r, what) => (regions.badges[r].find((b) => b[0] === what) || [])[
 const KINDS = {
   region: (r) => regions.name[r],
   family: (r) => badge(r, "family") || "no program",
-  "end of the name": (r) => regions.name[r].split(".").pop().replace(/\[\d+\]|\d+$/g, ""),
+  "end of the name": (r) =>
+    regions.name[r]
+      .split(".")
+      .pop()
+      .replace(/\[\d+\]|\d+$/g, ""),
   "start of the name": (r) => regions.name[r].split(/[.[\d]/)[0],
   period: (r) => `period ${regions.period[r]}`,
 };
@@ -16,7 +20,10 @@ function colourBy(kind) {
   const names = boxes.map((_, r) => KINDS[kind](r));
   names.forEach((name) => counts.set(name, (counts.get(name) || 0) + 1));
   // the largest get colours, in the order in which they are declared
-  const large = [...counts].sort((a, b) => b[1] - a[1]).slice(0, PALETTE.length).map(([name]) => name);
+  const large = [...counts]
+    .sort((a, b) => b[1] - a[1])
+    .slice(0, PALETTE.length)
+    .map(([name]) => name);
   const shown = [...counts.keys()].filter((name) => large.includes(name));
   const colour = new Map(shown.map((name, i) => [name, PALETTE[i]]));
   state.colours = names.map((name) => colour.get(name) || OTHER);
@@ -39,13 +46,21 @@ function shade(colour, light, alpha) {
 
 /** Units of a cell along (t, row, column): cells are square, frames as long as lets time be seen. */
 const side = Math.max(ROWS, COLUMNS);
-const UNIT = [Math.min(0.2 * side, Math.min(1.3 * side, Math.max(0.6 * side, T)) / T), ROWS === 1 ? Math.max(1, 0.12 * side) : 1, COLUMNS === 1 ? Math.max(1, 0.12 * side) : 1];
+const UNIT = [
+  Math.min(0.2 * side, Math.min(1.3 * side, Math.max(0.6 * side, T)) / T),
+  ROWS === 1 ? Math.max(1, 0.12 * side) : 1,
+  COLUMNS === 1 ? Math.max(1, 0.12 * side) : 1,
+];
 const EXTENT = SIZE.map((n, axis) => n * UNIT[axis]);
 
 /** The three rows of the rotation over (t, row, column) units: right, down, away from the viewer. */
 function rotation(yaw, pitch) {
   const [c, s, cp, sp] = [Math.cos(yaw), Math.sin(yaw), Math.cos(pitch), Math.sin(pitch)];
-  return [[s, 0, c], [-c * sp, cp, s * sp], [c * cp, sp, -s * cp]];
+  return [
+    [s, 0, c],
+    [-c * sp, cp, s * sp],
+    [c * cp, sp, -s * cp],
+  ];
 }
 
 /** A canvas at the screen's resolution, with its context and size in CSS pixels. */
@@ -67,7 +82,7 @@ function camera(width, height) {
   const scale = state.zoom * Math.min((width - 200) / reach[0], (height - 100) / reach[1]);
   const turn = rotation(state.yaw, state.pitch);
   const axes = [0, 1, 2].map((axis) => turn.map((row) => row[axis] * UNIT[axis] * scale));
-  const origin = [0, 1, 2].map((k) => -axes.reduce((sum, a, axis) => sum + a[k] * SIZE[axis] / 2, 0));
+  const origin = [0, 1, 2].map((k) => -axes.reduce((sum, a, axis) => sum + (a[k] * SIZE[axis]) / 2, 0));
   origin[0] += width / 2 + state.move[0];
   origin[1] += height / 2 + state.move[1];
   const project = (t, h, w) => [0, 1, 2].map((k) => origin[k] + t * axes[0][k] + h * axes[1][k] + w * axes[2][k]);
@@ -80,10 +95,13 @@ const LIGHT = [0.82, 1.12, 0.97];
 function drawBox(context, box, colour, alpha, outline, dashed, faces = [0, 1, 2]) {
   const { axes, origin } = view;
   for (const axis of faces) {
-    const u = (axis + 1) % 3, v = (axis + 2) % 3;
+    const u = (axis + 1) % 3,
+      v = (axis + 2) % 3;
     const near = axes[axis][2] > 0 ? box[2 * axis] : box[2 * axis + 1];
-    const ux = (box[2 * u + 1] - box[2 * u]) * axes[u][0], uy = (box[2 * u + 1] - box[2 * u]) * axes[u][1];
-    const vx = (box[2 * v + 1] - box[2 * v]) * axes[v][0], vy = (box[2 * v + 1] - box[2 * v]) * axes[v][1];
+    const ux = (box[2 * u + 1] - box[2 * u]) * axes[u][0],
+      uy = (box[2 * u + 1] - box[2 * u]) * axes[u][1];
+    const vx = (box[2 * v + 1] - box[2 * v]) * axes[v][0],
+      vy = (box[2 * v + 1] - box[2 * v]) * axes[v][1];
     if (Math.abs(ux * vy - uy * vx) < 0.4) continue;
     const x = origin[0] + near * axes[axis][0] + box[2 * u] * axes[u][0] + box[2 * v] * axes[v][0];
     const y = origin[1] + near * axes[axis][1] + box[2 * u] * axes[u][1] + box[2 * v] * axes[v][1];
@@ -106,17 +124,23 @@ function drawBox(context, box, colour, alpha, outline, dashed, faces = [0, 1, 2]
 
 /** Farther first. */
 function byDepth(items, { axes, origin }) {
-  for (const item of items) item.depth = [0, 1, 2].reduce((sum, axis) => sum + (item.box[2 * axis] + item.box[2 * axis + 1]) * axes[axis][2], 0);
+  for (const item of items)
+    item.depth = [0, 1, 2].reduce(
+      (sum, axis) => sum + (item.box[2 * axis] + item.box[2 * axis + 1]) * axes[axis][2],
+      0,
+    );
   return items.sort((a, b) => b.depth - a.depth);
 }
 
-let view = null, drawn = "";
+let view = null,
+  drawn = "";
 const backdrop = document.createElement("canvas");
 
 function drawScene() {
   const { context, width, height } = sized($("scene"));
   view = camera(width, height);
-  const chosen = focus(), items = visible();
+  const chosen = focus(),
+    items = visible();
   // what lies behind the focus stays the same while the pointer moves
   const key = JSON.stringify([view, state.time, state.words, state.turning, $("colour").value, !chosen, width, height]);
   if (key !== drawn) drawBackdrop(width, height, items, !chosen);
@@ -135,7 +159,8 @@ function visible() {
     if (!at || (state.matching && !state.matching[r])) continue;
     const box = boxNow(r);
     let reach = 0;
-    for (let axis = 0; axis < 3; axis++) reach += (Math.abs(view.axes[axis][0]) + Math.abs(view.axes[axis][1])) * (box[2 * axis + 1] - box[2 * axis]);
+    for (let axis = 0; axis < 3; axis++)
+      reach += (Math.abs(view.axes[axis][0]) + Math.abs(view.axes[axis][1])) * (box[2 * axis + 1] - box[2 * axis]);
     if (reach > 0.5) items.push({ r, box, ticks: at.ticks });
   }
   return items;
@@ -150,7 +175,16 @@ function drawBackdrop(width, height, items, coloured) {
   const faces = state.turning && !outlined ? largestFaces() : [0, 1, 2];
   for (const { r, box, ticks } of byDepth(items, view)) {
     if (!coloured) drawBox(context, box, OTHER, 0.09, outlined && "rgba(90,105,120,.22)", false, faces);
-    else drawBox(context, box, state.colours[r], ticks ? 0.62 : 0.2, outlined && (ticks ? "rgba(30,40,50,.55)" : "rgba(30,40,50,.35)"), !ticks, faces);
+    else
+      drawBox(
+        context,
+        box,
+        state.colours[r],
+        ticks ? 0.62 : 0.2,
+        outlined && (ticks ? "rgba(30,40,50,.55)" : "rgba(30,40,50,.35)"),
+        !ticks,
+        faces,
+      );
   }
 }
 
@@ -162,16 +196,25 @@ function largestFaces() {
 
 function drawFocus(context, chosen) {
   const marked = [];
-  for (const [found, colour] of [[chosen.attends, KEYS], [chosen.attended, QUERIES]]) {
+  for (const [found, colour] of [
+    [chosen.attends, KEYS],
+    [chosen.attended, QUERIES],
+  ]) {
     // what a region has of itself is under its own colour
-    for (const link of found) for (const box of link.boxes) if (chosen.cell || link.region !== chosen.region || !within(box, chosen.box)) marked.push({ box, colour });
+    for (const link of found)
+      for (const box of link.boxes)
+        if (chosen.cell || link.region !== chosen.region || !within(box, chosen.box)) marked.push({ box, colour });
   }
-  for (const { box, colour } of byDepth(marked, view)) drawBox(context, box, colour, 0.34, marked.length <= MAX_OUTLINED && shade(colour, 0.8, 0.9));
+  for (const { box, colour } of byDepth(marked, view))
+    drawBox(context, box, colour, 0.34, marked.length <= MAX_OUTLINED && shade(colour, 0.8, 0.9));
   context.lineWidth = 1.6;
   drawBox(context, chosen.box, FOCUS, 0.6, shade(FOCUS, 0.7, 1));
   context.lineWidth = 1.2;
   const middle = (box) => view.project((box[0] + box[1]) / 2, (box[2] + box[3]) / 2, (box[4] + box[5]) / 2);
-  for (const [found, colour, attends] of [[chosen.attends, KEYS, true], [chosen.attended, QUERIES, false]]) {
+  for (const [found, colour, attends] of [
+    [chosen.attends, KEYS, true],
+    [chosen.attended, QUERIES, false],
+  ]) {
     for (const link of found.slice(0, MAX_ARROWS)) {
       if (link.region === chosen.region || !link.boxes.length) continue;
       const ends = [middle(chosen.box), middle(link.boxes[0])];
@@ -202,15 +245,22 @@ function drawLabels(context, chosen, items) {
   context.textBaseline = "middle";
   let wanted;
   if (chosen) {
-    const linked = [...chosen.attends, ...chosen.attended].filter((link) => link.boxes.length && link.region !== chosen.region);
-    wanted = [{ r: chosen.region, box: chosen.box }, ...linked.slice(0, 40).map((link) => ({ r: link.region, box: link.boxes[0] }))];
+    const linked = [...chosen.attends, ...chosen.attended].filter(
+      (link) => link.boxes.length && link.region !== chosen.region,
+    );
+    wanted = [
+      { r: chosen.region, box: chosen.box },
+      ...linked.slice(0, 40).map((link) => ({ r: link.region, box: link.boxes[0] })),
+    ];
   } else wanted = items.length <= 400 ? [...items].reverse() : [];
-  const taken = [], named = new Set();
+  const taken = [],
+    named = new Set();
   for (const { r, box } of wanted) {
     const [x, y] = view.project((box[0] + box[1]) / 2, (box[2] + box[3]) / 2, (box[4] + box[5]) / 2);
     const half = context.measureText(regions.name[r]).width / 2 + 5;
     const area = [x - half, x + half, y - 9, y + 9];
-    if (named.has(r) || taken.some((a) => a[0] < area[1] && area[0] < a[1] && a[2] < area[3] && area[2] < a[3])) continue;
+    if (named.has(r) || taken.some((a) => a[0] < area[1] && area[0] < a[1] && a[2] < area[3] && area[2] < a[3]))
+      continue;
     taken.push(area);
     named.add(r);
     context.fillStyle = "rgba(255,255,255,.82)";
@@ -222,7 +272,8 @@ function drawLabels(context, chosen, items) {
 
 /** Ticks at round numbers, about as many as asked for. */
 function ticks(n, wanted) {
-  const rough = Math.max(1, n / wanted), power = 10 ** Math.floor(Math.log10(rough));
+  const rough = Math.max(1, n / wanted),
+    power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((m) => m * power >= rough);
   return Array.from({ length: Math.floor(n / step) + 1 }, (_, i) => i * step);
 }
@@ -231,16 +282,33 @@ const AXES = ["T, frames", spatial.length > 2 ? "rows" : "H, rows", spatial.leng
 
 /** The grid's edges; in front, its axes with numbers, each along the edge that lies outermost. */
 function drawGrid(context, front) {
-  const middle = view.project(T / 2, ROWS / 2, COLUMNS / 2), taken = [];
+  const middle = view.project(T / 2, ROWS / 2, COLUMNS / 2),
+    taken = [];
   for (let axis = 0; axis < 3; axis++) {
     const [u, v] = [(axis + 1) % 3, (axis + 2) % 3];
-    const edges = [[0, 0], [0, 1], [1, 0], [1, 1]].map(([i, j]) => {
-      const at = (x) => { const p = [0, 0, 0]; p[axis] = x; p[u] = i * SIZE[u]; p[v] = j * SIZE[v]; return view.project(...p); };
+    const edges = [
+      [0, 0],
+      [0, 1],
+      [1, 0],
+      [1, 1],
+    ].map(([i, j]) => {
+      const at = (x) => {
+        const p = [0, 0, 0];
+        p[axis] = x;
+        p[u] = i * SIZE[u];
+        p[v] = j * SIZE[v];
+        return view.project(...p);
+      };
       return { at, middle: at(SIZE[axis] / 2) };
     });
     if (!front) {
       context.strokeStyle = "#ccd5dd";
-      for (const { at } of edges) { context.beginPath(); context.moveTo(...at(0)); context.lineTo(...at(SIZE[axis])); context.stroke(); }
+      for (const { at } of edges) {
+        context.beginPath();
+        context.moveTo(...at(0));
+        context.lineTo(...at(SIZE[axis]));
+        context.stroke();
+      }
       continue;
     }
     // rows run down at the left, the others along the bottom
@@ -250,7 +318,8 @@ function drawGrid(context, front) {
 }
 
 function drawAxis(context, { at, middle: [mx, my] }, size, name, [cx, cy], taken) {
-  const [a, b] = [at(0), at(size)], length = Math.hypot(b[0] - a[0], b[1] - a[1]);
+  const [a, b] = [at(0), at(size)],
+    length = Math.hypot(b[0] - a[0], b[1] - a[1]);
   if (length < 24) return;
   // outwards, at a right angle to the edge
   let [nx, ny] = [(b[1] - a[1]) / length, (a[0] - b[0]) / length];
@@ -264,10 +333,14 @@ function drawAxis(context, { at, middle: [mx, my] }, size, name, [cx, cy], taken
   context.moveTo(a[0], a[1]);
   context.lineTo(b[0], b[1]);
   for (const tick of ticks(size, Math.min(8, length / 34))) {
-    const [x, y] = at(tick), [left, top] = [x + 13 * nx, y + 13 * ny];
+    const [x, y] = at(tick),
+      [left, top] = [x + 13 * nx, y + 13 * ny];
     context.moveTo(x, y);
     context.lineTo(x + 5 * nx, y + 5 * ny);
-    if (taken.every(([l, t]) => Math.abs(l - left) > 24 || Math.abs(t - top) > 11)) { taken.push([left, top]); context.fillText(tick, left, top); }
+    if (taken.every(([l, t]) => Math.abs(l - left) > 24 || Math.abs(t - top) > 11)) {
+      taken.push([left, top]);
+      context.fillText(tick, left, top);
+    }
   }
   context.stroke();
   const away = Math.abs(nx) > 0.4 ? 24 + context.measureText(size).width : 28 + 45 * Math.abs(nx);
@@ -278,18 +351,23 @@ function drawAxis(context, { at, middle: [mx, my] }, size, name, [cx, cy], taken
 /** The region and cell under a point of the scene: the first box that a ray meets. */
 function pick(px, py) {
   if (!view) return null;
-  const { axes, origin, scale } = view, turn = rotation(state.yaw, state.pitch);
+  const { axes, origin, scale } = view,
+    turn = rotation(state.yaw, state.pitch);
   // the rotation's inverse is its transpose; a ray runs along its third row
   const [sx, sy] = [(px - origin[0]) / scale, (py - origin[1]) / scale];
-  const start = [0, 1, 2].map((axis) => (sx * turn[0][axis] + sy * turn[1][axis] - (origin[2] / scale) * turn[2][axis]) / UNIT[axis]);
+  const start = [0, 1, 2].map(
+    (axis) => (sx * turn[0][axis] + sy * turn[1][axis] - (origin[2] / scale) * turn[2][axis]) / UNIT[axis],
+  );
   const step = [0, 1, 2].map((axis) => turn[2][axis] / UNIT[axis]);
   let best = null;
   for (let r = 0; r < N; r++) {
     const box = state.matching && !state.matching[r] ? null : boxNow(r);
     if (!box) continue;
-    let enter = -Infinity, leave = Infinity;
+    let enter = -Infinity,
+      leave = Infinity;
     for (let axis = 0; axis < 3; axis++) {
-      const one = (box[2 * axis] - start[axis]) / step[axis], other = (box[2 * axis + 1] - start[axis]) / step[axis];
+      const one = (box[2 * axis] - start[axis]) / step[axis],
+        other = (box[2 * axis + 1] - start[axis]) / step[axis];
       enter = Math.max(enter, Math.min(one, other));
       leave = Math.min(leave, Math.max(one, other));
     }
@@ -302,4 +380,36 @@ function pick(px, py) {
     });
   }
   return best;
+}
+
+/** Under the slider, a row for each period: a tick at every frame. */
+function drawClocks() {
+  const spans = new Map();
+  regions.period.forEach((p, r) => {
+    const span = spans.get(p) || [Infinity, 0, 0];
+    spans.set(p, [Math.min(span[0], boxes[r][0] * p), Math.max(span[1], (boxes[r][1] - 1) * p), span[2] + 1]);
+  });
+  const rows = [...spans].sort((a, b) => a[0] - b[0]).slice(0, 5);
+  $("clocks").style.height = `${15 * rows.length + 14}px`;
+  const { context, width } = sized($("clocks"));
+  const x = (time) => LABELS + 8 + (width - LABELS - 16) * (LAST_TIME ? time / LAST_TIME : 0);
+  context.font = "11px system-ui, 'DejaVu Sans', sans-serif";
+  context.textBaseline = "middle";
+  rows.forEach(([p, [first, last, count]], at) => {
+    const y = 15 * at + 7,
+      dense = x(p) - x(0) < 3;
+    context.fillStyle = "#8a96a3";
+    context.fillRect(x(first), y - (dense ? 3 : 0.5), Math.max(1, x(last) - x(first)), dense ? 6 : 1);
+    for (let time = first; !dense && time <= last; time += p) {
+      context.fillStyle = time === state.time ? FOCUS : "#52606d";
+      context.fillRect(x(time) - 1, y - 4, 2, 8);
+    }
+    context.fillStyle = "#3a4754";
+    context.textAlign = "left";
+    context.fillText(`period ${p}, ${count.toLocaleString()} region${count > 1 ? "s" : ""}`, 0, y);
+  });
+  context.fillStyle = "#6b7885";
+  context.textAlign = "center";
+  for (const time of ticks(LAST_TIME, 10)) context.fillText(time, x(time), 15 * rows.length + 7);
+  $("now").textContent = `real time ${state.time === null ? `0 to ${LAST_TIME}` : state.time}`;
 }

@@ -99,8 +99,8 @@ def _rectangles(plan: Any) -> str:
     columns = (table.q_start, table.q_stop, table.k_start, table.k_stop, table.edge)
     for q0, q1, k0, k1, edge in np.stack([column[largest] for column in columns], axis=1).tolist():
         size = f'width="{max(0.5, (k1 - k0) * scale):.1f}" height="{max(0.5, (q1 - q0) * scale):.1f}"'
-        place = f'x="{k0 * scale:.1f}" y="{q0 * scale:.1f}"'
-        drawn.append(f'<rect {place} {size} fill="{PALETTE[edge % len(PALETTE)]}"/>')
+        corner = f'x="{k0 * scale:.1f}" y="{q0 * scale:.1f}"'
+        drawn.append(f'<rect {corner} {size} fill="{PALETTE[edge % len(PALETTE)]}"/>')
     return _svg(side, side, drawn)
 
 

@@ -105,6 +105,8 @@ def test_page_takes_a_schema_without_a_topology_and_the_joint_form():
     assert held(explore_page(robot().schema, normalize="joint"))["table"]["form"] == "joint"
     with pytest.raises(ValueError, match="joint"):
         explore_page(robot(), normalize="joint")  # a gate belongs to the edge form
+    with pytest.raises(ValueError, match="joint form"):
+        compile_attention(bare.layout, robot().schema.topology, normalize="joint").work_by_connection()
     with pytest.raises(ValueError, match="what is explored"):
         explore_page(bare.layout)
 
