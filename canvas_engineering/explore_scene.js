@@ -79,7 +79,7 @@ function sized(canvas, width = canvas.clientWidth, height = canvas.clientHeight)
 /** The projection of cells to pixels, for a scene of this size. */
 function camera(width, height) {
   const reach = rotation(0.62, 0.5).map((row) => row.reduce((sum, x, axis) => sum + Math.abs(x) * EXTENT[axis], 0));
-  const scale = state.zoom * Math.min((width - 200) / reach[0], (height - 100) / reach[1]);
+  const scale = state.zoom * Math.min(Math.max(width - 200, width / 2) / reach[0], (height - 100) / reach[1]);
   const turn = rotation(state.yaw, state.pitch);
   const axes = [0, 1, 2].map((axis) => turn.map((row) => row[axis] * UNIT[axis] * scale));
   const origin = [0, 1, 2].map((k) => -axes.reduce((sum, a, axis) => sum + (a[k] * SIZE[axis]) / 2, 0));
