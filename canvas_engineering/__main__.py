@@ -180,7 +180,7 @@ def build_app():
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 figure.savefig(file, format=path.suffix[1:].lower(), dpi=120, bbox_inches="tight")
-            Console().print(str(path), highlight=False)
+            Console().print(str(path), highlight=False, soft_wrap=True)
 
     @app.command()
     def explore(schema: Path, out: Path = page_option, normalize: str = normalize_option) -> None:
@@ -194,7 +194,7 @@ def build_app():
             page = explore_page(load_program(schema), normalize=normalize, title=schema.stem)
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, page.encode())
-        Console().print(str(out), highlight=False)
+        Console().print(str(out), highlight=False, soft_wrap=True)
 
     @app.command()
     def doctor() -> None:
