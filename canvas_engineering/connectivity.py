@@ -325,6 +325,11 @@ class CanvasTopology:
     def __repr__(self) -> str:
         return f"CanvasTopology(connections={len(self.connections)}, regions={len(self.regions)})"
 
+    def _repr_html_(self) -> str:
+        from canvas_engineering.notebook import topology_html
+
+        return topology_html(self)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"connections": self.connections}
 

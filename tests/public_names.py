@@ -255,6 +255,11 @@ PUBLIC_NAMES = {
         "AttentionDispatcher",
         "surviving_state",
     ),
+    "canvas_engineering.doctor": (
+        "Check",
+        "check_numbers",
+        "doctor",
+    ),
     "canvas_engineering.draw": (
         "alignment_figure",
         "distance_figure",
@@ -263,6 +268,9 @@ PUBLIC_NAMES = {
         "plan_figure",
         "topology_figure",
         "volume_figure",
+    ),
+    "canvas_engineering.explore": (
+        "explore_page",
     ),
     "canvas_engineering.graft": (
         "freeze_full",

@@ -24,12 +24,12 @@ MAX_LINES = 600
 
 # Down the list only. Modules of one layer may import each other.
 LAYERS = {
-    "declare": "version notices checked files derived_buffers canvas connectivity masks schema types semantic program "
-    "learning clock_ir cortex identity",
+    "declare": "version notices checked notebook files derived_buffers canvas connectivity masks schema types semantic "
+    "program learning clock_ir cortex identity",
     "plan": "plan compiler region_parameters",
     "run": "attention dispatch scheduling clock_formulas residuals",
     "graft": "data looped_block cogvideox graft curriculum sharpening action_heads checkpoint",
-    "look": "draw __main__",
+    "look": "draw explore doctor __main__",
 }
 # attention alone executes tables. plan builds them, orders rows and sums weights; dispatch moves rows into that order.
 KERNEL_PARTS = {

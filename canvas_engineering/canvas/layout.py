@@ -275,6 +275,11 @@ class CanvasLayout:
         )
         return mine == theirs
 
+    def _repr_html_(self) -> str:
+        from canvas_engineering.notebook import layout_html
+
+        return layout_html(self)
+
     @property
     def n_spatial_dims(self) -> int:
         """Number of spatial dimensions."""

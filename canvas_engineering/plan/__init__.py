@@ -257,6 +257,27 @@ class AttentionPlan:
         tilings = self.table.device_tilings("cpu", _FILL_CLASSES)
         return {f"{t.block_m} × {t.block_n}": t.pairs / t.walked for t in tilings if t.walked}
 
+    def work_by_connection(self) -> dict[str, np.ndarray]:
+        """What each connection's part of the table costs, in edge form.
+
+        Returns:
+            int64 [connections] each: "rectangles", "pairs", their selected pairs, and "walked", the pairs that tiles
+            walk to cover them. Pairs over walked is the connection's fill.
+
+        Raises:
+            ValueError: a plan in joint form, whose rectangles belong to no one connection.
+        """
+        if self.normalize != "edge":
+            raise ValueError("joint form has one softmax over all connections: its rectangles belong to none of them")
+        table, n = self.table, self.n_connections
+        walked = np.zeros(n, np.int64)
+        for tiling in table.device_tilings("cpu", _FILL_CLASSES):
+            length, edge = tiling.rows[:, 1].numpy().astype(np.int64), tiling.edge.numpy()
+            np.add.at(walked, edge, -(-length // tiling.block_n) * tiling.block_n * tiling.block_m)
+        pairs = np.zeros(n, np.int64)
+        np.add.at(pairs, table.edge, (table.q_stop - table.q_start) * (table.k_stop - table.k_start))
+        return {"rectangles": np.bincount(table.edge, minlength=n), "pairs": pairs, "walked": walked}
+
     @property
     def table_bytes(self) -> int:
         """Bytes of the walks, forward and transposed, at those tile sizes."""
@@ -308,6 +329,11 @@ class AttentionPlan:
 
     def __repr__(self) -> str:
         return f"<{self.summary().splitlines()[0]}>"
+
+    def _repr_html_(self) -> str:
+        from canvas_engineering.notebook import plan_html
+
+        return plan_html(self)
 
 
 def compile_attention(
