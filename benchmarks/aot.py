@@ -37,7 +37,7 @@ from canvas_kernels.configs import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOAT32_POINTERS = ("lse_ptr", "lse2_ptr", "delta_ptr", "weight_ptr", "row_scale_ptr", "factor_ptr")
+FLOAT32_POINTERS = ("lse_ptr", "lse2_ptr", "delta_ptr")
 SPILL_FREE_UP_TO, STACK = 128, 16
 RESULTS = ("registers", "resident", "spilled", "shared", "wgmma", "copies", "seconds", "faults")
 READ = ("instructions", "other_instructions", "waste", "exp2", "waits", "serialised", "local", "bound", "predicted")
@@ -158,31 +158,35 @@ def _target(arch: str):
 
 def _signature(launch: Launch):
     """The kernel, and its arguments as a call with aligned tensors would specialise them."""
-    from canvas_kernels.backward import dkv_kernel, dq_kernel, edge_delta_kernel
+    from canvas_kernels.backward import dkv_kernel, dq_kernel
     from canvas_kernels.forward import forward_kernel
-    from canvas_kernels.sigmoid_kernels import sigmoid_dkv_kernel, sigmoid_dq_kernel, sigmoid_forward_kernel
 
-    softmax = {"forward": forward_kernel, "delta": edge_delta_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
-    sigmoid = {"forward": sigmoid_forward_kernel, "dq": sigmoid_dq_kernel, "dkv": sigmoid_dkv_kernel}
-    function = {"sigmoid": sigmoid, "dense": yardstick.KERNELS}.get(launch.form, softmax)[launch.stage]
-    values = {"JOINT": launch.form == "joint", "SIGNED": launch.signed, "GAINS": launch.signed}
-    values |= {"HEAD_DIM": launch.head_dim}
+    ours = {"forward": forward_kernel, "delta": dq_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+    function = (yardstick.KERNELS if launch.form == "dense" else ours)[launch.stage]
+    sigmoid = launch.form == "sigmoid"
+    values = {"JOINT": launch.form == "joint", "SIGMOID": sigmoid, "IN_PLACE": launch.form in ("in_place", "sigmoid")}
+    values |= {"STORED": launch.form in ("joint", "edge"), "WRITE_DQ": launch.stage == "dq", "SIGNED": launch.signed}
+    values |= {"WALK_DELTA": launch.stage == "delta" or (sigmoid and launch.signed), "HEAD_DIM": launch.head_dim}
     values |= {"BLOCK_D": configs.block_d(launch.head_dim)}
     values |= {"BLOCK_M": launch.config.block_m, "BLOCK_N": launch.config.block_n}
+    tuples = {"tables": ("*i32", "*i32", "*fp32", "*i64", "*i32", "*i32"), "factors": ("*fp32",) * 3}
+    tuples["strides"] = ("i32",) * (9 if launch.stage == "forward" else 12)
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(function.arg_names):
-        aligned = name.endswith("_ptr") or "stride_" in name
         if name in values:
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
+        elif name in tuples:
+            signature[name] = tuples[name]
+            pointers = [i for i, kind in enumerate(tuples[name]) if kind.startswith("*")]
+            attributes |= {(index, i): [["tt.divisibility", 16]] for i in pointers}
         elif name.endswith("_ptr"):
-            kind = DTYPE_NAMES[launch.dtype]
-            kind = "i32" if name in ("tiles_ptr", "rows_ptr") else "fp32" if name in FLOAT32_POINTERS else kind
-            signature[name] = f"*{kind}"
+            signature[name] = "*fp32" if name in FLOAT32_POINTERS else f"*{DTYPE_NAMES[launch.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name.startswith("scale") else "i32"
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if "stride_" in name:  # the yardstick's
+                attributes[(index,)] = [["tt.divisibility", 16]]
     return function, signature, constants, attributes
 
 

@@ -118,12 +118,11 @@ def run_task(task: Task, device: str) -> dict:
     options = dict(scale=task.head_dim**-0.5, gain=gain, active=active, row_scale=scales)
 
     def compute():
-        if task.form == "sigmoid":
-            out = launch.sigmoid_forward(q, k, v, table, **options)
-            gradients, dgain = launch.sigmoid_backward(grad_out, q, k, v, table, **options, need_gain=task.gained)
-            return dict(zip(RESULTS, (out, *gradients, dgain)))
-        out, lse = launch.forward(q, k, v, table, **options)
-        gradients, dgain = launch.backward(grad_out, q, k, v, out, lse, table, **options, need_gain=task.gained)
+        sigmoid = task.form == "sigmoid"
+        out, lse, kept = launch.forward(q, k, v, table, sigmoid=sigmoid, **options)
+        gradients, dgain = launch.backward(
+            grad_out, q, k, v, kept, lse, table, sigmoid=sigmoid, **options, need_gain=task.gained
+        )
         return dict(zip(RESULTS, (out, *gradients, dgain)))
 
     with replaced(task.candidate):
@@ -286,11 +285,12 @@ def _serve(pipe: Connection, device: str, run: Callable[[Task, str], dict]) -> N
 
 def _unused(table: BlockTable, task: Task, device: str) -> list[str]:
     """Configurations that the table gives no tile: they would pass unseen."""
-    missing = []
-    stages = ("forward", "delta", "dq", "dkv") if task.form == "edge" else ("forward", "dq", "dkv")
+    missing, form = [], configs.form_of(table, task.form == "sigmoid")
+    stages = ("forward", "delta", "dq", "dkv") if form == "in_place" else ("forward", "dq", "dkv")
     for stage in stages:
-        found = configs.lookup(launch.arch_of(torch.device(device)), task.head_dim, task.dtype, stage, task.form)
-        tilings = table.device_tilings(device, configs.classes(found), stage == "dkv")
+        found = configs.lookup(launch.arch_of(torch.device(device)), task.head_dim, task.dtype, stage, form)
+        by_slot = (stage, form) == ("forward", "edge")
+        tilings = table.device_tilings(device, configs.classes(found), stage == "dkv", by_slot)
         used = {(tiling.block_m, tiling.block_n) for tiling in tilings}
         missing += [f"{stage}: {c.block_m} × {c.block_n} not run" for c in found if (c.block_m, c.block_n) not in used]
     return missing

@@ -225,6 +225,9 @@ def pass_rates(rows: list[dict]) -> list[dict]:
             rates[row["stage"]] = max(rates.get(row["stage"], 0.0), row["predicted"])
     found = []
     for (head_dim, dtype, form), rates in sorted(best.items()):
+        kept = best.get((head_dim, dtype, "edge"), {})
+        if form == "in_place" and "dkv" in kept:  # dK and dV of both edge forms are one pass
+            rates["dkv"] = kept["dkv"]
         if not {"forward", "dq", "dkv"} <= rates.keys():
             continue
         work = {"forward": 4 / rates["forward"], "backward": 6 / rates["dq"] + 8 / rates["dkv"]}

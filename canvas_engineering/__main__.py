@@ -33,6 +33,7 @@ frames: t → t-1 asks at each frame and reads the frame before; all is every fr
 between frames: what is read where the region that answers has no frame at that time
 read: one softmax of some positions over some others; rectangle: a block of the table that attention runs from
 density: share of all pairs of positions that is computed; tile fill: how full the tiles of pairs are that a GPU walks
+balance: share of a pass's time in which a GPU's multiprocessors work, and what whole tiles could give
 log-sum-exp slots: numbers that each head keeps for the backward pass
 in the picture: down, positions that ask; across, positions that are read; the darker, the more pairs are computed
 """
@@ -105,6 +106,21 @@ def call_in_words(plan, batch: int, heads: int, head_dim: int, dtype: str) -> st
     )
 
 
+def balance_in_words(plan, batch: int, heads: int, head_dim: int, dtype: str) -> str:
+    """How evenly each pass occupies an H200, and how evenly it could; empty where no kernel is built for it."""
+    import torch
+
+    from canvas_engineering.plan.balance import MULTIPROCESSORS, balance
+
+    try:
+        found = balance(plan.table, batch * heads, head_dim, getattr(torch, dtype))
+    except ValueError:
+        return ""
+    names = {"forward": "forward", "dq": "dQ", "dkv": "dK and dV"}
+    passes = ", ".join(f"{names[b.stage]} {b.predicted:.2f} of {b.possible:.2f}" for b in found)
+    return f"balance on {MULTIPROCESSORS} multiprocessors, predicted of possible: {passes}"
+
+
 def _say_what_is_left_out(table, total: int) -> None:
     if total > MAX_ROWS:
         table.caption = f"the first {MAX_ROWS} of {total}"
@@ -158,8 +174,8 @@ def build_app():
             return
         plan = compile_attention(found.layout, found.topology, normalize=normalize)
         console.print(connection_table(found.layout, found.topology, plan))
-        call = call_in_words(plan, batch, heads, head_dim, dtype)
-        console.print(f"{plan}\n{call}\n{KEY}", highlight=False, markup=False, soft_wrap=True)
+        words = (in_words(plan, batch, heads, head_dim, dtype) for in_words in (call_in_words, balance_in_words))
+        console.print("\n".join([str(plan), *filter(None, words), KEY]), highlight=False, markup=False, soft_wrap=True)
 
     @app.command()
     def draw(schema: Path, out: Path = out_option, normalize: str = normalize_option) -> None:

@@ -33,7 +33,7 @@ LAYERS = {
 }
 # attention alone executes tables. plan builds them, orders rows and sums weights; dispatch moves rows into that order.
 KERNEL_PARTS = {
-    "plan": ("table.", "tiling.", "derived.", "index_map."),
+    "plan": ("table.", "tiling.", "configs.", "derived.", "index_map."),
     "dispatch": ("derived.real_tensors", "index_map.", "table.row_sums", "table.touched"),
     "identity": ("dense.",),
 }

@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from canvas_engineering.attention.windows import LocalAttention
+from canvas_engineering.canvas import CanvasLayout
+from canvas_engineering.connectivity import CanvasTopology, Connection
+from canvas_engineering.plan import compile_attention
+from canvas_kernels import configs
 from canvas_kernels.table import BlockTable, normalise_row_sums, row_scale, row_sums
-from canvas_kernels.tiling import LAST, REPLACE, TileClass, build_tilings, cut_tiles
+from canvas_kernels.tiling import TileClass, build_tilings, cut_tiles
 
 
 def random_table(seed: int) -> BlockTable:
@@ -78,47 +83,81 @@ def test_cells_and_slots_are_the_rectangles(seed):
     assert (table.has_keys() == expected.any(axis=(0, 2))).all()
 
 
+def walked_pairs(tiling, rows):
+    """(tile, segment row, tile rows, walked rows) of every block, rows as the pairs that it computes; ``rows`` are the
+    table's."""
+    masks = tiling.masks.numpy().view(np.uint32)
+    for tile, (_start, length, first, count) in enumerate(tiling.tiles[:-1].tolist()):
+        assert 0 < length <= tiling.block_m
+        blocks = 0
+        for s in range(first, first + count):
+            full, n_full, partial, n_partial = tiling.segments[s, :4].tolist()
+            blocks += n_full + n_partial * min(tiling.block_n, 32) / tiling.block_n
+            for at in (tiling.full[full : full + n_full] & 0xFFFFFFFF).tolist():
+                assert at + tiling.block_n <= rows
+                tile_rows, walked = np.mgrid[0:length, 0 : tiling.block_n]
+                yield tile, s, tile_rows.ravel(), at + walked.ravel()
+            for at, used, mask, _ in tiling.partial[partial : partial + n_partial].tolist():
+                bits = masks[mask][:, None] >> np.arange(32, dtype=np.uint32) & 1
+                tile_rows, walked = bits.nonzero()
+                assert walked.max() == used - 1 and at + used <= rows and tile_rows.max() < length
+                yield tile, s, tile_rows, at + walked
+        assert blocks == tiling.blocks[tile]
+
+
 @pytest.mark.parametrize("seed", range(40))
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("classes", [((64, 64, 8.0), (16, 16, 1.0)), ((16, 16, 1.0),), ((32, 16, 1.0),)])
-def test_walks_give_every_pair_once(seed, transposed, classes):
+@pytest.mark.parametrize("kind", ["queries", "transposed", "by_slot"])
+@pytest.mark.parametrize("classes", [((64, 64, 8.0), (16, 16, 1.0)), ((16, 16, 1.0),), ((32, 16, 1.0),), ((16, 128),)])
+def test_walks_give_every_pair_once(seed, kind, classes):
     table = random_table(seed)
     expected, owners = membership(table), slot_owners(table)
-    walked, tile_rows = np.zeros(expected.shape, int), np.zeros(table.n_positions, int)
-    for tiling in build_tilings(table, tuple(TileClass(*c) for c in classes), transposed):
-        rows = tiling.rows.numpy()
-        assert (rows[-1] == 0).all(), "the sentinel row must be zero"
-        assert (np.diff(tiling.tiles[:, 3].numpy()) <= 0).all(), "longest walks come first"
-        for start, length, row, blocks in tiling.tiles.tolist():
-            assert 0 < length <= tiling.block_m
-            tile_rows[start : start + length] += 1
-            while blocks > 0:
-                run_start, run_length, flags, slot = rows[row].tolist()
-                low, high = flags & 255, flags >> 8 & 255
-                blocks -= -(-run_length // tiling.block_n)
-                inner = range(run_start, run_start + run_length)
-                for tile_row in range(low, high):
-                    if transposed:
-                        for offset, query in enumerate(inner):
-                            segment, owner = owners[slot + offset]
-                            assert owner == query
-                            walked[segment, query, start + tile_row] += 1
-                    else:
-                        segment, owner = owners[slot + tile_row]
-                        assert owner == start + tile_row
-                        walked[segment, owner, run_start : run_start + run_length] += 1
-                weight = tiling.weight[row].item()
-                lead = np.flatnonzero(table.segment == segment)[0]
-                assert weight == table.weight[lead] and bool(flags & REPLACE) == table.replace[lead]
-                if not transposed:
-                    ends = blocks == 0 or owners[rows[row + 1][3] + (rows[row + 1][2] & 255)][0] != segment
-                    # another query range of the segment, with slots of its own
-                    ends = ends or bool(rows[row + 1][3] != slot)
-                    assert bool(flags & LAST) == ends
-                row += 1
-            assert blocks == 0
-    assert (tile_rows == 1).all()
+    walked, rows_of = np.zeros(expected.shape, int), np.zeros(max(table.n_positions, table.n_slots), int)
+    chosen = {} if kind == "queries" else {kind: True}
+    for tiling in build_tilings(table, tuple(TileClass(*c) for c in classes), **chosen):
+        assert (np.diff(tiling.blocks) <= 0).all(), "longest walks come first"
+        pairs = 0
+        for tile, s, tile_rows, others in walked_pairs(tiling, table.n_positions):
+            start = tiling.tiles[tile, 0].item()
+            queries, keys = (others, start + tile_rows) if kind == "transposed" else (start + tile_rows, others)
+            _, _, _, _, slot, span, edge, replace = tiling.segments[s].tolist()
+            found = [owners[slot + query] for query in queries]
+            assert [query for _, query in found] == queries.tolist()
+            (segment,) = {segment for segment, _ in found}
+            np.add.at(walked, (segment, queries, keys), 1)
+            assert (tile_rows >= (span & 0xFFFF)).all() and (tile_rows < span >> 16).all()
+            lead = np.flatnonzero(table.segment == segment)[0]
+            assert (edge, replace) == (table.edge[lead], table.replace[lead])
+            assert tiling.weight[s].item() == table.weight[lead]
+            pairs += len(queries)
+        assert pairs == tiling.pairs <= tiling.walked
+        for start, length, first, count in tiling.tiles[:-1].tolist():
+            if kind == "by_slot":
+                assert count == 1
+                start += tiling.segments[first, 4].item()
+            rows_of[start : start + length] += 1
     assert (walked == expected).all()
+    assert (rows_of[: table.n_slots if kind == "by_slot" else table.n_positions] == 1).all()
+
+
+def band(n: int, reach: int, form: str = "edge") -> BlockTable:
+    """Every row attends to those at most ``reach`` away, a rectangle a row."""
+    rows = np.arange(n)
+    names = {"q_start": rows, "q_stop": rows + 1, "k_start": np.maximum(rows - reach, 0)}
+    names |= {"k_stop": np.minimum(rows + reach + 1, n), "weight": np.ones(n)}
+    if form == "edge":
+        names |= {"segment": np.zeros(n, int), "edge": np.zeros(n, int)}
+    return BlockTable.from_rectangles(form, n, 1, **names)
+
+
+@pytest.mark.parametrize("kind", ["queries", "transposed", "by_slot"])
+def test_a_band_walks_the_blocks_that_hold_it(kind):
+    for reach in (4, 40, 300):
+        table = band(2048, reach)
+        (tiling,) = build_tilings(table, (TileClass(64, 64),), **({} if kind == "queries" else {kind: True}))
+        pairs = membership(table)[0].reshape(32, 64, 32, 64).any((1, 3))
+        assert tiling.blocks.sum() <= pairs.sum()
+        # few masks, whatever the length: all but those at the ends are the same
+        assert len(tiling.masks) <= 12
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -158,8 +197,8 @@ def test_small_tiles_are_chosen_by_fill():
         edge=[0] * 65,
     )
     large, small = build_tilings(table, (TileClass(64, 64, 8.0), TileClass(16, 16, 1.0)), False)
-    assert large.tiles[:, 0].tolist() == [0, 64, 128, 192] and large.block_m == 64
-    assert sorted(small.tiles[:, 0].tolist()) == [256, 272, 288, 304] and small.block_m == 16
+    assert large.tiles[:-1, 0].tolist() == [0, 64, 128, 192] and large.block_m == 64
+    assert sorted(small.tiles[:-1, 0].tolist()) == [256, 272, 288, 304] and small.block_m == 16
 
 
 def test_long_ranges_get_tiles_of_their_own():
@@ -172,8 +211,44 @@ def test_a_dense_million_positions_needs_a_row_per_tile():
     n = 1 << 20
     table = BlockTable.from_rectangles("joint", n, 1, q_start=[0], q_stop=[n], k_start=[0], k_stop=[n], weight=[1.0])
     (tiling,) = build_tilings(table, (TileClass(64, 64),), False)
-    assert tiling.n_tiles == n // 64 and len(tiling.rows) == n // 64 + 1
+    assert tiling.n_tiles == n // 64 and len(tiling.full) == n // 64 + 1
     assert tiling.nbytes < 0.02 * 4 * n * 64 * 2
+
+
+@pytest.mark.parametrize("others", [0, 100])
+def test_a_causal_million_positions_shares_its_lists(others):
+    """Every frame attends to itself and all before, with and without some rows more."""
+    n, frame = 1 << 20, 4096
+    start = np.arange(0, n, frame)
+    names = {"q_start": start, "q_stop": start + frame, "k_start": np.zeros_like(start), "k_stop": start + frame}
+    if others:
+        names["k_start"] = names["k_start"] + others
+        more = {"q_start": start, "q_stop": start + frame, "k_start": 0 * start, "k_stop": 0 * start + others // 2}
+        names = {name: np.append(names[name], more[name]) for name in names}
+    table = BlockTable.from_rectangles("joint", n, 1, weight=np.ones(len(names["q_start"])), **names)
+    for transposed in (False, True):
+        (tiling,) = build_tilings(table, (TileClass(128, 64),), transposed)
+        assert tiling.nbytes < 0.02 * 4 * n * 64 * 2
+
+
+WINDOWS = [(1, (2048,), 128), (1, (48, 32), None), (3, (20, 25), (3, 8, 8))]
+
+
+@pytest.mark.parametrize(("frames", "shape", "window"), WINDOWS)
+def test_local_attention_walks_little_more_than_the_blocks_that_hold_its_band(frames, shape, window):
+    box = (0, frames, *(bound for size in shape for bound in (0, size)))
+    layout = CanvasLayout(T=frames, d_model=32, spatial_shape=shape, regions={"video": box})
+    plan = compile_attention(layout, CanvasTopology([Connection("video", "video", fn="local_attention")]))
+    table = LocalAttention(32, window_size=window).chosen(plan).table
+    count = -(-table.n_positions // 64)
+    holds = np.zeros((count, count), bool)
+    for q0, q1, k0, k1 in zip(table.q_start, table.q_stop, table.k_start, table.k_stop):
+        holds[q0 // 64 : (q1 - 1) // 64 + 1, k0 // 64 : (k1 - 1) // 64 + 1] = True
+    for head_dim in (64, 128):
+        for stage, form in (("forward", "edge"), *((stage, "in_place") for stage in ("forward", "delta", "dq", "dkv"))):
+            classes = configs.classes(configs.lookup("sm_90", head_dim, torch.bfloat16, stage, form))
+            tilings = build_tilings(table, classes, stage == "dkv", (stage, form) == ("forward", "edge"))
+            assert sum(tiling.walked for tiling in tilings) <= 1.6 * 64 * 64 * holds.sum(), (head_dim, stage, form)
 
 
 def test_equal_content_has_equal_key_and_is_found_while_alive():

@@ -312,7 +312,7 @@ class AttentionPlan:
         >>> print(compile_attention(layout, CanvasTopology.dense(["a"])).summary())
         AttentionPlan, edge form: 32 positions (16 read something), 1 connections, 1 reads, 1 rectangles
           density 25.00 %, tile fill 100.00 %, 0.1 MFLOP forward and 0.2 backward per head of 64
-          tables 0.1 KiB, 16 log-sum-exp slots
+          tables 0.2 KiB, 16 log-sum-exp slots
         """
         table, reading = self.table, int(self.table.has_keys().sum())
         forward, backward = (self.flops(64, backward=b) / 1e6 for b in (False, True))

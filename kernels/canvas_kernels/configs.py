@@ -11,16 +11,42 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .tiling import TileClass
 
+if TYPE_CHECKING:
+    from .table import BlockTable
+
 MAX_HEAD_DIM = 256
 HEAD_DIMS = (16, 32, 64, 128, 256)
 """What head dimensions are padded to."""
 SMALL_TILE_COST = 0.2
+
+
+MIN_STORED_KEYS, MAX_STORED_SLOTS = 128, 4
+
+
+def stores_segments(table: BlockTable) -> bool:
+    """Whether the outputs of segments are kept apart, in edge form, until a second kernel adds them up.
+
+    Then backward needs no other walk for δ, and segments share nothing: 4 · head_dim operations a pair are saved. It
+    costs 6 · head_dim bytes for every (segment, row), to write them and to read them twice: at 400 TFLOP/s and 4.8 TB/s
+    as much as 125 keys. So it wants 128 keys a slot at least, and for memory's sake at most 4 slots a row. Otherwise
+    they are added up in place.
+    """
+    small = table.n_slots <= MAX_STORED_SLOTS * table.n_positions
+    return table.form == "edge" and small and table.pairs >= MIN_STORED_KEYS * max(table.n_slots, 1)
+
+
+def form_of(table: BlockTable, sigmoid: bool = False) -> str:
+    """What passes over a table are configured for: "joint"; "edge", or "in_place" where segments are not kept;
+    "sigmoid"."""
+    if sigmoid or table.form == "joint":
+        return "sigmoid" if sigmoid else "joint"
+    return "edge" if stores_segments(table) else "in_place"
 
 
 class Config(NamedTuple):
@@ -51,147 +77,103 @@ class Launch(NamedTuple):
     config: Config
 
 
+# "in_place" is the edge form whose segments are added up where they are computed, "edge" that which keeps them.
 _PASSES = (
     ("forward", "joint"),
     ("forward", "edge"),
-    ("delta", "edge"),
+    ("forward", "in_place"),
+    ("forward", "sigmoid"),
+    ("delta", "in_place"),
     ("dq", "joint"),
     ("dq", "edge"),
+    ("dq", "in_place"),
+    ("dq", "sigmoid"),
     ("dkv", "joint"),
     ("dkv", "edge"),
+    ("dkv", "sigmoid"),
 )
-# The passes without a normaliser take the edge form's tiles, except where they have their own.
-_SIGMOID_PASSES = (("forward", "sigmoid"), ("dq", "sigmoid"), ("dkv", "sigmoid"))
-
-
 # "signed": gains may be negative; of the sigmoid's dq, that gains are trained.
-_SIGNS = {("dq", "edge"): (False, True), ("dkv", "edge"): (False, True), ("dq", "sigmoid"): (False, True)}
+_SIGNS = {("dkv", "edge"): (False, True), ("dq", "sigmoid"): (False, True)}
 
 
-def _every(passes: tuple, by_head_dim: dict[int, Config]) -> dict:
-    return {key: by_head_dim for key in passes}
-
-
-# Keys are the largest padded head dimension that a row serves.
+# Keys are the largest padded head dimension that a row serves. A pass that has no row takes the edge form's, and that
+# the joint form's.
 _SIXTEEN_BIT = {
     "sm_90": {
         ("forward", "joint"): {
-            32: Config(64, 64, 4, 3),  # 125
-            64: Config(128, 64, 8, 3, 128),  # 128 (2); without the bound 161 (1)
-            128: Config(128, 64, 8, 3),  # 229 (1)
-            256: Config(64, 32, 8, 2),  # 217 (1)
+            32: Config(64, 64, 4, 3),  # 104
+            64: Config(128, 128, 8, 2),  # 199 (1)
+            128: Config(128, 128, 8, 3),  # 255 (1); 128 × 64 takes 207 and a tenth longer
+            256: Config(128, 32, 8, 2),  # 254 (1)
         },
         ("forward", "edge"): {
-            32: Config(64, 64, 4, 3),  # 153
-            64: Config(64, 64, 4, 3, 168),  # 168 (3); without the bound 224 (2); 128 × 64 takes 215 (1)
-            128: Config(64, 64, 8, 3),  # 230 (1); 128 × 64 spills
-            256: Config(32, 32, 8, 2),  # 177; 64 × 32 spills
+            32: Config(64, 64, 4, 3),
+            64: Config(128, 128, 8, 2),  # 196 (1)
+            128: Config(128, 64, 8, 2),  # 208 (1)
+            256: Config(128, 32, 8, 2),
         },
-        ("delta", "edge"): {
-            32: Config(64, 64, 4, 3),  # 128
-            64: Config(64, 64, 4, 3, 128),  # 128 (3); without the bound 168
-            128: Config(64, 64, 8, 2),  # 127 (2)
-            256: Config(64, 32, 8, 2),  # 99 (1)
+        ("forward", "in_place"): {
+            32: Config(64, 64, 4, 3),  # 141
+            64: Config(64, 64, 4, 3),
+            128: Config(128, 32, 8, 2),  # 246 (1); 128 × 64 spills
+            256: Config(32, 32, 8, 2),  # 179
+        },
+        ("forward", "sigmoid"): {
+            64: Config(64, 64, 4, 3),
+            128: Config(128, 64, 8, 2),
+            256: Config(32, 32, 8, 2),
+        },
+        ("delta", "in_place"): {
+            64: Config(64, 64, 4, 2),  # 158 (3)
+            128: Config(128, 64, 8, 2),  # 168 (1)
+            256: Config(64, 32, 8, 2),  # 128 (1)
         },
         ("dq", "joint"): {
-            32: Config(64, 64, 4, 3),  # 158
-            64: Config(64, 64, 4, 3),  # 168 (3); 160 spills
-            128: Config(64, 64, 8, 2),  # 194 (1); 128 × 64 takes 255
-            256: Config(32, 32, 8, 2),  # 128; 64 × 32 spills
-        },
-        ("dq", "edge"): {
-            32: Config(64, 64, 4, 3),  # 159
-            64: Config(64, 64, 4, 3),  # 189, with signs 196 (2); 168 spills
-            128: Config(64, 64, 8, 2),  # 194 (1)
+            32: Config(64, 64, 4, 3),  # 118
+            64: Config(64, 64, 4, 2),  # 159 (3), in edge form 236 (2)
+            128: Config(128, 64, 8, 2),  # 235 (1), in edge form 255
             256: Config(32, 32, 8, 2, 168),  # unbounded, ptxas aims at 128 and spills
         },
-        ("dkv", "joint"): {
-            32: Config(64, 64, 4, 3),  # 194
-            64: Config(64, 64, 4, 3),  # 244 (2); 168 spills, and so does 128 × 64 held to 128
-            128: Config(64, 64, 8, 2),  # 251 (1); 4 warps and 128 × 64 spill, 128 × 32 takes 254
-            256: Config(32, 32, 8, 2),  # 174
+        ("dq", "sigmoid"): {
+            64: Config(64, 64, 4, 2),
+            128: Config(128, 32, 8, 2),  # 128 × 64 spills where gains are trained
+            256: Config(32, 32, 8, 2, 168),
         },
-        ("dkv", "edge"): {
-            32: Config(64, 64, 4, 3),  # 194
-            64: Config(64, 64, 4, 3),  # 239, with signs 244 (2)
-            128: Config(64, 64, 8, 2),  # 251 (1)
-            256: Config(32, 32, 8, 2),  # 172
+        ("dkv", "joint"): {
+            32: Config(64, 64, 4, 3),  # 168
+            64: Config(64, 64, 4, 2),  # 221 (2), in edge form 254
+            128: Config(128, 32, 8, 2),  # 255 (1)
+            256: Config(32, 32, 8, 2),  # 255
         },
     },
     # Two stages keep every pass under the 99 KB of shared memory of sm_86, sm_89 and sm_120, which run these too.
-    "sm_80": _every(
-        _PASSES[:5],
-        {
-            64: Config(64, 64, 4, 2),  # forward 255, dq 255
-            128: Config(64, 64, 8, 2),  # forward 175 / 255 (joint / edge), dq 174
-            256: Config(32, 32, 8, 2, 168),
-        },
-    )
-    | _every(
-        _PASSES[5:],
-        {
-            64: Config(64, 32, 4, 2),  # 179; 64 × 64 spills 8 bytes
-            128: Config(64, 64, 8, 2),  # 255
-            256: Config(32, 32, 8, 2, 168),
-        },
-    ),
-    "sm_100": {
-        ("forward", "joint"): {
-            64: Config(64, 64, 4, 2),  # 184
-            128: Config(128, 64, 8, 2),  # 218; 64 × 64 spills 8 bytes
-            256: Config(64, 32, 8, 2),  # 171
-        },
-        ("forward", "edge"): {
-            64: Config(64, 64, 4, 2),  # 225
-            128: Config(64, 64, 8, 2),  # 204; 128 × 64 spills
-            256: Config(64, 32, 8, 2),  # 244
-        },
-        ("delta", "edge"): {
-            64: Config(64, 64, 4, 2),  # 142
-            128: Config(64, 64, 8, 2),  # 118
-            256: Config(64, 32, 8, 2),  # 133
-        },
-        **_every(
-            (("dq", "joint"), ("dq", "edge")),
-            {
-                64: Config(64, 64, 4, 2),  # 164
-                128: Config(64, 64, 8, 2, 128),  # 128; unbounded, it spills 8 bytes where there are signs
-                256: Config(64, 32, 8, 2),  # 140
-            },
-        ),
-        ("dq", "sigmoid"): {
-            64: Config(64, 64, 4, 2),
-            128: Config(64, 64, 8, 2),  # 125, with gains 154; held to 128 it spills 32 bytes with gains
-            256: Config(64, 32, 8, 2),
-        },
-        **_every(
-            (("dkv", "joint"), ("dkv", "edge")),
-            {
-                64: Config(64, 64, 4, 2),  # 194
-                128: Config(128, 64, 8, 2),  # 206; 64 × 64 spills 8 bytes
-                256: Config(64, 32, 8, 2),  # 145
-            },
-        ),
+    "sm_80": {
+        ("forward", "joint"): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2, 168)},
+        ("delta", "in_place"): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2, 168)},
+        ("dq", "joint"): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2, 168)},
+        ("dkv", "joint"): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2, 168)},
     },
-    # Registers here are vector registers plus accumulation registers, 512 in all.
-    "gfx942": _every(
-        _PASSES,
-        {
-            64: Config(64, 64, 4, 2),  # forward 202 / 228 (joint / edge), dq 300, dkv 400
-            128: Config(64, 32, 4, 2),  # forward 175 / 232, dq 294, dkv 394
-            256: Config(32, 16, 4, 2),  # dq 273, dkv 290; 8 warps have half the registers
-        },
-    ),
+    "sm_100": {
+        ("forward", "joint"): {64: Config(64, 64, 4, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+        ("forward", "in_place"): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+        ("forward", "sigmoid"): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+        ("delta", "in_place"): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+        ("dq", "joint"): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+        ("dkv", "joint"): {64: Config(64, 64, 4, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    },
+    # Registers here are vector registers plus accumulation registers, 512 in all; 8 warps have half of them.
+    "gfx942": {
+        (stage, form): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 16, 4, 2)}
+        for stage, form in (("forward", "joint"), ("delta", "in_place"), ("dq", "joint"), ("dkv", "joint"))
+    },
 }
 
-# Regions of a few positions: 64-row tiles would be nearly empty.
+# Regions of a few positions: 64-row tiles would be nearly empty. One warp spills.
 _SMALL = {
-    64: Config(16, 16, 1, 2),  # forward 135 / 174, dq 138, dkv 178
-    128: Config(16, 16, 2, 2),  # forward 138 / 178, dq 128, dkv 178; one warp spills
+    64: Config(16, 16, 2, 2),
+    128: Config(16, 16, 2, 2, 255),  # unbounded, ptxas aims at 168 registers and spills
     256: Config(16, 16, 4, 2),
 }
-# Unbounded, the sigmoid's dkv spills 8 bytes in Triton 3.6 and fits 4 programs instead of 6 in 3.9.
-_SMALL_SIGMOID_DKV = _SMALL | {128: Config(16, 16, 2, 2, 168)}
 
 # ieee float32 dots run on the ordinary units, from registers: larger tiles spill by the kilobyte. Unbounded, ptxas aims
 # at 64 or 80 registers and spills a few of them; bounded by 128 it spills more.
@@ -214,7 +196,6 @@ _FLOAT32 = {
 # Small, so that tests of a hundred positions meet ragged ends and several tiles of both classes.
 _INTERPRETER = (Config(32, 32, 4, 2), Config(16, 16, 1, 2))
 
-JOINT_DELTA = Config(64, 64, 4, 1)
 ARCHITECTURES = tuple(_SIXTEEN_BIT)
 
 
@@ -225,7 +206,7 @@ def block_d(head_dim: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def lookup(arch: str, head_dim: int, dtype: torch.dtype, stage: str, form: str) -> tuple[Config, ...]:
-    """The configurations of one pass, the larger tile first. ``form`` is "joint", "edge" or "sigmoid".
+    """The configurations of one pass, the larger tile first. ``form`` is "joint", "edge", "in_place" or "sigmoid".
 
     Raises ValueError for an architecture, head dimension or dtype that the kernels are not built for.
     """
@@ -240,10 +221,8 @@ def lookup(arch: str, head_dim: int, dtype: torch.dtype, stage: str, form: str) 
     if dtype == torch.float32:
         return (_serving(_FLOAT32[arch], head_dim),)
     passes = _SIXTEEN_BIT[arch]
-    small = _serving(_SMALL_SIGMOID_DKV if (stage, form) == ("dkv", "sigmoid") else _SMALL, head_dim)
-    if form == "sigmoid" and (stage, form) not in passes:
-        form = "edge"
-    large = _serving(passes[stage, form], head_dim)
+    small = _serving(_SMALL, head_dim)
+    large = _serving(next(passes[stage, f] for f in (form, "edge", "joint") if (stage, f) in passes), head_dim)
     return (large, small) if small.cost < large.cost else (large,)
 
 
@@ -256,7 +235,7 @@ def classes(configs: tuple[Config, ...]) -> tuple[TileClass, ...]:
 def shipped(arch: str | None = None, head_dims: tuple[int, ...] = HEAD_DIMS) -> Iterator[Launch]:
     """Every kernel that can be launched, for one architecture or all; ``head_dims`` are padded ones."""
     for name in ARCHITECTURES if arch is None else (arch,):
-        for stage, form in _PASSES + _SIGMOID_PASSES:
+        for stage, form in _PASSES:
             for signed in _SIGNS.get((stage, form), (False,)):
                 for head_dim in head_dims:
                     for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -46,6 +46,7 @@ def is_plain(x: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
         or type(x) is not torch.Tensor
     )
 

@@ -17,8 +17,18 @@ import pkgutil
 import numpy as np
 import torch
 
-from . import composition, frames, rectangles, reference, sigmoid
-from .autograd import COMPILED_FUNCTIONS, DEVICES, OPERATIONS, TAGS, Operation, operate, own_products, under_autograd
+from . import composition, configs, frames, rectangles, reference, sigmoid
+from .autograd import (
+    COMPILED_FUNCTIONS,
+    DEVICES,
+    OPERATIONS,
+    TAGS,
+    Operation,
+    operate,
+    own_products,
+    under_autograd,
+    unless_traced,
+)
 from .frames import frame_rows, takes_frames
 from .index_map import IndexMap, empty_in, gather_rows, put_rows, scatter_rows, take_rows
 from .table import BlockTable
@@ -46,6 +56,7 @@ _LIBRARY.define(
     "(Tensor out, Tensor lse, Tensor saved, Tensor[] packed)",
     tags=TAGS,
 )
+_LIBRARY.define("row_scale(Tensor active, str table) -> Tensor", tags=TAGS)
 _LIBRARY.define(
     "attention_backward(Tensor grad_out, Tensor? out, Tensor lse, Tensor saved, Tensor[] packed, Tensor q, Tensor k, "
     "Tensor v, Tensor? gain, Tensor? active, Tensor? row_scale, str table, str rows, float scale, str executor, "
@@ -119,7 +130,9 @@ def block_attention(
         # it may be changed in place before backward runs: this step keeps its own
         active = active.detach().clone()
         if row_scale is None:
-            row_scale = table_row_scale(table, active, torch.promote_types(q.dtype, torch.float32))
+            once = backend == "triton" and not torch._C._are_functorch_transforms_active()
+            wide = torch.promote_types(q.dtype, torch.float32)
+            row_scale = _row_scale(active, table.key) if once else table_row_scale(table, active, wide)
     tensors = (q, k, v, gain, active, row_scale)
     if backend == "reference":
         options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale}
@@ -279,7 +292,20 @@ def _triton_refusal(device_type: str, dtype: torch.dtype) -> str:
         return f"backend 'triton' needs {devices}, got {device_type}: use 'torch'"
     if interpreted and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 bit patterns: use float32 or float16 there, or backend 'torch'"
-    return ""
+    return _interpreter_refusal() if interpreted else ""
+
+
+def _interpreter_refusal() -> str:
+    import triton
+
+    found = {"triton": triton.__version__, "numpy": np.__version__}
+    minor = {name: tuple(map(int, version.split(".")[:2])) for name, version in found.items()}
+    if minor["triton"] >= (3, 7) or minor["numpy"] < (2, 4):
+        return ""
+    return (
+        f"Triton {found['triton']}'s interpreter cannot run loops with loaded bounds under numpy {found['numpy']}: "
+        "install 'numpy<2.4' or 'triton>=3.7', or use backend 'torch'"
+    )
 
 
 @functools.cache
@@ -332,25 +358,29 @@ def _unpacked(rows: str, order: tuple[int, ...], *tensors: torch.Tensor) -> list
     return [put_rows(x, found, 2, order) for x in tensors]
 
 
+def _row_scale_now(active: torch.Tensor, table: str) -> torch.Tensor:
+    _refuse_triton(active.device.type, torch.float32)
+    from . import launch
+
+    return launch.row_scale_of(active, BlockTable.lookup(table))
+
+
+def _refuse_triton(device_type: str, dtype: torch.dtype) -> None:
+    # inside of operators and not among the checks: what the machine has is nothing for a compiler to trace
+    refusal = _triton_refusal(device_type, dtype)
+    if refusal:
+        raise ValueError(refusal)
+
+
 @own_products
 def _attention(q, k, v, gain, active, row_scale, table, rows, scale, executor, activation, need_lse, keep):
     found, canvas = BlockTable.lookup(table), q
-    q, k, v = packed = _packed(rows, q, k, v)
     options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale}
-    lse, saved = (q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(2))
     if executor == TRITON:
-        # here and not among the checks: what the machine has is nothing for a compiler to trace
-        refusal = _triton_refusal(q.device.type, q.dtype)
-        if refusal:
-            raise ValueError(refusal)
-        from . import launch
-
-        if activation == "sigmoid":
-            out = launch.sigmoid_forward(q, k, v, found, **options)
-        else:
-            options["row_scale"] = _own_row_scale(found, row_scale, q)
-            out, lse = launch.forward(q, k, v, found, **options)
-    elif executor == FRAMES:
+        return _triton(q, k, v, found, rows, activation, need_lse, keep, options)
+    q, k, v = packed = _packed(rows, q, k, v)
+    lse, saved = (q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(2))
+    if executor == FRAMES:
         out, lse = frames.forward(q, k, v, frame_rows(table), scale)
     elif activation == "sigmoid":
         out = sigmoid.forward(q, k, v, found, **options)
@@ -359,12 +389,43 @@ def _attention(q, k, v, gain, active, row_scale, table, rows, scale, executor, a
     if need_lse and found.form == "edge":
         lse.masked_fill_(_out_of_force(found, active, row_scale, q), math.inf)
     (out,) = _unpacked(rows, _order_of_results(canvas, executor, activation), out)
-    return out, lse, saved, packed if _keeps_packed(rows, keep, executor) else []
+    return out, lse, saved, packed if rows and keep else []
 
 
-def _keeps_packed(rows: str, keep: bool, executor: str) -> bool:
-    """Whether backward gets packed rows rather than packing again: in a GPU's memory they would lie twice."""
-    return bool(rows) and keep and executor != TRITON
+def _triton(q, k, v, table, rows, activation, need_lse, keep, options):
+    """The operator on Triton. Backward packs rows again: in a GPU's memory they would lie twice."""
+    _refuse_triton(q.device.type, q.dtype)
+    from . import launch
+
+    saved = q.new_empty(0)
+    if rows:
+        q, k, v = launch.move_rows(q, k, v, rows=IndexMap.lookup(rows))
+    sigmoid = activation == "sigmoid"
+    out, lse, kept = launch.forward(q, k, v, table, sigmoid=sigmoid, **options)
+    if sigmoid:
+        lse = lse.view(0)
+    elif keep and configs.stores_segments(table):
+        saved = kept
+    if need_lse and table.form == "edge":
+        lse.masked_fill_(_out_of_force(table, options["active"], options["row_scale"], q), math.inf)
+    if rows:
+        (out,) = launch.move_rows(out, rows=IndexMap.lookup(rows), back=True)
+    return out, lse, saved, []
+
+
+def _triton_backward(grad_out, out, lse, saved, q, k, v, table, rows, activation, options):
+    from . import launch
+
+    if rows:
+        moved = (grad_out, q, k, v) if table.form == "edge" else (grad_out, q, k, v, out)
+        grad_out, q, k, v, *kept_rows = launch.move_rows(*moved, rows=IndexMap.lookup(rows))
+    # in joint form a segment's output is the result
+    kept = saved if table.form == "edge" else kept_rows[0] if rows else out
+    options["sigmoid"] = activation == "sigmoid"
+    gradients, dgain = launch.backward(grad_out, q, k, v, kept, lse, table, **options)
+    if rows:
+        gradients = launch.move_rows(*gradients, rows=IndexMap.lookup(rows), back=True)
+    return *gradients, q.new_empty(0) if dgain is None else dgain
 
 
 def _out_of_force(table: BlockTable, active, row_scale, q: torch.Tensor) -> torch.Tensor:
@@ -398,24 +459,13 @@ def _attention_backward(
     need_gain,
 ):
     found, canvas = BlockTable.lookup(table), q
+    options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale, "need_gain": need_gain}
+    if executor == TRITON:
+        return _triton_backward(grad_out, out, lse, saved, q, k, v, found, rows, activation, options)
     (grad_out,) = _packed(rows, grad_out)
     q, k, v = packed or _packed(rows, q, k, v)
-    options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale, "need_gain": need_gain}
     dgain = None
-    if executor == TRITON:
-        from . import launch
-
-        if activation == "sigmoid":
-            gradients, dgain = launch.sigmoid_backward(grad_out, q, k, v, found, **options)
-        else:
-            options["row_scale"] = _own_row_scale(found, row_scale, q)
-            (out,) = _packed(rows, out)
-            gradients, dgain = launch.backward(grad_out, q, k, v, out, lse, found, **options)
-        keyless = found.keyless_rows(q.device)
-        for x in () if keyless is None else gradients[1:]:
-            # blocks hold such rows beside others: what is not finite there must not come back
-            x.masked_fill_(keyless, 0.0)
-    elif executor == FRAMES:
+    if executor == FRAMES:
         (out,) = _packed(rows, out)
         gradients = frames.backward(grad_out, q, k, v, out, lse, frame_rows(table), scale)
     elif activation == "sigmoid":
@@ -424,12 +474,6 @@ def _attention_backward(
         *gradients, dgain = rectangles.backward(grad_out, q, k, v, saved, found, **options)
     dgain = q.new_empty(0) if dgain is None else dgain.to(gain.dtype)
     return *_unpacked(rows, _order_of_results(canvas, executor, activation), *gradients), dgain
-
-
-def _own_row_scale(table: BlockTable, row_scale: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    if row_scale is not None or table.form == "joint":
-        return row_scale
-    return table.row_scale(q.device, torch.float32)
 
 
 def _order_of_results(q: torch.Tensor, executor: str, activation: str) -> tuple[int, ...]:
@@ -445,8 +489,11 @@ def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, execut
     dtype = torch.promote_types(q.dtype, torch.float32)
     lse, saved = (q.new_empty(0, dtype=dtype) for _ in range(2))
     if executor == TRITON:
+        saved = q.new_empty(0)
         if activation != "sigmoid":
             lse = q.new_empty((batch, heads, found.n_slots), dtype=torch.float32)
+            if keep and configs.stores_segments(found):
+                saved = q.new_empty((batch, heads, found.n_slots, q.shape[3]))
     elif executor == FRAMES:
         lse = empty_in((0, 2, 1), (batch, heads, found.n_positions), q)
     elif activation != "sigmoid":
@@ -454,7 +501,7 @@ def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, execut
         # head_dim decides what is kept, so it may not stay symbolic
         saved = q.new_empty(rectangles.saved_size(found, batch * heads, int(q.shape[3])) if keep else 0, dtype=dtype)
     out = empty_in(_order_of_results(q, executor, activation), q.shape, q)
-    if not _keeps_packed(rows, keep, executor):
+    if not (rows and keep) or executor == TRITON:
         return out, lse, saved, []
     shape = (batch, heads, found.n_positions, q.shape[3])
     return out, lse, saved, [empty_in(_order(q), shape, q) for _ in range(3)]
@@ -468,9 +515,15 @@ def _attention_backward_fake(*args):
     return *gradients, gain.new_empty(gain.shape) if need_gain else q.new_empty(0)
 
 
+def _row_scale_fake(active, table):
+    return active.new_empty((2, BlockTable.lookup(table).n_positions), dtype=torch.float32)
+
+
 for _key in DEVICES:
+    _LIBRARY.impl("row_scale", _row_scale_now, _key)
     _LIBRARY.impl("attention", _attention, _key)
     _LIBRARY.impl("attention_backward", _attention_backward, _key)
+torch.library.register_fake("canvas_kernels::row_scale", _row_scale_fake, lib=_LIBRARY)
 torch.library.register_fake("canvas_kernels::attention", _attention_fake, lib=_LIBRARY)
 torch.library.register_fake("canvas_kernels::attention_backward", _attention_backward_fake, lib=_LIBRARY)
 
@@ -478,8 +531,13 @@ torch.library.register_fake("canvas_kernels::attention_backward", _attention_bac
 # -- autograd ----------------------------------------------------------------------------------------------------------
 
 
+_row_scale = unless_traced(torch.ops.canvas_kernels.row_scale.default, _row_scale_now)
+_forward = unless_traced(torch.ops.canvas_kernels.attention.default, _attention)
+_backward = unless_traced(torch.ops.canvas_kernels.attention_backward.default, _attention_backward)
+
+
 def _run(keep, *args):
-    out, lse, saved, packed = torch.ops.canvas_kernels.attention.default(*args, keep)
+    out, lse, saved, packed = _forward(*args, keep)
     return out, lse, saved, *packed
 
 
@@ -488,7 +546,7 @@ def _differentiate(grad, needs, kept, *args):
     need_gain = bool(needs >> 3 & 1)
     out, lse, saved, *packed = kept
     kept = (out, lse, saved, packed)
-    *gradients, dgain = torch.ops.canvas_kernels.attention_backward.default(grad, *kept, *args, need_gain)
+    *gradients, dgain = _backward(grad, *kept, *args, need_gain)
     return *gradients, dgain, None, None
 
 

@@ -351,15 +351,6 @@ class BlockTable:
         offset = np.concatenate([[0], np.cumsum(np.bincount(target, minlength=3 * n))])
         return IndexMap.sums(np.tile(np.arange(count), 4)[order], offset, count, weight)
 
-    @derived(limit=4)
-    def keyless_rows(self, device: torch.device) -> torch.Tensor | None:
-        """bool (n, 1): rows that nothing attends to, on a device; None where there are none."""
-        delta = np.zeros(self.n_positions + 1, np.int64)
-        np.add.at(delta, self.k_start, 1)
-        np.add.at(delta, self.k_stop, -1)
-        keyless = np.cumsum(delta[:-1]) == 0
-        return to_device(keyless[:, None], device) if keyless.any() else None
-
     @derived(limit=8)
     def row_scale(self, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """(2, n): the factors of :func:`row_scale` with every connection active, on a device."""
@@ -388,12 +379,21 @@ class BlockTable:
         arrays += (np.bincount(self.edge[owner], minlength=self.n_edges),)
         return SlotLayout(*(to_device(a, device) for a in arrays))
 
+    @derived(limit=4)
+    def ones(self, device: torch.device) -> torch.Tensor:
+        """float32 (n_edges,): gains and activity where none are given."""
+        return to_device(np.ones(max(self.n_edges, 1), np.float32), device)
+
     @derived(limit=16)
     def device_tilings(
-        self, device: torch.device | str, classes: tuple[TileClass, ...], transposed: bool = False
+        self,
+        device: torch.device | str,
+        classes: tuple[TileClass, ...],
+        transposed: bool = False,
+        by_slot: bool = False,
     ) -> tuple[Tiling, ...]:
         """The walks of one pass, a launch each (empty ones left out), on ``device``."""
-        return tuple(tiling.to(device) for tiling in build_tilings(self, classes, transposed))
+        return tuple(tiling.to(device) for tiling in build_tilings(self, classes, transposed, by_slot))
 
 
 RESOLVERS["run sums"] = lambda key: BlockTable.lookup(key).run_sums_map()
