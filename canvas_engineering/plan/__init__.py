@@ -14,7 +14,7 @@ import torch
 from canvas_kernels.derived import Store, derived, to_device
 from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
 from canvas_kernels.table import BlockTable, row_scale, row_sums
-from canvas_kernels.tiling import TileClass
+from canvas_kernels.tiling import TileClass, partial_width
 
 from ..canvas import CanvasLayout
 from ..checked import checked_bool, checked_kind
@@ -272,8 +272,9 @@ class AttentionPlan:
         table, n = self.table, self.n_connections
         walked = np.zeros(n, np.int64)
         for tiling in table.device_tilings("cpu", _FILL_CLASSES):
-            length, edge = tiling.rows[:, 1].numpy().astype(np.int64), tiling.edge.numpy()
-            np.add.at(walked, edge, -(-length // tiling.block_n) * tiling.block_n * tiling.block_m)
+            _, n_full, _, n_partial, _, _, edge, _ = tiling.segments.numpy().T.astype(np.int64)
+            keys = n_full * tiling.block_n + n_partial * partial_width(tiling.block_n)
+            np.add.at(walked, edge, keys * tiling.block_m)
         pairs = np.zeros(n, np.int64)
         np.add.at(pairs, table.edge, (table.q_stop - table.q_start) * (table.k_stop - table.k_start))
         return {"rectangles": np.bincount(table.edge, minlength=n), "pairs": pairs, "walked": walked}
