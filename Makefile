@@ -12,20 +12,24 @@ export OMP_WAIT_POLICY := passive
 READY := .venv/ready
 # diffusers, a sentence-embedding model and what they want: only the suite, benchmarks and some examples need them
 READY_EXTRAS := .venv/ready-cogvideox,embeddings
+READY_DOCS := .venv/ready-docs
 RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench costs gpu lint aot versions
+.PHONY: help setup demo test slow bench costs gpu gpu-rehearsal lint types aot versions docs gallery lerobot
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
 	@scripts/setup.sh
 
 $(READY_EXTRAS): $(READY)
 	@scripts/setup.sh cogvideox,embeddings
+
+$(READY_DOCS): $(READY) pyproject.toml
+	@scripts/setup.sh docs
 
 setup: $(READY) $(READY_EXTRAS) ## make .venv ready (every other target does it when needed)
 
@@ -38,31 +42,42 @@ test: $(READY_EXTRAS) ## the whole suite; JOBS=processes, ARGS="what pytest take
 slow: $(READY_EXTRAS) ## the tests that take minutes: every function in every mode of torch, 2,200 random canvases, two processes
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(XDIST) -q -m slow $(ARGS)
 
-bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, ten minutes; docs/benchmarks and README's figures
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.dispatcher --rounds 25 --misses-pass
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.plan_cost
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --seconds 2 --beside benchmarks/results/long.json \
-		--out docs/benchmarks --save benchmarks/results/suite.json
-	@$(RUN) -m benchmarks.readme
+bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, ten minutes; docs/benchmarks and docs/performance.md's tables
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --seconds 2 --save benchmarks/results/bench.json
+	@$(RUN) -m benchmarks.bench --documents
 
-costs: $(READY_EXTRAS) ## what functions, programs, fleets and CogVideoX cost, and bench --long: an hour; docs/families.md, the report and README's figures
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.families
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.program
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cogvideox
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.fleet
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --long --seconds 60 --out out/long --save benchmarks/results/long.json
-	@$(RUN) -m benchmarks.bench --rows benchmarks/results/suite.json --beside benchmarks/results/long.json --out docs/benchmarks
-	@$(RUN) -m benchmarks.readme
+costs: $(READY_EXTRAS) ## what takes long: functions, programs, fleets, CogVideoX, slow providers, an hour; docs/families.md and the report
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --long --seconds 60 --save benchmarks/results/long.json
+	@$(RUN) -m benchmarks.bench --documents
+
+gallery: $(READY) ## pictures of canvases, topologies and tables, with the lines that draw them: docs/gallery.md
+	@OMP_NUM_THREADS=1 $(RUN) -m scripts.gallery
+
+docs: $(READY_DOCS) gallery ## the site with its gallery, strictly and offline, into out/site
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet && echo "out/site/index.html"
 
 versions: ## the suite on the oldest, the reference and the newest versions, beside .venv; ARGS="what pytest takes"
 	@ARGS="$(ARGS)" JOBS=$(JOBS) scripts/versions.sh
 
+lerobot: ## files of ours under LeRobot's own loader and the reverse, in an environment of its own beside .venv
+	@scripts/lerobot.sh
+
 lint: $(READY) ## ruff
 	@$(RUN) -m ruff check .
 
-aot: $(READY) ## compile every shipped kernel configuration for every architecture, without a GPU; none may be worse than before
-	@$(RUN) -m benchmarks.aot --compare benchmarks/results/aot.json --save out/aot.json
+types: $(READY_EXTRAS) ## pyright, on both packages
+	@$(RUN) -m pyright --pythonpath $(RUN) --level error $(ARGS)
+
+aot: $(READY) $(TRITON:%=.versions/triton-%) ## compile every shipped kernel without a GPU and read rates off the machine code; none may be worse than before; TRITON=3.6.0: sm_90 with that release
+	@PYTHONPATH=$(TRITON:%=$(CURDIR)/.versions/triton-%:)$(PYTHONPATH) $(RUN) -m benchmarks.aot \
+		--save out/aot$(TRITON:%=-%).json $(TRITON:%=--arch sm_90) $(ARGS)
+
+.versions/triton-%: | $(READY)
+	@$(RUN) -m pip install --quiet --no-deps --target $@.part triton==$* && mv $@.part $@
 
 # No set-up here: a GPU machine is measured with its own torch and Triton, and may have no network.
-gpu: ## on an NVIDIA machine: every configuration against float64, then timings; OUT=folder
-	@$(PYTHON) -m benchmarks.gpu --out $(or $(OUT),out/gpu)
+gpu: ## on an NVIDIA machine: correctness, timings and profiles in less than six minutes; OUT=folder, ARGS=--resume
+	@$(PYTHON) -m benchmarks.gpu --out $(or $(OUT),out/gpu) $(ARGS)
+
+gpu-rehearsal: ## all of make gpu at toy size, without a GPU, on the reference GPU machine's versions; OUT=folder
+	@OUT=$(or $(OUT),out/gpu-rehearsal) scripts/versions.sh rehearsal

@@ -1,4 +1,4 @@
-"""Measurements, run from the project's root: ``python -m benchmarks.dispatcher``. Never imported by the library."""
+"""Measurements, run from the project's root: ``python -m benchmarks.bench``. Never imported by the library."""
 
 import os
 

@@ -1,17 +1,21 @@
 """Compiles every shipped kernel configuration ahead of time, without a GPU, and checks what the compiler made of it.
 
-    python -m benchmarks.aot [--arch sm_90] [--head-dim 64,128] [--dtype bf16] [--jobs 2] [--save ROWS] [--compare ROWS]
+    python -m benchmarks.aot [--arch sm_90] [--head-dim 64,128] [--dtype bf16] [--jobs 2] [--compare ROWS] [--save ROWS]
 
-Checked, and any failure ends the program with status 1:
-- at most 56 bytes of stack up to head_dim 128;
-- shared memory within the architecture's limit (sm_80: that of its consumer relatives);
-- sm_90: every dot of a 16-bit kernel whose tile has at least 64 rows is a wgmma;
-- sm_80, sm_90, sm_100: the loads of both walked tensors are asynchronous copies inside the loop, that is, pipelined.
+A fault is, up to head_dim 128 where it says so:
+- shared memory beyond the architecture's limit (sm_80: that of its consumer relatives);
+- a spilled byte (≤ 128); of 16-bit sm_90 kernels with tiles of at least 64 rows, whose machine code is read
+  (:mod:`benchmarks.static_model`), a local load or store inside of a loop or more than 16 bytes of stack (≤ 128);
+- of these kernels also a dot that is no wgmma, matrix work executed over work asked for ("waste") above 1, a wgmma that
+  waits for the one before it;
+- sm_80, sm_90, sm_100: walked tensors whose loads are not asynchronous copies inside the loop, that is, pipelined.
 
-With ``--compare`` also, against earlier rows of what was compiled: no configuration is gone, spills more, has fewer
-wgmma dots or asynchronous copies, or leaves a multiprocessor room for fewer programs. Registers and shared memory count
-through the last alone. Where the rows are another Triton's, what has become worse is printed, but only what is gone
-fails. A change that is meant is written over the committed rows: ``--save benchmarks/results/aot.json``.
+A fault ends the program with status 1, unless the committed rows have it of the same kernel: it is a known one. So does
+what is worse than in these rows: a configuration that is gone; more spilled, waste, serialised wgmmas, local accesses;
+fewer wgmma dots or asynchronous copies; room for fewer programs on a multiprocessor; a predicted rate more than 3 %
+lower. Where the rows are another Triton's, that is told only. Triton 3.6.0 has rows of its own.
+
+A change that is meant: ``--commit`` writes over the committed rows of what is compiled, and keeps the others.
 """
 
 from __future__ import annotations
@@ -19,9 +23,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -29,32 +31,42 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, measure
+from benchmarks import compare, measure, static_model, yardstick
 from canvas_kernels import configs
 from canvas_kernels.configs import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOAT32_POINTERS = ("lse_ptr", "lse2_ptr", "delta_ptr")
-# of the loop over full blocks, and as many in that over partial ones
-DOTS = {"forward": 4, "delta": 4, "dq": 6, "dkv": 8}
-SPILL_FREE_UP_TO = 128
-OUTSIDE_LOOPS = 56
-"""Bytes of stack that a kernel may have: so few are written before its loops and read after them."""
+SPILL_FREE_UP_TO, STACK = 128, 16
 RESULTS = ("registers", "resident", "spilled", "shared", "wgmma", "copies", "seconds", "faults")
+READ = ("instructions", "other_instructions", "waste", "exp2", "waits", "serialised", "local", "bound", "predicted")
+YARDSTICK_HEAD_DIMS = (64, 128)
 # KiB a program may have. sm_86, sm_89 and sm_120 run sm_80's configurations and have 99 of its 163.
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 
 def launches(archs=configs.ARCHITECTURES, head_dims=configs.HEAD_DIMS, dtypes=tuple(DTYPES)) -> list[Launch]:
-    """The shipped launches to compile, slow ones first."""
+    """The shipped launches to compile, slow ones first, and the yardstick's."""
     chosen = [
         launch
         for arch in archs
         for launch in configs.shipped(arch, tuple(head_dims))
         if DTYPE_NAMES[launch.dtype] in dtypes
     ]
+    if "sm_90" in archs and "bf16" in dtypes:
+        chosen += [
+            Launch("sm_90", stage, "dense", False, head_dim, torch.bfloat16, config)
+            for head_dim in YARDSTICK_HEAD_DIMS
+            if head_dim in head_dims
+            for stage, config in yardstick.CONFIGS.items()
+        ]
     return sorted(chosen, key=lambda launch: -launch.head_dim)
+
+
+def is_read(launch: Launch) -> bool:
+    """Whether the machine code of a launch is read: tensor cores of sm_90 take 16-bit tiles of 64 rows and more."""
+    return launch.arch == "sm_90" and launch.dtype != torch.float32 and launch.config.block_m >= 64
 
 
 def resident(arch: str, registers: int, shared: int, num_warps: int) -> int:
@@ -75,7 +87,8 @@ def resident(arch: str, registers: int, shared: int, num_warps: int) -> int:
 
 
 def compile_launch(launch: Launch) -> dict:
-    """What the compiler made of a launch: registers, bytes spilled, shared memory, wgmmas, copies, seconds, faults."""
+    """What the compiler made of a launch: registers, bytes spilled, shared memory, wgmmas, copies, seconds, faults, and
+    what :func:`benchmarks.static_model.describe` gives."""
     import triton
     from triton.compiler import ASTSource
 
@@ -88,8 +101,12 @@ def compile_launch(launch: Launch) -> dict:
     kernel = triton.compile(source, target=_target(launch.arch), options=options)
     row = describe(launch) | {"seconds": round(time.perf_counter() - began, 2), "shared": kernel.metadata.shared}
     row |= _amd_resources(kernel) if launch.arch == "gfx942" else _nvidia_resources(kernel, launch)
-    row["resident"] = resident(launch.arch, row["registers"], row["shared"], launch.config.num_warps)
-    row["faults"] = faults(launch, row)
+    row["resident"] = resident(launch.arch, row["registers"], row["shared"], kernel.metadata.num_warps)
+    if is_read(launch):
+        config, specialised = launch.config, "ttg.warp_specialize" in kernel.asm["ttgir"]
+        shape = (config.block_m, config.block_n, configs.block_d(launch.head_dim), config.num_warps)
+        row |= static_model.describe(kernel.asm["cubin"], launch.stage, *shape, consumers=1 + specialised)
+    row["faults"] = faults(launch, row) if launch.form != "dense" else []
     return row
 
 
@@ -112,17 +129,21 @@ def describe(launch: Launch) -> dict:
 
 def faults(launch: Launch, row: dict) -> list[str]:
     """What is wrong with a compiled launch; empty if nothing is."""
-    found = []
-    if row["spilled"] > OUTSIDE_LOOPS and launch.head_dim <= SPILL_FREE_UP_TO:
+    found, bounded, read = [], launch.head_dim <= SPILL_FREE_UP_TO, is_read(launch)
+    if bounded and row["spilled"] > STACK * read:
         found.append(f"spills {row['spilled']} bytes")
     if row["shared"] > SHARED_LIMIT[launch.arch]:
         found.append(f"{row['shared']} bytes of shared memory, limit {SHARED_LIMIT[launch.arch]}")
-    sixteen_bit = launch.dtype != torch.float32
-    dots = DOTS[launch.stage]
-    if launch.arch == "sm_90" and sixteen_bit and launch.config.block_m >= 64 and row["wgmma"] != dots:
-        found.append(f"{row['wgmma']} of {dots} dots are wgmma")
+    if read and row["wgmma"] < row["dots"]:
+        found.append(f"{row['wgmma']} of {row['dots']} dots are wgmma")
     if launch.arch != "gfx942" and row["copies"] < 2:
         found.append(f"{row['copies']} of 2 walked tensors are copied asynchronously in the loop")
+    if read and "waste" not in row:
+        found.append("no loop of matrix products")
+    elif read:
+        found += [f"waste {row['waste']}"] * (row["waste"] > 1)
+        found += [f"{row['serialised']} wgmmas are serialised"] * (row["serialised"] > 0)
+        found += [f"{row['local']} local accesses in loops"] * (bounded and row["local"] > 0)
     return found
 
 
@@ -140,7 +161,8 @@ def _signature(launch: Launch):
     from canvas_kernels.backward import dkv_kernel, dq_kernel
     from canvas_kernels.forward import forward_kernel
 
-    function = {"forward": forward_kernel, "delta": dq_kernel, "dq": dq_kernel, "dkv": dkv_kernel}[launch.stage]
+    ours = {"forward": forward_kernel, "delta": dq_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+    function = (yardstick.KERNELS if launch.form == "dense" else ours)[launch.stage]
     sigmoid = launch.form == "sigmoid"
     values = {"JOINT": launch.form == "joint", "SIGMOID": sigmoid, "IN_PLACE": launch.form in ("in_place", "sigmoid")}
     values |= {"STORED": launch.form in ("joint", "edge"), "WRITE_DQ": launch.stage == "dq", "SIGNED": launch.signed}
@@ -163,6 +185,8 @@ def _signature(launch: Launch):
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name.startswith("scale") else "i32"
+            if "stride_" in name:  # the yardstick's
+                attributes[(index,)] = [["tt.divisibility", 16]]
     return function, signature, constants, attributes
 
 
@@ -170,20 +194,18 @@ def _signature(launch: Launch):
 
 
 def _nvidia_resources(kernel, launch: Launch) -> dict:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [_cuobjdump(), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = static_model.run_tool("cuobjdump", "--dump-resource-usage", cubin=kernel.asm["cubin"])
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     spilled = int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
     ttgir = kernel.asm["ttgir"]
     tile = f"<{launch.config.block_n}x{configs.block_d(launch.head_dim)}x!tt.ptr"
     loop = ttgir[ttgir.index("scf.for") :].splitlines()
+    wgmma = len(re.findall(r"ttng\.warp_group_dot ", ttgir))
     return {
         "registers": registers,
         "spilled": spilled,
-        "wgmma": len(re.findall(r"ttng\.warp_group_dot ", ttgir)) if "wgmma.mma_async" in kernel.asm["ptx"] else 0,
+        "wgmma": wgmma,
+        "dots": wgmma + len(re.findall(r"\btt\.dot ", ttgir)),
         "copies": len([line for line in loop if "async_copy_global_to_local" in line and tile in line]),
     }
 
@@ -197,16 +219,35 @@ def _amd_resources(kernel) -> dict:
     return {"registers": metadata("vgpr_count"), "spilled": 4 * metadata("vgpr_spill_count"), "wgmma": 0, "copies": 0}
 
 
-def _cuobjdump() -> str:
-    import triton
-
-    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not path.exists():
-        raise FileNotFoundError(f"Triton {triton.__version__} came without {path}")
-    return str(path)
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
+
+
+def committed(triton: str) -> Path:
+    """The committed rows of this Triton, where it has some of its own, or those of .venv's."""
+    own = measure.RESULTS / f"aot-{triton}.json"
+    return own if own.exists() else measure.RESULTS / "aot.json"
+
+
+def tables(rows: list[dict]) -> list:
+    """What is printed: a row for each launch; what its machine code shows, if it is read; what follows for passes."""
+    from rich.table import Table
+
+    compiled = Table("arch", "pass", "D", "dtype", "compiled as", *RESULTS, title="compiled")
+    read = Table("pass", "D", "dtype", "tile", *READ, title="sm_90, an iteration of the loop of full blocks")
+    rates = Table("D", "dtype", "form", "forward", "backward", title="predicted for an H200, TFLOP/s of selected pairs")
+    for row in sorted(rows, key=lambda row: (row["arch"], row["stage"], row["form"], row["head_dim"], row["dtype"])):
+        name = f"{row['stage']} {row['form']}{' signed' if row['signed'] else ''}"
+        build = f"{row['tile']} {row['num_warps']} warps {row['num_stages']} stages"
+        build += f" ≤{row['max_registers']}" if row["max_registers"] else ""
+        results = ("; ".join(row[c]) if c == "faults" else str(row[c]) for c in RESULTS)
+        style = "red" if row["faults"] else None
+        compiled.add_row(row["arch"], name, str(row["head_dim"]), row["dtype"], build, *results, style=style)
+        if "waste" in row:
+            figures = ("" if row[c] is None else str(row[c]) for c in READ)
+            read.add_row(name, str(row["head_dim"]), row["dtype"], row["tile"], *figures, style=style)
+    for row in static_model.pass_rates(rows):
+        rates.add_row(*map(str, row.values()))
+    return [compiled, read, rates]
 
 
 def run(chosen: list, jobs: int, on_row) -> list[dict]:
@@ -225,45 +266,43 @@ def main(argv=None) -> int:
     parser.add_argument("--head-dim", default=",".join(map(str, configs.HEAD_DIMS)), help="padded, comma-separated")
     parser.add_argument("--dtype", default=",".join(DTYPES), help="comma-separated")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--save", type=Path, metavar="ROWS", help="where to write the rows")
     parser.add_argument("--compare", type=Path, metavar="ROWS", help="exit with 1 where these were better")
+    parser.add_argument("--save", type=Path, metavar="ROWS", help="where to write the rows")
+    parser.add_argument("--commit", action="store_true", help="write the rows over the committed ones")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
     import triton
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
 
     head_dims = [int(head_dim) for head_dim in arguments.head_dim.split(",")]
     archs, dtypes = arguments.arch.split(","), arguments.dtype.split(",")
     chosen = launches(archs, head_dims, dtypes)
-    # before --save may write over them, and of what is compiled only
-    earlier = measure.read_rows(arguments.compare) if arguments.compare else []
+    path = arguments.compare or committed(triton.__version__)
     asked = {"arch": archs, "head_dim": head_dims, "dtype": dtypes}
-    earlier = [row for row in earlier if all(row[key] in values for key, values in asked.items())]
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    every = measure.read_rows(path) if path.exists() else []
+    earlier = [row for row in every if all(row[key] in values for key, values in asked.items())]
+    console = Console(width=None if sys.stdout.isatty() else 160)
     with Progress(console=console, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("compiling", total=len(chosen))
         rows = run(chosen, arguments.jobs, lambda row: progress.advance(task))
-    table = Table("arch", "pass", "D", "dtype", "compiled as", *RESULTS, title=f"Triton {triton.__version__}")
-    for row in sorted(rows, key=lambda row: (row["arch"], row["stage"], row["form"], row["head_dim"], row["dtype"])):
-        name = f"{row['stage']} {row['form']}{' signed' if row['signed'] else ''}"
-        build = f"{row['tile']} {row['num_warps']} warps {row['num_stages']} stages"
-        build += f" ≤{row['max_registers']}" if row["max_registers"] else ""
-        results = ("; ".join(row[c]) if c == "faults" else str(row.get(c, "")) for c in RESULTS)
-        style = "red" if row["faults"] else None
-        table.add_row(row["arch"], name, str(row["head_dim"]), row["dtype"], build, *results, style=style)
-    console.print(table)
-    failed = [row for row in rows if row["faults"]]
-    seconds = sum(row["seconds"] for row in rows)
-    console.print(f"{len(rows)} configurations, {len(failed)} with faults, {seconds:.0f} s of compiling")
     rows = [row | {"triton": triton.__version__} for row in rows]
+    for table in tables(rows):
+        console.print(table)
+    seconds = sum(row["seconds"] for row in rows)
+    lines, failed = compare.compare_compiled(earlier, rows)
+    console.print(f"Triton {triton.__version__}, {seconds:.0f} s of compiling, compared with {path}")
+    console.print("\n".join(lines), highlight=False)
     if arguments.save:
         measure.write_rows(rows, arguments.save)
-    lines, worse = compare.compare(earlier, rows) if arguments.compare else ([], False)
-    console.print("\n".join(lines), highlight=False)
-    return int(bool(failed) | worse)
+    if arguments.commit:
+        kept = [row for row in every if row not in earlier]
+        if any(row["triton"] != triton.__version__ for row in kept):
+            parser.error(f"{path} is another Triton's: all of it has to be compiled")
+        # in one order, whatever was compiled
+        measure.write_rows(sorted(kept + rows, key=lambda row: [str(row[key]) for key in compare.RESOURCES]), path)
+    return int(failed and not arguments.commit)
 
 
 if __name__ == "__main__":

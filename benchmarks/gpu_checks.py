@@ -1,16 +1,19 @@
 """What the kernels compute on a device, held against float64: part of ``python -m benchmarks.gpu``.
 
-A task is one head dimension, dtype and form; its table is laid out so that every configuration of the device runs.
+A task is one head dimension, dtype, form and layout; its table is laid out so that every configuration of the device
+runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -25,27 +28,60 @@ from canvas_kernels import configs, launch, reference
 from canvas_kernels.table import BlockTable, row_scale
 
 FLOAT32_BUDGET = 2e-5
-HEAD_DIMS = (16, 32, 64, 80, 96, 128, 160, 256)
+HEAD_DIMS = (16, 32, 40, 64, 72, 80, 88, 96, 120, 128, 160, 256)
+DEFAULT_HEAD_DIMS = (64, 128)
+POSITIONS = 1600
+"""Enough for tiles of every size to be full, ragged and empty."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RESULTS = ("out", "dq", "dk", "dv", "dgain")
 
 
+class Candidate(NamedTuple):
+    """Another configuration of one pass."""
+
+    stage: str
+    config: configs.Config
+
+
 class Task(NamedTuple):
     """One check. ``form`` "sigmoid" is the edge form without a normaliser. ``gained`` (not in joint form) adds gains of
-    every sign and an inactive edge."""
+    every sign and an inactive edge. ``layout``, of (batch, heads, positions, head_dim): "contiguous", "rows" (heads
+    beside each other, as a projection leaves them) or "fused" (views of one tensor with q, k and v beside each other).
+    """
 
     head_dim: int
     dtype: torch.dtype
     form: str
     gained: bool
-    positions: int
+    positions: int = POSITIONS
+    layout: str = "contiguous"
+    candidate: Candidate | None = None
+
+    @property
+    def name(self) -> str:
+        gains = " with gains" if self.gained else ""
+        layout = f" {self.layout}" if self.layout != "contiguous" else ""
+        return f"D {self.head_dim} {str(self.dtype).removeprefix('torch.')} {self.form}{gains}{layout}"
 
 
-def tasks(positions: int, head_dims=HEAD_DIMS, dtypes=DTYPES) -> list[Task]:
-    """Every combination, the slow ones to compile first."""
-    forms = (("joint", False), ("edge", False), ("edge", True), ("sigmoid", False), ("sigmoid", True))
-    by_size = sorted(head_dims, reverse=True)
-    return [Task(d, dtype, form, gained, positions) for d in by_size for dtype in dtypes for form, gained in forms]
+FORMS = (("joint", False), ("edge", False), ("edge", True), ("sigmoid", False), ("sigmoid", True))
+
+
+def tasks() -> tuple[list[Task], list[Task]]:
+    """Those of the default configurations, bfloat16 at the usual head dimensions, and all others."""
+    found = [Task(d, dtype, form, gained) for form, gained in FORMS for d in HEAD_DIMS for dtype in DTYPES]
+    for head_dim in (64, 72, 128):
+        for layout in ("rows", "fused"):
+            found += [Task(head_dim, torch.bfloat16, form, False, layout=layout) for form in ("joint", "edge")]
+    found.sort(key=lambda task: (task.dtype != torch.bfloat16, task.head_dim not in DEFAULT_HEAD_DIMS))
+    defaults = len(FORMS) * len(DEFAULT_HEAD_DIMS)
+    return found[:defaults], found[defaults:]
+
+
+def toy_tasks() -> tuple[list[Task], list[Task]]:
+    """For Triton's interpreter: one of each form, and of each layout."""
+    plain = [Task(16, torch.float32, form, gained, 40) for form, gained in FORMS]
+    return plain, [Task(8, torch.float32, "joint", False, 40, layout) for layout in ("rows", "fused")]
 
 
 def mixed_table(form: str, n: int) -> BlockTable:
@@ -75,9 +111,7 @@ def mixed_table(form: str, n: int) -> BlockTable:
 def run_task(task: Task, device: str) -> dict:
     """Errors, budgets and faults of one task as plain values. Every launch of the task's configurations is made."""
     table = mixed_table(task.form, task.positions)
-    generator = torch.Generator(device).manual_seed(task.head_dim)
-    shape = (2, 2, task.positions, task.head_dim)
-    q, k, v, grad_out = (torch.randn(shape, generator=generator, device=device).to(task.dtype) for _ in range(4))
+    q, k, v, grad_out = _inputs(task, device)
     gain = torch.tensor([1.2, -0.7, 0.0, 0.9], device=device) if task.gained else None
     active = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device) if task.gained else None
     scales = None if task.form == "joint" else row_scale(table, active, torch.float32, torch.device(device))
@@ -91,9 +125,10 @@ def run_task(task: Task, device: str) -> dict:
         )
         return dict(zip(RESULTS, (out, *gradients, dgain)))
 
-    found, again = compute(), compute()
+    with replaced(task.candidate):
+        found, again = compute(), compute()
     faults = [f"{name}: two runs differ" for name in RESULTS if not _same(found[name], again[name])]
-    faults += _unused(table, task, device) if device == "cuda" else []
+    faults += _unused(table, task, device) if device == "cuda" and task.candidate is None else []
     options["activation"] = "sigmoid" if task.form == "sigmoid" else "softmax"
     exact = _with_gradients(_reference, torch.float64, q, k, v, grad_out, table, options)
     plain = None
@@ -106,6 +141,35 @@ def run_task(task: Task, device: str) -> dict:
         floor = torch.finfo(task.dtype).eps if name == "dgain" else 0.0
         budgets[name] = FLOAT32_BUDGET if plain is None else max(2 * _error(plain[name], wanted), floor)
     return _described(task) | {"errors": errors, "budgets": budgets, "faults": faults + over_budget(errors, budgets)}
+
+
+@contextlib.contextmanager
+def replaced(candidate: Candidate | None) -> Iterator[None]:
+    """Launches take the candidate for its pass meanwhile."""
+    usual = configs.lookup
+
+    def lookup(arch, head_dim, dtype, stage, form):
+        chosen = candidate is not None and stage == candidate.stage
+        return (candidate.config,) if chosen else usual(arch, head_dim, dtype, stage, form)
+
+    configs.lookup = lookup
+    try:
+        yield
+    finally:
+        configs.lookup = usual
+
+
+def _inputs(task: Task, device: str) -> list[torch.Tensor]:
+    """q, k, v and the gradient of the output, (2, 2, positions, head_dim) in the task's layout."""
+    generator = torch.Generator(device).manual_seed(task.head_dim)
+    # (q, k, v and the gradient, batch, heads, positions, head_dim) of values that no layout changes
+    values = torch.randn(4, 2, 2, task.positions, task.head_dim, generator=generator, device=device).to(task.dtype)
+    if task.layout == "rows":
+        values = values.transpose(2, 3).contiguous().transpose(2, 3)
+    elif task.layout == "fused":
+        # in memory (batch, positions, of four, heads, head_dim)
+        values = values.permute(1, 3, 0, 2, 4).contiguous().permute(2, 0, 3, 1, 4)
+    return list(values)
 
 
 def over_budget(errors: dict[str, float], budgets: dict[str, float]) -> list[str]:
@@ -155,26 +219,34 @@ def same_results(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ..
 
 
 def _described(task: Task) -> dict:
-    return task._asdict() | {"dtype": str(task.dtype).removeprefix("torch.")}
+    plain = {name: value for name, value in task._asdict().items() if name != "candidate"}
+    return plain | {"dtype": str(task.dtype).removeprefix("torch.")}
 
 
 def run_apart(
-    chosen: list[Task], device: str, workers: int, until: float, run: Callable[[Task, str], dict] = run_task
-) -> list[dict]:
-    """The tasks' rows, from that many processes at a time: compiling takes most of the time.
+    chosen: list[Task],
+    device: str,
+    seconds: float,
+    on_row: Callable[[Task, dict], None],
+    run: Callable[[Task, str], dict] = run_task,
+    workers: int | None = None,
+) -> list[Task]:
+    """Calls ``on_row`` with each task's row as it comes, from several processes: compiling takes most of the time.
 
-    A process ends with a task that raises, for the device may be of no more use to it, dies, or has no result by
-    ``until`` (of ``time.perf_counter``). Such a task's row has that fault; the next one gets a new process.
+    A process ends with a task that raises, for the device may be of no more use to it, dies, or has no result after
+    ``seconds``. Such a task's row has that fault; the next one gets a new process.
+
+    Returns:
+        The tasks that were not begun in time; they have no row.
     """
     context, own, started = get_context("spawn"), threading.local(), []
+    until, telling = time.perf_counter() + seconds, threading.Lock()
 
-    def fault(task: Task, what: str) -> dict:
-        return _described(task) | {"errors": {}, "budgets": {}, "faults": [what]}
-
-    def row_of(task: Task) -> dict:
+    def row_of(task: Task) -> bool:
+        """Whether there was time for it."""
         left = until - time.perf_counter()
         if left <= 0:
-            return fault(task, "not checked: no time was left")
+            return False
         if getattr(own, "process", None) is None:
             own.pipe, other = context.Pipe()
             own.process = context.Process(target=_serve, args=(other, device, run), daemon=True)
@@ -188,14 +260,16 @@ def run_apart(
             row = "its process died"
         if isinstance(row, str):
             own.process.kill()
-            own.process, row = None, fault(task, row)
-        return row
+            own.process, row = None, _described(task) | {"errors": {}, "budgets": {}, "faults": [row]}
+        with telling:
+            on_row(task, row)
+        return True
 
-    with ThreadPoolExecutor(workers) as threads:
-        rows = list(threads.map(row_of, chosen))
+    with ThreadPoolExecutor(workers or min(14, os.cpu_count() or 1)) as threads:
+        begun = list(threads.map(row_of, chosen))
     for process in started:
         process.kill()
-    return rows
+    return [task for task, was_begun in zip(chosen, begun) if not was_begun]
 
 
 def _serve(pipe: Connection, device: str, run: Callable[[Task, str], dict]) -> None:

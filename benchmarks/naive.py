@@ -1,4 +1,4 @@
-"""The two ways in which a canvas is attended over without block tables, as honest contestants and as plain oracles.
+"""The two ways in which a canvas is attended over without block tables, as honest providers and as plain oracles.
 
 Both take the declaration that :class:`canvas_engineering.AttentionDispatcher` takes, precompute all that depends on the
 declaration alone, and keep its parameter names, so that one state dict fits all three.
@@ -40,11 +40,9 @@ class Projections(nn.Module):
 
 
 class PerEdgeLoop(nn.Module):
-    """Edge form, one read after another: gather, project, attend, scatter.
+    """Edge form, one attention set after another: gather, project, attend, scatter; then divide by the sum of weights.
 
-    For every read, the queries and keys are gathered from the canvas, projected, attended over and added back at the
-    queries' positions with the read's weight; at the end each position is divided by the sum of its weights. Reads are
-    those of the semantics' section 2; a connection with a sparse mask is a ValueError.
+    A connection with a sparse mask is a ValueError.
     """
 
     def __init__(self, topology: CanvasTopology, layout: CanvasLayout, d_model: int, n_heads: int = 4):
@@ -74,7 +72,7 @@ class PerEdgeLoop(nn.Module):
         self.register_buffer("total_weight", total_weight.where(covered, torch.ones(()))[:, None], persistent=False)
 
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """(B, N, d_model) → (B, N, d_model); positions without reads keep their input, or ``add_to``."""
+        """(B, N, d_model) → (B, N, d_model); positions without keys keep their input, or ``add_to``."""
         total = torch.zeros_like(x)
         for index, (fn, weight) in enumerate(self.reads):
             queries, keys = getattr(self, f"queries_{index}"), getattr(self, f"keys_{index}")
@@ -84,11 +82,8 @@ class PerEdgeLoop(nn.Module):
 
 
 class DenseMask(nn.Module):
-    """Joint form on the whole canvas: one projection, one softmax over all N keys under an additive (N, N) mask.
-
-    The mask is ln of the largest weight with which any read pairs two positions, so reads share one softmax here: other
-    numbers than the edge form's, at the cost that a user of ``to_additive_mask`` pays.
-    """
+    """Joint form on the whole canvas: one projection, one softmax over all N keys under an additive (N, N) mask, which
+    is ln of the largest weight of a set that pairs two positions: what a user of ``to_additive_mask`` pays."""
 
     def __init__(self, topology: CanvasTopology, layout: CanvasLayout, d_model: int, n_heads: int = 4):
         super().__init__()
@@ -100,7 +95,7 @@ class DenseMask(nn.Module):
         self.register_buffer("covered", covered, persistent=False)
 
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """(B, N, d_model) → (B, N, d_model); positions without reads keep their input, or ``add_to``."""
+        """(B, N, d_model) → (B, N, d_model); positions without keys keep their input, or ``add_to``."""
         return landed(self.fn_modules["cross_attention"](x, x, self.mask), self.covered, x, add_to)
 
 
@@ -110,8 +105,8 @@ def landed(out: Tensor, covered: Tensor, x: Tensor, add_to: Tensor | None) -> Te
 
 
 def reads_of(layout: CanvasLayout, connection: Connection) -> list[tuple[Tensor, Tensor, float]]:
-    """(query positions, key positions, fraction) of every read of one connection; ValueError for masks that are neither
-    "full" nor "tile"."""
+    """(query positions, key positions, fraction) of every attention set of a connection; ValueError for masks that are
+    neither "full" nor "tile"."""
     src, dst = layout.region_spec(connection.src), layout.region_spec(connection.dst)
     frames = resolve_frames(
         layout.T,

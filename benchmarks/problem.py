@@ -1,7 +1,7 @@
-"""A case made concrete: its tokens, its reads as plain lists of indices, and exact results in float64.
+"""A case made concrete: its tokens, its attention sets as lists of indices, and exact results in float64.
 
-Reads are resolved from the declaration alone (docs/semantics.md, section 2) and not from a plan, so that a mistake of
-the compiler cannot hide. Nothing is of size N²: exact results are computed for some of the query rows.
+Attention sets are resolved from the declaration alone (docs/semantics.md, section 2) and not from a plan, so that a
+mistake of the compiler cannot hide. Nothing is of size N²: exact results are computed for some of the query rows.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from canvas_engineering.plan import AttentionPlan, compile_attention
 SAMPLED_PAIRS = 1 << 23
 SAMPLED_ROWS = (48, 768)
 CHUNK_ROWS = 64
+RESULTS = ("out", "dq", "dk", "dv")
 
 
 class Read(NamedTuple):
-    """One softmax of edge form: ``queries`` and ``keys`` int64, tokens; ``weight``; the connection's number."""
+    """One softmax of edge form: ``queries`` and ``keys`` are tokens, int64."""
 
     queries: np.ndarray
     keys: np.ndarray
     weight: float
-    connection: int
 
 
 class Problem:
-    """A case's tokens and reads.
+    """A case's tokens and attention sets.
 
     Attributes:
         case, layout, topology: what was declared.
-        place: int64 [n], the canvas position of each token.
+        place: int64 (n,), the canvas position of each token.
         reads: list of :class:`Read`.
     """
 
@@ -48,13 +48,12 @@ class Problem:
         self.place = np.concatenate([layout.region_index(r).numpy() for r in case.sequence]) if case.sequence else every
         token = np.full(layout.num_positions, -1)
         token[self.place] = np.arange(len(self.place))
-        self.reads = []
-        for number, connection in enumerate(topology.connections):
-            if connection.weight == 0 or topology.resolve_fn(connection, layout) == "none":
-                continue
-            for queries, keys, fraction in reads_of(layout, connection):
-                weight = connection.weight * fraction
-                self.reads.append(Read(token[queries.numpy()], token[keys.numpy()], weight, number))
+        self.reads = [
+            Read(token[queries.numpy()], token[keys.numpy()], connection.weight * fraction)
+            for connection in topology.connections
+            if connection.weight and topology.resolve_fn(connection, layout) != "none"
+            for queries, keys, fraction in reads_of(layout, connection)
+        ]
 
     @property
     def tokens(self) -> int:
@@ -71,11 +70,9 @@ class Problem:
         shape = (self.case.batch, self.tokens, heads or self.case.heads, self.case.head_dim)
         return [torch.randn(shape, generator=generator, device=device).to(dtype).transpose(1, 2) for _ in range(4)]
 
-    # -- joint form --------------------------------------------------------------------------------------------------
-
     @cached_property
     def kinds(self) -> np.ndarray:
-        """int32 [n]: equal for tokens that are queries of the same reads and keys of the same reads."""
+        """int32 (n,): equal for tokens that are queries of the same sets and keys of the same sets."""
         generator = np.random.default_rng(0)
         mark = np.zeros(self.tokens, np.uint64)
         for read in self.reads:
@@ -86,7 +83,7 @@ class Problem:
 
     @cached_property
     def weight_of_kinds(self) -> np.ndarray:
-        """float64 [kinds, kinds]: the largest weight with which a query of one kind reads a key of another; 0: none."""
+        """float64 (kinds, kinds): the largest weight of a set that pairs a query and a key of these kinds; 0: none."""
         count = int(self.kinds.max()) + 1
         weight = np.zeros((count, count))
         for read in self.reads:
@@ -104,17 +101,13 @@ class Problem:
         weight, kinds = (torch.from_numpy(x).to(device) for x in (self.weight_of_kinds, self.kinds.astype(np.int64)))
         return weight[kinds[torch.from_numpy(rows).to(device)]][:, kinds]
 
-    # -- edge form ---------------------------------------------------------------------------------------------------
-
     @cached_property
     def total_weight(self) -> np.ndarray:
-        """float64 [n]: Σ of the weights of the reads of each token; 1 where there are none."""
+        """float64 (n,): the sum of the weights of a token's attention sets; 1 where there are none."""
         total = np.zeros(self.tokens)
         for read in self.reads:
             total[read.queries] += read.weight
         return np.where(total > 0, total, 1.0)
-
-    # -- exact results -----------------------------------------------------------------------------------------------
 
     def sample(self) -> np.ndarray:
         """Query rows that exact results are computed for, ascending: all of a short sequence; of a long one a token of
@@ -132,55 +125,48 @@ class Problem:
     def exact(
         self, form: str, tensors: list[Tensor], rows: np.ndarray, dtype: torch.dtype = torch.float64
     ) -> dict[str, Tensor]:
-        """Output at ``rows`` (ascending), and the gradients of q (at ``rows``), k and v when the upstream gradient is
-        zero at all other rows: (B, H, …, D) of ``tensors``' entries and heads.
+        """Exact results where the upstream gradient is zero but at ``rows``.
 
-        In float64 these are the exact results, in another dtype what plain dense attention makes of the same inputs: it
-        rounds scores, probabilities and results, not the sums within a product.
+        Args:
+            tensors: q, k, v and the upstream gradient, (B, H, n, D).
+            rows: tokens, ascending.
+            dtype: in another one than float64, what plain dense attention makes of the same inputs.
+
+        Returns:
+            "out" and "dq" at ``rows``, "dk" and "dv".
         """
-        lead, device, scale = tensors[0].shape[:2], tensors[0].device, self.case.head_dim**-0.5
+        device, scale = tensors[0].device, self.case.head_dim**-0.5
         at = torch.from_numpy(rows).to(device)
-        q, upstream = (x.detach()[:, :, at].flatten(0, 1).to(dtype) for x in (tensors[0], tensors[3]))
-        k, v = (x.detach().flatten(0, 1).to(dtype) for x in tensors[1:3])
-        found = {name: torch.zeros_like(x) for name, x in (("out", q), ("dq", q), ("dk", k), ("dv", v))}
-        for queries, keys, weight in self._softmaxes(form, rows):
-            keys = torch.from_numpy(keys).to(device) if form == "edge" else keys
-            own_k, own_v = k[:, keys], v[:, keys]
-            sums = [torch.zeros_like(x, dtype=torch.float64) for x in (own_k, own_v)]
-            for low in range(0, len(queries), CHUNK_ROWS):
-                part = queries[low : low + CHUNK_ROWS]
-                slots = torch.from_numpy(np.searchsorted(rows, part)).to(device)
-                columns, bias, share = slice(None), 0.0, 1.0
-                if form == "joint":
-                    weights = self.weights(part, device)
-                    columns = weights.any(0).nonzero()[:, 0]
-                    # rows that read nothing would have no softmax; their output is 0
-                    share = weights.any(1, keepdim=True).to(dtype)
-                    bias = weights[:, columns].masked_fill(share == 0, 1.0).log().to(dtype)
-                else:
-                    share = torch.from_numpy(weight / self.total_weight[part]).to(device, dtype)[:, None]
-                product = (q[:, slots] @ own_k[:, columns].transpose(-1, -2)).requires_grad_()
-                with torch.enable_grad():
-                    p = (scale * product + bias).softmax(-1)
-                    read = p @ own_v[:, columns]
-                    out = read * share
-                    d_product, d_read = torch.autograd.grad(out, (product, read), upstream[:, slots])
-                found["out"][:, slots] += out.detach()
-                found["dq"][:, slots] += d_product @ own_k[:, columns]
-                for total, a, b in zip(sums, (d_product, p.detach()), (q[:, slots], d_read)):
-                    total[:, columns] += a.double().transpose(-1, -2) @ b.double()
-            for name, total in zip(("dk", "dv"), sums):
-                found[name][:, keys] += total.to(dtype)
-        return {name: x.unflatten(0, lead) for name, x in found.items()}
+        q, k, v, upstream = (x.detach().to(dtype) for x in tensors)
+        q, upstream = q[:, :, at], upstream[:, :, at]
+        sums = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in zip(RESULTS, (q, q, k, v))}
+        for part, keys, bias, share in self._softmaxes(form, rows, device, dtype):
+            slots = torch.from_numpy(np.searchsorted(rows, part)).to(device)
+            leaves = [x.requires_grad_() for x in (q[:, :, slots], k[:, :, keys], v[:, :, keys])]
+            with torch.enable_grad():
+                scores = scale * (leaves[0] @ leaves[1].transpose(-1, -2)) + bias
+                out = (scores.softmax(-1) @ leaves[2]) * share
+                gradients = torch.autograd.grad(out, leaves, upstream[:, :, slots])
+            for name, where, value in zip(RESULTS, (slots, slots, keys, keys), (out.detach(), *gradients)):
+                sums[name].index_add_(2, where, value.double())
+        return {name: x.to(dtype) for name, x in sums.items()}
 
-    def _softmaxes(self, form: str, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray | slice, float]]:
-        """Query rows among ``rows``, keys and weight of each softmax: one in joint form, in edge form one per read."""
+    def _softmaxes(
+        self, form: str, rows: np.ndarray, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor | float, Tensor]]:
+        """Some of ``rows``, their keys, bias and share in the output: each softmax of the form, in chunks of rows."""
         if form == "joint":
-            yield rows, slice(None), 1.0
+            for part in np.array_split(rows, -(-len(rows) // CHUNK_ROWS)):
+                weights = self.weights(part, device)
+                share = weights.any(1, keepdim=True)  # rows without keys have no softmax; their output is 0
+                keys = weights.any(0).nonzero()[:, 0]
+                bias = weights[:, keys].masked_fill(~share, 1.0).log()
+                yield part, keys, bias.to(dtype), share.to(dtype)
             return
         chosen = np.zeros(self.tokens, bool)
         chosen[rows] = True
         for read in self.reads:
-            queries = read.queries[chosen[read.queries]]
-            if len(queries):
-                yield queries, read.keys, read.weight
+            queries, keys = read.queries[chosen[read.queries]], torch.from_numpy(read.keys).to(device)
+            for part in np.split(queries, range(CHUNK_ROWS, len(queries), CHUNK_ROWS)) if len(queries) else ():
+                share = torch.from_numpy(read.weight / self.total_weight[part]).to(device, dtype)[:, None]
+                yield part, keys, 0.0, share

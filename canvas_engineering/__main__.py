@@ -2,23 +2,29 @@
 
     python -m canvas_engineering inspect SCHEMA.json --heads 24 --head-dim 64 --dtype bfloat16
     python -m canvas_engineering draw SCHEMA.json --out PICTURE.png --normalize joint
+    python -m canvas_engineering explore SCHEMA.json --out PAGE.html
     python -m canvas_engineering bench --case "frames_*"
+    python -m canvas_engineering doctor
 
-typer, rich and matplotlib are imported when the command runs; all three come with the ``dev`` extra.
+typer and rich, of the ``cli`` extra, and matplotlib, of the ``draw`` extra, are imported when a command needs them; the
+doctor needs none of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from canvas_engineering.files import replacing
+from canvas_engineering.files import replace_file, replacing
 from canvas_engineering.plan import NORMALIZE, compile_attention
 
 MAX_ROWS = 60
+EXTRA_OF = {"typer": "cli", "rich": "cli", "matplotlib": "draw"}
+"""The extra that each package comes with."""
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of an element."""
 KEY = """
@@ -34,11 +40,17 @@ in the picture: down, positions that ask; across, positions that are read; the d
 
 
 def load_schema(path: Path):
-    """The :class:`~canvas_engineering.schema.CanvasSchema` in a JSON file; ValueError that names the file otherwise."""
-    from canvas_engineering.schema import CanvasSchema
+    """The schema in a JSON file, or of the program in it; ValueError that names the file otherwise."""
+    return load_program(path).schema
+
+
+def load_program(path: Path):
+    """The program in a JSON file, which says nothing where that is a schema; ValueError that names the file
+    otherwise."""
+    from canvas_engineering.program import CanvasProgram
 
     try:
-        return CanvasSchema.from_json(path)
+        return CanvasProgram.from_json(path)
     except OSError as cause:
         raise ValueError(f"{path}: {cause.strerror}") from cause
     except (ValueError, KeyError, TypeError) as cause:
@@ -120,16 +132,23 @@ def build_app():
     from rich.console import Console
 
     out_option = typer.Option(..., help="the layout's picture; the topology's and the table's lie beside it")
+    page_option = typer.Option(..., help="the page, a file that ends in .html")
     normalize_option = typer.Option("edge", help="edge: a softmax per read; joint: one per query over all it reads")
     options_argument = typer.Argument(None, help="what the suite takes")
     app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look at a saved canvas schema, or measure.")
 
-    def open_schema(path: Path):
+    @contextlib.contextmanager
+    def refusals():
+        """Prints what is wrong with a file as one line."""
         try:
-            return load_schema(path)
+            yield
         except ValueError as cause:
             Console(stderr=True).print(str(cause), style="red", highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(2) from cause
+
+    def open_schema(path: Path):
+        with refusals():
+            return load_schema(path)
 
     def check(option: str, value: str, known: Iterable[str]) -> None:
         if value not in known:
@@ -177,7 +196,28 @@ def build_app():
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 figure.savefig(file, format=path.suffix[1:].lower(), dpi=120, bbox_inches="tight")
-            Console().print(str(path), highlight=False)
+            Console().print(str(path), highlight=False, soft_wrap=True)
+
+    @app.command()
+    def explore(schema: Path, out: Path = page_option, normalize: str = normalize_option) -> None:
+        """Write OUT, a page to look around the canvas in: boxes that turn, times, connections, the block table."""
+        from canvas_engineering.explore import explore_page
+
+        check("--normalize", normalize, NORMALIZE)
+        if out.suffix.lower() not in (".html", ".htm"):
+            raise typer.BadParameter(f"{out.name} has to end in .html", param_hint="--out")
+        with refusals():
+            page = explore_page(load_program(schema), normalize=normalize, title=schema.stem)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, page.encode())
+        Console().print(str(out), highlight=False, soft_wrap=True)
+
+    @app.command()
+    def doctor() -> None:
+        """Print versions, devices and extras, and check every backend's numbers; exits with 1 if one is wrong."""
+        from canvas_engineering.doctor import doctor as examine
+
+        raise typer.Exit(examine())
 
     @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
     def bench(options: list[str] = options_argument) -> None:
@@ -193,10 +233,17 @@ def build_app():
 
 def main() -> None:
     """Run the command line; says which extra is missing where typer, rich or matplotlib is."""
+    if sys.argv[1:] == ["doctor"]:  # it says what is missing, so it needs none of that
+        from canvas_engineering.doctor import doctor
+
+        sys.exit(doctor())
     try:
         build_app()()
     except ModuleNotFoundError as cause:
-        sys.exit(f"{cause}: install canvas-engineering[dev] for the command line")
+        extra = EXTRA_OF.get((cause.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        sys.exit(f"{cause}: pip install 'canvas-engineering[{extra}]'")
 
 
 if __name__ == "__main__":

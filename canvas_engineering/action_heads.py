@@ -43,4 +43,6 @@ class ActionHead(CanvasModule):
             )
         # (B, C, …): for three dimensions N takes the place of time
         mean = noise_pred.transpose(1, 2).flatten(2).mean(-1)
-        return self.net(mean.to(self.net[0].weight.dtype))
+        weight = self.net[0].weight
+        assert isinstance(weight, torch.Tensor)
+        return self.net(mean.to(weight.dtype))

@@ -9,7 +9,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ LARGEST_INT = 2**31 - 1
 """Real times are products of a frame count and a period: both up to this keep them exact in int64."""
 DEEPEST = 100
 """Levels of nested JSON, types and clocks: what walks them recurses, and the stack ends near 1,000 frames."""
+
+_Kind = TypeVar("_Kind")
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlong = 4, 80
@@ -156,6 +158,10 @@ def checked_choice(value: Any, what: str, known: Iterable[str]) -> str:
     return value
 
 
+@overload
+def checked_kind(value: Any, what: str, kind: type[_Kind]) -> _Kind: ...
+@overload
+def checked_kind(value: Any, what: str, kind: type[_Kind], optional: bool) -> _Kind | None: ...
 def checked_kind(value: Any, what: str, kind: type, optional: bool = False) -> Any:
     """The value, if it is of a class of ours (or None where that is allowed); ValueError otherwise."""
     if not isinstance(value, kind) and not (optional and value is None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from .checked import checked_depth, checked_ints, checked_items, checked_kind, checked_path, parsed_json
 from .files import replace_file
-from .looped_block import LOOP_PARAMETER_NAMES
+from .looped_block import LOOP_PARAMETER_NAMES, Loops, can_loop
 
 __all__ = ["load_loop_checkpoint", "save_loop_checkpoint"]
 
@@ -41,16 +42,24 @@ def save_loop_checkpoint(
 
     Raises:
         ValueError: metadata that JSON does not hold.
+
+    >>> import tempfile
+    >>> from canvas_engineering import LoopedBlockWrapper
+    >>> block = LoopedBlockWrapper(nn.Linear(8, 8), 0, 3, 8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_loop_checkpoint([block], None, f"{folder}/loops.pt", {"step": 100})
+    ...     load_loop_checkpoint([block], None, f"{folder}/loops.pt")["metadata"]
+    {'step': 100}
     """
-    path, looped_blocks = checked_path(path, "path"), _checked_blocks(looped_blocks, action_head)
-    description = _describe(looped_blocks, action_head)
+    path, looping = checked_path(path, "path"), _checked_blocks(looped_blocks, action_head)
+    description = _describe(looping, action_head)
     checked_depth(metadata, "metadata")
     description |= {"versions": _versions(), "metadata": {} if metadata is None else metadata}
     try:
         text = json.dumps(description, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata must be of the kinds that JSON holds: {error}") from None
-    blocks = {f"block_{i}": _parameters(block) for i, block in enumerate(looped_blocks)}
+    blocks = {f"block_{i}": _parameters(block) for i, block in enumerate(looping)}
     head = None
     if action_head is not None:
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in action_head.state_dict().items()}
@@ -83,21 +92,30 @@ def load_loop_checkpoint(
         OSError: the file cannot be read.
         ValueError: no loop checkpoint, one that was cut short, one of another format, or one of another model: the
             message names the file, and lists what differs.
+
+    >>> import tempfile
+    >>> from canvas_engineering import LoopedBlockWrapper
+    >>> one, other = (LoopedBlockWrapper(nn.Linear(8, 8), 0, 3, 8) for _ in range(2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_loop_checkpoint([one], None, f"{folder}/loops.pt")
+    ...     _ = load_loop_checkpoint([other], None, f"{folder}/loops.pt")
+    >>> torch.equal(one.loop_emb, other.loop_emb)
+    True
     """
-    path, looped_blocks = checked_path(path, "path"), _checked_blocks(looped_blocks, action_head)
+    path, looping = checked_path(path, "path"), _checked_blocks(looped_blocks, action_head)
     try:
         blocks, head, description = _read(path)
         loops = _checked_loops(description, len(blocks))
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is not a loop checkpoint: {error}") from error
-    moves, differences = _compared(blocks, head, description, looped_blocks, action_head)
+    moves, differences = _compared(blocks, head, description, looping, action_head)
     if differences:
         shown = "; ".join(differences[:8]) + ("; …" if len(differences) > 8 else "")
         raise ValueError(f"{path} is a loop checkpoint of another model: it has {shown}")
     with torch.no_grad():
         for target, source in moves:
             target.copy_(source)
-    for block, count in zip(looped_blocks, loops):
+    for block, count in zip(looping, loops):
         block.set_loops(count)
     return description
 
@@ -143,23 +161,23 @@ def _compared(
     return moves, differences
 
 
-def _checked_blocks(looped_blocks: Any, action_head: Any) -> tuple[nn.Module, ...]:
+def _checked_blocks(looped_blocks: Any, action_head: Any) -> tuple[Loops, ...]:
     checked_kind(action_head, "action_head", nn.Module, optional=True)
     blocks = checked_items(looped_blocks, "looped_blocks", "looped blocks")
     for number, block in enumerate(blocks):
-        if not isinstance(block, nn.Module) or not hasattr(block, "set_loops"):
+        if not isinstance(block, nn.Module) or not can_loop(block):
             raise ValueError(f"looped_blocks[{number}] must be a block that loops, got a {type(block).__name__}")
     return blocks
 
 
-def _parameters(block: nn.Module) -> dict[str, torch.Tensor]:
+def _parameters(block: Loops) -> dict[str, torch.Tensor]:
     named = {name: getattr(block, name, None) for name in LOOP_PARAMETER_NAMES}
     return {name: t.detach().cpu().contiguous() for name, t in named.items() if t is not None}
 
 
-def _describe(blocks: list[nn.Module], action_head: nn.Module | None) -> dict[str, Any]:
+def _describe(blocks: Sequence[Loops], action_head: nn.Module | None) -> dict[str, Any]:
     first = blocks[0] if blocks else None
-    processor = getattr(getattr(first, "attn1", None), "processor", None)
+    declaration = getattr(getattr(getattr(first, "attn1", None), "processor", None), "declaration", None)
     return {
         "format": FORMATS[-1],
         "blocks": [type(block).__name__ for block in blocks],
@@ -167,7 +185,7 @@ def _describe(blocks: list[nn.Module], action_head: nn.Module | None) -> dict[st
         "loops": [block.loops for block in blocks],
         "gate": None if first is None else first.loop.gate,
         "sharpening": getattr(first, "sharpening", None),
-        "canvas": processor.declaration() if hasattr(processor, "declaration") else None,
+        "canvas": None if declaration is None else declaration(),
         "action_head": None if action_head is None else type(action_head).__name__,
     }
 

@@ -24,6 +24,14 @@ class ClockFormulas(CanvasModule):
         accumulator: whose summaries are read; those that it does not keep are 0.
     """
 
+    kind: torch.Tensor
+    region: torch.Tensor
+    number: torch.Tensor
+    divisor: torch.Tensor
+    threshold: torch.Tensor
+    column: torch.Tensor
+    root: torch.Tensor
+
     def __init__(self, clocks: list[ClockSpec | None], accumulator: ResidualAccumulator | None):
         super().__init__()
         kinds = () if accumulator is None else accumulator.spec.kinds
@@ -104,11 +112,13 @@ class _Builder:
             fires = self._node(region, clock.expr)
         elif clock.mode == "periodic":
             fires = self._periodic(region, clock.period, clock.domain)
-        elif clock.mode == "on_event":
-            fires = self._compared("above", region, clock.event_source, clock.event_threshold)
         else:
-            assert clock.mode == "boundary", clock.mode
-            fires = self._event(region, clock.event_source)
+            assert clock.event_source is not None  # ClockSpec.check
+            if clock.mode == "on_event":
+                fires = self._compared("above", region, clock.event_source, clock.event_threshold)
+            else:
+                assert clock.mode == "boundary", clock.mode
+                fires = self._event(region, clock.event_source)
         if clock.domain == "boundary":
             fires = self._join(_AND, fires, self._leaf("any_event", region))
         if clock.max_silence is not None:

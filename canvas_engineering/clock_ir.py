@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar
 
 from canvas_engineering.checked import (
     DEEPEST,
@@ -49,6 +49,9 @@ class ClockContext:
         last_fired: the step at which the region fired last; −1 before it ever did.
         cooldown_until: Cooldown nodes are silent before this step.
         boundary_t: how many earlier steps had a lifecycle event.
+
+    >>> ClockContext(3, summaries={"error": {"prediction": 0.5}}).summary("error.prediction")
+    0.5
     """
 
     external_t: int = 0
@@ -94,6 +97,8 @@ class ClockExpr:
     True
     """
 
+    # every node is a dataclass
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     # of the tree from here on down, a node that is held twice counted twice
     _depth, _n_nodes = 1, 1
 
@@ -158,7 +163,11 @@ def _check_children(node: ClockExpr, *names: str) -> None:
 @dataclass(frozen=True)
 class Periodic(ClockExpr):
     """Fires at every step that ``period`` divides; in the domain "boundary", at every so many lifecycle events, the
-    first of them included."""
+    first of them included.
+
+    >>> [t for t in range(6) if Periodic(2).evaluate(ClockContext(t))]
+    [0, 2, 4]
+    """
 
     period: int = 1
     domain: str = "external"
@@ -182,6 +191,9 @@ class OnEvent(ClockExpr):
     Raises:
         ValueError: neither bound, a bound that is not a finite number, bounds with nothing between them, or a source
             without a dot.
+
+    >>> OnEvent("error.prediction", gt=0.4).evaluate(ClockContext(0, summaries={"error": {"prediction": 0.5}}))
+    True
     """
 
     source: str
@@ -210,7 +222,11 @@ class OnEvent(ClockExpr):
 
 @dataclass(frozen=True)
 class BoundaryExpr(ClockExpr):
-    """Fires at the lifecycle event of this name."""
+    """Fires at the lifecycle event of this name.
+
+    >>> BoundaryExpr("episode_start").evaluate(ClockContext(0, boundary="episode_start"))
+    True
+    """
 
     name: str
 
@@ -223,7 +239,11 @@ class BoundaryExpr(ClockExpr):
 
 @dataclass(frozen=True)
 class And(ClockExpr):
-    """Fires when both do."""
+    """Fires when both do.
+
+    >>> [t for t in range(13) if And(Periodic(2), Periodic(3)).evaluate(ClockContext(t))]
+    [0, 6, 12]
+    """
 
     left: ClockExpr
     right: ClockExpr
@@ -237,7 +257,11 @@ class And(ClockExpr):
 
 @dataclass(frozen=True)
 class Or(ClockExpr):
-    """Fires when either does."""
+    """Fires when either does.
+
+    >>> [t for t in range(7) if Or(Periodic(2), Periodic(3)).evaluate(ClockContext(t))]
+    [0, 2, 3, 4, 6]
+    """
 
     left: ClockExpr
     right: ClockExpr
@@ -251,7 +275,11 @@ class Or(ClockExpr):
 
 @dataclass(frozen=True)
 class Not(ClockExpr):
-    """Fires when its child does not."""
+    """Fires when its child does not.
+
+    >>> [t for t in range(5) if Not(Periodic(2)).evaluate(ClockContext(t))]
+    [1, 3]
+    """
 
     child: ClockExpr
 
@@ -267,6 +295,9 @@ class Cooldown(ClockExpr):
     """Its child, silenced for ``steps`` steps after the region has fired.
 
     A bare context silences it while ``external_t < cooldown_until``; a scheduler keeps one such time for each node.
+
+    >>> Cooldown(Periodic(1), steps=2).evaluate(ClockContext(3, cooldown_until=4))
+    False
     """
 
     child: ClockExpr
@@ -282,7 +313,11 @@ class Cooldown(ClockExpr):
 
 @dataclass(frozen=True)
 class MaxSilence(ClockExpr):
-    """Its child, or the region's first step, or ``steps`` steps since the region fired last."""
+    """Its child, or the region's first step, or ``steps`` steps since the region fired last.
+
+    >>> MaxSilence(Not(Periodic(1)), steps=5).evaluate(ClockContext(9, last_fired=4))
+    True
+    """
 
     child: ClockExpr
     steps: int = 10
@@ -309,15 +344,27 @@ _TYPE_OF = {node: name for name, node in _NODES.items()}
 
 
 def periodic(n: int = 1, domain: str = "external") -> ClockExpr:
-    """Every n-th step."""
+    """Every n-th step.
+
+    >>> periodic(8)
+    Periodic(period=8, domain='external')
+    """
     return Periodic(n, domain)
 
 
 def on(source: str, gt: float | None = None, lt: float | None = None, domain: str = "external") -> ClockExpr:
-    """While the summary ``"region.kind"`` is above ``gt`` and below ``lt``."""
+    """While the summary ``"region.kind"`` is above ``gt`` and below ``lt``.
+
+    >>> on("error.prediction", gt=0.4).source
+    'error.prediction'
+    """
     return OnEvent(source, gt, lt, domain)
 
 
 def boundary(name: str) -> ClockExpr:
-    """At the lifecycle event of this name."""
+    """At the lifecycle event of this name.
+
+    >>> boundary("episode_start")
+    BoundaryExpr(name='episode_start')
+    """
     return BoundaryExpr(name)

@@ -46,14 +46,21 @@ class CompiledProgram:
         constant_buffers: name to the buffer that took the parameter's place.
         exported_paths: region to its file of tensors, for `load_exported`. Its name carries its checksum: exporting
             the region again makes another file and removes this one.
-        program: the program on ``schema``: what a dispatcher is to be built of. A checkpoint of the whole model goes
-            into it through ``canvas_engineering.dispatch.surviving_state``.
+        program: the program on ``schema``: what a dispatcher is to be built of. The whole model's dispatchers and
+            canvases go into it through ``canvas_engineering.dispatch.surviving_state``; schedulers and accumulators of
+            fewer regions start anew.
         gates: of all connections of the whole program that write by "gate", in declaration order, whether they survive.
         dropped_connections: the connections that no longer run. Their src regions lose what these read.
         untouched_regions: regions to freeze, to make constant or to export to which nothing of the module belongs
             alone.
-        shared_tensors: name of each tensor of the module that such a region shares with regions of another compile
-            mode, to all of these, sorted; it is left as it is.
+        shared_tensors: name of each tensor of the module that such a region shares with others, to all of these,
+            sorted; it is left as it is.
+
+    >>> layout = CanvasLayout(T=1, spatial_shape=(2,), d_model=8, regions={"eye": (0, 1, 0, 1), "map": (0, 1, 1, 2)})
+    >>> program = CanvasProgram(CanvasSchema(layout), {"map": RegionProgram(compile_mode="constant")})
+    >>> compiled = ProgramCompiler(program).compile()
+    >>> compiled.active_regions, compiled.n_eliminated
+    ({'eye'}, 1)
     """
 
     schema: CanvasSchema
@@ -84,7 +91,7 @@ class CompiledProgram:
             f"CompiledProgram: {len(self.active_regions)} of {len(self.all_regions)} regions and "
             f"{n_running} of {n_running + n_dropped} connections active"
         ]
-        readable = self.constant_regions & self.active_regions
+        readable = self.constant_regions & {connection.dst for connection in self.active_connections}
         modes = {
             **dict.fromkeys(self.frozen_regions, "freeze"),
             **dict.fromkeys(self.constant_regions, "constant"),
@@ -146,10 +153,10 @@ class ProgramCompiler:
         What belongs to a region: its slot bank; its modality embedding; modules and parameters of its name, with ``.``
         as ``__`` and brackets as ``_`` (``heads.arm__joints``) or nested as types are (``arm.joints``, which is then
         not part of ``arm``); and what ``region_parameters(region)`` of a module in ``module`` lists, as Parameters, or
-        by dotted name. Gates of connections that a region queries, and rows of embedding tables, belong to it too, but
-        share one tensor: where all regions in it have the same mode that is done to the tensor; else it is left as it
-        is, with a warning that names it. Attention functions belong to no region. A region to which nothing belongs
-        gets a warning.
+        by dotted name. Gates of connections that a region queries, and rows of embedding tables, belong to it too. A
+        tensor that several regions share, as gates and tables are, is left as it is and stays trainable, whatever
+        their modes, with a warning that names it. Attention functions belong to no region. A region to which nothing
+        belongs alone gets a warning.
 
         Constant and exported regions leave the schema: their positions pass through, and regions that read them lose
         these connections. Their steps are the whole program's on the surviving regions only where none did.
@@ -180,16 +187,12 @@ class ProgramCompiler:
 
     def _modes(self, family_defaults: bool, keep_exported: bool) -> dict[str, str]:
         """Region to its compile mode."""
-        programs = {name: self.program.regions.get(name) for name in self.program.schema.layout.regions}
-        modes = {
-            name: "runtime" if region is None else region.effective_compile_mode(family_defaults)
-            for name, region in programs.items()
-        }
-        kept = [
-            name
-            for name, mode in modes.items()
-            if keep_exported and mode == "export" and programs[name].effective_compile_mode() != "export"
-        ]
+        modes, kept = dict.fromkeys(self.program.schema.layout.regions, "runtime"), []
+        for name, region in self.program.regions.items():
+            if name in modes:
+                modes[name] = region.effective_compile_mode(family_defaults)
+                if keep_exported and modes[name] == "export" and region.effective_compile_mode() != "export":
+                    kept.append(name)
         if kept:
             warn(f"{_names(kept)} would be exported, by the default of their family: without export_dir they are kept")
         return {**modes, **dict.fromkeys(kept, "runtime")}
@@ -204,10 +207,13 @@ class ProgramCompiler:
         kept = [c for c, on in zip(topology.connections, runs) if on]
         resolved, _ = resolve_edges(topology, schema.layout, program)
         restricted = _restricted(program, left, kept)
+        frozen, constant, exported = (by_mode.get(mode, set()) for mode in _ACTING)
         return CompiledProgram(
             restricted.schema,
             left,
-            *(by_mode.get(mode, set()) for mode in _ACTING),
+            frozen,
+            constant,
+            exported,
             kept,
             set(modes),
             by_mode.get("distill", set()),
@@ -225,7 +231,7 @@ class ProgramCompiler:
         compiled.untouched_regions = {
             region
             for region in acting
-            if not owned[region].parameters and not (modes[region] == "export" and owned[region].buffers)
+            if not owned[region].parameters and not (modes[region] in _GONE and owned[region].buffers)
         }
         compiled.shared_tensors = {name: by for name, by in shared.items() if not set(by).isdisjoint(acting)}
         exported = [region for region in acting if modes[region] == "export"]
@@ -239,11 +245,9 @@ class ProgramCompiler:
                 "region under its name, as in self.camera, and by region_parameters(region) of a module that holds it"
             )
         if compiled.shared_tensors:
-            warn(
-                "tensors that regions of different compile modes share are left as they are: "
-                f"{some(compiled._shared())}"
-            )
+            warn(f"tensors that several regions share are left as they are: {some(compiled._shared())}")
         for region in exported:
+            assert export_dir is not None
             tensors, submodules = _state_of(module, owned[region]), owned[region].submodules
             compiled.exported_paths[region] = _export(export_dir, region, tensors, submodules, self.program.version)
         for region in acting:
@@ -272,6 +276,15 @@ def load_exported(path: str | Path, submodule: str | None = None) -> dict[str, t
         KeyError: no tensors came from the submodule.
         ValueError: the manifest is none, or the file is not the one that it describes.
         ImportError: safetensors is not installed.
+
+    >>> import tempfile
+    >>> layout = CanvasLayout(T=1, spatial_shape=(2,), d_model=8, regions={"map": (0, 1, 0, 2)})
+    >>> program = CanvasProgram(CanvasSchema(layout), {"map": RegionProgram(compile_mode="export")})
+    >>> model = nn.ModuleDict({"map": nn.Linear(3, 8)})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     paths = ProgramCompiler(program).compile(model, folder).exported_paths
+    ...     sorted(load_exported(paths["map"]))
+    ['bias', 'weight']
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -371,10 +384,11 @@ def _restricted(program: CanvasProgram, active: set[str], connections: list[Conn
     schema, layout = program.schema, program.schema.layout
     regions = {name: spec for name, spec in layout.regions.items() if name in active}
     pairs = {(c.src, c.dst) for c in connections}
-    programs = {name: own for name, own in program.regions.items() if name in active}
-    if program.regions and not programs:
+    # names that the layout does not have keep their clocks
+    programs = {name: own for name, own in program.regions.items() if name in active or name not in layout.regions}
+    if program.regions and not programs.keys() & regions.keys():
         # without any, none would fire; those that were not named fire at every step
-        programs = {name: RegionProgram() for name in regions}
+        programs |= {name: RegionProgram() for name in regions}
     return CanvasProgram(
         dataclasses.replace(
             schema,

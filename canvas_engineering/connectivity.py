@@ -46,7 +46,11 @@ _SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-18, 1e18
 
 
 class TemporalFill(enum.Enum):
-    """What a read does when dst has no frame at the real time that is asked for."""
+    """What a read does when dst has no frame at the real time that is asked for.
+
+    >>> [fill.value for fill in TemporalFill]
+    ['drop', 'hold', 'interpolate']
+    """
 
     DROP = "drop"
     HOLD = "hold"
@@ -134,8 +138,8 @@ def resolve_frames(
     """
     (src_first, src_end), (first, end) = src_frames, dst_frames
     if t_src is None and t_dst is None:
-        rows = [np.array([frame], dtype=np.int64) for frame in (src_first, src_end, first, end)]
-        return _frame_reads(*rows, np.ones(1))
+        q_start, q_stop, start, stop = (np.array([frame], dtype=np.int64) for frame in (*src_frames, *dst_frames))
+        return _frame_reads(q_start, q_stop, start, stop, np.ones(1))
     if t_src is None:
         reference = np.arange(T, dtype=np.int64)
         q_start, q_stop = np.full(T, src_first, dtype=np.int64), np.full(T, src_end, dtype=np.int64)
@@ -316,10 +320,15 @@ class CanvasTopology:
         for position, connection in enumerate(self.connections):
             if not isinstance(connection, Connection):
                 raise ValueError(f"connections[{position}] must be a Connection, got {shown(connection)}")
-        self._key = (None, None)  # the connections that it was made of, and the key
+        self._key: tuple[Any, Any] = (None, None)  # the connections that it was made of, and the key
 
     def __repr__(self) -> str:
         return f"CanvasTopology(connections={len(self.connections)}, regions={len(self.regions)})"
+
+    def _repr_html_(self) -> str:
+        from canvas_engineering.notebook import topology_html
+
+        return topology_html(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"connections": self.connections}
@@ -381,7 +390,8 @@ class CanvasTopology:
             KeyError: a layout is given and has no such region.
         """
         regions = checked_names(regions, "regions")
-        if checked_kind(layout, "layout", CanvasLayout, optional=True) is not None:
+        layout = checked_kind(layout, "layout", CanvasLayout, optional=True)
+        if layout is not None:
             for name in regions:
                 layout.region_spec(name)
         connections = []
@@ -404,8 +414,9 @@ class CanvasTopology:
     def resolve_fn(self, connection: Connection, layout: CanvasLayout | None = None) -> str:
         """The connection's ``fn``, else src's ``default_attn`` in the layout, else "cross_attention"."""
         checked_kind(layout, "layout", CanvasLayout, optional=True)
-        if checked_kind(connection, "connection", Connection).fn is not None:
-            return connection.fn
+        fn = checked_kind(connection, "connection", Connection).fn
+        if fn is not None:
+            return fn
         if layout is not None and connection.src in layout.regions:
             return layout.region_spec(connection.src).default_attn
         return "cross_attention"

@@ -34,6 +34,9 @@ class CortexSpec:
 
     Raises:
         ValueError: an empty name, bounds that are not half-open ranges, or a tile size below 1.
+
+    >>> CortexSpec("vision", bounds=(0, 4, 0, 8, 0, 8), isolated=True).local_backend
+    'local_attention'
     """
 
     name: str

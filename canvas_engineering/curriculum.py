@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from .checked import checked_int, checked_number
+from .looped_block import set_loops
 
 __all__ = ["CurriculumScheduler"]
 
@@ -44,6 +45,5 @@ class CurriculumScheduler:
     def step(self, looped_blocks: Iterable[nn.Module], step: int) -> int:
         """Sets the loops of every block for training step ``step``, and returns their number."""
         loops = self.get_loops(step)
-        for block in looped_blocks:
-            block.set_loops(loops)
+        set_loops(looped_blocks, loops)
         return loops

@@ -6,14 +6,17 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-def outside_inference(function: Callable) -> Callable:
+
+def outside_inference(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorates a function that leaves ``torch.inference_mode`` while it runs: tensors made there can be trained.
 
     >>> with torch.inference_mode():
@@ -23,7 +26,7 @@ def outside_inference(function: Callable) -> Callable:
 
     # a frame of this package, for warnings that look for the user's line
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not torch.is_inference_mode_enabled():
             return function(*args, **kwargs)
         with torch.inference_mode(False):
@@ -127,9 +130,9 @@ class CanvasModule(nn.Module):
         with self._states_as_buffers():
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         with self._states_as_buffers():
-            super()._load_from_state_dict(*args)
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     @outside_inference
     def _apply(self, fn, recurse=True):
@@ -140,12 +143,15 @@ class CanvasModule(nn.Module):
             if self.__dict__[name].dtype != tensor.dtype:
                 self.__dict__[name] = tensor.to(self.__dict__[name].device)
         for name in self._declared_tables:
-            self._fill(name, self._buffers[name].device)
+            self._fill(name)
         return self
 
-    def _fill(self, name: str, device: torch.device) -> None:
+    def _fill(self, name: str, home: torch.device | None = None) -> None:
+        """Makes a table again where it lies, unless that is ``meta``; with ``home``, there and only then."""
+        table = self._buffers[name]
         # a fake or a distributed tensor is as its maker left it
-        if device.type != "meta" and type(self._buffers[name]) is torch.Tensor:
+        if type(table) is torch.Tensor and table.is_meta == (home is not None):
+            device = table.device if home is None else home
             self._buffers[name] = torch.tensor(self._declared_tables[name], device=device)
 
 
@@ -155,6 +161,6 @@ def _fill_tables(module: CanvasModule, incompatible_keys: Any) -> None:
     devices = (tensor.device for tensor in chain(module.parameters(), module.buffers()))
     home = next((device for device in devices if device.type != "meta"), None)
     for child in () if home is None else module.modules():
-        for name in child._declared_tables if isinstance(child, CanvasModule) else ():
-            if child._buffers[name].is_meta:
+        if isinstance(child, CanvasModule):
+            for name in child._declared_tables:
                 child._fill(name, home)

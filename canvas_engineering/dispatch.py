@@ -91,6 +91,8 @@ class AttentionDispatcher(CanvasModule):
     True
     """
 
+    edge_gates: nn.Parameter | None
+
     def __init__(
         self,
         topology: CanvasTopology,
@@ -189,8 +191,8 @@ class AttentionDispatcher(CanvasModule):
         dtype = torch.promote_types(x.dtype, torch.float32)
         row_scale = None if active is None else self.plan.row_scale(active, dtype, x.device)
         rows = self._rows(x, active, row_scale)
-        if self._errors:
-            self._accumulate(x, rows, active)
+        if self._errors and self.residual_accumulator is not None:
+            self._accumulate(self.residual_accumulator, x, rows, active)
         written = self._attended(rows, active, row_scale)
         written = gather_rows(written, self._written, 1)
         own = gather_rows(kept, self._targets, 1)
@@ -247,23 +249,27 @@ class AttentionDispatcher(CanvasModule):
     ) -> torch.Tensor:
         """What every packed row attends to, (B, n, d_model), by the scales in force, (2, n), where there is
         activity."""
-        plan, gain, single = self.plan, self._gain(), len(self.fn_modules) == 1
-        own_scale = row_scale
-        if own_scale is None and not (gain is None and single and all(self._touches_all.values())):
+        plan, gain = self.plan, self._gain()
+        shared = gain is not None or len(self.fn_modules) > 1
+        own_scale, factor = row_scale, None
+        if own_scale is None and (shared or not all(self._touches_all.values())):
             own_scale = plan.row_scale(None, torch.promote_types(rows.dtype, torch.float32), rows.device)
-        if gain is not None or not single:
+        if shared:
+            assert own_scale is not None
             everyone = torch.ones(plan.n_connections, device=rows.device) if active is None else active
             factor = everyone.to(own_scale.dtype) if gain is None else gain.to(own_scale.dtype) * everyone
         written = None
         for fn, module in self.fn_modules.items():
             own, share, used = self._plans[fn], None, rows
-            if gain is not None or not single:
+            if factor is not None:
                 share = own.row_share(factor, own_scale)
             if active is not None or not self._touches_all[fn]:
+                assert own_scale is not None
                 # the gradients of its projections would see what is there
                 used = torch.where(touched(own.table, active, own_scale)[:, None], rows, rows.new_zeros(()))
             part = self._attend(module, used, own, gain, active, own_scale, share)
             written = part if written is None else written + part
+        assert written is not None  # a step without functions ends before
         return written
 
     def _check_dtype(self, x: torch.Tensor) -> None:
@@ -307,8 +313,10 @@ class AttentionDispatcher(CanvasModule):
     def _add_banks(self, program: CanvasProgram | None, n_heads: int) -> None:
         self.slot_modules, self._bound = nn.ModuleDict(), []
         order, n = self.plan.order, self.layout.num_positions
+        programs = {} if program is None else program.regions
         for bank in self.plan.banks:
-            identity, key = program.regions[bank.region].identity, parameter_key(bank.region)
+            identity, key = programs[bank.region].identity, parameter_key(bank.region)
+            assert identity is not None  # the plan has banks for those that have one
             if key in self.slot_modules or hasattr(nn.ModuleDict, key):
                 raise ValueError(f"region {bank.region!r} cannot have a slot bank: the name {key!r} is taken")
             self.slot_modules[key] = SlotBindingModule(self.d_model, bank.size, n_heads, identity.birth_death)
@@ -348,7 +356,9 @@ class AttentionDispatcher(CanvasModule):
         return found
 
     @torch.no_grad()
-    def _accumulate(self, x: torch.Tensor, rows: torch.Tensor, active: torch.Tensor | None) -> None:
+    def _accumulate(
+        self, accumulator: ResidualAccumulator, x: torch.Tensor, rows: torch.Tensor, active: torch.Tensor | None
+    ) -> None:
         if self._bound and (active is not None or not self._touches_all_banks):
             # connections that others replace count here
             on = torch.ones(self.plan.n_connections, device=x.device) if active is None else (active != 0).float()
@@ -359,7 +369,7 @@ class AttentionDispatcher(CanvasModule):
             if not error.shape[0]:
                 continue
             on = None if active is None else active[errors.number]
-            self.residual_accumulator.update(errors.region, error, on)
+            accumulator.update(errors.region, error, on)
 
     # -- activity
 
@@ -413,7 +423,8 @@ def surviving_state(
 
     The dispatchers of ``compiled.program`` have no parameters for functions and slot banks that only dropped
     connections used, and gates for surviving connections only; a canvas on its layout has modality embeddings of its
-    regions only. Everything else is handed on as it is.
+    regions only. Everything else is handed on as it is; what schedulers, accumulators and conditioners of other regions
+    hold does not fit.
 
     Args:
         module: the deployed model, or one dispatcher; those of other topologies, and canvases of other layouts, are
@@ -426,8 +437,18 @@ def surviving_state(
 
     Raises:
         ValueError: another number of gates than the whole program has.
+
+    >>> from canvas_engineering import Connection, ProgramCompiler, RegionProgram
+    >>> layout = CanvasLayout(T=1, d_model=8, spatial_shape=(2,), regions={"a": (0, 1, 0, 1), "b": (0, 1, 1, 2)})
+    >>> topology = CanvasTopology([Connection("a", "a"), Connection("a", "b", fn="pooling")])
+    >>> regions = {"a": RegionProgram(), "b": RegionProgram(compile_mode="constant")}
+    >>> program = CanvasProgram(CanvasSchema(layout, topology), regions)
+    >>> whole, compiled = AttentionDispatcher(topology, layout, 8), ProgramCompiler(program).compile()
+    >>> small = AttentionDispatcher(compiled.schema.topology, compiled.schema.layout, 8, program=compiled.program)
+    >>> small.load_state_dict(surviving_state(small, whole.state_dict(), compiled))
+    <All keys matched successfully>
     """
-    found, schema = dict(state), compiled.program.schema
+    found, schema = dict(state), compiled.schema
 
     def keep(start: str, kept: Iterable[str]) -> None:
         for name in [name for name in found if name.startswith(start)]:
@@ -460,15 +481,13 @@ def _with_isolated(plan: AttentionPlan, cortex: CortexRegistry | None) -> tuple[
     Raises:
         ValueError: such a name is that of another function or cortex.
     """
-    isolated = [] if cortex is None else [spec.name for spec in cortex.specs if spec.isolated]
-    if not isolated:
+    if cortex is None or not any(spec.isolated for spec in cortex.specs):
         return plan, {fn: fn for fn in plan.fns}
     found: dict[str, tuple[str, str | None]] = {}
     fns = []
     for connection, fn in zip(plan.connections, plan.fns):
-        inside = cortex.same_cortex(connection.src, connection.dst)
-        home = cortex.cortex_for(connection.src).name if inside else None
-        home = home if home in isolated else None
+        spec = cortex.cortex_for(connection.src) if cortex.same_cortex(connection.src, connection.dst) else None
+        home = spec.name if spec is not None and spec.isolated else None
         name = fn if home is None else f"{fn}__{parameter_key(home)}"
         if found.setdefault(name, (fn, home)) != (fn, home):
             raise ValueError(f"two attention modules would have the name {name!r}: rename the cortex {home!r}")

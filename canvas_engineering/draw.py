@@ -10,23 +10,32 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
-from canvas_engineering.canvas import CanvasLayout, RegionSpec
-from canvas_engineering.connectivity import CanvasTopology
+from canvas_engineering.canvas import CanvasLayout, RegionSpec, transfer_distance
+from canvas_engineering.connectivity import CanvasTopology, Connection, resolve_frames
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from canvas_engineering.plan import AttentionPlan
+    from canvas_engineering.schema import CanvasSchema
 
-__all__ = ["layout_figure", "plan_figure", "topology_figure"]
+__all__ = [
+    "alignment_figure",
+    "distance_figure",
+    "frames_figure",
+    "layout_figure",
+    "plan_figure",
+    "topology_figure",
+    "volume_figure",
+]
 
 MAX_PANELS = 8
 MAX_LABELS = 40
 MAX_NAMED = 12
 MAX_OUTLINED = 1000
 CHARACTERS_PER_PANEL = 44
-OFFSETS = "in cells: t_src, t_dst; all: every frame at once\n0, 0: each frame reads its own; 0, -1: the one before"
+OFFSETS = "in cells: t_src, t_dst; all: every frame at once\n0, 0: a frame attends to itself; 0, -1: to the one before"
 BOUNDS = ("q_start", "q_stop", "k_start", "k_stop")
 
 
@@ -40,7 +49,8 @@ def layout_figure(layout: CanvasLayout) -> Figure:
     runs = _frame_runs(layout.T, specs)
     shown = runs[:MAX_PANELS]
     figure = _figure(width=max(6.0, 3.2 * len(shown)), height=4.2 + 0.22 * min(len(specs), MAX_LABELS))
-    panels, clocks = figure.subfigures(2, 1, height_ratios=[3.2, 1.0 + 0.22 * min(len(specs), MAX_LABELS)])
+    heights = [3.2, 1.0 + 0.22 * min(len(specs), MAX_LABELS)]
+    panels, clocks = (part[0] for part in figure.subfigures(2, 1, squeeze=False, height_ratios=heights))
     colours = _colours(specs)
     rows, columns = _plane(layout.spatial_shape)
     for axes, (first, last, names) in zip(panels.subplots(1, len(shown), squeeze=False)[0], shown):
@@ -55,8 +65,139 @@ def layout_figure(layout: CanvasLayout) -> Figure:
     return figure
 
 
+def volume_figure(layout: CanvasLayout, azimuth: float = -60.0, elevation: float = 22.0) -> Figure:
+    """Regions as boxes in (T, H, W), seen from ``azimuth`` and ``elevation``, in degrees.
+
+    Grids with more than two spatial dimensions are seen along the last two.
+
+    >>> layout = CanvasLayout(T=2, d_model=8, spatial_shape=(2, 2), regions={"video": (0, 2, 0, 2, 0, 2)})
+    >>> volume_figure(layout).axes[0].get_xlabel()
+    'frame'
+    """
+    from matplotlib.patches import Patch
+
+    rows, columns = _plane(layout.spatial_shape)
+    colours = _colours(layout.regions)
+    figure = _figure(width=8.0, height=5.4)
+    axes = figure.add_subplot(projection="3d")
+    for name in layout.regions:
+        t0, t1, *box = layout.region_spec(name).bounds
+        top, bottom, left, right = (0, 1, 0, 1, *box)[-4:]
+        corner, size = (t0, left, top), (t1 - t0, right - left, bottom - top)
+        axes.bar3d(*corner, *size, color=colours[name], alpha=0.45, edgecolor="k", linewidth=0.3, shade=False)
+    axes.set(xlim=(0, layout.T), ylim=(0, columns), zlim=(rows, 0))
+    axes.set(xlabel="frame", ylabel="column", zlabel="row")
+    axes.set_box_aspect((1.6, 1.0, rows / max(rows, columns)))
+    axes.view_init(elev=elevation, azim=azimuth)
+    handles = [Patch(color=colour, label=name) for name, colour in list(colours.items())[:MAX_LABELS]]
+    if handles:
+        figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    return figure
+
+
+def frames_figure(layout: CanvasLayout, connection: Connection) -> Figure:
+    """Which frames of the key/value region each frame of the query region attends to, and with which share of the
+    connection's weight (docs/semantics.md, section 2): a row for each query frame, a column for each key frame.
+
+    >>> regions = {"fast": (0, 4, 0, 1), "slow": RegionSpec((0, 2, 1, 2), period=2)}
+    >>> layout = CanvasLayout(T=4, d_model=8, spatial_shape=(2,), regions=regions)
+    >>> frames_figure(layout, Connection("fast", "slow", t_src=0, t_dst=0)).axes[0].get_ylabel()
+    'frame of fast (real time)'
+    """
+    import numpy as np
+
+    src, dst = (layout.region_spec(name) for name in (connection.src, connection.dst))
+    pairs = resolve_frames(
+        layout.T,
+        tuple(src.bounds[:2]),
+        tuple(dst.bounds[:2]),
+        src.period,
+        dst.period,
+        connection.t_src,
+        connection.t_dst,
+        connection.temporal_fill,
+        connection.interpolation_order,
+    )
+    shares = np.zeros((layout.T, layout.T))
+    for q_start, q_stop, k_start, k_stop, fraction in zip(
+        pairs.q_start, pairs.q_stop, pairs.k_start, pairs.k_stop, pairs.fraction
+    ):
+        shares[q_start:q_stop, k_start:k_stop] += fraction
+    shares = shares[slice(*src.bounds[:2]), slice(*dst.bounds[:2])]
+    figure = _figure(width=3.2 + 0.32 * shares.shape[1], height=1.6 + 0.32 * shares.shape[0])
+    axes = figure.subplots()
+    image = axes.imshow(np.ma.masked_equal(shares, 0.0), cmap="Blues", vmin=0.0, vmax=max(1.0, shares.max()))
+    _write_values(axes, np.ma.masked_equal(shares, 0.0), "{:.2g}", dark=0.6)
+    axes.set_yticks(range(len(shares)), _frame_names(src), fontsize=7)
+    axes.set_xticks(range(shares.shape[1]), _frame_names(dst), fontsize=7, rotation=60)
+    axes.set(ylabel=f"frame of {connection.src} (real time)", xlabel=f"frame of {connection.dst} (real time)")
+    offsets = _offsets(connection.t_src, connection.t_dst)
+    axes.set_title(f"{connection.temporal_fill.value}; offsets {offsets}", fontsize=9)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the weight")
+    return figure
+
+
+def _frame_names(spec: RegionSpec) -> list[str]:
+    return [f"{frame} ({frame * spec.period})" for frame in range(*spec.bounds[:2])]
+
+
+def _write_values(axes: Axes, values, form: str, dark: float) -> None:
+    """Each value in its cell, white where the cell is darker than ``dark``."""
+    import numpy as np
+
+    for (row, column), value in np.ma.ndenumerate(values):
+        colour = "w" if value > dark else "k"
+        axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=colour)
+
+
+def distance_figure(layout: CanvasLayout) -> Figure:
+    """Transfer distances between all regions that have a semantic embedding: 0 is the same meaning.
+
+    Raises:
+        ValueError: embeddings that cannot be compared, or fewer than two.
+    """
+    import numpy as np
+
+    names = [name for name in layout.regions if layout.region_spec(name).semantic_embedding is not None]
+    if len(names) < 2:
+        raise ValueError(f"distances need two regions with an embedding; this layout has {names}")
+    specs = [layout.region_spec(name) for name in names]
+    distances = np.array([[transfer_distance(a, b) for b in specs] for a in specs])
+    figure = _figure(width=4.0 + 0.4 * len(names), height=2.6 + 0.4 * len(names))
+    axes = figure.subplots()
+    image = axes.imshow(distances, cmap="viridis_r", vmin=0.0)
+    _write_values(axes, distances, "{:.2f}", dark=0.5 * distances.max())
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="transfer distance")
+    return figure
+
+
+def alignment_figure(a: CanvasSchema, b: CanvasSchema, threshold: float = 0.3) -> Figure:
+    """Two schemas side by side, with a line between regions within a transfer distance, the thicker the nearer."""
+    figure = _figure(width=7.0, height=1.2 + 0.4 * max(len(a.layout.regions), len(b.layout.regions)))
+    axes = figure.subplots()
+    places = {}
+    for column, schema in enumerate((a, b)):
+        for row, name in enumerate(schema.layout.regions):
+            places[column, name] = (column, -row)
+            side = "right" if column == 0 else "left"
+            axes.text(column + (0.03 if column else -0.03), -row, name, ha=side, va="center", fontsize=9)
+            axes.plot(column, -row, "o", color="k", markersize=4)
+    for one, other, distance in a.compatible_regions(b, threshold):
+        (x0, y0), (x1, y1) = places[0, one], places[1, other]
+        width = 0.5 + 3.5 * (1 - distance / max(threshold, 1e-9))
+        axes.plot([x0, x1], [y0, y1], color="tab:blue", linewidth=width, alpha=0.6)
+        axes.text(0.5, (y0 + y1) / 2, f"{distance:.2f}", ha="center", va="bottom", fontsize=7)
+    axes.set(xlim=(-0.6, 1.6))
+    axes.set_axis_off()
+    axes.set_title(f"regions within a transfer distance of {threshold:g}", fontsize=10)
+    return figure
+
+
 def topology_figure(topology: CanvasTopology) -> Figure:
-    """Who reads whom as a matrix: rows ask, columns answer, the colour is the sum of the weights.
+    """Which region attends to which: a row for each query region, a column for each key/value region; the colour is the
+    sum of the weights.
 
     With up to 12 regions every cell names its connections: the frames (t_src, t_dst), or "all" for no offsets. The
     title says so.
@@ -84,7 +225,7 @@ def topology_figure(topology: CanvasTopology) -> Figure:
     if len(names) <= MAX_LABELS:
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set(xlabel="answers (dst)", ylabel="asks (src)")
+    axes.set(xlabel="key/value region (dst)", ylabel="query region (src)")
     title = f"{len(topology.connections)} connections between {len(names)} regions"
     axes.set_title(f"{title}\n{OFFSETS}" if len(names) <= MAX_NAMED else title, fontsize=9)
     return figure
@@ -93,9 +234,9 @@ def topology_figure(topology: CanvasTopology) -> Figure:
 def plan_figure(plan: AttentionPlan) -> Figure:
     """The compiled table: every rectangle of query rows × key columns in packed order, in its pair of regions' colour.
 
-    Positions that no read uses have no packed place and are not drawn. Both axes give a stretch of positions that no
-    rectangle cuts the square root of its length, so that small regions can be seen beside large ones. The title gives
-    the density (selected pairs over N²); the legend names the first pairs, and which frames they read.
+    Positions that nothing attends to, and that attend to nothing, are not drawn. Both axes give positions that no
+    rectangle tells apart the square root of their number, so that small regions can be seen beside large ones. The
+    title gives the density (selected pairs over N²); the legend names the first pairs, and the frames they attend to.
     """
     import numpy as np
     from matplotlib.collections import PolyCollection
@@ -118,7 +259,7 @@ def plan_figure(plan: AttentionPlan) -> Figure:
     # The thin outline tells neighbours apart, and keeps a rectangle visible that is smaller than a pixel.
     width = 0.3 if len(table.weight) > MAX_OUTLINED else 0.8
     outlines = faces if len(table.weight) > MAX_OUTLINED else "w"
-    axes.add_collection(PolyCollection(corners, facecolors=faces, edgecolors=outlines, linewidths=width))
+    axes.add_collection(PolyCollection(list(corners), facecolors=faces, edgecolors=outlines, linewidths=width))
     end = max(1, plan.n_packed)
     cuts = np.unique(np.concatenate([[0, end], *(getattr(table, name) for name in BOUNDS)]))
     places = np.concatenate([[0.0], np.cumsum(np.sqrt(np.diff(cuts)))])
@@ -138,12 +279,15 @@ def plan_figure(plan: AttentionPlan) -> Figure:
         for pair, c in zip(pairs, plan.connections):
             frames[pair].append((c.t_src, c.t_dst))
         handles = [
-            Patch(color=colours[pair], label=f"{pair[0]} reads {pair[1]}: {_in_words(offsets)}")
+            Patch(color=colours[pair], label=f"{pair[0]} attends to {pair[1]}: {_in_words(offsets)}")
             for pair, offsets in list(frames.items())[:MAX_LABELS]
         ]
-        beside = dict(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
         size = 8 if len(handles) <= 20 else 7
-        axes.legend(handles=handles, fontsize=size, title=f"{len(pairs)} connections", **beside)
+        title = f"{len(pairs)} connections"
+        beside = (1.01, 1.0)
+        axes.legend(
+            handles=handles, fontsize=size, title=title, loc="upper left", bbox_to_anchor=beside, borderaxespad=0.0
+        )
     return figure
 
 
@@ -162,7 +306,7 @@ def _name_regions(axes: Axes, plan: AttentionPlan, pairs: list[tuple[str, str]])
 
 
 def _in_words(offsets: list[tuple[int | None, int | None]]) -> str:
-    """Which frames are read by connections of these (t_src, t_dst): "same frame, 1 to 3 frames back"."""
+    """Which frames connections of these (t_src, t_dst) attend to: "same frame, 1 to 3 frames back"."""
     words = []
     steps = [dst - src for src, dst in offsets if src is not None and dst is not None]
     if 0 in steps:
@@ -231,8 +375,8 @@ def _offsets(t_src: int | None, t_dst: int | None) -> str:
 def _colours(names) -> dict:
     from matplotlib import colormaps
 
-    palette = colormaps["tab20"].colors
-    return {name: palette[i % len(palette)] for i, name in enumerate(names)}
+    palette = colormaps["tab20"]
+    return {name: palette(i % palette.N) for i, name in enumerate(names)}
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -120,10 +120,11 @@ def _locked(path: Path, flags: int, mode: int = 0o666) -> tuple[int | None, bool
 
 def _remove_leftovers(folder: Path) -> None:
     """Removes the unfinished files of a folder that no writer holds the lock of: theirs was killed."""
+    if fcntl is None:
+        return
     names = []
-    if fcntl is not None:
-        with contextlib.suppress(OSError):  # a folder may be ours to write and not to list
-            names = os.listdir(folder)
+    with contextlib.suppress(OSError):  # a folder may be ours to write and not to list
+        names = os.listdir(folder)
     for name in filter(_UNFINISHED.fullmatch, names):
         with contextlib.suppress(OSError):  # held by its writer, gone already, or not ours to open
             handle = os.open(folder / name, os.O_RDWR)
@@ -157,6 +158,6 @@ def alone_in(folder: Path) -> Iterator[bool]:
         if alone:
             with contextlib.suppress(OSError):
                 os.unlink(lock)
-            # a process that was forked meanwhile holds the descriptor too
-            fcntl.flock(handle, fcntl.LOCK_UN)
+            if fcntl is not None:  # a process that was forked meanwhile holds the descriptor too
+                fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)

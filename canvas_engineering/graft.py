@@ -14,10 +14,10 @@ from .attention import BACKENDS
 from .canvas import CanvasLayout
 from .checked import checked_bool, checked_int, checked_items, checked_kind, checked_number, checked_string, shown
 from .cogvideox import LoopedCogVideoXBlock, TopologyMeasure, detect_inner_dim, measure_topology
-from .cogvideox.model import graft_cogvideox, is_cogvideox, ungraft_cogvideox
+from .cogvideox.model import graft_cogvideox, is_cogvideox, is_looped_cogvideox, ungraft_cogvideox
 from .connectivity import CanvasTopology
 from .derived_buffers import outside_inference, refuse_inference_tensors
-from .looped_block import LOOP_PARAMETER_NAMES, LoopedBlockWrapper, checked_loops
+from .looped_block import LOOP_PARAMETER_NAMES, LoopedBlockWrapper, can_loop, checked_loops, set_loops
 from .notices import warn
 
 __all__ = ["freeze_full", "freeze_half", "graft_looped_blocks", "ungraft"]
@@ -112,15 +112,16 @@ def graft_looped_blocks(
     if in_place and is_cogvideox(transformer) and block_attr == "transformer_blocks":
         if (layout is None) != (topology is None):
             raise ValueError("give both layout= and topology=, or neither for dense attention")
-        if topology is not None:
+        if layout is not None and topology is not None:
             measured = None if measure_on is None else measure_topology(transformer, layout, topology, measure_on)
         betas = [sharpening(loop) for loop in range(max_loops)] if callable(sharpening) else sharpening
         if betas is not None:
             betas = [checked_number(beta, "sharpening") for beta in checked_items(betas, "sharpening", "numbers")]
-        blocks = graft_cogvideox(transformer, max_loops, inner_dim, gate, betas, layout, topology, backend, packed)
-        transformer.set_loops(running)
+        looped = graft_cogvideox(transformer, max_loops, inner_dim, gate, betas, layout, topology, backend, packed)
+        set_loops([transformer], running)
         if topology is not None:
-            _warn_of_topology(blocks[0].attn1.processor.plan.density, measured)
+            _warn_of_topology(looped[0].attn1.processor.plan.density, measured)
+        blocks: list[nn.Module] = [*looped]
     elif sharpening is not None or layout is not None or topology is not None:
         raise ValueError(
             "sharpening, layout and topology are for diffusers' CogVideoXTransformer3DModel, got "
@@ -128,12 +129,11 @@ def graft_looped_blocks(
         )
     else:
         blocks = _wrap(originals, wrapper_class, max_loops, inner_dim, gate)
-        for block in blocks:
-            block.set_loops(running)
+        set_loops(blocks, running)
         owner = _owner(transformer, block_attr)
         if getattr(owner, "use_nested_tensor", False):
             # torch's encoder hands nested tensors, which do not broadcast, to whatever stands for its own layers
-            owner.use_nested_tensor, owner._nested_before_graft = False, True
+            owner.__dict__.update(use_nested_tensor=False, _nested_before_graft=True)
     transformer.__dict__.setdefault("_frozen_before_graft", frozen)
     if freeze == "full":
         freeze_full(transformer)
@@ -167,23 +167,30 @@ def ungraft(transformer: nn.Module, block_attr: str = "transformer_blocks") -> n
 
     Returns:
         ``transformer``.
+
+    >>> block = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    >>> model = nn.TransformerEncoder(block, 1, enable_nested_tensor=False)
+    >>> _ = graft_looped_blocks(model, block_attr="layers", inner_dim=8, freeze="none")
+    >>> type(ungraft(model, "layers").layers[0]).__name__
+    'TransformerEncoderLayer'
     """
     blocks = _blocks(transformer, block_attr)
-    if not any(hasattr(block, "set_loops") for block in blocks):
+    if not any(map(can_loop, blocks)):
         return transformer
-    if type(transformer).__name__ == "LoopedCogVideoXTransformer3DModel":
+    if is_looped_cogvideox(transformer):
         ungraft_cogvideox(transformer)
     else:
         for number, block in enumerate(blocks):
             if isinstance(block, LoopedCogVideoXBlock):
                 block.ungraft()
                 continue
-            if not isinstance(getattr(block, "original", None), nn.Module):
+            original = getattr(block, "original", None)
+            if not isinstance(original, nn.Module):
                 raise ValueError(f"block {number}, a {type(block).__name__}, does not say its `original`")
-            blocks[number] = block.original
+            blocks[number] = original
         owner = _owner(transformer, block_attr)
         if owner.__dict__.pop("_nested_before_graft", False):
-            owner.use_nested_tensor = True
+            owner.__dict__["use_nested_tensor"] = True
     # a looped model that was loaded from a checkpoint has no record, and what loads is trainable
     frozen = transformer.__dict__.pop("_frozen_before_graft", frozenset())
     for name, parameter in transformer.named_parameters():
@@ -192,12 +199,21 @@ def ungraft(transformer: nn.Module, block_attr: str = "transformer_blocks") -> n
 
 
 def freeze_full(transformer: nn.Module) -> int:
-    """Freeze everything but loop parameters; the number of frozen parameters."""
+    """Freeze everything but loop parameters; the number of frozen parameters.
+
+    >>> freeze_full(nn.Linear(3, 4))
+    16
+    """
     return _freeze(transformer, lambda name: name.split(".")[-1] not in LOOP_PARAMETER_NAMES)
 
 
 def freeze_half(transformer: nn.Module) -> int:
-    """Freeze the patch embedding and positional embeddings only; the number of frozen parameters."""
+    """Freeze the patch embedding and positional embeddings only; the number of frozen parameters.
+
+    >>> model = nn.ModuleDict({"patch_embed": nn.Linear(3, 4), "blocks": nn.Linear(4, 4)})
+    >>> freeze_half(model)
+    16
+    """
     return _freeze(transformer, lambda name: "patch_embed" in name or "pos_embedding" in name)
 
 
@@ -216,7 +232,9 @@ def _blocks(transformer: nn.Module, block_attr: str) -> nn.ModuleList:
             f"{type(transformer).__name__} has no list of blocks at {block_attr!r}; it has {lists or 'none'}: "
             "give block_attr="
         )
-    return transformer.get_submodule(block_attr)
+    blocks = transformer.get_submodule(block_attr)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
 
 
 def _owner(transformer: nn.Module, block_attr: str) -> nn.Module:
@@ -225,17 +243,17 @@ def _owner(transformer: nn.Module, block_attr: str) -> nn.Module:
 
 
 def _wrap(blocks: nn.ModuleList, wrapper_class, max_loops: int, inner_dim: int, gate: str) -> list[nn.Module]:
-    looped = [hasattr(block, "set_loops") for block in blocks]
-    if all(looped) and blocks:
-        for block in blocks:
+    looped = {number: block for number, block in enumerate(blocks) if can_loop(block)}
+    if looped and len(looped) == len(blocks):
+        for block in looped.values():
             if (block.max_loops, block.loop.gate) != (max_loops, gate):
                 raise ValueError(
                     f"this model is grafted with max_loops={block.max_loops}, gate={block.loop.gate!r}; asked for "
                     f"max_loops={max_loops}, gate={gate!r}. ungraft it first"
                 )
         return list(blocks)
-    if any(looped):
-        raise ValueError(f"blocks {[i for i, yes in enumerate(looped) if yes]} loop already, the others do not")
+    if looped:
+        raise ValueError(f"blocks {[*looped]} loop already, the others do not")
     if wrapper_class in (None, LoopedCogVideoXBlock) and all(type(b).__name__ == "CogVideoXBlock" for b in blocks):
         warn(
             "these CogVideoX blocks belong to a model that is not diffusers' CogVideoXTransformer3DModel itself: they "

@@ -36,6 +36,9 @@ class IdentitySpec:
 
     Raises:
         ValueError: fewer than one slot, or a field of the wrong kind.
+
+    >>> IdentitySpec(slot_capacity=8).binding_fn
+    'cross_attention'
     """
 
     mode: str = "persistent"

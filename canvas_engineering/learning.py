@@ -48,5 +48,9 @@ FAMILY_DEFAULTS: dict[str, LearningSpec] = {
 
 
 def default_learning(family: str) -> LearningSpec:
-    """The recipe of a family; a plain LearningSpec for a family that is not among the five."""
+    """The recipe of a family; a plain LearningSpec for a family that is not among the five.
+
+    >>> default_learning("memory").compile_mode
+    'export'
+    """
     return FAMILY_DEFAULTS.get(checked_string(family, "family"), LearningSpec())

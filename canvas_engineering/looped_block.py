@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Protocol, TypeGuard, cast
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -90,6 +93,29 @@ class LoopParameters(CanvasModule):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, absent, *rest)
         if len(absent) < len(list(self.parameters())):
             missing_keys.extend(absent)
+
+
+class Loops(Protocol):
+    """What blocks that loop have, this package's and others'."""
+
+    loop: LoopParameters
+    loops: int
+
+    @property
+    def max_loops(self) -> int: ...
+
+    def set_loops(self, n: int) -> None: ...
+
+
+def can_loop(block: object) -> TypeGuard[Loops]:
+    """Whether a block loops, of whatever class."""
+    return hasattr(block, "set_loops")
+
+
+def set_loops(modules: Iterable[nn.Module], n: int) -> None:
+    """Runs ``n`` loops from now on in each of the modules, which loop."""
+    for module in cast("Iterable[Loops]", modules):
+        module.set_loops(n)
 
 
 class LoopedBlockWrapper(CanvasModule):

@@ -1,8 +1,7 @@
 """Which positions inside a connection attend to which: mask specifications, boxes and rectangle covers.
 
-A *box* of a canvas is an int64 array of shape ``[D, 2]`` with ``D = 1 + n_spatial``: half-open ranges
-``((t0, t1), (s0_lo, s0_hi), ...)`` in absolute canvas coordinates. Nothing here enumerates positions, except
-`mask_to_index_pairs`, whose result is made of them.
+A *box* is an int64 array ``[1 + n_spatial, 2]`` of half-open ranges, ``((t0, t1), (s0_lo, s0_hi), ...)``, in canvas
+coordinates. Only `mask_to_index_pairs` enumerates positions.
 """
 
 from __future__ import annotations
@@ -172,7 +171,7 @@ def split_boxes(spec: MaskSpec, q_box: np.ndarray, k_box: np.ndarray) -> tuple[n
     size = np.array(spec.tiles(len(q_box) - 1), dtype=np.int64)
     first = q_box[1:, 0] // size
     counts = (q_box[1:, 1] - 1) // size - first + 1
-    tiles = np.indices(counts, dtype=np.int64).reshape(len(size), -1).T + first  # [n, n_spatial]
+    tiles = np.indices(tuple(counts), dtype=np.int64).reshape(len(size), -1).T + first  # [n, n_spatial]
     low, high = tiles * size, (tiles + 1) * size
     q_boxes = np.empty((len(tiles), len(q_box), 2), dtype=np.int64)
     q_boxes[:, 0] = q_box[0]
@@ -576,25 +575,26 @@ def mask_to_index_pairs(
     Raises:
         KeyError: a region that the layout does not have.
         ValueError: tiles or a pattern that do not fit the layout.
+
+    >>> layout = CanvasLayout(T=1, d_model=8, spatial_shape=(1, 4), regions={"a": (0, 1, 0, 1, 0, 4)})
+    >>> mask_to_index_pairs(MaskSpec("tile", tile_h=1, tile_w=2), layout, "a", "a")
+    [([0, 1], [0, 1]), ([2, 3], [2, 3])]
     """
-    checked_kind(mask_spec, "mask_spec", MaskSpec)
-    q_box, k_box = checked_kind(layout, "layout", CanvasLayout).region_box(src), layout.region_box(dst)
+    checked_kind(mask_spec, "mask_spec", MaskSpec), checked_kind(layout, "layout", CanvasLayout)
+    q_box, k_box = layout.region_box(src), layout.region_box(dst)
     if mask_spec.effective_kind != "sparse":
         boxes = zip(*split_boxes(mask_spec, q_box, k_box), strict=True)
-        return [
-            (_box_indices(layout, queries).tolist(), _box_indices(layout, keys).tolist()) for queries, keys in boxes
-        ]
+        return [(_box_indices(layout, rows).tolist(), _box_indices(layout, keys).tolist()) for rows, keys in boxes]
     queries, keys = layout.region_positions(src), layout.region_positions(dst)
-    cover = pattern_cover(mask_spec, layout.region_size(src), layout.region_size(dst))
     pattern = np.array(mask_spec.pattern, dtype=bool)
-    if not cover.pair:
+    if not pattern_cover(mask_spec, layout.region_size(src), layout.region_size(dst)).pair:
         chosen = keys[pattern.reshape(-1)].tolist()
         return [(queries.tolist(), chosen)] if chosen else []
     rows, first, member = np.unique(pattern, axis=0, return_index=True, return_inverse=True)
-    order = [row for row in np.argsort(first).tolist() if rows[row].any()]
-    return [(queries[member.reshape(-1) == row].tolist(), keys[rows[row]].tolist()) for row in order]
+    in_order = (row for row in np.argsort(first).tolist() if rows[row].any())
+    return [(queries[member.reshape(-1) == row].tolist(), keys[rows[row]].tolist()) for row in in_order]
 
 
 def _box_indices(layout: CanvasLayout, box: np.ndarray) -> np.ndarray:
-    grid = np.arange(layout.num_positions, dtype=np.int64).reshape(layout.T, *layout.spatial_shape)
+    grid = np.arange(layout.num_positions).reshape(layout.T, *layout.spatial_shape)
     return grid[tuple(slice(low, high) for low, high in box.tolist())].reshape(-1)

@@ -6,16 +6,20 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from canvas_engineering.canvas.tensor import parameter_key
 
+_PACKAGE = __name__.partition(".")[0]
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
 
 @dataclass
 class RegionParameters:
-    """What of a module belongs to one region and to no other that is to be treated otherwise.
+    """What of a module belongs to one region and to no other.
 
     Attributes:
         parameters: by dotted name; a parameter that the module holds twice may be there twice.
@@ -29,7 +33,7 @@ class RegionParameters:
 
 
 def parameters_by_region(
-    module: nn.Module, modes: Mapping[str, str]
+    module: nn.Module, regions: Iterable[str]
 ) -> tuple[dict[str, RegionParameters], dict[str, tuple[str, ...]]]:
     """Sorts a module's tensors by region.
 
@@ -39,17 +43,18 @@ def parameters_by_region(
 
     Args:
         module: any module.
-        modes: region to what becomes of it. A tensor of several regions is theirs where their modes are the same.
+        regions: names of the regions to sort by.
 
     Returns:
-        what belongs to each region; and, by name, the regions of each tensor whose regions have different modes.
+        what belongs to each region; and, by name, the regions of each tensor that several regions share.
 
     Raises:
         ValueError: ``region_parameters`` lists what its module does not have.
     """
     modules = dict(module.named_modules(remove_duplicate=False))
-    spelled = _Spellings(modes)
-    listed = _listed(modules, modes)
+    names = tuple(regions)
+    spelled = _Spellings(names)
+    listed = _listed(modules, names)
     parameters, saved = dict(module.named_parameters(remove_duplicate=False)), module.state_dict(keep_vars=True)
     owners: dict[str, dict[str, str]] = {}  # name of a tensor: region to the submodule in which it has the tensor
     for name, tensor in (*parameters.items(), *module.named_buffers(remove_duplicate=False)):
@@ -61,13 +66,13 @@ def parameters_by_region(
     of_tensor: dict[int, dict[str, None]] = {}
     for name, tensor in parameters.items():
         of_tensor.setdefault(id(tensor), {}).update(dict.fromkeys(owners[name]))
-    own, shared = {region: RegionParameters() for region in modes}, {}
+    own, shared = {region: RegionParameters() for region in names}, {}
     for name, found in owners.items():
-        regions = of_tensor[id(parameters[name])] if name in parameters else found
-        if len({modes.get(region, "runtime") for region in regions}) > 1:
-            shared[name] = tuple(sorted(regions))
+        sharing = of_tensor[id(parameters[name])] if name in parameters else found
+        if len(sharing) > 1:
+            shared[name] = tuple(sorted(sharing))
             continue
-        for region in filter(modes.__contains__, regions):
+        for region in filter(own.__contains__, sharing):
             submodule = found.get(region, name.rpartition(".")[0])
             if submodule not in own[region].submodules:
                 own[region].submodules.append(submodule)
@@ -125,17 +130,25 @@ def _inside(inner: str, outer: str, spans: Mapping[str, tuple[int, int]]) -> boo
 
 def _may_spell(components: list[str], modules: Mapping[str, nn.Module]) -> list[bool]:
     """Of each component of a tensor's name, whether it may be a region's: those that a user gave. Names inside our own
-    modules are none, nor is ``weight`` of torch's layers; a user's module inside ours has names again."""
-    ours, found = False, []
-    for number in range(len(components)):
-        holder = modules[".".join(components[:number])]
+    modules are none, nor are those of torch's (``weight``, ``layers``); a user's module inside ours has names again,
+    but in what all regions share, such as a dispatcher, ``region_parameters`` alone says what is a region's."""
+    holders = [modules[".".join(components[:number])] for number in range(len(components))]
+    if any(map(_is_shared, holders)):
+        return [False] * len(components)
+    ours, flags = False, []
+    for holder in holders:
         package = type(holder).__module__.partition(".")[0]
         if package != "torch":  # containers go by who holds them
-            ours = package == __name__.partition(".")[0]
-        found.append(not ours)
-    if package == "torch" and not isinstance(holder, (nn.ParameterDict, nn.ParameterList)):
-        found[-1] = False
-    return found
+            ours = package == _PACKAGE
+        flags.append(not ours and (package != "torch" or isinstance(holder, _CONTAINERS)))
+    return flags
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Whether it is one of our modules that know what of them is a region's, or derived from one."""
+    return any(
+        "region_parameters" in vars(cls) and cls.__module__.startswith(f"{_PACKAGE}.") for cls in type(module).__mro__
+    )
 
 
 def _listed(modules: Mapping[str, nn.Module], regions: Iterable[str]) -> dict[int | str, dict[str, str]]:
@@ -146,11 +159,14 @@ def _listed(modules: Mapping[str, nn.Module], regions: Iterable[str]) -> dict[in
         # of the class: wrappers, such as compiled modules, hand on what they wrap
         if not hasattr(type(module), "region_parameters"):
             continue
+        asked: Any = module  # whose class was seen to have the method
         prefix = f"{path}." if path else ""
-        names = dict(module.named_parameters(remove_duplicate=False))
+        # what an earlier compile made constant is a buffer now
+        held = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        names = {name for tensors in held for name, _ in tensors}
         others = (getattr(module, "region_names", ()), getattr(getattr(module, "layout", None), "regions", ()))
         for region in dict.fromkeys([*regions, *others[0], *others[1]]):
-            listed = list(module.region_parameters(region) or ())
+            listed = list(asked.region_parameters(region) or ())
             unknown = [name for name in listed if isinstance(name, str) and f"{prefix}{name}" not in modules]
             unknown = [name for name in unknown if name not in names]
             if unknown:

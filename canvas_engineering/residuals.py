@@ -37,6 +37,9 @@ class ResidualSpec:
 
     Raises:
         ValueError: no kinds, or one twice or with a dot, an unknown reduction, or a decay outside [0, 1].
+
+    >>> ResidualSpec(kinds=("prediction", "peak"), decay=0.9).reduce
+    'max_mean'
     """
 
     kinds: tuple[str, ...] = ("prediction",)
@@ -79,6 +82,8 @@ class ResidualAccumulator(CanvasModule):
     >>> accumulator.summaries()
     {'eye': {'prediction': 1.0}}
     """
+
+    values: torch.Tensor
 
     def __init__(self, region_names: list[str], spec: ResidualSpec | None = None):
         super().__init__()
@@ -172,6 +177,13 @@ class TriggerFlags(CanvasModule):
     Raises:
         ValueError: a trigger of another form.
     """
+
+    column: torch.Tensor
+    known: torch.Tensor
+    wants: torch.Tensor
+    threshold: torch.Tensor
+    of_trigger: torch.Tensor
+    trigger_of: torch.Tensor
 
     _OPS = ("<", ">", "==", "!=")
     _WANTS = {"<=": ("<", "=="), ">=": (">", "==")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -124,6 +125,7 @@ class RegionScheduler:
         if clock.mode == "periodic":
             return now % clock.period == 0
         if clock.mode == "on_event":
+            assert clock.event_source is not None  # ClockSpec.check
             return context.summary(clock.event_source) > clock.event_threshold
         assert clock.mode == "boundary", clock.mode
         return context.boundary is not None and context.boundary == clock.event_source
@@ -150,6 +152,10 @@ class DeviceScheduler(CanvasModule):
     >>> [scheduler.step(t).tolist() for t in range(3)]
     [[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
     """
+
+    last_fired: torch.Tensor
+    boundary_t: torch.Tensor
+    _inner: torch.Tensor
 
     def __init__(self, program: CanvasProgram, accumulator: ResidualAccumulator | None = None):
         super().__init__()
@@ -215,6 +221,10 @@ class LearnedScheduler(CanvasModule):
 
     Raises:
         ValueError: a size below 1, or a temperature that is not above 0.
+
+    >>> active, scores = LearnedScheduler(n_regions=4, summary_dim=2, max_active=1).eval()(torch.randn(2))
+    >>> scores.shape
+    torch.Size([4])
     """
 
     def __init__(self, n_regions: int, summary_dim: int | None, max_active: int, temperature: float = 1.0):
@@ -233,9 +243,13 @@ class LearnedScheduler(CanvasModule):
         self.scorer = nn.Sequential(first, nn.GELU(), nn.Linear(2 * n_regions, n_regions))
 
     @property
+    def _layers(self) -> tuple[nn.Linear, nn.GELU, nn.Linear]:
+        return cast("tuple[nn.Linear, nn.GELU, nn.Linear]", tuple(self.scorer))  # torch does not say what it holds
+
+    @property
     def summary_dim(self) -> int | None:
         """Number of summaries; None before the first call, where that decides."""
-        first = self.scorer[0]
+        first, _, _ = self._layers
         return None if isinstance(first, nn.LazyLinear) else first.in_features
 
     def __repr__(self) -> str:
@@ -258,7 +272,7 @@ class LearnedScheduler(CanvasModule):
         if checked_tensor(summaries, "summaries").dim() not in (1, 2):
             raise ValueError(f"summaries must be (summary_dim,) or (batch, summary_dim), got {tuple(summaries.shape)}")
         row = summaries if summaries.dim() == 1 else summaries[0]
-        first, gelu, last = self.scorer
+        first, gelu, last = self._layers
         expected = self.summary_dim
         if row.shape[-1] not in (0, row.shape[-1] if expected is None else expected):
             raise ValueError(f"the scheduler scores {expected} summaries, got {tuple(summaries.shape)}")
@@ -290,6 +304,12 @@ class HybridScheduler(CanvasModule):
     Raises:
         KeyError: a learned region that neither the program nor its layout has.
         ValueError: none, or what the program is refused for.
+
+    >>> from canvas_engineering import CanvasLayout, CanvasProgram, CanvasSchema, RegionProgram
+    >>> layout = CanvasLayout(T=1, d_model=8, spatial_shape=(2,), regions={"a": (0, 1, 0, 1), "b": (0, 1, 1, 2)})
+    >>> program = CanvasProgram(CanvasSchema(layout), {"a": RegionProgram(), "b": RegionProgram()})
+    >>> sorted(HybridScheduler(program, ["b"]).step(0, {"a": {"prediction": 0.5}}))
+    ['a', 'b']
     """
 
     def __init__(
@@ -323,7 +343,8 @@ class HybridScheduler(CanvasModule):
         fired = self.declared.step(external_t, summaries, boundary)
         found = summaries or {}
         flat = [found[region][kind] for region in sorted(found) for kind in sorted(found[region])]
-        weight = self.learned.scorer[2].weight
+        _, _, last = self.learned._layers
+        weight = last.weight
         with torch.no_grad():
             taken, _ = self.learned(torch.tensor(flat, dtype=weight.dtype, device=weight.device))
         return fired.difference(self.learned_regions) | {self.learned_regions[number] for number in taken}

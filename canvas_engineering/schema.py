@@ -25,6 +25,7 @@ _GRID_FIELDS = ("T", "spatial_shape", "H", "W", "d_model", "t_current")
 _SCHEMA_ENTRIES = ("schema_version", "layout", "regions", "topology", "metadata")
 PROGRAM_ENTRIES = ("program_version", "region_programs", "connection_programs")
 _ENTRIES = (*_SCHEMA_ENTRIES, *PROGRAM_ENTRIES)
+_NAMED_ELSEWHERE = ("version", "written_by")
 
 
 def _plain(value: Any) -> Any:
@@ -73,6 +74,11 @@ def _version(d: dict[str, Any]) -> Any:
     return given[0] if given else CanvasSchema.version
 
 
+def _near(name: str) -> str | None:
+    """The top-level field that a misspelt name probably means."""
+    return next(iter(difflib.get_close_matches(name.lower(), (*_ENTRIES, *_NAMED_ELSEWHERE), 1, 0.8)), None)
+
+
 def _metadata(d: dict[str, Any]) -> dict[str, Any]:
     """The form's metadata, with the top-level fields that no release knows, of which a UserWarning tells.
 
@@ -80,16 +86,19 @@ def _metadata(d: dict[str, Any]) -> dict[str, Any]:
         ValueError: a field that is nearly one of a program's, or that metadata has another value for.
     """
     metadata = dict(checked_kind({} if d.get("metadata") is None else d["metadata"], "metadata", dict))
-    unknown = {name: value for name, value in d.items() if name not in (*_ENTRIES, "version", "written_by")}
+    unknown = {name: value for name, value in d.items() if name not in (*_ENTRIES, *_NAMED_ELSEWHERE)}
     if not unknown:
         return metadata
-    meant = {name: difflib.get_close_matches(name, _ENTRIES, 1, 0.8) for name in map(str, unknown)}
+    meant = {name: _near(name) for name in map(str, unknown)}
     # a program without its behaviour would run, and do something else
-    _refuse_unknown([name for name, near in meant.items() if set(near) & {*PROGRAM_ENTRIES}], _ENTRIES, "a schema")
+    misspelt = {name: near for name, near in meant.items() if near in PROGRAM_ENTRIES}
+    if misspelt:
+        told = some(f"{shown(name)} for {near}" for name, near in misspelt.items())
+        raise ValueError(f"a schema has unknown fields, which look like a program's: {told}")
     taken = [name for name, value in unknown.items() if metadata.get(name, value) != value]
     if taken:
         raise ValueError(f"a schema has {shown(taken)} at its top level, and others of that name in its metadata")
-    told = (f"{shown(name)} (did you mean {near[0]}?)" if near else shown(name) for name, near in meant.items())
+    told = (f"{shown(name)} (did you mean {near}?)" if near else shown(name) for name, near in meant.items())
     warn(f"a schema has unknown fields, which are kept in its metadata: {some(told)}")
     return {**metadata, **unknown}
 
@@ -176,14 +185,17 @@ class CanvasSchema:
         """The schema of a dict as `to_dict` gives it, or as earlier releases wrote it: with a layout of ``H`` and
         ``W``, or with ``version`` in the place of ``schema_version``.
 
-        The entries of a program are left to :class:`CanvasProgram`, with a UserWarning where they say something. Other
-        fields at the top level become metadata, with one that names them, and the entry that was probably meant.
+        Fields at the top level that no release knows become metadata, with a UserWarning that names them, and the
+        entry that was probably meant.
 
         Raises:
-            ValueError: something is missing, unknown or wrong; the message names the entry.
+            ValueError: something is missing, unknown or wrong, or the dict is a program's; the message names the entry.
         """
         if not isinstance(d, dict) or not isinstance(d.get("layout"), dict):
-            raise ValueError(f"a schema must be a dict with a 'layout', got {shown(d)}")
+            names = [name for name in d if name != "layout"] if isinstance(d, dict) else []
+            near = [name for name in names if _near(str(name)) == "layout"]
+            hint = f" (is {shown(near[0])} meant to be one?)" if near else ""
+            raise ValueError(f"a schema must be a dict with a 'layout'{hint}, got {shown(d)}")
         grid = d["layout"]
         if "regions" in grid:
             raise ValueError(f"the regions of a schema stand beside its layout, not in it: {shown(grid)}")
@@ -211,9 +223,9 @@ class CanvasSchema:
             version=_version(d),
             metadata=_metadata(d),
         )
-        left = [name for name in PROGRAM_ENTRIES[1:] if d.get(name)]
-        if left:
-            warn(f"a program is read as a schema, without its {some(left)}: CanvasProgram reads all of it")
+        of_program = [name for name in PROGRAM_ENTRIES[1:] if d.get(name) not in (None, {})]
+        if of_program:
+            raise ValueError(f"a schema has no {some(of_program)}: this is a program, which CanvasProgram reads")
         return schema
 
     def to_json(self, path: str | Path) -> None:

@@ -43,6 +43,11 @@ def program_distance(a_spec: RegionSpec, a_program: Any, b_spec: RegionSpec, b_p
 
     Raises:
         ValueError: embeddings that are missing or cannot be compared.
+
+    >>> from canvas_engineering import RegionProgram, RegionSpec
+    >>> spec = RegionSpec((0, 1, 0, 1), semantic_embedding=(1.0, 0.0), embedding_model="m")
+    >>> program_distance(spec, RegionProgram("state"), spec, RegionProgram("observation"))
+    0.3
     """
     for program in (a_program, b_program):
         if not hasattr(program, "family") or not hasattr(program, "carrier"):
@@ -128,7 +133,14 @@ class SemanticConditioner(CanvasModule):
 
     Raises:
         ValueError: no regions, or an embedding of another length than ``embed_dim``, or one that is not finite.
+
+    >>> conditioner = SemanticConditioner(8, 3, {"arm": [1.0, 0.0, 0.0], "eye": [0.0, 1.0, 0.0]})
+    >>> conditioner.get_conditioning("arm").shape
+    torch.Size([8])
     """
+
+    _embeddings: torch.Tensor
+    residuals: nn.Parameter | None
 
     def __init__(
         self,

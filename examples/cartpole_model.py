@@ -125,9 +125,7 @@ class WorldModel(nn.Module):
             x = block(x)
 
         patches = self.decode_patch(self.canvas.extract(x, "video"))
-        pixels = rearrange(
-            patches, "b (t row column) (p q) -> b t (row p) (column q)", t=FRAMES, row=ROWS, p=PATCH
-        )
+        pixels = rearrange(patches, "b (t row column) (p q) -> b t (row p) (column q)", t=FRAMES, row=ROWS, p=PATCH)
         change = self.decode_state(self.canvas.extract(x, "proprioception"))
         last_video, last_states = video[:, OBSERVED - 1, None], states[:, OBSERVED - 1, None]
         return last_video + pixels[:, OBSERVED:], last_states + change[:, OBSERVED:]

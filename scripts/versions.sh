@@ -7,6 +7,7 @@
 #   newest      Python 3.13 and the newest of everything that the package index gives
 #
 #   scripts/versions.sh [NAME ...]    those environments, or all; ARGS="what pytest takes" and JOBS=processes, as for make test
+#   scripts/versions.sh rehearsal     no suite: all of make gpu at toy size, in the reference environment; OUT=folder
 #
 # An environment is made once, and brought into line when pyproject.toml or this file has changed; remove .versions/newest
 # to take newer releases. Each takes 5 to 8 GB, most of it CUDA, unless PIP_EXTRA_INDEX_URL names an index of CPU builds
@@ -16,7 +17,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/kernels" OMP_NUM_THREADS=1
 
 declare -A python_of=([oldest]=3.10 [reference]=3.12 [newest]=3.13)
-readme=(tests/test_readme_snippets.py tests/test_house.py::test_readme_examples_run_and_print_what_they_say)
+readme=(tests/test_readme_snippets.py tests/test_house.py::test_code_on_pages_runs_and_prints_what_they_say)
 logs=out/versions
 table="$logs/table.txt"
 
@@ -62,6 +63,15 @@ print("Python", sys.version.split()[0], *(f"{name} {m.version(name)}" for name i
     "$python" -m pytest -q -n "${JOBS:-2}" -p no:cacheprovider "$@" 2>&1 | tee "$logs/$name.log" || failed=yes
     row "$name" "$(printf '%-55s %s' "$versions" "$(tail -1 "$logs/$name.log")")"
 }
+
+if [ "$*" = rehearsal ]; then
+    python="$(interpreter 3.12)" || { echo "versions: the rehearsal needs a Python 3.12, on PATH or in pyenv" >&2; exit 1; }
+    make_environment reference "$python"
+    .versions/reference/bin/python -m benchmarks.gpu --interpret --out "${OUT:-out/gpu-rehearsal}"
+    # that machine's numpy runs no kernel in this Triton's interpreter
+    PYTHONPATH="$PWD/.versions/reference/numpy-2.5:$PYTHONPATH" .versions/reference/bin/python -m benchmarks.gpu --plan
+    exit
+fi
 
 mkdir -p "$logs"
 : >"$table"

@@ -246,14 +246,31 @@ PUBLIC_NAMES = {
     "canvas_engineering.curriculum": (
         "CurriculumScheduler",
     ),
+    "canvas_engineering.data": (
+        "LeRobotCanvasDataset",
+        "LeRobotFolder",
+        "LeRobotRecorder",
+    ),
     "canvas_engineering.dispatch": (
         "AttentionDispatcher",
         "surviving_state",
     ),
+    "canvas_engineering.doctor": (
+        "Check",
+        "check_numbers",
+        "doctor",
+    ),
     "canvas_engineering.draw": (
+        "alignment_figure",
+        "distance_figure",
+        "frames_figure",
         "layout_figure",
         "plan_figure",
         "topology_figure",
+        "volume_figure",
+    ),
+    "canvas_engineering.explore": (
+        "explore_page",
     ),
     "canvas_engineering.graft": (
         "freeze_full",

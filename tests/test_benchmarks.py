@@ -1,20 +1,24 @@
-"""The contestants compute what they say, the gate sees a wrong result, and the cases are those that are promised."""
+"""Benchmarks: cases declare, providers compute the oracle's numbers, the gate sees wrong ones, rows are right."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
-import os
-import re
+import math
 import subprocess
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("rich", reason="benchmarks print their tables with rich")
-
-from benchmarks import cases, dispatcher, measure, plan_cost, program, readme, report
+from benchmarks import bench, cases, layers, measure, providers
+from benchmarks.measure import Contest, Run, Settings
 from benchmarks.naive import DenseMask, PerEdgeLoop
+from benchmarks.problem import Problem
+from benchmarks.step_loops import LOOPS
 from canvas_engineering import (
     AttentionDispatcher,
     CanvasLayout,
@@ -23,141 +27,139 @@ from canvas_engineering import (
     MaskSpec,
     RegionSpec,
     TemporalFill,
+    compile_attention,
+    create_attention,
 )
-from tests import oracle
+from tests import family_oracle, oracle
 
-D, HEADS = 16, 2
-SPARSE = MaskSpec("sparse", pattern=(((True,) * 3,) * 2,) * 6)
+HEADS, DIM = 2, 8
+RESULTS = ("out", "dq", "dk", "dv")
 
 
-def small_multi_rate():
-    """Overlapping regions, a slow one, weights, every fill, and positions that read nothing."""
+def tangled():
+    """Weights, fills, tiles, overlaps, a slow region, positions without keys; 72 positions."""
     regions = {
         "fast": (0, 6, 0, 2, 0, 3),
         "over": (1, 4, 1, 3, 1, 3),
-        "slow": RegionSpec((0, 2, 3, 4, 0, 3), period=3),
-        "mute": (0, 2, 3, 4, 3, 4),
+        "slow": RegionSpec((0, 2, 2, 3, 0, 3), period=3),
+        "mute": (0, 2, 3, 4, 2, 3),
     }
     connections = [
         Connection("fast", "fast", t_src=0, t_dst=0, weight=2.0),
-        Connection("fast", "fast", t_src=0, t_dst=-1),
+        Connection("fast", "fast", t_src=0, t_dst=-1, mask=MaskSpec("tile", tile_h=1, tile_w=2)),
         Connection("fast", "slow", t_src=0, t_dst=0, temporal_fill=TemporalFill.INTERPOLATE),
         Connection("over", "slow", t_src=0, t_dst=0, temporal_fill=TemporalFill.HOLD, weight=0.5),
-        Connection("slow", "fast", t_src=0, t_dst=0, temporal_fill=TemporalFill.DROP),
+        Connection("slow", "over", mask=MaskSpec("tile", tile_shape=(2, 2))),
         Connection("slow", "slow"),
         Connection("over", "fast", weight=0.0),
     ]
-    return CanvasLayout(T=6, d_model=D, spatial_shape=(4, 4), regions=regions), CanvasTopology(connections)
+    return CanvasLayout(T=6, d_model=16, spatial_shape=(4, 3), regions=regions), CanvasTopology(connections)
 
 
-def projected(module, x):
-    """q, k, v (B, heads, N, head_dim) of a contestant's cross attention, and its output projection."""
+def ragged():
+    """37 positions, several without keys; equal weights; "b" is no range in packed order."""
+    regions = {"a": (0, 1, 0, 18), "b": (0, 1, 18, 30), "c": (0, 1, 24, 33)}
+    connections = [Connection(src, dst) for src, dst in ("aa", "ac", "ba", "bc")]
+    return CanvasLayout(T=1, d_model=8, spatial_shape=(37,), regions=regions), CanvasTopology(connections)
+
+
+def striped():
+    """Two regions beside each other: their rows alternate in canvas order, and are ranges in packed order."""
+    regions = {"left": (0, 2, 0, 5, 0, 3), "right": (0, 2, 0, 5, 3, 7)}
+    connections = [Connection("left", "right"), Connection("left", "left", t_src=0, t_dst=0)]
+    return CanvasLayout(T=2, d_model=8, spatial_shape=(5, 7), regions=regions), CanvasTopology(connections)
+
+
+SMALL = cases.Case("tangled", tangled, heads=HEADS, head_dim=DIM, batch=2)
+PROBLEMS = [Problem(dataclasses.replace(SMALL, declare=declare)) for declare in (tangled, ragged, striped)]
+QUICK = Settings(seconds=0.0, rounds=(1, 1), reference_tokens=16, only=("sdpa_mask", "per_edge_loop", "grouped"))
+
+
+def quick(**changes) -> Settings:
+    return dataclasses.replace(QUICK, environment={"commit": "abc"}, **changes)
+
+
+def test_every_case_has_its_name_and_its_kind():
+    for known in (cases.CPU, cases.GPU):
+        assert len({case.name for case in known}) == len(known)
+        for case in known:
+            assert case.kind in bench.KINDS and case.about
+            assert case.at_least.keys() <= {*bench.PROVIDERS, "sdpa_unmasked"}
+            assert case.without.keys() <= {*bench.PROVIDERS}
+
+
+@pytest.mark.parametrize("case", [c for c in cases.CPU if c.kind == "attention"], ids=lambda case: case.name)
+def test_every_canvas_declares_and_plans(case):
+    layout, topology = case.declare()
+    plans = [compile_attention(layout, topology, normalize=form) for form in ("joint", "edge")]
+    assert all(0 < plan.density <= 1 for plan in plans)
+    frames = {f"frames_{n}_d64": 1 / n for n in cases.FRAMES}
+    if case.name in frames:
+        assert math.isclose(plans[1].density, frames[case.name])
+    if case.name.startswith("video_"):
+        assert layout.num_positions == int(case.name.removeprefix("video_"))
+
+
+def expected(form: str, declare, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Output and gradients (B, H, N, D) by the tests' oracle and autograd."""
+    layout, topology = declare()
+    q, k, v, upstream = (x.detach().double() for x in tensors)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    if form == "edge":
+        out = oracle.edge_attention(*leaves, oracle.reads(layout, topology), DIM**-0.5)
+    else:
+        out = oracle.joint_attention(*leaves, torch.as_tensor(oracle.joint_matrix(layout, topology)), DIM**-0.5)
+    return dict(zip(RESULTS, (out.detach(), *torch.autograd.grad(out, leaves, upstream))))
+
+
+@pytest.mark.parametrize("form", ["joint", "edge"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.case.declare.__name__)
+def test_exact_results_are_the_oracles(problem, form):
+    tensors = problem.inputs("cpu", torch.float32)
+    rows = np.arange(0, problem.tokens, 2)
+    tensors[3] = torch.zeros_like(tensors[3]).index_copy(2, torch.from_numpy(rows), tensors[3][:, :, rows])
+    exact = problem.exact(form, tensors, rows)
+    for name, wanted in expected(form, problem.case.declare, tensors).items():
+        wanted = wanted[:, :, rows] if name in ("out", "dq") else wanted
+        torch.testing.assert_close(exact[name], wanted, rtol=0, atol=1e-12, msg=name)
+
+
+def test_tokens_follow_the_regions_of_the_sequence():
+    layout = CanvasLayout(T=2, d_model=8, spatial_shape=(3,), regions={"a": (0, 2, 0, 2), "b": (0, 1, 2, 3)})
+    problem = Problem(cases.Case("two", lambda: (layout, CanvasTopology.dense(["a", "b"])), sequence=("b", "a")))
+    assert problem.place.tolist() == [2, 0, 1, 3, 4] and problem.tokens == 5
+    assert (problem.plan("joint").to_dense() == 1).all() and problem.plan("edge").density == 1
+
+
+def test_a_long_sequence_is_sampled_with_every_kind_in_it():
+    problem = Problem(cases.Case("video", lambda: cases.long_video(40, 24)))
+    rows = problem.sample()
+    assert len(rows) == 2**23 // problem.tokens == 364 and (np.diff(rows) > 0).all()
+    assert set(problem.kinds[rows]) == set(problem.kinds)
+
+
+@pytest.mark.parametrize("kind", [PerEdgeLoop, DenseMask])
+def test_plain_modules_are_the_oracle(kind):
+    layout, topology = tangled()
+    torch.manual_seed(0)
+    module = kind(topology, layout, 16, HEADS).double()
+    x = torch.randn(2, layout.num_positions, 16, dtype=torch.float64)
     p = module.fn_modules["cross_attention"]
-    return (*(p.split(f(x)) for f in (p.q_proj, p.k_proj, p.v_proj)), p.out_proj)
-
-
-def test_the_loop_is_the_oracle():
-    layout, topology = small_multi_rate()
-    torch.manual_seed(0)
-    loop = PerEdgeLoop(topology, layout, D, HEADS).double()
-    x = torch.randn(2, layout.num_positions, D, dtype=torch.float64)
-    q, k, v, out_proj = projected(loop, x)
-    reads = oracle.reads(layout, topology)
-    out = oracle.edge_attention(q, k, v, reads, (D // HEADS) ** -0.5)
-    expected = out_proj(out.transpose(1, 2).flatten(2))
-    found = loop(x)
-    covered = loop.covered[:, 0]
-    torch.testing.assert_close(found[:, covered], expected[:, covered], rtol=0, atol=1e-12)
-    assert torch.equal(found[:, ~covered], x[:, ~covered])
-    assert 0 < covered.sum() < layout.num_positions
-
-
-def test_the_loop_runs_under_autocast():
-    layout, topology = small_multi_rate()
-    torch.manual_seed(0)
-    loop = PerEdgeLoop(topology, layout, D, HEADS)
-    x = torch.randn(1, layout.num_positions, D)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = loop(x)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, loop(x), rtol=0, atol=0.02)
-
-
-def test_the_dense_mask_is_the_oracle():
-    layout, topology = small_multi_rate()
-    torch.manual_seed(0)
-    dense = DenseMask(topology, layout, D, HEADS).double()
-    x = torch.randn(2, layout.num_positions, D, dtype=torch.float64)
-    q, k, v, out_proj = projected(dense, x)
+    q, k, v = (p.split(project(x)) for project in (p.q_proj, p.k_proj, p.v_proj))
     matrix = torch.as_tensor(oracle.joint_matrix(layout, topology))
-    out = oracle.joint_attention(q, k, v, matrix, (D // HEADS) ** -0.5)
+    if kind is PerEdgeLoop:
+        out = oracle.edge_attention(q, k, v, oracle.reads(layout, topology), DIM**-0.5)
+    else:
+        out = oracle.joint_attention(q, k, v, matrix, DIM**-0.5)
     covered = (matrix > 0).any(1)
-    expected = torch.where(covered[:, None], out_proj(out.transpose(1, 2).flatten(2)), x)
-    # ln of the weights is kept in float32.
-    torch.testing.assert_close(dense(x), expected, rtol=0, atol=1e-6)
+    wanted = torch.where(covered[:, None], p.out_proj(out.transpose(1, 2).flatten(2)), x)
+    torch.testing.assert_close(module(x), wanted, rtol=0, atol=1e-6)  # ln of the weights is kept in float32
+    assert torch.equal(module(x)[:, ~covered], x[:, ~covered]) and 0 < covered.sum() < len(covered)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(module.float()(x.float()).double(), wanted, rtol=0, atol=0.05)
 
 
-def small_contestants():
-    """Those of ``small_multi_rate``, and an input."""
-    return dispatcher.build(cases.Case("small", small_multi_rate))
-
-
-@pytest.fixture
-def small_width(monkeypatch):
-    monkeypatch.setattr(dispatcher, "D_MODEL", D)
-    monkeypatch.setattr(dispatcher, "HEADS", HEADS)
-
-
-def test_every_contestant_gives_its_form_s_numbers_and_gradients(small_width):
-    found, x = small_contestants()
-    assert list(found) == ["ours", "per_edge_loop", "ours_joint", "dense_mask"]
-    worst = dispatcher.gate(found, x)
-    assert set(worst) == set(found) and min(worst.values()) > 0 and max(worst.values()) <= 1e-5
-    results = {name: dispatcher.outputs_and_gradients(module, x, torch.ones_like(x)) for name, module in found.items()}
-    compared = {"output", "x", *(name for name, _ in found["ours"].named_parameters())}
-    assert set(dispatcher.errors(results["ours"], results["per_edge_loop"])) == compared
-    # one softmax per read is not one over all that is read
-    assert dispatcher.errors(results["dense_mask"], results["per_edge_loop"])["output"] > 0.01
-    uncovered = ~found["ours_joint"].covered[:, 0]
-    assert uncovered.any() and torch.equal(results["ours_joint"]["output"][:, uncovered], x[:, uncovered])
-
-
-def test_the_gate_s_joint_form_is_the_oracle_s(small_width):
-    found, _ = small_contestants()
-    exact = dispatcher.exact_joint(found["per_edge_loop"], found["dense_mask"])
-    matrix = torch.as_tensor(oracle.joint_matrix(*small_multi_rate()))
-    reading = (matrix > 0).any(1)
-    torch.testing.assert_close(exact.mask.exp()[reading], matrix[reading], rtol=1e-12, atol=0)
-    assert torch.equal(exact.covered[:, 0], reading)
-
-
-@pytest.mark.parametrize("name", ["ours", "per_edge_loop", "ours_joint", "dense_mask"])
-def test_the_gate_sees_a_wrong_result_of_anyone(name, small_width, monkeypatch):
-    found, x = small_contestants()
-    forward = type(found[name]).forward
-    wrong = found[name]
-    monkeypatch.setattr(type(wrong), "forward", lambda self, x: forward(self, x) * (1 + 1e-4 * (self is wrong)))
-    with pytest.raises(dispatcher.Disagreement, match=f"^{name} differs from the .* form in float64: .*'output'"):
-        dispatcher.gate(found, x)
-
-
-def test_the_gate_sees_a_wrong_mask(small_width):
-    layout, topology = small_multi_rate()
-    found, x = small_contestants()
-    dense = DenseMask(CanvasTopology(topology.connections[:-3]), layout, D, HEADS)
-    dense.load_state_dict(found["dense_mask"].state_dict())
-    with pytest.raises(dispatcher.Disagreement, match="dense_mask differs from the joint form"):
-        dispatcher.gate(found | {"dense_mask": dense}, x)
-
-
-def test_the_gate_sees_a_wrong_result():
-    layout, topology = small_multi_rate()
-    torch.manual_seed(0)
-    ours = AttentionDispatcher(CanvasTopology(topology.connections[:-3]), layout, D, HEADS)
-    loop = PerEdgeLoop(topology, layout, D, HEADS)
-    loop.load_state_dict(ours.state_dict())
-    with pytest.raises(dispatcher.Disagreement, match="output"):
-        dispatcher.gate({"ours": ours, "per_edge_loop": loop}, torch.randn(1, layout.num_positions, D))
+SPARSE = MaskSpec("sparse", pattern=(((True,) * 3,) * 2,) * 6)
 
 
 @pytest.mark.parametrize(
@@ -169,144 +171,367 @@ def test_the_gate_sees_a_wrong_result():
     ],
 )
 def test_what_the_loop_cannot_do_is_named(connection, message):
-    layout, _ = small_multi_rate()
     with pytest.raises(ValueError, match=message):
-        PerEdgeLoop(CanvasTopology([connection]), layout, D, HEADS)
+        PerEdgeLoop(CanvasTopology([connection]), tangled()[0], 16, HEADS)
 
 
-def test_cases_are_the_promised_ones():
-    promised = {
-        "robot": (320, 9, {"per_edge_loop": 2.0}),
-        "causal_video": (4608, 6, {"per_edge_loop": 3.7, "dense_mask": 5.0}),
-        "multi_rate": (1536, 4, {"per_edge_loop": 4.0}),
+@pytest.mark.parametrize("fn", LOOPS)
+def test_loops_over_positions_are_the_oracle(fn):
+    torch.manual_seed(0)
+    module = LOOPS[fn](8, 2).double()
+    x_q, x_k = (torch.randn(2, n, 8, dtype=torch.float64) for n in (7, 5))
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    torch.testing.assert_close(module(x_q, x_k, x_k), family_oracle.oracle(fn, state, x_q, x_k, 2))
+    assert set(module.state_dict()) == set(create_attention(fn, 8, 2).state_dict())
+
+
+def agrees(problem: Problem, form: str, attend) -> None:
+    """Output and gradients of all entries and heads are the exact ones."""
+    tensors = problem.inputs("cpu", torch.float32)
+    exact = problem.exact(form, tensors, np.arange(problem.tokens))
+    packed = isinstance(attend, providers.Packed)
+    own = [attend.pack(x) for x in tensors] if packed else tensors
+    leaves = [x.detach().requires_grad_() for x in own[:3]]
+    results = [attend(*leaves)]
+    results += torch.autograd.grad(results[0], leaves, own[3])
+    for name, value in zip(RESULTS, results):
+        value = attend.unpack(value.detach()) if packed else value.detach()
+        torch.testing.assert_close(value.double(), exact[name], rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("form", "name"), [who[:2] for who in providers.of("cpu") if not who[1].startswith(("fl", "varlen"))]
+)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.case.declare.__name__)
+def test_providers_on_a_cpu_are_exact(problem, form, name):
+    (build,) = (build for *who, build in providers.of("cpu") if who == [form, name])
+    try:
+        attend = build(problem, "cpu", torch.float32)
+    except measure.Unavailable as why:
+        assert name in ("ours_torch", "sdpa_mask_used", "grouped"), why
+    else:
+        agrees(problem, form, attend)
+
+
+def test_flex_attention_agrees_in_both_orders():
+    """Compiled, with weights and packed order: some seconds of a C++ compiler."""
+    for row in next(bench.run([SMALL], quick(only=("flex", "flex_packed"))))[1:3]:
+        if "failed" in row:
+            pytest.skip(f"no compiled FlexAttention here: {row['failed'][:200]}")
+        assert row["errors"].keys() == {"out"} and row["errors"]["out"] < 1e-5 and "step_seconds" not in row
+
+
+def test_flex_attention_is_compiled_once_for_all_cases_of_a_gpu(monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, usual = CompileCounterWithBackend("eager"), providers.compiled_flex
+    monkeypatch.setattr(providers, "compiled_flex", lambda dynamic: usual(True, counter))  # a GPU's, on this device
+    for problem in map(Problem, cases.DISPATCH[:2]):
+        with torch.no_grad():
+            providers.flex(problem, "cpu", torch.float32)(*problem.inputs("cpu", torch.float32)[:3])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(("n", "kinds"), [(512, 1), (1000, 7), (1024, 300), (100, 3)])
+def test_block_tables_are_create_block_mask_s(n, kinds):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    generator = torch.Generator().manual_seed(n)
+    of = torch.randint(kinds, (n,), generator=generator, dtype=torch.int32).sort().values
+    allowed = torch.rand(kinds, kinds, generator=generator) < (1 if kinds == 1 else 0.6)
+    wanted = create_block_mask(lambda b, h, q, k: allowed[of[q], of[k]], None, None, n, n, device="cpu")
+    mask = providers.block_mask(of, allowed)
+    for name in itertools.product(("kv", "full_kv", "q", "full_q"), ("num_blocks", "indices")):
+        assert torch.equal(getattr(mask, "_".join(name)), getattr(wanted, "_".join(name))), name
+    assert mask.seq_lengths == (n, n) and mask.mask_mod(0, 0, torch.tensor(5), torch.tensor(9)) == allowed[of[5], of[9]]
+
+
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
+    """As torch documents it: (tokens, heads, head_dim), and where each sequence starts."""
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    parts = [x.split(at.diff().tolist()) for x, at in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return torch.cat([attend(*(x.transpose(0, 1) for x in rows)).transpose(0, 1) for rows in zip(*parts)])
+
+
+def test_variable_lengths_are_exact_with_a_stand_in(monkeypatch):
+    monkeypatch.setattr(providers, "_package", lambda name: SimpleNamespace(varlen_attn=varlen_attn))
+    for problem in PROBLEMS:
+        agrees(problem, "edge", providers.varlen(problem, "cpu", torch.float32))
+
+
+def test_who_cannot_run_says_why(monkeypatch):
+    rows = bench.run_case(SMALL, quick(only=("ours_torch", "flex_flash", "varlen")))
+    reasons = {(row["form"], row["provider"]): row["skipped"] for row in rows if "skipped" in row}
+    assert {who: why.split()[0] for who, why in reasons.items()} == {
+        ("joint", "ours_torch"): "ours",
+        ("joint", "flex_flash"): "it",
+        ("edge", "ours_torch"): "ours",
+        ("edge", "varlen"): "it",
     }
-    for case in cases.DISPATCH:
-        layout, topology = case.declare()
-        assert (layout.num_positions, len(topology.connections), case.at_least) == promised[case.name]
-        assert layout.d_model == dispatcher.D_MODEL
-    assert [layout.num_positions for layout, _ in (cases.computer_use(), cases.long_video(256))] == [16_384, 1_048_576]
-    assert len(cases.computer_use()[1].connections) == 17
-
-
-def test_interleaving_takes_turns():
-    turns = []
-    times = measure.interleave({name: lambda name=name: turns.append(name) for name in "ab"}, rounds=8, warm_up=1)
-    rounds = ["".join(turns[i : i + 2]) for i in range(0, 18, 2)]
-    # who came before has filled the caches: each comes first now and then
-    assert rounds[0] == "ab" and set(rounds[1:]) == {"ab", "ba"}
-    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 8, "b": 8}
-
-
-def test_quantiles():
-    assert measure.quantiles(np.arange(11.0)) == {"p10": 1.0, "p25": 2.5, "p50": 5.0, "p75": 7.5, "p90": 9.0}
-
-
-def test_a_commit_says_whether_code_differed(tmp_path):
-    def git(*arguments):
-        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
-
-    assert measure.commit_of(tmp_path) == "unknown"
-    written = ["benchmarks/results/rows.json", "docs/benchmarks/report.md", "README.md"]
-    for name in (*written, "benchmarks/code.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("1")
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "a")
-    clean = measure.commit_of(tmp_path)
-    assert len(clean) >= 7 and "+" not in clean
-    for name in written:
-        (tmp_path / name).write_text("2")
-    assert measure.commit_of(tmp_path) == clean
-    (tmp_path / "benchmarks/code.py").write_text("2")
-    assert measure.commit_of(tmp_path) == clean + "+"
-
-
-def test_versions_are_those_of_what_is_installed():
-    assert measure.versions(["numpy", "no-such-package"]) == {"numpy": np.__version__}
-
-
-def test_rows_say_what_ran_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(dispatcher, "D_MODEL", D)
-    case = cases.Case("small", small_multi_rate, {"per_edge_loop": 1e9})
-    rows = dispatcher.run_case(case, rounds=2)
-    measure.write_rows(rows, tmp_path / "rows.json")
-    read = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
-    names = [(row["form"], row["contestant"]) for row in read]
-    assert names == [("edge", "ours"), ("edge", "per_edge_loop"), ("joint", "ours_joint"), ("joint", "dense_mask")]
-    assert read[0]["ratio"]["p50"] == read[2]["ratio"]["p50"] == 1.0
-    assert len({row["worst_error"] for row in read}) == 4
-    assert {"device", "torch", "commit", "threads", "worst_error", "seconds"} <= set(read[1])
-    assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
-    cells = [list(column.cells) for column in dispatcher.table(rows).columns]
-    assert cells[-1][1].endswith("MISSED") and cells[-1][0] == ""
+    assert {name for _, name, _ in providers.of("cuda")} == {name for _, name, _ in providers.of("cpu")}
+    monkeypatch.setattr(measure, "free_bytes", lambda: 100)
+    with pytest.raises(measure.Unavailable, match=r"a mask of .* GiB, more than the .* GiB"):
+        providers.sdpa_mask(PROBLEMS[0], "cpu", torch.float32)
+    with pytest.raises(measure.Unavailable, match="no_such_package"):
+        providers._package("no_such_package")
 
 
 @pytest.mark.parametrize(
-    ("ratio", "at_least", "options", "ended"),
-    [
-        (1.9, 2.0, [], 1),
-        (1.9, 2.0, ["--misses-pass"], 0),
-        (2.0, 2.0, [], 0),
-        (1.0, None, [], 0),
-        (None, None, ["--misses-pass"], 1),
-    ],
+    ("first", "length", "step"), [([0, 3, 6], 3, 3), ([4, 4], 3, 0), ([2], 3, 3), ([6, 3], 2, None)]
 )
-def test_a_missed_target_is_a_failure_if_nobody_lets_it_pass(
-    ratio, at_least, options, ended, monkeypatch, tmp_path, capsys
-):
-    def run_case(case, rounds):
-        if ratio is None:
-            raise dispatcher.Disagreement("ours differs")
-        row = {"case": case.name, "contestant": "per_edge_loop", "at_least": at_least, "seconds": {"p50": 1.0}}
-        return [row | {"ratio": dict.fromkeys(("p10", "p50", "p90"), ratio)}]
-
-    monkeypatch.setattr(dispatcher, "run_case", run_case)
-    assert dispatcher.main(["--case", "robot", "--out", str(tmp_path / "rows.json"), *options]) == ended
-    assert ("MISSED" in capsys.readouterr().out) is (ratio == 1.9) and (tmp_path / "rows.json").exists() is bool(ratio)
+def test_ranges_at_equal_distances_are_views(first, length, step):
+    ranges = providers.Ranges.of([torch.arange(a, a + length) for a in first])
+    x = torch.randn(2, 3, 12, 4, generator=torch.Generator().manual_seed(0))
+    rows = ranges.take(x).unflatten(0, (2, -1))
+    assert ranges.step == step and all(torch.equal(rows[:, i], x[:, :, a : a + length]) for i, a in enumerate(first))
+    assert step is None or ranges.take(x[:1]).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        (b"# Title\n", "line 1 is no row: Expecting value"),
-        (b'{"a": 1}\n{"a":\n', "line 2 is no row: Expecting value"),
-        (b'{"a": 1}\n\n', "line 2 is no row: Expecting value"),
-        (b'[{"a": 1}]\n', r'line 1 is no row: \[{"a": 1}\]'),
-    ],
-)
-def test_a_file_without_rows_is_named(text, complaint, tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_bytes(text)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}, {complaint}"):
-        measure.read_rows(path)
-    path.write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} holds no rows: .* can't decode byte 0x89"):
-        measure.read_rows(path)
+@pytest.fixture(scope="module")
+def rows():
+    return next(bench.run([SMALL], quick()))
 
 
-def test_what_is_free_is_the_system_s_or_what_a_group_leaves(tmp_path):
-    meminfo, group = tmp_path / "meminfo", tmp_path / "group"
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert measure.free_bytes(meminfo, group) == machine
-    assert 0 < measure.free_bytes() <= machine
-    meminfo.write_text("MemTotal:       9000 kB\nMemAvailable:   5000 kB\nHugePages_Total:   0\n")
-    assert measure.free_bytes(meminfo, group) == 5000 * 1024
-    group.mkdir()
-    for limit, taken, inactive, free in (
-        ("max", 7, 0, 5000 * 1024),
-        ("4000000", 1_000_000, 0, 3_000_000),
-        ("4000000", 4_000_000, 500_000, 500_000),  # files that nobody needs are given back
-        ("4000000", 4_100_000, 0, 0),
-        ("9000000", 1_000_000, 0, 5000 * 1024),
-    ):
-        (group / "memory.max").write_text(f"{limit}\n")
-        (group / "memory.current").write_text(f"{taken}\n")
-        (group / "memory.stat").write_text(f"anon 12\ninactive_file {inactive}\n")
-        assert measure.free_bytes(meminfo, group) == free
-    (group / "memory.current").unlink()
-    assert measure.free_bytes(meminfo, group) == 5000 * 1024
+def test_rows_hold_what_was_measured(rows):
+    names = [(row["form"], row["provider"]) for row in rows]
+    others = [("edge", "per_edge_loop"), ("edge", "grouped"), ("reference", "sdpa_unmasked")]
+    assert names == [("joint", "ours"), ("joint", "sdpa_mask"), ("edge", "ours"), *others]
+    for row in rows[:-1]:
+        assert max(row["errors"].values()) < 1e-5 and row["errors"].keys() == {*RESULTS}
+        assert row["rounds"] == 1 and row["tokens"] == 72 and row["commit"] == "abc"
+        total = row["forward_seconds"]["p50"] + row["backward_seconds"]["p50"]
+        assert math.isclose(row["step_seconds"]["p50"], total)
+        assert math.isclose(row["step_tflops"], row["pairs"] * 14 * DIM * HEADS * 2 / total / 1e12)
+        assert row["peak_bytes"] >= 4 * 4 * 2304  # the output and three gradients
+    assert math.isclose(rows[0]["density"], float((oracle.joint_matrix(*tangled()) > 0).double().mean()))
+    assert math.isclose(rows[1]["step_ratio"]["p50"], rows[1]["step_seconds"]["p50"] / rows[0]["step_seconds"]["p50"])
+    assert rows[-1]["reference_tokens"] == 16 and rows[-1]["noise"] >= 0
+
+
+def spoiled(monkeypatch, names: tuple[str, ...], change, **settings) -> list[dict]:
+    """Rows of SMALL where ``change`` replaces the call of some providers."""
+    everyone = providers.of("cpu")
+
+    def build(original, problem, device, dtype):
+        attend = original(problem, device, dtype)
+        return lambda q, k, v: change(attend, q, k, v)
+
+    chosen = [(form, name, lambda *a, b=b: build(b, *a)) for form, name, b in everyone if name in names]
+    monkeypatch.setattr(providers, "of", lambda *args: chosen)
+    return next(bench.run([SMALL], quick(**settings)))
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_gate_sees_a_factor_of_one_result(name, monkeypatch):
+    def change(attend, q, k, v):
+        inputs = [x + 1e-4 * (x - x.detach()) if f"d{which}" == name else x for which, x in zip("qkv", (q, k, v))]
+        out = attend(*inputs)
+        return out + 1e-4 * out.detach() if name == "out" else out
+
+    rows = spoiled(monkeypatch, ("ours", "sdpa_mask"), change)
+    assert [row["provider"] for row in rows if "failed" in row] == ["ours", "sdpa_mask", "ours"]
+    assert all("Wrong" in row["failed"] and f"'{name}'" in row["failed"] for row in rows[:-1])
+    assert len(measure.faults(rows)) == 2 and "tangled, joint form" in measure.faults(rows)[0]
+
+
+def test_the_gate_sees_the_last_of_the_batch(monkeypatch):
+    rows = spoiled(
+        monkeypatch, ("ours",), lambda attend, *qkv: torch.cat([attend(*qkv)[:-1], attend(*qkv)[-1:].roll(1, 2)])
+    )
+    assert ["Wrong" in row.get("failed", "") for row in rows[:-1]] == [True, True]
+
+
+@pytest.mark.parametrize(("factor", "right"), [(1.0, True), (1.02, False)])
+def test_the_gate_in_16_bits_sees_two_percent(factor, right, monkeypatch):
+    change = lambda attend, *qkv: attend(*qkv) * factor  # noqa: E731
+    *rows, _ = spoiled(monkeypatch, ("ours", "sdpa_mask", "grouped"), change, dtype=torch.bfloat16)
+    assert ["failed" not in row for row in rows] == [right] * 4
+    assert not right or all(2**-8 <= budget < 0.02 for row in rows for budget in row["budgets"].values())
+
+
+def test_who_fails_is_left_out_or_comes_too_late_is_a_row(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    everyone = providers.of("cpu")
+    monkeypatch.setattr(providers, "of", lambda *args: [everyone[0], ("joint", "sdpa_mask", fails)])
+    rows = next(bench.run([SMALL], quick()))
+    assert rows[1]["failed"] == "RuntimeError: out of memory" and "step_seconds" in rows[0]
+    left_out = dataclasses.replace(SMALL, without={"sdpa_mask": "no reason"})
+    assert next(bench.run([left_out], quick()))[1]["skipped"] == "no reason"
+    assert next(bench.run([dataclasses.replace(SMALL, declare=fails)], quick()))[0]["failed"].startswith(
+        "the whole case"
+    )
+    late = bench.run_case(SMALL, quick(deadline=-math.inf))
+    assert "skipped" not in late[0] and late[1]["skipped"] == "no time was left"
+    assert next(bench.run([SMALL], quick(deadline=-math.inf)))[0]["skipped"] == "no time was left"
+
+
+def test_a_long_run_times_what_others_leave_out():
+    reasons = {"sdpa_mask": cases.TOO_LONG["cpu"], "per_edge_loop": cases.NEVER}
+    rows = bench.run_case(dataclasses.replace(SMALL, without=reasons), quick(long=True, only=()))
+    assert [(row["provider"], "step_seconds" in row) for row in rows[:-1]] == [
+        ("ours", True),
+        ("sdpa_mask", True),
+        ("ours", True),
+    ]
+    rows = bench.run_case(dataclasses.replace(SMALL, without=reasons), quick(only=("sdpa_mask",)))
+    assert rows[1]["skipped"] == reasons["sdpa_mask"]
+
+
+def test_targets_are_in_the_rows():
+    targets = {"sdpa_mask": 1.5, "sdpa_unmasked": 0.8}
+    rows = bench.run_case(dataclasses.replace(SMALL, at_least=targets), quick())
+    assert rows[1]["at_least"] == 1.5 and rows[0]["at_least_of_reference"] == 0.8 and "at_least" not in rows[-2]
+
+
+class Sleeper(Run):
+    """A run whose steps take so long by the tests' own clock."""
+
+    now, count = 0.0, itertools.count()
+
+    def __init__(self, seconds: float, forward_only: bool = False):
+        super().__init__(lambda: None, (), {} if forward_only else {"x": torch.ones(1)})
+        self.each, self.turns = seconds, []
+
+    def step(self, device: str = "cpu") -> None:
+        Sleeper.now += self.each
+        self.times.append([self.each] if not self.leaves else [self.each / 4, 3 * self.each / 4])
+        self.turns.append(next(Sleeper.count))
+
+    def results(self, *args, **kwargs) -> dict:
+        return {}
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: Sleeper.now))
+
+    def take(runs: dict[str, Sleeper], seconds: float, reference: Sleeper | None = None, **settings) -> list[int]:
+        by_form = {("joint", name): run for name, run in runs.items()}
+        measure.take_turns(by_form, reference, Settings(seconds=seconds, **settings))
+        return [len(run.times) for run in runs.values()]
+
+    return take
+
+
+def test_what_is_close_to_ours_is_repeated_and_the_rest_taken_once(rounds):
+    def everyone() -> dict[str, Sleeper]:
+        forward = {"quick": Sleeper(0.009, True), "slow": Sleeper(0.012, True)}
+        return {"ours": Sleeper(0.02), "close": Sleeper(0.03), "far": Sleeper(0.05)} | forward
+
+    assert rounds(everyone(), 0.01) == [3, 3, 1, 3, 1]
+    assert rounds(everyone(), 100.0) == [31] * 5
+    assert rounds({"ours": Sleeper(3.5), "close": Sleeper(3.4)}, 1.0) == [1, 1]
+    assert rounds({"ours": Sleeper(3.5), "close": Sleeper(3.4)}, 1.0, long=True) == [3, 3]
+
+
+def test_nobody_follows_another_in_most_rounds(rounds):
+    runs, reference = {name: Sleeper(1e-3) for name in "abcdef"}, Sleeper(0.0)
+    rounds(runs, 9.0, reference)
+    order = sorted((turn, name) for name, run in (*runs.items(), ("|", reference)) for turn in run.turns)
+    names = "".join(name for _, name in order)
+    assert names[6::8] == names[7::8] == "|" * 31, "the reference ends every round, twice"
+    pairs = Counter(itertools.pairwise(names))
+    assert max(pairs[a, b] for a in runs for b in runs if a != b) <= 12  # of 31 rounds, 5 for each on average
+
+
+def test_a_ratio_is_of_the_same_rounds():
+    own, other = Sleeper(1.0), Sleeper(3.0)
+    own.times, other.times = [[1.0, 1.0], [2.0, 2.0], [9.0, 9.0]], [[3.0, 3.0], [4.0, 4.0]]
+    row = measure.timings(other, own, Contest([], dict), {})
+    assert row["rounds"] == 2 and row["step_ratio"]["p50"] == 2.5 and "step_roofline" not in row
+    assert "step_ratio" not in measure.timings(own, own, Contest([], dict), {})
+
+
+LAYER = cases.Case("small", tangled, "layer", "layer", heads=HEADS)
+
+
+def test_layers_agree_with_float64_and_are_compared_within_a_form():
+    rows = bench.run_case(dataclasses.replace(LAYER, at_least={"per_edge_loop": 1e9}), quick(only=()))
+    who = [(row["form"], row["provider"]) for row in rows]
+    assert who == [("edge", "ours"), ("edge", "per_edge_loop"), ("joint", "ours"), ("joint", "dense_mask")]
+    assert all(0 < max(row["errors"].values()) <= 1e-5 and "x" in row["errors"] for row in rows)
+    assert [sorted(row.keys() & {"step_ratio", "at_least"}) for row in rows] == [
+        [],
+        ["at_least", "step_ratio"],
+        [],
+        ["step_ratio"],
+    ]
+    only_edge = dataclasses.replace(LAYER, options={"forms": ("edge",)})
+    assert {row["form"] for row in bench.run_case(only_edge, quick(only=()))} == {"edge"}
+
+
+@pytest.mark.parametrize("kind", [AttentionDispatcher, PerEdgeLoop, layers.JointAttention, DenseMask])
+def test_the_gate_of_layers_sees_a_wrong_module(kind, monkeypatch):
+    forward, built = kind.forward, []
+
+    def wrong(self, x):
+        built.append(self)
+        return forward(self, x) * (1 + 1e-4 * (x.dtype == torch.float32))
+
+    monkeypatch.setattr(kind, "forward", wrong)
+    failed = [row for row in bench.run_case(LAYER, quick(only=())) if "failed" in row]
+    assert len(failed) == 1 and "'out'" in failed[0]["failed"]
+
+
+def test_a_program_that_changes_a_bit_is_not_timed(monkeypatch):
+    case = dataclasses.replace(LAYER, kind="program")
+    rows = bench.run_case(case, quick(only=()))
+    assert [row["provider"] for row in rows] == ["ours", "without_program"]
+    assert all(max(row["errors"].values()) == 0 for row in rows) and rows[1]["step_ratio"]["p50"] > 0
+    forward = AttentionDispatcher.forward
+    change = lambda self, x: forward(self, x) * (1 + 1e-6 * (self.residual_accumulator is not None))  # noqa: E731
+    monkeypatch.setattr(AttentionDispatcher, "forward", change)
+    assert "Wrong" in bench.run_case(case, quick(only=()))[0]["failed"]
+
+
+def test_regions_that_rest_pass_through(monkeypatch):
+    belief_world = pytest.importorskip("examples.belief_world", reason="the belief world is gymnasium's")
+    monkeypatch.setattr(belief_world, "WINDOW", 3)
+    monkeypatch.setattr(belief_world, "TIMES", 2)
+    case = dataclasses.replace(LAYER, kind="skipping", declare=None)
+    rows = bench.run_case(case, quick(only=()))
+    assert [row["provider"] for row in rows] == ["ours", "everything"] and rows[1]["forward_ratio"]["p50"] > 0
+    forward = belief_world.AttentionDispatcher.forward
+    monkeypatch.setattr(belief_world.AttentionDispatcher, "forward", lambda self, x, active: forward(self, x, None))
+    assert "Wrong" in bench.run_case(case, quick(only=()))[0]["failed"]
+
+
+def test_packed_order_gives_the_same_training_step(monkeypatch):
+    pytest.importorskip("diffusers", reason="CogVideoX is diffusers'")
+    monkeypatch.setitem(layers.COGVIDEOX, "num_layers", 1)
+    rows = bench.run_case(dataclasses.replace(LAYER, kind="packed", options={"size": (64, 128, 5)}), quick(only=()))
+    assert [(row["provider"], row.get("failed")) for row in rows] == [("ours", None), ("once_per_layer", None)]
+    assert rows[1]["step_ratio"]["p50"] > 0 and len(rows[0]["errors"]) > 10
+
+
+@pytest.mark.parametrize("fn", ["mamba", "rwkv"])
+def test_scans_agree_with_their_loops(fn):
+    case = dataclasses.replace(LAYER, kind="scan", options={"fn": fn, "queries": 24, "keys": 24, "width": 8})
+    rows = bench.run_case(case, quick(only=()))
+    assert [(row["provider"], row.get("failed")) for row in rows] == [(n, None) for n in ("ours", "indexed_loop")]
+
+
+@pytest.mark.parametrize("fn", cases.CLAIMS)
+def test_every_function_is_the_same_over_many_connections_and_scales(fn):
+    case = dataclasses.replace(LAYER, kind="edges", options={"fn": fn, "edges": 3, "size": 4, "width": 16})
+    rows = bench.run_case(case, quick(only=()))
+    assert [(row["provider"], row.get("failed")) for row in rows] == [("ours", None), ("batch", None)]
+    options = {"fn": fn, "claim": cases.CLAIMS[fn], "sizes": (16, 32, 64, 128), "width": 16}
+    for queries in (0, 8):
+        (row,) = bench.run_case(
+            dataclasses.replace(case, kind="scaling", options=options | {"queries": queries}), quick()
+        )
+        assert row["errors"]["out"] <= 1e-6 and len(row["seconds"]) == len(row["bytes"]) == 4 and row["time_exponent"]
+
+
+def test_plans_hold_nothing_quadratic():
+    case = cases.Case("plan", lambda: cases.long_video(16), "plan", "plan", at_most=1.0, options={"rounds": 1})
+    (row,) = bench.run_case(case, quick())
+    assert (row["tokens"], row["rectangles"], row["at_most"]) == (65_536, 31, 1.0)
+    assert row["peak_bytes"] < 300 * row["tokens"] and row["seconds"]["p50"] > 0
 
 
 def test_tensors_of_a_call_are_counted_to_the_byte():
@@ -316,123 +541,54 @@ def test_tensors_of_a_call_are_counted_to_the_byte():
         del a
         return torch.ones(3000), b
 
-    assert measure.tensor_bytes(call) == 4000 + 12_000 and measure.tensor_bytes(lambda: None) == 0
+    assert measure.peak_bytes(call) == 4000 + 12_000 and measure.peak_bytes(lambda: None) == 0
 
 
-X86 = "vendor_id : GenuineIntel\ncpu family : 6\nmodel : 167\nmodel name : Xeon\nstepping : 8\n\nmodel : 85\n"
-ARM = "processor : 0\nCPU implementer : 0x41\nCPU variant : 0x1\nCPU part : 0xd40\n"
+def test_what_is_free_is_the_system_s_or_what_a_group_leaves(tmp_path):
+    meminfo, group = tmp_path / "meminfo", tmp_path / "group"
+    assert 0 < measure.free_bytes() <= measure.free_bytes(meminfo, group)
+    meminfo.write_text("MemTotal:       9000 kB\nMemAvailable:   5000 kB\n")
+    assert measure.free_bytes(meminfo, group) == 5000 * 1024
+    group.mkdir()
+    for limit, held, inactive, free in (
+        ("max", 7, 0, 5_120_000),
+        ("4000000", 4_000_000, 500_000, 500_000),
+        ("4000000", 5_000_000, 0, 0),
+    ):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{held}\n")
+        (group / "memory.stat").write_text(f"anon 12\ninactive_file {inactive}\n")
+        assert measure.free_bytes(meminfo, group) == free
 
 
-@pytest.mark.parametrize(
-    ("info", "machine"),
-    [
-        (X86, "Xeon (GenuineIntel, family 6, model 167, stepping 8)"),
-        (ARM, "arm (implementer 0x41, part 0xd40, variant 0x1)"),
-        (None, "arm (arm64)"),
-    ],
-)
-def test_rows_tell_processors_of_one_name_apart(info, machine, monkeypatch, tmp_path):
-    monkeypatch.setattr(measure.platform, "processor", lambda: "arm")
-    monkeypatch.setattr(measure.platform, "machine", lambda: "arm64")
-    monkeypatch.setattr(measure, "CPUINFO", tmp_path / "cpuinfo")
-    if info is not None:
-        (tmp_path / "cpuinfo").write_text(info)
-    assert measure.processor_key(1) == f"{machine}, 1 thread" and measure.processor_key(3) == f"{machine}, 3 threads"
+def git(folder, *arguments: str) -> None:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
 
 
-def test_ratios_are_within_one_form_and_readme_prints_no_other(small_width, monkeypatch):
-    seconds = {"ours": 1.0, "per_edge_loop": 3.0, "ours_joint": 2.0, "dense_mask": 10.0}
-    monkeypatch.setattr(measure, "interleave", lambda *args: {name: np.full(2, s) for name, s in seconds.items()})
-    rows = dispatcher.run_case(cases.Case("robot", small_multi_rate), rounds=2)
-    assert [row["ratio"]["p50"] for row in rows] == [1.0, 3.0, 1.0, 5.0]
-    others = {name: measure.read_rows(measure.RESULTS / f"{name}.json") for name in readme.NAMES[1:]}
-    assert "| 96 | 3.0 (3.0 to 3.0) | 5.0 (5.0 to 5.0) |" in readme.measured(rows, **others)
-    # rows of before there were forms hold a dense mask against edge form
-    rows = [{key: value for key, value in row.items() if key != "form"} for row in rows]
-    assert "| 96 | 3.0 (3.0 to 3.0) | – |" in readme.measured(rows, **others)
+def test_a_commit_says_whether_code_differed(tmp_path):
+    assert measure.commit_of(tmp_path) == "unknown"
+    written = ["benchmarks/results/rows.json", "docs/benchmarks/report.md", "README.md"]
+    for name in (*written, "benchmarks/code.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    for arguments in (["init"], ["add", "."], ["commit", "-m", "a"]):
+        git(tmp_path, *arguments)
+    clean = measure.commit_of(tmp_path)
+    for name in written:
+        (tmp_path / name).write_text("2")
+    assert len(clean) >= 7 and "+" not in clean and measure.commit_of(tmp_path) == clean
+    (tmp_path / "benchmarks/code.py").write_text("2")
+    assert measure.commit_of(tmp_path) == clean + "+"
 
 
-def test_plan_cost_holds_nothing_quadratic():
-    row = plan_cost.run_case("video of 16 frames", lambda: cases.long_video(16), None, rounds=1)
-    assert row["positions"] == 65_536
-    assert row["rectangles"] == 31  # 16 frames that read themselves, 15 that read the one before
-    assert row["peak_bytes"] < 300 * row["positions"]
-    assert row["cached_seconds"] > 0 and row["seconds"]["p50"] > 0
-
-
-def test_a_step_is_a_forward_and_a_backward_with_fresh_gradients():
-    module, x = torch.nn.Linear(3, 3, bias=False), torch.randn(2, 3, requires_grad=True)
-    upstream = torch.randn(2, 3)
-    run = measure.step(module, x, upstream=upstream)
-    for _ in range(2):
-        run()
-    torch.testing.assert_close(x.grad, upstream @ module.weight)
-    torch.testing.assert_close(module.weight.grad, upstream.T @ x.detach())
-    measure.step(module, x)()
-    assert not torch.equal(x.grad, upstream @ module.weight) and x.grad.abs().max() > 0
-
-
-def test_readme_states_what_the_committed_rows_say():
-    rows = {name: measure.read_rows(measure.RESULTS / f"{name}.json") for name in readme.NAMES}
-    found = readme.section(readme.README.read_text())[1]
-    assert found == readme.measured(**rows)
-    for row in rows["dispatcher"]:
-        if row["case"] == "causal_video" and row["contestant"] in ("per_edge_loop", "dense_mask"):
-            row["ratio"]["p50"] += 1
-    assert found != readme.measured(**rows)
-    with pytest.raises(ValueError, match="has no section"):
-        readme.section("no marks")
-
-
-def test_the_report_states_what_the_committed_rows_say():
-    suite, long = (measure.read_rows(measure.RESULTS / f"{name}.json") for name in ("suite", "long"))
-    written = readme.README.parent / "docs/benchmarks"
-    figures = [name for name in report.FIGURES if (written / f"{name}.png").exists()]
-    assert figures == list(report.FIGURES)
-    found = (written / "report.md").read_text()
-    assert found == report.markdown(report.merged(suite, long), figures)
-    suite[0]["forward_seconds"]["p50"] += 1
-    assert found != report.markdown(report.merged(suite, long), figures)
-
-
-def test_a_program_that_says_nothing_costs_a_row_of_equal_bits(tmp_path, monkeypatch):
-    case = cases.Case("small", small_multi_rate)
-    monkeypatch.setattr(program, "DISPATCH", (case,))
-    monkeypatch.setattr(program, "D_MODEL", D)
-    monkeypatch.setattr(program, "HEADS", HEADS)
-    monkeypatch.setattr(program, "AT_MOST", 1e9)
-    assert program.main(["--rounds", "2", "--case", "small", "--out", str(tmp_path / "rows.jsonl")]) == 0
-    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
-    assert row["case"] == "small" and row["ratio_p10"] <= row["ratio_p50"] and row["plain_ms"] > 0
-    contestants, x = program.build(case)
-    assert contestants["plain"].plan is contestants["program"].plan
-    monkeypatch.setattr(program, "AT_MOST", 0.0)
-    assert program.main(["--rounds", "2", "--case", "small", "--out", str(tmp_path / "rows.jsonl")]) == 1
-    with pytest.raises(dispatcher.Disagreement, match="a program that says nothing changes"):
-        torch.nn.init.ones_(contestants["program"].fn_modules["cross_attention"].q_proj.weight)
-        monkeypatch.setattr(program, "build", lambda case: (contestants, x))
-        program.run_case(case, 1)
-
-
-def test_what_resting_saves_is_a_row_and_the_committed_one_holds(tmp_path, monkeypatch):
-    belief_world = pytest.importorskip("examples.belief_world")
-    monkeypatch.setattr(belief_world, "WINDOW", 3)
-    monkeypatch.setattr(belief_world, "TIMES", 2)
-    out = tmp_path / "rows.jsonl"
-    results = set()
-    for bound in (0.0, 1.0):
-        monkeypatch.setattr(program, "CUT_AT_LEAST", bound)
-        times = {"everything": np.ones(3), "resting": np.full(3, 0.3)}
-        monkeypatch.setattr(measure, "interleave", lambda runs, rounds, times=times: times)
-        results.add((bound, program.main(["--rounds", "3", "--case", "skipping", "--out", str(out)])))
-    (row,) = map(json.loads, out.read_text().splitlines())
-    assert results == {(0.0, 0), (1.0, 1)} and row["cut_by_skipping_half"] == pytest.approx(0.35)
-    monkeypatch.setattr(belief_world, "THOUGHT", ("memory",))
-    real = belief_world.AttentionDispatcher.forward
-    monkeypatch.setattr(belief_world.AttentionDispatcher, "forward", lambda self, x, active: real(self, x, None))
-    with pytest.raises(dispatcher.Disagreement, match="resting changes memory"):
-        program.skipping(1)
-    committed = map(json.loads, (measure.RESULTS / "program.json").read_text().splitlines())
-    (row,) = (row for row in committed if row["case"] == "skipping")
-    assert row["cut_by_skipping_half"] == pytest.approx(0.5 * (1 - row["ratio_p50"])) and row["rounds"] >= 60
-    assert row["cut_by_skipping_half"] >= 0.40 and row["positions"] == 3840
+def test_rows_are_written_and_read_and_what_is_no_row_is_named(tmp_path):
+    path = tmp_path / "new/rows.json"
+    measure.write_rows([{"a": 1}, {"b": [2.5]}], path)
+    assert measure.read_rows(path) == [{"a": 1}, {"b": [2.5]}] and json.loads(path.read_text().splitlines()[1]) == {
+        "b": [2.5]
+    }
+    for text, number in ((b"# Title\n", 1), (b'{"a": 1}\n{"a":\n', 2), (b'{"a": 1}\n3\n', 2), (b"\x89PNG", 1)):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=f"rows.json, line {number} is no row"):
+            measure.read_rows(path)

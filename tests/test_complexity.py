@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from canvas_engineering import ATTENTION_TYPES, create_attention
+from canvas_engineering import (
+    ATTENTION_REGISTRY,
+    ATTENTION_TYPES,
+    AttentionDispatcher,
+    CanvasLayout,
+    CanvasTopology,
+    Connection,
+    create_attention,
+)
 from canvas_kernels.table import BlockTable
 
 QUERIES, KEYS = 512, 2048
@@ -27,6 +36,9 @@ GROWTH = {
     "O(N log N + M)": ((2.02, 2.4), (1.01, 2.4), (1.01, 2.0)),
     "O(N)": ((1.9, 2.1), (1.9, 2.1), (1.0, 1.01)),
 }
+
+# The argument that a claim's K or W stands for.
+COUNTS = {"perceiver": "n_latents", "random_fixed": "n_random", "local_attention": "window_size"}
 
 
 class Operations(TorchDispatchMode):
@@ -75,6 +87,39 @@ def test_the_claimed_complexity_is_the_counted_one(fn):
     for (n, m), (least, most) in zip(sizes, GROWTH[CLAIMS[fn]]):
         times = cost(module, n, m) / one
         assert least <= times <= most, f"{n} queries and {m} keys cost {times:.3f} times {QUERIES} and {KEYS}"
+
+
+@pytest.mark.parametrize("fn", CLAIMS)
+def test_costs_grow_with_latents_and_windows_where_the_claim_says_so(fn):
+    assert (fn in COUNTS) == any(letter in CLAIMS[fn] for letter in "KW")
+    if fn in COUNTS:
+        torch.manual_seed(0)
+        few, many = (create_attention(fn, 4, n_heads=1, **{COUNTS[fn]: count}).eval() for count in (32, 64))
+        assert 1.5 <= cost(many, QUERIES, KEYS) / cost(few, QUERIES, KEYS) <= 2.1
+
+
+def grid_cost(query_grid, key_grid):
+    """What a dispatcher's windows of two dimensions cost between regions of these rows and columns."""
+    rows, columns = query_grid[0], max(query_grid[1], key_grid[1])
+    regions = {"a": (0, 1, 0, rows, 0, query_grid[1]), "b": (0, 1, rows, rows + key_grid[0], 0, key_grid[1])}
+    layout = CanvasLayout(T=1, d_model=4, spatial_shape=(rows + key_grid[0], columns), regions=regions)
+    topology = CanvasTopology([Connection("a", "b", fn="local_attention")])
+    dispatcher = AttentionDispatcher(topology, layout, 4, n_heads=1).eval()
+    x = torch.randn(1, layout.num_positions, 4)
+    dispatcher(x)
+    with torch.no_grad(), Operations() as operations:
+        dispatcher(x)
+    return operations.count
+
+
+def test_windows_on_grids_cost_no_more_than_in_order(monkeypatch):
+    one = grid_cost((32, 32), (32, 32))
+    assert 1.9 <= grid_cost((64, 32), (64, 32)) / one <= 2.1
+    assert 3.8 <= grid_cost((64, 64), (64, 64)) / one <= 4.2
+    # windows of 17 x 17 keys in the place of 9 x 9
+    wide = functools.partial(ATTENTION_REGISTRY["local_attention"], window_size=(1, 16, 16))
+    monkeypatch.setitem(ATTENTION_REGISTRY, "local_attention", wide)
+    assert 1.5 <= grid_cost((32, 32), (32, 32)) / one <= 289 / 81
 
 
 def test_the_count_tells_orders_apart():

@@ -6,7 +6,15 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="pictures are drawn with matplotlib")
 
-from canvas_engineering import CanvasLayout, CanvasTopology, Connection, RegionSpec, compile_attention, draw
+from canvas_engineering import (
+    CanvasLayout,
+    CanvasSchema,
+    CanvasTopology,
+    Connection,
+    RegionSpec,
+    compile_attention,
+    draw,
+)
 
 
 @pytest.fixture
@@ -77,7 +85,7 @@ def test_plan_shows_every_rectangle_in_its_connections_colour(layout):
     assert len(faces) == 2
     assert f"density {100 * plan.density:.2f} %" in figure.get_axes()[0].get_title()
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert legend == ["cam reads cam: same frame", "plan reads cam: all frames"]
+    assert legend == ["cam attends to cam: same frame", "plan attends to cam: all frames"]
     ticks = figure.axes[0].get_yticks().tolist(), [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert ticks == ([0, 48], ["cam", "plan"])
 
@@ -87,7 +95,7 @@ def test_a_pair_of_regions_has_one_colour_and_one_line(layout):
     figure = draw.plan_figure(compile_attention(layout, CanvasTopology([*several, Connection("plan", "plan")])))
     (axes,) = figure.axes
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["cam reads cam: same frame, 1 to 2 frames back", "plan reads plan: all frames"]
+    assert legend == ["cam attends to cam: same frame, 1 to 2 frames back", "plan attends to plan: all frames"]
     assert axes.get_legend().get_title().get_text() == "4 connections"
     assert len({tuple(face) for face in axes.collections[0].get_facecolors()}) == 2
 
@@ -122,3 +130,54 @@ def test_joint_plan_has_no_legend(layout):
     figure = draw.plan_figure(plan)
     assert figure.axes[0].get_legend() is None
     assert "joint form" in figure.get_axes()[0].get_title()
+
+
+def test_a_volume_has_a_box_for_each_region(layout, tmp_path):
+    figure = draw.volume_figure(layout, azimuth=30.0)
+    (axes,) = figure.axes
+    assert len(axes.collections) == 2 and axes.azim == 30.0 and axes.get_xlim() == (0, 4)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cam", "plan"]
+    figure.savefig(tmp_path / "volume.png")
+    flat = CanvasLayout(T=3, d_model=8, spatial_shape=(5,), regions={"a": (1, 2, 1, 4)})
+    draw.volume_figure(flat).savefig(tmp_path / "flat.png")
+
+
+@pytest.mark.parametrize(
+    ("fill", "shares"),
+    [
+        ("drop", [[1, 0], [0, 0], [0, 1], [0, 0]]),
+        ("hold", [[1, 0], [1, 0], [0, 1], [0, 1]]),
+        ("interpolate", [[1, 0], [0.5, 0.5], [0, 1], [0, 1]]),
+    ],
+)
+def test_frames_show_shares_of_the_weight(layout, fill, shares):
+    figure = draw.frames_figure(layout, Connection("cam", "plan", t_src=0, t_dst=0, temporal_fill=fill))
+    assert figure.axes[0].images[0].get_array().filled(0.0).tolist() == shares
+    texts = {text.get_position()[::-1]: float(text.get_text()) for text in figure.axes[0].texts}
+    assert texts == {(i, j): value for i, row in enumerate(shares) for j, value in enumerate(row) if value}
+
+
+def embedded(**vectors):
+    regions = {
+        name: RegionSpec((0, 1, i, i + 1), semantic_embedding=vector, embedding_model="m")
+        for i, (name, vector) in enumerate(vectors.items())
+    }
+    regions["plain"] = RegionSpec((0, 1, len(vectors), len(vectors) + 1))
+    return CanvasLayout(T=1, d_model=8, spatial_shape=(len(vectors) + 1,), regions=regions)
+
+
+def test_distances_and_alignments_are_those_of_the_embeddings(tmp_path):
+    one = embedded(eye=(1.0, 0.0), arm=(0.0, 1.0))
+    axes = draw.distance_figure(one).axes[0]
+    assert axes.images[0].get_array().flatten().tolist() == pytest.approx([0.0, 1.0, 1.0, 0.0], abs=1e-6)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["eye", "arm"]
+    with pytest.raises(ValueError, match=r"two regions with an embedding; this layout has \['eye'\]"):
+        draw.distance_figure(embedded(eye=(1.0, 0.0)))
+    figure = draw.alignment_figure(CanvasSchema(one), CanvasSchema(embedded(camera=(1.0, 0.0), grip=(1.0, 1.0))))
+    lines = {
+        (*line.get_xdata(), *line.get_ydata()): line for line in figure.axes[0].lines if len(line.get_xdata()) == 2
+    }
+    # eye and camera mean the same, eye or arm and grip lie 45 degrees apart
+    assert set(lines) == {(0, 1, 0, 0), (0, 1, 0, -1), (0, 1, -1, -1)}
+    assert lines[0, 1, 0, 0].get_linewidth() > lines[0, 1, 0, -1].get_linewidth()
+    figure.savefig(tmp_path / "alignment.png")

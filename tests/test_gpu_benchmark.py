@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -14,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, gpu, gpu_checks, measure, suite
+from benchmarks import cases, gpu, gpu_checks, measure
 from benchmarks.naive import PerEdgeLoop
 from canvas_engineering import AttentionDispatcher
-from canvas_kernels import reference
+from canvas_kernels import configs, reference
 from canvas_kernels.table import row_scale
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +42,8 @@ def test_the_plain_implementation_that_sets_budgets_is_right(form):
 
 def test_a_wrong_result_is_a_fault(monkeypatch):
     assert gpu_checks.run_task(gpu_checks.Task(16, torch.float32, "sigmoid", True, 30), "cpu")["faults"] == []
+    for layout in ("rows", "fused"):
+        assert gpu_checks.run_task(gpu_checks.Task(8, torch.float32, "edge", False, 30, layout), "cpu")["faults"] == []
     task = gpu_checks.Task(16, torch.float32, "joint", False, 30)
     sound = gpu_checks.run_task(task, "cpu")
     assert sound["faults"] == []
@@ -76,10 +77,11 @@ def test_a_wrong_dispatcher_is_not_timed(dtype, tmp_path, monkeypatch):
     session = gpu.Session(tmp_path, interpret=True)
     monkeypatch.setattr(gpu_checks, "check_module", lambda *_: found)
     monkeypatch.setattr(gpu.Session, "seconds", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(gpu.Wrong, match="toy: out: error"):
-        gpu.dispatcher(session)
-    (row,) = measure.read_rows(tmp_path / "dispatcher.jsonl")
+    gpu.dispatcher(session)
+    (row,) = session.rows("dispatcher")
     assert row["faults"] == found["faults"] and "seconds" not in row
+    (told,) = gpu.faults(session, ["dispatcher"])
+    assert told.startswith("dispatcher, toy: out: error")
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -88,12 +90,12 @@ def test_a_tile_candidate_with_other_results_is_not_timed(which, tmp_path, monke
     monkeypatch.setattr(gpu.Session, "seconds", lambda *_: {"p50": 1.0})
     leaves = [torch.randn(1, 1, 4, 8, requires_grad=True) for _ in range(3)]
     attending = lambda: torch.nn.functional.scaled_dot_product_attention(*leaves), leaves, torch.ones(1, 1, 4, 8)
-    shipped = list(gpu.results(*attending))
+    shipped, candidate = list(gpu.results(*attending)), gpu_checks.Candidate("dq", configs.Config(16, 16, 1, 2))
     for dtype in (torch.float32, torch.bfloat16):
         wanted = [x.to(dtype) for x in shipped]
-        assert gpu.time_candidate(attending, wanted, "dq", (16, 16, 1, 2), session)["seconds"] == 1.0
+        assert gpu.time_candidate(attending, wanted, candidate, session)["seconds"] == 1.0
         wanted[which] = wanted[which] * (1.0001 if dtype == torch.float32 else 1.05)
-        row = gpu.time_candidate(attending, wanted, "dq", (16, 16, 1, 2), session)
+        row = gpu.time_candidate(attending, wanted, candidate, session)
         assert "seconds" not in row and row["failed"].startswith(f"Wrong: {gpu_checks.RESULTS[which]}: error")
 
 
@@ -108,37 +110,57 @@ def misbehave(task: gpu_checks.Task, device: str) -> dict:
 
 
 def test_a_task_that_raises_dies_or_hangs_takes_no_other_with_it():
-    def apart(forms: list[str], seconds: float) -> list[dict]:
-        chosen = [gpu_checks.Task(16, torch.bfloat16, form, False, 30) for form in forms]
-        return gpu_checks.run_apart(chosen, "cpu", 1, time.perf_counter() + seconds, misbehave)
+    def apart(forms: list[str], seconds: float) -> tuple[dict, list]:
+        chosen, rows = [gpu_checks.Task(16, torch.bfloat16, form, False, 30) for form in forms], {}
+        late = gpu_checks.run_apart(chosen, "cpu", seconds, lambda t, row: rows.update({t.form: row}), misbehave, 1)
+        return rows, [task.form for task in late]
 
-    rows = apart(["one", "two", "raise", "three", "die", "four"], 600)
-    faults = [row["faults"] for row in rows]
-    assert faults == [[], [], ["RuntimeError: an illegal memory access"], [], ["its process died"], []]
-    processes = [row["process"] for row in rows if "process" in row]
+    rows, late = apart(["one", "two", "raise", "three", "die", "four"], 600)
+    faults = [row["faults"] for row in rows.values()]
+    assert faults == [[], [], ["RuntimeError: an illegal memory access"], [], ["its process died"], []] and late == []
+    processes = [rows[form]["process"] for form in ("one", "two", "three", "four")]
     assert processes[0] == processes[1] and len(set(processes)) == 3
-    assert rows[2]["dtype"] == "bfloat16" and rows[2]["errors"] == rows[2]["budgets"] == {}
-    rows = apart(["hang", "late"], 2)
-    assert [row["faults"] for row in rows] == [["no result after 2 s"], ["not checked: no time was left"]]
+    assert rows["raise"]["dtype"] == "bfloat16" and rows["raise"]["errors"] == rows["raise"]["budgets"] == {}
+    rows, late = apart(["hang", "late"], 2)
+    assert rows["hang"]["faults"] == ["no result after 2 s"] and late == ["late"] and "late" not in rows
 
 
 def test_every_configuration_of_every_architecture_is_run_by_the_checks(monkeypatch):
-    from canvas_kernels import configs
-
     for arch in configs.ARCHITECTURES:
         monkeypatch.setattr(gpu_checks.launch, "arch_of", lambda device, arch=arch: arch)
-        for task in gpu_checks.tasks(1600, dtypes=(torch.bfloat16, torch.float32)):
+        for task in (task for tasks in gpu_checks.tasks() for task in tasks):
             assert gpu_checks._unused(gpu_checks.mixed_table(task.form, task.positions), task, "cpu") == []
 
 
-def test_the_command_runs_at_toy_size(tmp_path):
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--interpret"]
-    command += ["--phases", "correctness,timings,profile,dispatcher,sweep"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+def test_what_most_users_meet_is_checked_first():
+    first, others = gpu_checks.tasks()
+    kinds = {(task.head_dim, task.form, task.gained) for task in first}
+    assert kinds == {(head_dim, *form) for head_dim in (64, 128) for form in gpu_checks.FORMS}
+    assert {(task.dtype, task.layout) for task in first} == {(torch.bfloat16, "contiguous")}
+    assert {40, 72, 88, 120} <= {task.head_dim for task in others}
+    assert {"rows", "fused"} == {task.layout for task in others} - {"contiguous"}
+    names = [task.name for task in (*first, *others)]
+    assert len(set(names)) == len(names)
+
+
+def run_command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"} | environment
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(folder), "--interpret", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_command_runs_at_toy_size_and_resumes(tmp_path):
+    programs, out = tmp_path / "bin", tmp_path / "out"
+    programs.mkdir()
+    # tools that run what they are to watch
+    for name, options in (("ncu", 4), ("compute-sanitizer", 4)):
+        (programs / name).write_text(f'#!/bin/sh\necho "{name} $2"\nshift {options}\nexec "$@"\n')
+        (programs / name).chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    done = run_command(out, PATH=path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    rows = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
-    assert [(row["contestant"], row["form"]) for row in rows] == [
+    rows = {phase: measure.read_rows(out / f"{phase}.jsonl") for phase in gpu.PHASES}
+    assert [(row["provider"], row["form"]) for row in rows["providers"]] == [
         ("ours", "joint"),
         ("ours_torch", "joint"),
         ("sdpa_mask", "joint"),
@@ -148,88 +170,118 @@ def test_the_command_runs_at_toy_size(tmp_path):
         ("grouped", "edge"),
         ("sdpa_unmasked", "reference"),
     ]
-    assert all(row["commit"] and row["triton"] and row["forward_seconds"]["p50"] > 0 for row in rows)
-    for row in rows[:7]:
-        assert set(row["errors"]) == {"out", "dq", "dk", "dv"} and max(row["errors"].values()) < 1e-5
-    assert "canvas_kernels::attention" in (tmp_path / "profile.txt").read_text()
-    for name, count in (("correctness", 5), ("sweep", 7)):
-        found = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        assert len(found) == count and not any(row.get("faults") or row.get("failed") for row in found)
-    ours, loop = measure.read_rows(tmp_path / "dispatcher.jsonl")
-    assert ours["faults"] == [] and 0 < max(ours["errors"].values()) < 2e-5 and loop["contestant"] == "per_edge"
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".jsonl") == ["profile.txt"]
+    assert [row["provider"] for row in rows["ours"]] == ["ours", "ours", "sdpa_unmasked"]
+    for row in (*rows["ours"], *rows["providers"]):
+        assert row["item"] == "toy" and row["commit"] and row["triton"] and row["forward_seconds"]["p50"] > 0
+        assert row["form"] == "reference" or set(row["errors"]) == {"out", "dq", "dk", "dv"}
+        assert max(row.get("errors", {"out": 0.0}).values()) < 1e-5
+    assert "canvas_kernels::attention" in (out / "profile.txt").read_text()
+    counts = {phase: len(rows[phase]) for phase in ("defaults", "correctness", "sweep", "tools")}
+    assert counts == {"defaults": 5, "correctness": 2, "sweep": 3, "tools": 2}
+    checked = [row for phase in counts for row in rows[phase]]
+    assert not any(row.get("faults") or row.get("failed") for row in checked)
+    ours, loop = rows["dispatcher"]
+    assert ours["faults"] == [] and 0 < max(ours["errors"].values()) < 2e-5 and loop["provider"] == "per_edge"
+    assert (out / "compute-sanitizer.txt").read_text().startswith("compute-sanitizer memcheck")
+    assert (out / "ncu.txt").read_text().startswith("ncu basic")
+    # what is missing is done again, and nothing else
+    (out / "profile.jsonl").unlink()
+    (out / "correctness.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows["correctness"][1:]))
+    done = run_command(out, "--resume", "--phases", "defaults,ours,correctness,profile", PATH=path)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    later = {phase: measure.read_rows(out / f"{phase}.jsonl") for phase in gpu.PHASES}
+    assert [row["item"] for row in later["correctness"]] == [rows["correctness"][i]["item"] for i in (1, 0)]
+    same = set(gpu.PHASES) - {"correctness", "profile"}
+    assert {phase for phase in same if later[phase] == rows[phase]} == same and len(later["profile"]) == 1
 
 
-def test_phases_after_a_device_fault_run_in_a_new_process(tmp_path, monkeypatch):
-    ran, commands = [], []
-    monkeypatch.setattr(gpu, "correctness", lambda session: ran.append("correctness"))
-    monkeypatch.setattr(gpu, "timings", lambda session: 1 / 0)
-    monkeypatch.setattr(gpu, "profile", lambda session: ran.append("profile"))
-    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
-    monkeypatch.setattr(measure, "environment", lambda device: {})
-    arguments = ["--out", str(tmp_path), "--interpret", "--phases", "correctness,timings,profile"]
-    assert gpu.main(arguments) == 1 and ran == ["correctness", "profile"] and commands == []
-    monkeypatch.setattr(gpu.Session, "usable", lambda session: False)
-    assert gpu.main(arguments) == 1 and ran == ["correctness", "profile", "correctness"]
-    (command,) = commands
-    assert command[1:-1] == ["-m", "benchmarks.gpu", "--out", str(tmp_path), "--phases", "profile", "--elapsed"]
-    assert 0 <= float(command[-1]) < 60
+CHILD = """
+import json, os, signal, sys, time
+out, done = sys.argv[1], sys.argv[1] + "/ours.jsonl"
+known = [json.loads(line)["item"] for line in open(done)] if os.path.exists(done) else []
+for item in ("sound", "dies", "lost", "hangs", "last"):
+    if item in known:
+        continue
+    until = time.time() + (0 if item == "hangs" else 60)
+    told = {"phase": "ours", "item": item, "since": time.time() - 60, "until": until}
+    open(out + "/running.json", "w").write(json.dumps(told))
+    if item == "dies":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if item == "hangs":
+        time.sleep(600)
+    with open(done, "a") as file:
+        file.write(json.dumps({"item": item}) + chr(10))
+    if item == "lost":
+        sys.exit(3)
+"""
+
+
+def test_another_process_goes_on_after_one_that_died_hung_or_lost_the_device(tmp_path, capsys):
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    assert gpu.watch(command, tmp_path, time.time(), 60) == 0
+    rows = measure.read_rows(tmp_path / "ours.jsonl")
+    assert [row["item"] for row in rows] == ["sound", "dies", "lost", "hangs", "last"]
+    assert rows[1]["failed"] == "its process ended with status -11" and rows[3]["failed"] == "it took too long"
+    assert not any("failed" in rows[i] for i in (0, 2, 4))
+    assert capsys.readouterr().out.count("another process goes on") == 3
+    # it never runs longer than it may
+    assert gpu.watch(command, tmp_path, time.time() - 100, 60) == 1
+
+
+def test_what_a_late_phase_was_at_is_tried_again(tmp_path):
+    child = CHILD.replace("time.time() - 60", "time.time()").replace('"dies", "lost", ', "")
+    assert gpu.watch([sys.executable, "-c", child, str(tmp_path)], tmp_path, time.time(), 3) == 1
+    assert [row["item"] for row in measure.read_rows(tmp_path / "ours.jsonl")] == ["sound"]
+
+
+def test_a_deadline_ends_a_phase_and_a_lost_device_the_process(tmp_path, monkeypatch, capsys):
+    session = gpu.Session(tmp_path, interpret=True)
+    session.run("ours", {"one": lambda: [{"found": 1}], "two": lambda: 1 / 0})
+    rows = session.rows("ours")
+    assert rows[0]["found"] == 1 and rows[1]["failed"].startswith("ZeroDivisionError") and rows[0]["commit"]
+    assert gpu.faults(session, ["ours"]) == ["ours, two: ZeroDivisionError: division by zero"]
+    session.write("ours", "two", [{"found": 2}, {"skipped": measure.NO_TIME}])
+    assert session.missing("ours", ["one", "two", "three"]) == ["two", "three"]
+    session.write("ours", "two", [{"found": 2}])
+    assert session.missing("ours", ["one", "two", "three"]) == ["three"] and len(session.rows("ours")) == 2
+    rows = session.rows("ours")
+    late = gpu.Session(tmp_path, interpret=True, began=time.time() - gpu.PHASES["ours"])
+    late.run("ours", {"one": lambda: pytest.fail("known"), "three": lambda: pytest.fail("late")})
+    assert "no time was left for 1: three" in capsys.readouterr().out and session.rows("ours") == rows
 
     def fault():
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.undo()
-    session = gpu.Session(tmp_path, interpret=True)
-    assert session.usable()
     session.device = "cuda"
     monkeypatch.setattr(torch.cuda, "synchronize", fault)
-    assert not session.usable()
+    with pytest.raises(SystemExit) as end:
+        session.run("profile", {"one": lambda: [{}], "two": lambda: pytest.fail("the device is lost")})
+    assert end.value.code == gpu.LOST and [row["item"] for row in session.rows("profile")] == ["one"]
 
 
-def test_cases_after_a_device_fault_are_timed_in_a_new_process(tmp_path, monkeypatch, capsys):
-    first, second, third = (dataclasses.replace(cases.TOY[0], name=name) for name in ("first", "second", "third"))
-    monkeypatch.setattr(cases, "TOY", (first, second, third))
-    monkeypatch.setattr(measure, "environment", lambda device: {"device": "abacus"})
-    commands, begun, answers = [], [], iter([True, False, False, True, True])
-    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
-    monkeypatch.setattr(gpu.time, "perf_counter", lambda: 1000.0)
-    monkeypatch.setattr(gpu.Session, "usable", lambda session: next(answers))
-
-    def run(found, settings):
-        for case in found:
-            begun.append((case.name, settings.deadline - time.perf_counter()))
-            yield [{"case": case.name, "form": "joint", "contestant": "ours", "skipped": "this is a test"}]
-
-    monkeypatch.setattr(suite, "run", run)
-    arguments = ["--out", str(tmp_path), "--interpret"]
-    assert gpu.main([*arguments, "--phases", "timings,profile"]) == 1
-    (command,) = commands
-    assert command[3:7] == ["--out", str(tmp_path), "--phases", "timings,profile"]
-    assert command[-2:] == ["--after", "second"]
-    assert "after second the device answers no more" in capsys.readouterr().out
-    assert gpu.main([*arguments, "--phases", "timings", "--elapsed", "100", *command[-2:]]) == 0
-    assert [name for name, _ in begun] == ["first", "second", "third"]
-    assert [left for _, left in begun] == [gpu.TIMINGS_UNTIL, gpu.TIMINGS_UNTIL, gpu.TIMINGS_UNTIL - 100]
-    rows = measure.read_rows(tmp_path / "timings.jsonl")
-    assert [(row["case"], row["device"]) for row in rows] == [(case.name, "abacus") for case in cases.TOY]
-    # nothing is left to time after the last
-    answers = iter([False, False])
-    assert gpu.main([*arguments, "--phases", "timings", "--after", "second"]) == 1 and len(commands) == 1
-
-
-def test_the_profile_knows_nothing_of_earlier_runs(tmp_path, capsys):
-    stale = {"case": "gone", "form": "joint", "contestant": "ours", "step_seconds": {"p50": 9.0}}
-    (tmp_path / "timings.jsonl").write_text(json.dumps(stale))
+def test_the_slowest_of_ours_is_profiled(tmp_path):
     session = gpu.Session(tmp_path, interpret=True)
-    gpu.profile(session)
-    assert "profile of toy, edge form" in capsys.readouterr().out
-    session.write("timings", [stale | {"case": "toy"}])
-    gpu.profile(session)
-    assert "profile of toy, joint form" in capsys.readouterr().out
+    assert gpu.slowest(session) == ("toy", "edge")
+    timed = {"provider": "ours", "form": "joint", "case": "toy"}
+    session.write("ours", "toy", [timed | {"step_seconds": {"p50": 9.0}}, timed | {"failed": "no"}])
+    assert gpu.slowest(session) == ("toy", "joint")
+
+
+def test_head_dim_128_and_long_cases_are_timed_early():
+    names = list(gpu.Session(Path("unused"), interpret=False, began=0.0).cases) if torch.cuda.is_available() else None
+    found = sorted(cases.GPU, key=gpu.is_late)
+    assert names in (None, [case.name for case in found])
+    early = [case for case in found if not gpu.is_late(case)]
+    assert found[: len(early)] == early and {128} < {case.head_dim for case in early}
+    assert set(cases.EARLY_ON_A_GPU) <= {case.name for case in early}
 
 
 def test_a_phase_that_does_not_exist_is_refused(tmp_path):
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--interpret", "--phases", "timing"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = run_command(tmp_path, "--phases", "timing")
     assert done.returncode == 2 and "no phase timing" in done.stderr
+
+
+def test_a_run_takes_less_than_six_minutes_and_a_resumed_one_less_than_four():
+    until = list(gpu.PHASES.values())
+    assert until == sorted(until) and list(gpu.PHASES)[:4] == ["defaults", "ours", "correctness", "providers"]
+    assert until[-1] + gpu.GRACE < 360 and gpu.RESUMED * until[-1] + gpu.GRACE < 240

@@ -1,19 +1,21 @@
-"""The house: the tree that README draws, import directions, names, kernel conventions, and examples that run."""
+"""The house: import directions, names, kernel conventions, and examples that run."""
 
 from __future__ import annotations
 
 import ast
 import doctest
 import importlib
+import importlib.resources
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
+import canvas_engineering
 from tests.public_names import PUBLIC_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,12 +24,12 @@ MAX_LINES = 600
 
 # Down the list only. Modules of one layer may import each other.
 LAYERS = {
-    "declare": "version notices checked files derived_buffers canvas connectivity masks schema types semantic program "
-    "learning clock_ir cortex identity",
+    "declare": "version notices checked notebook files derived_buffers canvas connectivity masks schema types semantic "
+    "program learning clock_ir cortex identity",
     "plan": "plan compiler region_parameters",
     "run": "attention dispatch scheduling clock_formulas residuals",
-    "graft": "looped_block cogvideox graft curriculum sharpening action_heads checkpoint",
-    "look": "draw __main__",
+    "graft": "data looped_block cogvideox graft curriculum sharpening action_heads checkpoint",
+    "look": "draw explore doctor __main__",
 }
 # attention alone executes tables. plan builds them, orders rows and sums weights; dispatch moves rows into that order.
 KERNEL_PARTS = {
@@ -41,72 +43,26 @@ LAYER_OF = {module: level for level, modules in enumerate(LAYERS.values()) for m
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def tracked_files() -> list[str]:
-    """Paths of the project's files, relative to the root; without git, all files that git would not ignore."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode == 0 and listed.stdout:
-        return [path for path in listed.stdout.splitlines() if (ROOT / path).exists()]
-    ignored = re.compile(r"(^|/)(\.(venv|git|hypothesis)|out|build|dist|__pycache__|\S+\.egg-info|\.\w+_cache)/")
-    paths = (str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file())
-    return sorted(path for path in paths if not ignored.search(path))
-
-
 def modules_of(*packages: str) -> list[Path]:
     """Source files of the packages, tracked or not: a new file obeys the rules before it is committed."""
     return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
 
 
-def readme_tree() -> list[str]:
-    """Every path that README's tree names, folders with a slash at the end."""
-    block = re.search(r"## The tree\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block, "README.md has no fenced tree under '## The tree'"
-    return parse_tree(block.group(1))
-
-
-def parse_tree(text: str) -> list[str]:
-    """Lines are names, two spaces or more, a description; folders end in "/" and indent what they hold."""
-    paths, folders = [], []
-    for line in text.splitlines():
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        indent = len(line) - len(line.lstrip())
-        folders = [folder for folder in folders if folder[0] < indent]
-        for name in re.split(r"\s{2,}", line.strip())[0].split(" "):
-            path = "".join(folder[1] for folder in folders) + name
-            paths.append(path)
-            if name.endswith("/"):
-                folders.append((indent, name))
-    return paths
-
-
-def test_parse_tree_reads_nesting_and_several_names_a_line():
-    text = "a.py  one\nf/  folder\n  # layer\n  b.py c.py  two\n  g/  deeper\n    d.py  three\nh/  other\n  e.py\n"
-    assert parse_tree(text) == ["a.py", "f/", "f/b.py", "f/c.py", "f/g/", "f/g/d.py", "h/", "h/e.py"]
-
-
-def test_readme_tree_is_the_tree():
-    tracked, tree = tracked_files(), readme_tree()
-    expected = {path for path in tracked if path.startswith(PACKAGES) and path.endswith(".py")}
-    expected |= {path.split("/")[0] + ("/" if "/" in path else "") for path in tracked if not path.startswith(".")}
-    missing = sorted(expected - set(tree))
-    assert not missing, f"tracked, and not in README's tree: {missing}"
-    gone = [p for p in tree if not (any(t.startswith(p) for t in tracked) if p.endswith("/") else p in tracked)]
-    assert not gone, f"in README's tree, and not tracked: {gone}"
-    assert len(tree) == len(set(tree)), "README's tree names a path twice"
-
-
-def test_readme_and_ci_call_targets_that_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    readme = set(re.findall(r"\bmake ([a-z]+)", (ROOT / "README.md").read_text()))
-    ci = set(re.search(r"for target in ([a-z ]+);", (ROOT / ".ci/run").read_text()).group(1).split())
-    assert {"demo", "test", "bench", "gpu", "lint", "aot"} <= readme <= targets
-    assert {"lint", "test", "aot", "demo"} <= ci <= targets
+def test_what_ci_calls_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    called = set(re.search(r"for target in ([a-z -]+);", (ROOT / ".ci/run").read_text()).group(1).split())
+    assert {"lint", "test", "aot", "demo"} <= called <= targets
 
 
 def test_the_folder_of_kernels_is_no_package():
     # A package called `kernels` would shadow the one that diffusers and transformers look for.
     assert not (ROOT / "kernels/__init__.py").exists()
     assert (ROOT / "kernels/canvas_kernels/__init__.py").exists()
+
+
+@pytest.mark.parametrize("package", ["canvas_engineering", "canvas_kernels"])
+def test_type_checkers_believe_the_packages(package):
+    assert (importlib.resources.files(package) / "py.typed").is_file()
 
 
 def test_modules_are_short():
@@ -365,31 +321,45 @@ def test_documented_examples_run(name):
         if cause.name != "triton":
             raise
         pytest.skip("triton is not installed")
+    if ">>> from diffusers" in inspect.getsource(module):
+        pytest.importorskip("diffusers", reason="examples of this module graft onto diffusers' models")
     failures = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert failures.failed == 0
 
 
-def test_the_library_documents_itself_with_examples():
-    finder = doctest.DocTestFinder()
-    modules = [importlib.import_module(name) for name in importable_modules() if name.startswith("canvas_engineering")]
-    examples = sum(len(test.examples) for module in modules for test in finder.find(module))
-    assert examples >= 20
+def test_every_public_function_and_class_has_an_example():
+    """They run beside, module by module."""
+    public = (getattr(canvas_engineering, name) for name in PUBLIC_NAMES["canvas_engineering"])
+    documented = [item for item in public if callable(item)]
+    assert len(documented) > 90
+    without = [item.__name__ for item in documented if ">>>" not in (inspect.getdoc(item) or "")]
+    assert not without, f"these have no example in their docstrings: {without}"
+
+
+def test_every_public_name_has_a_page():
+    pages = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
+    named = re.findall(r"^::: canvas_engineering\.(\w+)$", pages, re.MULTILINE)
+    assert sorted(named) == sorted(PUBLIC_NAMES["canvas_engineering"])
+
+
+PAGES = {"README.md": False, "docs/howto.md": False, "docs/tutorial.md": True}
+"""Pages whose code runs: whether a block goes on from the one before."""
 
 
 @pytest.mark.filterwarnings("ignore:attention computes .* of all token pairs")  # a graft says so, rightly
-def test_readme_examples_run_and_print_what_they_say(tmp_path, monkeypatch, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", PAGES)
+def test_code_on_pages_runs_and_prints_what_they_say(page, tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     monkeypatch.chdir(tmp_path)
-    run = said_lines = 0
+    names: dict[str, object] = {}
     for block in blocks:
         if "diffusers" in block and importlib.util.find_spec("diffusers") is None:
             continue  # an extra, which its example needs
-        exec(compile(textwrap.dedent(block), "README.md", "exec"), {"__name__": "readme"})
+        names = names if PAGES[page] and names else {"__name__": "__main__"}
+        exec(compile(block, page, "exec"), names)
         printed, said = capsys.readouterr().out.splitlines(), re.findall(r"^#> (.*)$", block, re.MULTILINE)
         assert printed == said or not said
-        run, said_lines = run + 1, said_lines + len(said)
-    assert run and said_lines
 
 
 CHECKS = re.compile(r"(^|[._])(raises|warns|assert\w*|check\w*|expect\w*|deprecated_call|opcheck)$")

@@ -12,7 +12,17 @@ pytest.importorskip("rich", reason="the command line prints with rich")
 
 from typer.testing import CliRunner
 
-from canvas_engineering import CanvasLayout, CanvasSchema, CanvasTopology, Connection, RegionSpec, draw
+from canvas_engineering import (
+    CanvasLayout,
+    CanvasProgram,
+    CanvasSchema,
+    CanvasTopology,
+    Connection,
+    ConnectionProgram,
+    RegionProgram,
+    RegionSpec,
+    draw,
+)
 from canvas_engineering.__main__ import KEY, MAX_ROWS, build_app, connection_table, load_schema, main, region_table
 from canvas_engineering.plan import compile_attention
 
@@ -103,12 +113,41 @@ def test_the_key_explains_what_is_printed(schema):
         assert word in explained and word in printed
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "typer"])
-def test_what_is_missing_is_named_with_the_extra_that_has_it(path, tmp_path, monkeypatch, module):
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [("draw", "matplotlib", "draw"), ("draw", "typer", "cli"), ("explore", "rich", "cli"), ("inspect", "typer", "cli")],
+)
+def test_what_is_missing_is_named_with_the_extra_that_has_it(path, tmp_path, monkeypatch, command, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(sys, "argv", ["canvas", "draw", str(path), "--out", str(tmp_path / "p.png")])
-    with pytest.raises(SystemExit, match=rf"{module}.*: install canvas-engineering\[dev\]"):
+    for name in [name for name in sys.modules if name.startswith(f"{module}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    out = () if command == "inspect" else ("--out", str(tmp_path / "p.html"))
+    monkeypatch.setattr(sys, "argv", ["canvas", command, str(path), *out])
+    with pytest.raises(SystemExit) as said:
         main()
+    (line,) = str(said.value).splitlines()
+    assert module in line and line.endswith(f"pip install 'canvas-engineering[{extra}]'")
+
+
+def test_another_missing_module_is_no_matter_of_extras(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "canvas_engineering.program", None)
+    monkeypatch.setattr(sys, "argv", ["canvas", "inspect", str(path)])
+    with pytest.raises(ModuleNotFoundError, match="program"):
+        main()
+
+
+def test_explore_writes_a_page(schema, path, tmp_path):
+    done = run("explore", path, "--out", tmp_path / "new" / "page.html", "--normalize", "joint")
+    assert done.exit_code == 0 and done.stdout.strip().endswith("page.html"), done.output
+    page = (tmp_path / "new" / "page.html").read_text()
+    assert page.startswith("<!doctype html>") and '"form":"joint"' in page and "<title>schema</title>" in page
+    for wrong in (("--out", "page.png"), ("--out", "page.html", "--normalize", "both")):
+        assert run("explore", path, *wrong).exit_code == 2
+    gated = {("cam", "plan"): ConnectionProgram(write_mode="gate")}
+    CanvasProgram(schema, connections=gated).to_json(tmp_path / "gated.json")
+    assert run("explore", tmp_path / "gated.json", "--out", tmp_path / "gated.html").exit_code == 0
+    refused = run("explore", tmp_path / "gated.json", "--out", tmp_path / "joint.html", "--normalize", "joint")
+    assert refused.exit_code == 2 and "gate" in refused.stderr and not (tmp_path / "joint.html").exists()
 
 
 def test_inspect_and_draw_take_the_form(path, tmp_path, monkeypatch):
@@ -173,6 +212,12 @@ def test_a_file_that_is_no_schema_is_named(tmp_path, content, message):
         load_schema(path)
     done = run("inspect", path)
     assert done.exit_code == 2 and done.stderr.count("broken.json") == 1 and len(done.stderr.splitlines()) == 1
+
+
+def test_a_program_is_shown_by_its_schema(schema, path, tmp_path):
+    CanvasProgram(schema, {"cam": RegionProgram("observation")}).to_json(tmp_path / "program.json")
+    shown, plain = (run("inspect", file) for file in (tmp_path / "program.json", path))
+    assert shown.exit_code == 0 and shown.stdout.splitlines()[1:] == plain.stdout.splitlines()[1:]
 
 
 def test_bench_starts_the_suite_with_its_options(monkeypatch):

@@ -133,8 +133,8 @@ def test_the_json_form_is_the_published_one(tmp_path):
     program.to_json(tmp_path / "program.json")
     assert CanvasProgram.from_json(tmp_path / "program.json") == program
     assert [path.name for path in tmp_path.iterdir()] == ["program.json"]
-    with pytest.warns(UserWarning, match="a program is read as a schema, without its region_programs"):
-        assert CanvasSchema.from_json(tmp_path / "program.json") == program.schema
+    with pytest.raises(ValueError, match=r"no region_programs, connection_programs: .*CanvasProgram"):
+        CanvasSchema.from_json(tmp_path / "program.json")
     assert CanvasProgram.from_dict(program.schema.to_dict()) == CanvasProgram(program.schema)
 
 

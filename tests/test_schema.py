@@ -197,7 +197,7 @@ def _with(**changes):
         (_with(layout__H=16), "not both"),
         (_with(layout__T=None), "layout lacks T"),
         (_with(layout__depth=3), r"layout has unknown fields \['depth'\]; known are T, spatial_shape, H, W, d_model, "),
-        (_with(region_program={}), r"a schema has unknown fields \['region_program'\]; .*, region_programs, "),
+        (_with(region_program={}), "which look like a program's: 'region_program' for region_programs"),
         (_with(regions=[]), r"regions must be a dict of names to fields, got \[\]"),
         (_with(regions__action__bounds=None), "region 'action' lacks bounds"),
         (_with(regions__action__colour="red"), r"region 'action' has unknown fields \['colour'\]; known are bounds, "),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import pickle
 import re
 import warnings
 from collections import namedtuple
@@ -370,6 +371,12 @@ def test_coarse_fields_carry_their_template():
     assert (spec.is_output, spec.loss_weight, spec.default_attn) == (False, 3.0, "pooling")
     assert (spec.semantic_type, spec.carrier) == ("summary", "memory")
     assert spec.period == 7  # as declared, whatever is below
+    Told.__coarse__ = Field(2, 2, period=1)
+    assert compile_schema(SimpleNamespace(told=Told())).layout.region_spec("told").period == 1
+    # a field that names no period says so through copies too
+    for copied in (dataclasses.replace(Field(1, 1), semantic_type="x"), pickle.loads(pickle.dumps(Field(1, 1)))):
+        Told.__coarse__ = copied
+        assert compile_schema(SimpleNamespace(told=Told())).layout.region_spec("told").period == 5
     by_attribute = make_dataclass(
         "Told", [("told", object, dc_field(default_factory=Arm, metadata={"coarse": Field(1, 2, period=3)}))]
     )
@@ -570,6 +577,8 @@ def test_temporal_policies():
 
 names = st.integers(1, 3)
 fields = st.builds(Field, st.integers(1, 4), st.integers(1, 4), period=st.integers(1, 5))
+WITHOUT_PERIOD = 5  # rows that tell fields which name no period from those that do
+coarse_fields = st.one_of(st.none(), fields, st.builds(Field, st.just(WITHOUT_PERIOD), st.integers(1, 4)))
 trees = st.recursive(
     st.fixed_dictionaries({"own": st.lists(fields, min_size=1, max_size=3)}),
     lambda inner: st.fixed_dictionaries(
@@ -577,7 +586,7 @@ trees = st.recursive(
             "own": st.lists(fields, max_size=3),
             "nested": st.lists(inner, max_size=2),
             "arrays": st.lists(st.lists(inner, min_size=1, max_size=3), max_size=2),
-            "coarse": st.one_of(st.none(), fields),
+            "coarse": coarse_fields,
         }
     ),
     max_leaves=6,
@@ -613,7 +622,8 @@ def expected(tree, path=""):
         declared = [f for f in leaves(child)]
         mean = sum(f.h * f.w * f.period for f in declared) / sum(f.h * f.w for f in declared)
         size = coarse or Field()
-        regions[name] = (size.h, size.w, max(1, round(mean)) if size.period == 1 else size.period)
+        declares = coarse is not None and size.h != WITHOUT_PERIOD
+        regions[name] = (size.h, size.w, size.period if declares else max(1, round(mean)))
         regions |= below
         level_above = own + ([path] if path else [])
         level_below = [join(name, f"f{i}") for i in range(len(child["own"]))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -60,7 +62,9 @@ class ChosenKeys(CrossAttention):
         n, m = q.shape[2], k.shape[2]
         # one canvas, the queries before the keys
         q, k, v = (F.pad(x, pad) for x, pad in ((q, (0, 0, 0, m)), (k, (0, 0, n, 0)), (v, (0, 0, n, 0))))
-        return block_attention(q, k, v, self._table(n, m), dropout_p=dropout_p)[:, :, :n]
+        table = self._table(n, m)
+        out: torch.Tensor = block_attention(q, k, v, table, dropout_p=dropout_p)  # pyright: ignore[reportAssignmentType] no lse is asked for
+        return out[:, :, :n]
 
     def _table(self, n: int, m: int) -> BlockTable:
         """Of one read, m keys after n queries; the last few are kept."""
@@ -104,6 +108,8 @@ class RandomFixedAttention(ChosenKeys):
     [[0, 0, 1, 1, 2, 2], [3, 7, 2, 5, 2, 7]]
     """
 
+    seed: torch.Tensor
+
     def __init__(
         self,
         d_model: int,
@@ -130,11 +136,11 @@ class RandomFixedAttention(ChosenKeys):
         """The plan with the pairs that are drawn alone."""
         return self.chosen(plan)
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # published checkpoints hold no seed, and any draw is as good as theirs, which no two calls shared
         if f"{prefix}seed" not in state_dict:
             state_dict = {**state_dict, f"{prefix}seed": self.seed}
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._read_seed()
         for plan in self._prepared:
             super().prepare(plan)
@@ -188,7 +194,7 @@ def draw_keys(seed: int, n: int, m: int, count: int) -> np.ndarray:
     Numbers come from 64-bit words scrambled as splitmix64 does it, of (seed, query, m, last): a word depends on no
     other draw. Fixed for ever, for saved models hold to it.
     """
-    word = _scramble(np.uint64(seed & _MASK64))
+    word = _scramble(np.array(seed & _MASK64, np.uint64))
     word = _scramble(_scramble(word ^ np.arange(n, dtype=np.uint64)) ^ np.uint64(m))
     drawn = np.empty((n, count), np.int64)
     for place, last in enumerate(range(m - count, m)):

@@ -40,7 +40,7 @@ def _kernel() -> Recurrence | None:
     if find_spec("fla") is None:
         return None
     # one that is installed and cannot be imported is an error, not a fallback
-    from fla.ops.hgrn import fused_recurrent_hgrn
+    from fla.ops.hgrn import fused_recurrent_hgrn  # pyright: ignore[reportMissingImports] of the extra `fla`
 
     return functools.partial(_recurrence, fused_recurrent_hgrn)
 

@@ -274,8 +274,9 @@ def fit(fn: str, module: nn.Module, plan: AttentionPlan, layout: CanvasLayout, b
                     "queries of a read the same keys: a mask of (query, key) pairs needs a function that weighs each "
                     "pair by itself, such as cross_attention"
                 )
-    if fused and hasattr(module, "refine"):
-        plan = module.refine(plan)
+    refine = getattr(module, "refine", None)
+    if fused and refine is not None:
+        plan = refine(plan)
     prepare(module, plan)
     return plan
 
@@ -283,7 +284,8 @@ def fit(fn: str, module: nn.Module, plan: AttentionPlan, layout: CanvasLayout, b
 def prepare(module: nn.Module, plan: AttentionPlan) -> None:
     """Makes the index sets that running ``plan`` needs ahead of the first step: a fused class by its own
     ``prepare(plan)``, where it has one."""
+    own_prepare = getattr(module, "prepare", None)
     if not is_fused(type(module)):
         read_groups(plan)
-    elif hasattr(module, "prepare"):
-        module.prepare(plan)
+    elif own_prepare is not None:
+        own_prepare(plan)

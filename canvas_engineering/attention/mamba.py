@@ -42,6 +42,8 @@ class MambaAttention(MemoryAttention):
     torch.Size([1, 3, 8])
     """
 
+    A_log: torch.Tensor
+
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0, state_size: int = 16, dt_rank: int = 0):
         super().__init__()
         d_model, _, self.dropout = checked_sizes(d_model, n_heads, dropout, divides=False)

@@ -32,6 +32,7 @@ class MemoryAttention(CanvasModule):
 
     takes_pairs = False
     causal = False
+    out_proj: nn.Linear
 
     def __init__(self) -> None:
         super().__init__()

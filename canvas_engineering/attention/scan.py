@@ -277,7 +277,7 @@ def _compose_sums(x, log_keep, backwards, kernels):
 
 def _as_operator(name: str, *args):
     results = operate(name, *args)
-    return results if len(results) > 1 else results[0]
+    return results[0] if len(results) == 1 else results
 
 
 # -- registration ------------------------------------------------------------------------------------------------------

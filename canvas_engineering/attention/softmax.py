@@ -140,7 +140,11 @@ def project_out(
 
 
 class CogVideoXAttention(CrossAttention):
-    """The function of edges declared as "cogvideox": cross attention, in a module of its own."""
+    """The function of edges declared as "cogvideox": cross attention, in a module of its own.
+
+    >>> CogVideoXAttention(8, n_heads=2)(*torch.randn(3, 1, 5, 8)).shape
+    torch.Size([1, 5, 8])
+    """
 
 
 class CosineAttention(CrossAttention):

@@ -304,8 +304,8 @@ def copies(plan: AttentionPlan) -> Copies:
         read = np.repeat(np.arange(len(taken)), taken)
         nth = np.arange(len(read)) - (np.cumsum(taken) - taken)[read]
         targets, sources = (sets.rows[sets.ptr[side[read]] + nth] for side in (sets.queries, sets.keys))
-        maps = (IndexMap.gather(rows, plan.n_packed) for rows in (sources, targets))
-        plan.index_sets["copies"] = Copies(*maps, query_places(plan, sets, read, targets, read))
+        taken_from, given_to = (IndexMap.gather(rows, plan.n_packed) for rows in (sources, targets))
+        plan.index_sets["copies"] = Copies(taken_from, given_to, query_places(plan, sets, read, targets, read))
     return plan.index_sets["copies"]
 
 

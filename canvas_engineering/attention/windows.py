@@ -194,8 +194,8 @@ def block_reads(plan: AttentionPlan, cut) -> BlockedReads:
         k_start += len(k_rows)
     q_rows, k_rows, owner, key_owner, counts = (np.concatenate(column) for column in zip(*parts))
     places = query_places(plan, sets, owner, q_rows, owner, sets.weight[owner] * counts)
-    maps = (IndexMap.gather(rows, plan.n_packed) for rows in (q_rows, k_rows))
-    return BlockedReads(tuple(groups), *maps, IndexMap.gather(key_owner, int(owner.max()) + 1), places)
+    queries, keys = (IndexMap.gather(rows, plan.n_packed) for rows in (q_rows, k_rows))
+    return BlockedReads(tuple(groups), queries, keys, IndexMap.gather(key_owner, int(owner.max()) + 1), places)
 
 
 def attend_blocks(
@@ -318,11 +318,13 @@ class LocalAttention(ChosenKeys):
             if len(self._blocked) >= KEPT_TABLES:
                 self._blocked.pop(next(iter(self._blocked)))
             blocks = Blocks.of([self._in_order(n, m)])
-            maps = (IndexMap.gather(place.reshape(-1), rows) for place, rows in ((blocks.query, n), (blocks.key, m)))
+            queries, keys = (
+                IndexMap.gather(place.reshape(-1), rows) for place, rows in ((blocks.query, n), (blocks.key, m))
+            )
             one = IndexMap.gather(np.zeros(blocks.query.size, np.int64), 1)
             places = QueryPlaces(IndexMap.constant(blocks.counts.astype(np.float64)), one, one, True)
             key_reads = IndexMap.gather(np.zeros(blocks.key.size, np.int64), 1)
-            self._blocked[key] = BlockedReads((BlockGroup.of(1, blocks, 0, 0),), *maps, key_reads, places)
+            self._blocked[key] = BlockedReads((BlockGroup.of(1, blocks, 0, 0),), queries, keys, key_reads, places)
         return self._blocked[key]
 
     def choice_key(self) -> tuple:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -155,20 +156,20 @@ def transfer_distance(a: RegionSpec, b: RegionSpec) -> float:
     ...                   RegionSpec((0, 1, 1, 2), semantic_embedding=(0, 2)))
     1.0
     """
+    vectors = []
     for spec in (a, b):
         checked_kind(spec, "what is bridged", RegionSpec)
         if spec.semantic_embedding is None:
             raise ValueError(f"the region at {spec.bounds} ({spec.semantic_type!r}) has no semantic_embedding")
+        vectors.append(spec.semantic_embedding)
     if a.embedding_model != b.embedding_model:
         raise ValueError(
             f"embeddings of different models cannot be compared: {a.embedding_model!r}, {b.embedding_model!r}"
         )
-    if len(a.semantic_embedding) != len(b.semantic_embedding):
-        raise ValueError(
-            f"embeddings differ in length: {len(a.semantic_embedding)} at {a.bounds}, "
-            f"{len(b.semantic_embedding)} at {b.bounds}"
-        )
-    return float(cosine_distances(np.array([a.semantic_embedding]), np.array([b.semantic_embedding]))[0, 0])
+    of_a, of_b = vectors
+    if len(of_a) != len(of_b):
+        raise ValueError(f"embeddings differ in length: {len(of_a)} at {a.bounds}, {len(of_b)} at {b.bounds}")
+    return float(cosine_distances(np.array([of_a]), np.array([of_b]))[0, 0])
 
 
 _NO_REGIONS: dict = {}
@@ -206,13 +207,17 @@ class CanvasLayout:
     # no fields of __init__: dataclasses.replace would hand them on beside spatial_shape, as a second grid
     H: int | None = field(default=None, init=False)
     W: int | None = field(default=None, init=False)
+    if TYPE_CHECKING:  # what `_forget` makes is no field of the dataclass
+        _specs: dict[str, tuple[Any, RegionSpec, np.ndarray]] = field(init=False)
+        _indices: dict[str, tuple[Any, np.ndarray]] = field(init=False)
+        _key: tuple[Any, Any] = field(init=False)
 
     def __init__(
         self,
         T: int,
         d_model: int,
         spatial_shape: tuple[int, ...] = (),
-        regions: dict[str, tuple[int, ...] | RegionSpec] = _NO_REGIONS,
+        regions: Mapping[str, tuple[int, ...] | RegionSpec] = _NO_REGIONS,
         t_current: int = 0,
         H: int | None = None,
         W: int | None = None,
@@ -260,6 +265,7 @@ class CanvasLayout:
         self.__dict__.update(state)
         self._forget()
 
+    # by value, so that there is no hash: `regions` is a dict that may grow, and key() is what caches go by
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CanvasLayout):
             return NotImplemented
@@ -269,7 +275,10 @@ class CanvasLayout:
         )
         return mine == theirs
 
-    __hash__ = None  # `regions` is a dict that may grow: key() is what caches go by
+    def _repr_html_(self) -> str:
+        from canvas_engineering.notebook import layout_html
+
+        return layout_html(self)
 
     @property
     def n_spatial_dims(self) -> int:

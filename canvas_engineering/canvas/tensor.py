@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,12 @@ class SinusoidalPositionalEncodingND(CanvasModule):
 
     Raises:
         ValueError: a size below 1.
+
+    >>> SinusoidalPositionalEncodingND(12, max_T=4, max_spatial=(6, 8))(2, (3, 5)).shape
+    torch.Size([2, 3, 5, 12])
     """
+
+    pe: torch.Tensor
 
     def __init__(self, d_model: int, max_T: int = 32, max_spatial: tuple[int, ...] = (64, 64)) -> None:
         super().__init__()
@@ -75,12 +81,18 @@ class SinusoidalPositionalEncodingND(CanvasModule):
 
 
 class SinusoidalPositionalEncoding3D(SinusoidalPositionalEncodingND):
-    """`SinusoidalPositionalEncodingND` of a (T, H, W) grid."""
+    """`SinusoidalPositionalEncodingND` of a (T, H, W) grid.
+
+    >>> SinusoidalPositionalEncoding3D(12)(2, 3, 5).shape
+    torch.Size([2, 3, 5, 12])
+    """
 
     def __init__(self, d_model: int, max_T: int = 32, max_H: int = 64, max_W: int = 64) -> None:
         super().__init__(d_model, max_T, (max_H, max_W))
 
-    def forward(self, T: int, H: int = 0, W: int = 0, spatial_shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] a published signature
+        self, T: int, H: int = 0, W: int = 0, spatial_shape: tuple[int, ...] | None = None
+    ) -> torch.Tensor:
         """The encoding of a grid of ``(T, H, W)``, or ``(T, *spatial_shape)`` where that is given."""
         return super().forward(T, (H, W) if spatial_shape is None else spatial_shape)
 
@@ -90,6 +102,9 @@ class PeriodEmbedding(CanvasModule):
 
     Raises:
         ValueError: fewer than 2 buckets, or a max_period below 2.
+
+    >>> PeriodEmbedding(8)(4).shape
+    torch.Size([8])
     """
 
     def __init__(self, d_model: int, n_buckets: int = 16, max_period: int = 10000) -> None:
@@ -117,6 +132,9 @@ class FamilyCarrierEmbedding(CanvasModule):
     Attributes:
         d_model: width of the vectors.
         family_embedding, carrier_embedding: tables of one row for each of ``FAMILIES`` and ``CARRIERS``, and the last.
+
+    >>> FamilyCarrierEmbedding(8)("observation", "deterministic").shape
+    torch.Size([8])
     """
 
     FAMILIES = ("observation", "state", "memory", "residual", "action")
@@ -165,7 +183,21 @@ class SpatiotemporalCanvas(CanvasModule):
     Raises:
         ValueError: two region names that give their modality embeddings the same parameter name, or one that is a
             method of the ParameterDict that holds them.
+
+    >>> layout = CanvasLayout(T=2, d_model=8, spatial_shape=(4,), regions={"arm": (0, 2, 0, 3)})
+    >>> canvas = SpatiotemporalCanvas(layout)
+    >>> x = canvas.place(canvas.create_empty(1), torch.randn(1, 6, 8), "arm")
+    >>> canvas.extract(x, "arm").shape
+    torch.Size([1, 6, 8])
     """
+
+    semantic_conditioner: Any
+    program: Any
+    _positions: torch.Tensor
+    _region_of: torch.Tensor
+    _period_rows: torch.Tensor
+    _semantic_rows: torch.Tensor
+    _program_rows: torch.Tensor
 
     def __init__(self, layout: CanvasLayout, semantic_conditioner: Any = None, program: Any = None) -> None:
         super().__init__()
@@ -186,18 +218,20 @@ class SpatiotemporalCanvas(CanvasModule):
         counts = np.array([layout.region_numel(name) for name in specs], np.int64)
         stops = counts.cumsum()
         self._ranges = {name: (int(stop - count), int(stop)) for name, stop, count in zip(specs, stops, counts)}
-        self._programs = {name: self._family_and_carrier(name, spec) for name, spec in specs.items()}
+        with_program = specs.items() if program is not None else ()
+        self._programs = {name: self._family_and_carrier(name, spec) for name, spec in with_program}
         empty = np.zeros(0, np.int64)
         self.register_table("_positions", np.concatenate([empty, *map(layout.region_positions, specs)]))
         self.register_table("_region_of", np.repeat(np.arange(len(specs)), counts))
         buckets = [self.period_embedding.bucket(spec.period) for spec in specs.values()]
         self.register_table("_period_rows", np.array(buckets, np.int64))
-        known = {name: row for row, name in enumerate(getattr(semantic_conditioner, "region_names", ()))}
+        names: Sequence[str] = getattr(semantic_conditioner, "region_names", ())
+        known = {name: row for row, name in enumerate(names)}
         every = hasattr(semantic_conditioner, "get_all_conditioning") and specs.keys() <= known.keys()
         self._knows_every_region = every
         self.register_table("_semantic_rows", np.array([known[name] for name in specs if every], np.int64))
-        if program is not None:
-            table = self.family_carrier_embedding
+        table = self.family_carrier_embedding
+        if table is not None:
             rows = [
                 (table.family_idx(family), table.carrier_idx(carrier)) for family, carrier in self._programs.values()
             ]
@@ -217,9 +251,7 @@ class SpatiotemporalCanvas(CanvasModule):
             embeddings[key] = nn.Parameter(torch.randn(self.layout.d_model) * 0.02)
         return embeddings
 
-    def _family_and_carrier(self, name: str, spec: RegionSpec) -> tuple[str, str] | None:
-        if self.program is None:
-            return None
+    def _family_and_carrier(self, name: str, spec: RegionSpec) -> tuple[str, str]:
         if name not in self.program.regions:
             return "state", spec.carrier
         region = self.program.regions[name]
@@ -310,6 +342,7 @@ class SpatiotemporalCanvas(CanvasModule):
         if self.semantic_conditioner is not None:
             identity = self.semantic_conditioner.get_conditioning(region_name)
         else:
+            assert self.modality_embeddings is not None
             identity = self.modality_embeddings[parameter_key(region_name)]
         identity = identity + self.period_embedding(self.layout.region_spec(region_name).period)
         if self.family_carrier_embedding is not None:

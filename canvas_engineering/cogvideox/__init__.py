@@ -34,7 +34,7 @@ def __getattr__(name: str):
     if name == "ModelMixin":
         # A saved pipeline names this module as the library of its transformer, and diffusers takes a class of a library
         # for one that loads if it finds the library's own ModelMixin among its bases.
-        from diffusers import ModelMixin
+        from diffusers.models.modeling_utils import ModelMixin
 
         return ModelMixin
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -61,8 +61,9 @@ def detect_inner_dim(transformer: nn.Module) -> int:
     if isinstance(heads, int) and isinstance(head_dim, int):
         return heads * head_dim
     for name in ("hidden_size", "d_model"):
-        if isinstance(option(name), int):
-            return option(name)
+        width = option(name)
+        if isinstance(width, int):
+            return width
     for module in transformer.modules():
         shape = getattr(module, "normalized_shape", None)
         if shape is not None:

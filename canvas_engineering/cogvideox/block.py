@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +39,21 @@ class LoopedCogVideoXBlock(CanvasModule):
 
     Raises:
         ValueError: the block is offloaded or hooked already, it loops already, or it holds inference tensors.
+
+    >>> from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+    >>> stock = CogVideoXBlock(dim=8, num_attention_heads=2, attention_head_dim=4, time_embed_dim=4)
+    >>> block = LoopedCogVideoXBlock(stock, block_idx=0, max_loops=3, inner_dim=8)
+    >>> block.loop_emb.shape, block.current_loops
+    (torch.Size([3, 8]), 1)
     """
+
+    loop: LoopParameters
+    loops: int
+    block_idx: int
+    sharpening: list[float] | None
+    block_class: Any
+    block_forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    attn1: Any  # of diffusers' block
 
     def __init__(
         self, original_block: nn.Module, block_idx: int, max_loops: int, inner_dim: int, gate: str = "tanh"
@@ -61,9 +76,11 @@ class LoopedCogVideoXBlock(CanvasModule):
         LoopedCogVideoXBlock.check(block, block_idx)
         loop = LoopParameters(max_loops, inner_dim, 2, gate, 0.0, *parameter_home(block))
         loop.train(block.training)
-        # The function besides the class, for torch.compile cannot see into the class, which diffusers marks as opaque.
-        block.block_class, block.block_forward = type(block), type(block).forward
+        before = type(block)
         block.__class__ = LoopedCogVideoXBlock
+        assert isinstance(block, LoopedCogVideoXBlock)
+        # The function besides the class, for torch.compile cannot see into the class, which diffusers marks as opaque.
+        block.block_class, block.block_forward = before, before.forward
         block.loop, block.loops, block.block_idx, block.sharpening = loop, 1, block_idx, None
         block.__dict__.pop("_compiled_call_impl", None)  # compiled from the forward that it had
         return block
@@ -104,7 +121,9 @@ class LoopedCogVideoXBlock(CanvasModule):
     @property
     def loop_emb_enc(self) -> nn.Parameter:
         """(max_loops, inner_dim), added to the text stream."""
-        return self.loop.loop_emb_enc
+        embedding = self.loop.loop_emb_enc
+        assert embedding is not None  # of the two streams
+        return embedding
 
     @property
     def loop_gate(self) -> nn.Parameter:

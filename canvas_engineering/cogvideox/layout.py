@@ -26,6 +26,9 @@ class PixelBox:
 
     Raises:
         ValueError: a range that is not two ints.
+
+    >>> PixelBox(rows=(0, 240)).columns is None
+    True
     """
 
     frames: tuple[int, int] | None = None
@@ -155,6 +158,9 @@ def window_topology(past: int = 1, future: int = 0) -> CanvasTopology:
 
     Raises:
         ValueError: a negative number of frames, or more than 100,000.
+
+    >>> [c.t_dst for c in window_topology(past=2).connections if (c.src, c.dst) == ("video", "video")]
+    [-2, -1, 0]
     """
     past, future = checked_int(past, "past", most=_MOST), checked_int(future, "future", most=_MOST)
     if past < 0 or future < 0:
@@ -172,6 +178,9 @@ def tile_topology(rows: int, columns: int) -> CanvasTopology:
 
     Raises:
         ValueError: a tile size below 1.
+
+    >>> {(c.src, c.dst) for c in tile_topology(4, 4).connections} >= {("video", "video"), ("video", "text")}
+    True
     """
     tile = MaskSpec("tile", tile_h=rows, tile_w=columns)
     return CanvasTopology(

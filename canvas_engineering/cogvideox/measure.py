@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..canvas import CanvasLayout
 from ..checked import checked_kind
 from ..connectivity import CanvasTopology
 from .processor import CanvasAttnProcessor
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
 __all__ = ["TopologyMeasure", "measure_topology"]
 
@@ -51,7 +53,7 @@ class _Both:
 
 @torch.no_grad()
 def measure_topology(
-    transformer: nn.Module,
+    transformer: CogVideoXTransformer3DModel,
     layout: CanvasLayout,
     topology: CanvasTopology,
     batch: Mapping[str, Any],
@@ -69,15 +71,32 @@ def measure_topology(
     Raises:
         ValueError: a batch of another size than the layout's, or a model that stays in packed order: measure before
             the graft.
+
+    >>> from canvas_engineering import cogvideox_layout, window_topology
+    >>> from diffusers import CogVideoXTransformer3DModel
+    >>> model = CogVideoXTransformer3DModel(
+    ...     num_layers=1, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=8,
+    ...     max_text_seq_length=2, sample_height=4, sample_width=4, sample_frames=9,
+    ... )
+    >>> batch = {
+    ...     "hidden_states": torch.randn(1, 3, 4, 4, 4), "encoder_hidden_states": torch.randn(1, 2, 8),
+    ...     "timestep": torch.tensor([500]),
+    ... }
+    >>> layout = cogvideox_layout(model.config, 32, 32, 9)
+    >>> measure_topology(model, layout, window_topology(), batch).density < 1
+    True
     """
     checked_kind(batch, "batch", Mapping)
     before = transformer.attn_processors
     if any(getattr(processor, "packed", False) for processor in before.values()):
         raise ValueError("this model keeps its tokens in packed order: measure a topology before the graft")
     sparse = CanvasAttnProcessor(layout, topology, backend=backend)
+    if sparse.plan is None:
+        raise ValueError(f"measure_topology needs a layout and a topology, got {layout!r} and {topology!r}")
     fused = {name: getattr(p, "fused", "Fused" in type(p).__name__) for name, p in before.items()}
     both = {name: _Both(CanvasAttnProcessor().with_fused(f), sparse.with_fused(f)) for name, f in fused.items()}
-    transformer.set_attn_processor(dict(both))
+    processors: dict[str, Any] = dict(both)  # diffusers' annotation lists its own classes
+    transformer.set_attn_processor(processors)
     try:
         transformer(**batch)
     finally:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, wraps
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch import nn
 
@@ -20,14 +20,17 @@ from . import packing
 from .block import LoopedCogVideoXBlock
 from .processor import CanvasAttnProcessor
 
+if TYPE_CHECKING:
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
+
 OWN_CONFIG = ("max_loops", "loops", "gate", "sharpening", "canvas", "backend", "packed")
 
 
 @cache
-def looped_model_class() -> type[nn.Module]:
+def looped_model_class() -> type[CogVideoXTransformer3DModel]:
     """``LoopedCogVideoXTransformer3DModel``, made at the first call, for its base class needs diffusers."""
-    from diffusers import CogVideoXTransformer3DModel
     from diffusers.configuration_utils import register_to_config
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
     @outside_inference
     def __init__(
@@ -79,7 +82,7 @@ def looped_model_class() -> type[nn.Module]:
             self._register_loops()
 
         def _set_block_loops(self, loops: int | list[int]) -> None:
-            blocks = self.transformer_blocks
+            blocks = blocks_of(self)
             several = isinstance(loops, (list, tuple))
             numbers = checked_items(loops, "loops", "ints") if several else [loops] * len(blocks)
             if len(numbers) != len(blocks):
@@ -88,7 +91,7 @@ def looped_model_class() -> type[nn.Module]:
                 block.set_loops(number)
 
         def _register_loops(self) -> None:
-            numbers = [block.loops for block in self.transformer_blocks]
+            numbers = [block.loops for block in blocks_of(self)]
             self.register_to_config(loops=numbers[0] if len(set(numbers)) == 1 else numbers)
 
         @wraps(CogVideoXTransformer3DModel.set_attn_processor)
@@ -116,11 +119,11 @@ def looped_model_class() -> type[nn.Module]:
             """Fuses query, key and value projections, as the stock model does, and keeps canvas processors."""
             before = self.attn_processors
             super().fuse_qkv_projections()
-            fused = {
-                name: before[name].with_fused() if hasattr(before[name], "with_fused") else stock_one
-                for name, stock_one in self.attn_processors.items()
-            }
-            self.set_attn_processor(fused)
+            fused = {}
+            for name, stock_one in self.attn_processors.items():
+                own: Any = before[name]
+                fused[name] = own.with_fused() if hasattr(own, "with_fused") else stock_one
+            self.set_attn_processor(fused)  # pyright: ignore[reportCallIssue] `wraps` hides from it that this is a method
 
     looped = LoopedCogVideoXTransformer3DModel
     looped.__init__ = register_to_config(__init__)
@@ -142,20 +145,30 @@ def _register_for_caches() -> None:
     )
 
 
-def is_cogvideox(transformer: nn.Module) -> bool:
+def is_cogvideox(transformer: nn.Module) -> TypeGuard[CogVideoXTransformer3DModel]:
     """Whether this is diffusers' CogVideoX transformer, looped or not; a subclass by someone else is not."""
     return type(transformer).__name__ in ("CogVideoXTransformer3DModel", "LoopedCogVideoXTransformer3DModel") and (
         type(transformer).__module__.split(".")[0] in ("diffusers", "canvas_engineering")
     )
 
 
-def canvas_processor(transformer: nn.Module) -> CanvasAttnProcessor | None:
+def is_looped_cogvideox(transformer: nn.Module) -> TypeGuard[CogVideoXTransformer3DModel]:
+    """Whether this is a ``LoopedCogVideoXTransformer3DModel``."""
+    return type(transformer).__name__ == "LoopedCogVideoXTransformer3DModel"
+
+
+def blocks_of(transformer: CogVideoXTransformer3DModel) -> Sequence[LoopedCogVideoXBlock]:
+    """The blocks of a looped model, also where compilers or wrappers stand around them."""
+    return cast("Sequence[LoopedCogVideoXBlock]", transformer.transformer_blocks)
+
+
+def canvas_processor(transformer: CogVideoXTransformer3DModel) -> CanvasAttnProcessor | None:
     """The processor that all blocks share, if it is a canvas processor; None if none has one.
 
     Raises:
         ValueError: blocks with different processors, which the config has no form for.
     """
-    found = [block.attn1.processor for block in transformer.transformer_blocks]
+    found = [block.attn1.processor for block in blocks_of(transformer)]
     canvas = [processor for processor in found if isinstance(processor, CanvasAttnProcessor)]
     if canvas and (len(canvas) < len(found) or any(p.declaration() != canvas[0].declaration() for p in canvas)):
         raise ValueError("the blocks have different attention processors; a config can name one for all of them")
@@ -177,7 +190,10 @@ def processor_for(
 
 
 def set_attention(
-    transformer: nn.Module, sharpening: list[float] | None, processor: CanvasAttnProcessor | None, packed: bool
+    transformer: CogVideoXTransformer3DModel,
+    sharpening: list[float] | None,
+    processor: CanvasAttnProcessor | None,
+    packed: bool,
 ) -> None:
     """Gives all blocks of a looped model a processor and its sharpening; without a processor they keep theirs."""
     if processor is not None:
@@ -186,17 +202,18 @@ def set_attention(
             processor.packed = True
             packing.install(transformer, processor)
         fused = any(getattr(p, "fused", "Fused" in type(p).__name__) for p in transformer.attn_processors.values())
-        transformer.set_attn_processor(processor.with_fused(fused))
-    for block in transformer.transformer_blocks:
+        own: Any = processor.with_fused(fused)  # diffusers' annotation lists its own classes
+        transformer.set_attn_processor(own)
+    for block in blocks_of(transformer):
         block.sharpening = None if sharpening is None else list(sharpening)
     register_attention(transformer)
 
 
-def register_attention(transformer: nn.Module) -> None:
+def register_attention(transformer: CogVideoXTransformer3DModel) -> None:
     """Writes the attention that the blocks have into the model's config."""
     processor = canvas_processor(transformer)
     transformer.register_to_config(
-        sharpening=transformer.transformer_blocks[0].sharpening,
+        sharpening=blocks_of(transformer)[0].sharpening,
         canvas=None if processor is None else processor.declaration(),
         backend="auto" if processor is None else processor.backend,
         packed=processor is not None and processor.packed,
@@ -204,7 +221,7 @@ def register_attention(transformer: nn.Module) -> None:
 
 
 def graft_cogvideox(
-    transformer: nn.Module,
+    transformer: CogVideoXTransformer3DModel,
     max_loops: int,
     inner_dim: int,
     gate: str,
@@ -215,14 +232,14 @@ def graft_cogvideox(
     packed: bool,
 ) -> list[LoopedCogVideoXBlock]:
     """Makes a stock model a looped one, in place; a looped one with equal loops gets the attention asked for."""
-    config, blocks = transformer.config, transformer.transformer_blocks
+    config, blocks = transformer.config, blocks_of(transformer)
     schema = None if layout is None else CanvasSchema(layout, topology)
     # Everything that can be refused is refused before anything is changed.
     processor = processor_for(sharpening, schema, max_loops, backend)
     if isinstance(transformer, looped_model_class()):
-        if (config.max_loops, config.gate) != (max_loops, gate):
+        if (config["max_loops"], config["gate"]) != (max_loops, gate):
             raise ValueError(
-                f"this model is grafted with max_loops={config.max_loops}, gate={config.gate!r}; asked for "
+                f"this model is grafted with max_loops={config['max_loops']}, gate={config['gate']!r}; asked for "
                 f"max_loops={max_loops}, gate={gate!r}. ungraft it first"
             )
         if processor is None:
@@ -234,20 +251,20 @@ def graft_cogvideox(
         for number, block in enumerate(blocks):
             LoopedCogVideoXBlock.graft(block, number, max_loops, inner_dim, gate)
         transformer.__class__ = looped_model_class()
-        transformer._processors_before_graft = processors
+        transformer.__dict__["_processors_before_graft"] = processors
         transformer.register_to_config(max_loops=max_loops, gate=gate)
     set_attention(transformer, sharpening, processor, packed)
     return list(blocks)
 
 
-def ungraft_cogvideox(transformer: nn.Module) -> nn.Module:
+def ungraft_cogvideox(transformer: CogVideoXTransformer3DModel) -> nn.Module:
     """The stock model, in place: classes, config and attention processors as before the graft."""
-    from diffusers import CogVideoXTransformer3DModel
     from diffusers.configuration_utils import FrozenDict
     from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
     packing.remove(transformer)
-    for block in transformer.transformer_blocks:
+    for block in blocks_of(transformer):
         block.ungraft()
     transformer.__class__ = CogVideoXTransformer3DModel
     config = {name: value for name, value in transformer.config.items() if name not in OWN_CONFIG}

@@ -20,10 +20,11 @@ from .processor import CanvasAttnProcessor
 
 def can_pack(processor: CanvasAttnProcessor) -> bool:
     """Whether the packed order keeps the text in front, where blocks look for it, and moves anything at all."""
-    if processor.plan is None or processor.plan.in_canvas_order:
+    plan, layout = processor.plan, processor.layout
+    if plan is None or layout is None or plan.in_canvas_order:
         return False
-    n_text = processor.layout.region_numel(TEXT)
-    return bool((processor.plan.order[:n_text] < n_text).all())
+    n_text = layout.region_numel(TEXT)
+    return bool((plan.order[:n_text] < n_text).all())
 
 
 def install(transformer: nn.Module, processor: CanvasAttnProcessor) -> None:
@@ -31,13 +32,13 @@ def install(transformer: nn.Module, processor: CanvasAttnProcessor) -> None:
     remove(transformer)
     transformer.canvas_order = order = PackedOrder(processor)
     transformer.register_forward_pre_hook(_PackRotary(order), with_kwargs=True)
-    transformer.patch_embed.register_forward_hook(_PackTokens(order))
-    transformer.norm_final.register_forward_pre_hook(_UnpackVideo(order))
+    transformer.get_submodule("patch_embed").register_forward_hook(_PackTokens(order))
+    transformer.get_submodule("norm_final").register_forward_pre_hook(_UnpackVideo(order))
 
 
 def remove(transformer: nn.Module) -> None:
     """Takes :func:`install`'s hooks away, and nothing else."""
-    for module in (transformer, transformer.patch_embed, transformer.norm_final):
+    for module in map(transformer.get_submodule, ("", "patch_embed", "norm_final")):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for number, hook in list(hooks.items()):
                 if isinstance(hook, _Hook):
@@ -69,9 +70,14 @@ class PackedOrder(CanvasModule):
         video, canvas: int64 (video tokens,), the same of the video alone, and its inverse.
     """
 
+    tokens: torch.Tensor
+    video: torch.Tensor
+    canvas: torch.Tensor
+
     def __init__(self, processor: CanvasAttnProcessor):
         super().__init__()
         self.processor = processor
+        assert processor.plan is not None and processor.layout is not None
         order, n_text = processor.plan.order, processor.layout.region_numel(TEXT)
         video = order[n_text:] - n_text
         self.register_table("tokens", order)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from ..connectivity import CanvasTopology
 from ..schema import CanvasSchema
 from .layout import TEXT, VIDEO
 from .tokens import token_plan
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 __all__ = ["CanvasAttnProcessor"]
 
@@ -42,6 +45,12 @@ class CanvasAttnProcessor:
     Raises:
         ValueError: a layout without a topology or the reverse, an unknown backend, or a declaration that the joint
             form cannot compute.
+
+    >>> from canvas_engineering import dense_topology
+    >>> regions = {"text": (0, 1, 0, 1), "video": (0, 2, 1, 4)}
+    >>> layout = CanvasLayout(T=2, d_model=8, spatial_shape=(4,), regions=regions)
+    >>> CanvasAttnProcessor(layout, dense_topology()).plan.density
+    1.0
     """
 
     # diffusers' registries of kernels and of sequence parallelism look for these two, and set them.
@@ -65,12 +74,12 @@ class CanvasAttnProcessor:
         if (layout is None) != (topology is None):
             raise ValueError("give both layout= and topology=, or neither for dense attention")
         self.layout, self.topology, self.backend, self.packed, self.fused = layout, topology, backend, packed, False
-        self.plan = None if layout is None else token_plan(layout, topology)
+        self.plan = None if layout is None or topology is None else token_plan(layout, topology)
         self.counts = None if layout is None else tuple(int(layout.region_numel(name)) for name in (TEXT, VIDEO))
 
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: Attention,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -100,6 +109,7 @@ class CanvasAttnProcessor:
         if self.fused:
             projected = attn.to_qkv(tokens).chunk(3, -1)
         else:
+            assert attn.to_k is not None and attn.to_v is not None
             projected = [projection(tokens) for projection in (attn.to_q, attn.to_k, attn.to_v)]
         # (B, heads, tokens, head_dim)
         q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
@@ -112,6 +122,7 @@ class CanvasAttnProcessor:
             out = F.scaled_dot_product_attention(q, k, v, scale=scale)
         else:
             out = canvas_attention(q, k, v, self.plan, scale=scale, backend=self.backend, packed=self.packed)
+        assert attn.to_out is not None
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         return out[:, n_text:], out[:, :n_text]
 
@@ -123,7 +134,7 @@ class CanvasAttnProcessor:
 
     def declaration(self) -> dict[str, Any] | None:
         """What it computes, as JSON types: the schema and the form; None for dense attention."""
-        if self.plan is None:
+        if self.plan is None or self.layout is None:
             return None
         return {"schema": CanvasSchema(self.layout, self.topology).to_dict(), "form": self.plan.normalize}
 
@@ -132,7 +143,7 @@ class CanvasAttnProcessor:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.layout is not None:
+        if self.layout is not None and self.topology is not None:
             self.plan = token_plan(self.layout, self.topology)
 
     def __deepcopy__(self, memo) -> CanvasAttnProcessor:
@@ -165,4 +176,6 @@ def _rotate(x: torch.Tensor, n_text: int, rotary: tuple[torch.Tensor, torch.Tens
     """x (B, heads, tokens, head_dim) with its video tokens rotated."""
     from diffusers.models.embeddings import apply_rotary_emb
 
-    return torch.cat([x[:, :, :n_text], apply_rotary_emb(x[:, :, n_text:], rotary)], dim=2)
+    video = x[:, :, n_text:]
+    rotated: torch.Tensor = apply_rotary_emb(video, rotary)  # pyright: ignore[reportArgumentType, reportAssignmentType] its annotations take no pair
+    return torch.cat([x[:, :, :n_text], rotated], dim=2)

@@ -14,7 +14,7 @@ import torch
 from canvas_kernels.derived import Store, derived, to_device
 from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
 from canvas_kernels.table import BlockTable, row_scale, row_sums
-from canvas_kernels.tiling import TileClass
+from canvas_kernels.tiling import TileClass, partial_width
 
 from ..canvas import CanvasLayout
 from ..checked import checked_bool, checked_kind
@@ -58,6 +58,11 @@ class AttentionPlan:
         replaces: whether some connection writes by replacing.
         by_fn: the plan of each function, where some function leaves out pairs of its reads; else empty.
         pairs: the table of the pairs that are left, where this is the plan of such a function.
+
+    >>> layout = CanvasLayout(T=1, d_model=8, spatial_shape=(4,), regions={"a": (0, 1, 0, 2), "b": (0, 1, 2, 4)})
+    >>> plan = compile_attention(layout, CanvasTopology([Connection("a", "b")]))
+    >>> plan.density, plan.flops(head_dim=4)
+    (0.25, 64)
     """
 
     normalize: str
@@ -252,6 +257,28 @@ class AttentionPlan:
         tilings = self.table.device_tilings("cpu", _FILL_CLASSES)
         return {f"{t.block_m} × {t.block_n}": t.pairs / t.walked for t in tilings if t.walked}
 
+    def work_by_connection(self) -> dict[str, np.ndarray]:
+        """What each connection's part of the table costs, in edge form.
+
+        Returns:
+            int64 [connections] each: "rectangles", "pairs", their selected pairs, and "walked", the pairs that tiles
+            walk to cover them. Pairs over walked is the connection's fill.
+
+        Raises:
+            ValueError: a plan in joint form, whose rectangles belong to no one connection.
+        """
+        if self.normalize != "edge":
+            raise ValueError("joint form has one softmax over all connections: its rectangles belong to none of them")
+        table, n = self.table, self.n_connections
+        walked = np.zeros(n, np.int64)
+        for tiling in table.device_tilings("cpu", _FILL_CLASSES):
+            _, n_full, _, n_partial, _, _, edge, _ = tiling.segments.numpy().T.astype(np.int64)
+            keys = n_full * tiling.block_n + n_partial * partial_width(tiling.block_n)
+            np.add.at(walked, edge, keys * tiling.block_m)
+        pairs = np.zeros(n, np.int64)
+        np.add.at(pairs, table.edge, (table.q_stop - table.q_start) * (table.k_stop - table.k_start))
+        return {"rectangles": np.bincount(table.edge, minlength=n), "pairs": pairs, "walked": walked}
+
     @property
     def table_bytes(self) -> int:
         """Bytes of the walks, forward and transposed, at those tile sizes."""
@@ -304,6 +331,11 @@ class AttentionPlan:
     def __repr__(self) -> str:
         return f"<{self.summary().splitlines()[0]}>"
 
+    def _repr_html_(self) -> str:
+        from canvas_engineering.notebook import plan_html
+
+        return plan_html(self)
+
 
 def compile_attention(
     layout: CanvasLayout,
@@ -350,7 +382,8 @@ def compile_attention(
     dense_in_time = checked_bool(dense_in_time, "dense_in_time")
     if program is not None:
         check_program(program)
-    if checked_kind(cortex, "cortex", CortexRegistry, optional=True) is not None:
+    cortex = checked_kind(cortex, "cortex", CortexRegistry, optional=True)
+    if cortex is not None:
         cortex.check(layout)
     topology, triggers = resolve_edges(topology, layout, program, cortex)
     banks = _banks(layout, program)

@@ -94,9 +94,9 @@ def topology_reads(
     whole_number, whole_src, whole_dst, whole_weight = collect.whole
     for number, connection, _ in resolve_connections(topology, layout):
         src, dst, mask = names[connection.src], names[connection.dst], connection.mask
-        whole = mask is None or mask.effective_kind == "full"
+        mask = None if mask is None or mask.effective_kind == "full" else mask
         offsets = (None, None) if dense_in_time else (connection.t_src, connection.t_dst)
-        if whole and offsets == (None, None):
+        if mask is None and offsets == (None, None):
             whole_number.append(number)
             whole_src.append(src)
             whole_dst.append(dst)
@@ -112,7 +112,7 @@ def topology_reads(
             connection.temporal_fill,
             connection.interpolation_order,
         )
-        if whole:
+        if mask is None:
             collect.framed.append((number, src, dst, connection.weight, frames))
             continue
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class ReadSets:
     set ``queries[r]`` over the set ``keys[r]`` with ``weight[r]`` (float64) and belongs to ``connection[r]``. Equal
     reads of one connection are one read of their summed weight; ``largest[r]`` (float64) is that of one of them.
     ``boxes[s]`` ([S, D, 2]) is the smallest box that holds set s, ``members[s]`` the boxes that it joins, if several;
-    ``banks`` (bool [S]) marks the sets of slots. These three are None for sets that were split from a table.
+    ``banks`` (bool [S]) marks the sets of slots. These three are empty for sets that were split from a table.
     """
 
     ptr: np.ndarray
@@ -57,9 +57,9 @@ class ReadSets:
     weight: np.ndarray
     connection: np.ndarray
     largest: np.ndarray
-    boxes: np.ndarray | None = None
-    members: dict[int, np.ndarray] | None = None
-    banks: np.ndarray | None = None
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 2), np.int64))
+    members: dict[int, np.ndarray] = field(default_factory=dict)
+    banks: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     def shapes(self) -> list[tuple[ReadShape, np.ndarray]]:
         """Every shape of a read, with the numbers of the reads that have it."""
@@ -79,10 +79,12 @@ class ReadSets:
     def _shape(self, read: int) -> ReadShape:
         queries, keys = int(self.queries[read]), int(self.keys[read])
         if self.banks[keys]:
-            return ReadShape(*((int(self.lengths(np.array(side))),) for side in (queries, keys)))
-        boxes = (self.boxes[side] for side in (queries, keys))
-        extents = [tuple((box[:, 1] - box[:, 0]).tolist()) for box in boxes]
-        return ReadShape(*extents, self._places(keys, extents[1]) if keys in self.members else None)
+            n, m = self.lengths(np.array([queries, keys])).tolist()
+            return ReadShape((n,), (m,))
+        q_extent, k_extent = (
+            tuple((box[:, 1] - box[:, 0]).tolist()) for box in (self.boxes[queries], self.boxes[keys])
+        )
+        return ReadShape(q_extent, k_extent, self._places(keys, k_extent) if keys in self.members else None)
 
     def _places(self, number: int, extent: tuple[int, ...]) -> np.ndarray:
         parts = []

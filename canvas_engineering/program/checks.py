@@ -27,7 +27,7 @@ DEPLOY_MODES = (*sorted(COMPILE_MODES), "distill")
 # what a key means depends on where it stands in the list, as for the chunks of a mixture
 _ORDERED = ("mamba", "rwkv", "copy", "random_fixed", "mixture")
 # equivariance: attention functions that break it
-_BREAKING = {
+_BREAKING: dict[str | None, tuple[str, ...]] = {
     "permutation": ("local_attention", "hyena", *_ORDERED),
     "rotation": ("local_attention", "hyena", *_ORDERED),
     "translation": _ORDERED,
@@ -99,16 +99,17 @@ def validate_constraints(program: CanvasProgram) -> list[str]:
     ["a: causal_direction 'acyclic' does not hold: a -> b -> a is a cycle"]
     """
     checked_kind(program, "program", CanvasProgram)
-    constrained = {name: region for name, region in program.regions.items() if region.constraints is not None}
-    if not constrained:
+    if all(region.constraints is None for region in program.regions.values()):
         return []
     edges = _running(program)
     reads: dict[str, list[str]] = {}
     for connection, _ in edges:
         reads.setdefault(connection.src, []).append(connection.dst)
     found = []
-    for name, region in constrained.items():
-        found += [f"{name}: {problem}" for problem in _problems(name, region, program, edges, reads)]
+    for name, region in program.regions.items():
+        if region.constraints is not None:
+            problems = _problems(name, region, region.constraints, program, edges, reads)
+            found += [f"{name}: {problem}" for problem in problems]
     return found
 
 
@@ -126,7 +127,7 @@ def _sources(clock: ClockSpec) -> Iterator[str]:
     """The summaries that a clock looks at."""
     if clock.expr is not None:
         yield from (node.source for node in clock.expr.nodes() if isinstance(node, OnEvent))
-    elif clock.mode == "on_event":
+    elif clock.mode == "on_event" and clock.event_source is not None:
         yield clock.event_source
 
 
@@ -153,11 +154,11 @@ def _running(program: CanvasProgram) -> list[tuple[Connection, str]]:
 def _problems(
     name: str,
     region: RegionProgram,
+    constraints: ConstraintSpec,
     program: CanvasProgram,
     edges: list[tuple[Connection, str]],
     reads: dict[str, list[str]],
 ) -> Iterator[str]:
-    constraints: ConstraintSpec = region.constraints
     for field, known in CONSTRAINT_VALUES.items():
         value = getattr(constraints, field)
         if value is not None and value not in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ class CanvasProgram:
             for name, entry in given["region_programs"].items()
         }
         connections = {
-            _pair(key): _built(ConnectionProgram, entry, f"program of connection {key!r}")
+            _pair(key, schema.layout.regions): _built(ConnectionProgram, entry, f"program of connection {key!r}")
             for key, entry in given["connection_programs"].items()
         }
         return cls(schema, regions, connections, d.get("program_version", cls.version))
@@ -187,9 +188,23 @@ def _escaped(name: str) -> str:
     return name.replace("\\", "\\\\").replace("|", "\\|")
 
 
-def _pair(key: str) -> tuple[str, str]:
-    """(src, dst) of ``"src|dst"``; a backslash keeps a bar, or a backslash, as part of a name."""
+def _pair(key: str, regions: Container[str]) -> tuple[str, str]:
+    """(src, dst) of ``"src|dst"``; a backslash keeps a bar, or a backslash, as part of a name. Earlier releases wrote
+    names as they are: where only that reading names regions, it is meant."""
+    plain = key.split("|")
+    if len(plain) == 2 and all(name in regions for name in plain):
+        escaped = _unescaped(key)
+        if escaped is None or not all(name in regions for name in escaped):
+            return plain[0], plain[1]
+    pair = _unescaped(key)
+    if pair is None:
+        raise ValueError(f"connection_programs has {key!r} for a key, which is not 'src|dst'")
+    return pair
+
+
+def _unescaped(key: str) -> tuple[str, str] | None:
     parts = re.fullmatch(r"((?:[^\\|]|\\.)*)\|((?:[^\\|]|\\.)*)", key, re.DOTALL)
     if parts is None:
-        raise ValueError(f"connection_programs has {key!r} for a key, which is not 'src|dst'")
-    return tuple(re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in parts.groups())
+        return None
+    src, dst = (re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in parts.groups())
+    return src, dst

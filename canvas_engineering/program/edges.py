@@ -68,7 +68,8 @@ def parse_trigger(trigger: str | None) -> tuple[Clause, ...]:
     >>> parse_trigger("arm[0].error.prediction >= 0.25")
     (Clause(region='arm[0].error', kind='prediction', op='>=', number=0.25),)
     """
-    if checked_string(trigger, "a trigger", optional=True) is None:
+    trigger = checked_string(trigger, "a trigger", optional=True)
+    if trigger is None:
         return ()
     clauses = []
     for text in trigger.split("&&"):
@@ -77,7 +78,7 @@ def parse_trigger(trigger: str | None) -> tuple[Clause, ...]:
             number = float(found["number"]) if found else math.nan
         except ValueError:
             number = math.nan
-        if not math.isfinite(number):
+        if found is None or not math.isfinite(number):
             raise ValueError(
                 f"trigger {trigger!r}: {text.strip()!r} is not '<region>.<kind> <op> <number>' with an op of "
                 f"{' '.join(COMPARISONS)}; clauses are joined by &&"
@@ -113,7 +114,8 @@ def resolve_operator_defaults(cp: ConnectionProgram | None, base_fn: str) -> tup
     ('pooling_attention', 'add', None)
     """
     checked_string(base_fn, "base_fn")
-    if checked_kind(cp, "cp", ConnectionProgram, optional=True) is None:
+    cp = checked_kind(cp, "cp", ConnectionProgram, optional=True)
+    if cp is None:
         return base_fn, "add", None
     fn, write_mode, trigger = OPERATOR_DEFAULTS.get(cp.operator, (None, "add", None))
     return (
@@ -184,9 +186,8 @@ def resolve_edges(
     connections, triggers = [], {}
     for number, c in enumerate(topology.connections):
         cp = programs.get((c.src, c.dst))
-        local = None
-        if cortex is not None and cortex.same_cortex(c.src, c.dst):
-            local = cortex.cortex_for(c.src).local_backend
+        home = cortex.cortex_for(c.src) if cortex is not None and cortex.same_cortex(c.src, c.dst) else None
+        local = None if home is None else home.local_backend
         if cp is not None or local is not None:
             c, trigger = resolve_edge(c, defaults.get(c.src, "cross_attention"), cp, local)
             if trigger is not None:

@@ -14,7 +14,7 @@ from canvas_engineering.checked import (
     checked_strings,
     shown,
 )
-from canvas_engineering.clock_ir import TIME_DOMAINS, ClockExpr
+from canvas_engineering.clock_ir import TIME_DOMAINS, ClockExpr, OnEvent, Periodic
 from canvas_engineering.identity import IdentitySpec
 from canvas_engineering.learning import LearningSpec, default_learning
 from canvas_engineering.masks import MaskSpec
@@ -88,6 +88,9 @@ class ClockSpec:
     Raises:
         ValueError: a number that is not an int, or too small, or a field of the wrong kind. Unknown modes and domains
             are refused where the program is put to use.
+
+    >>> ClockSpec(period=4, max_silence=10).mode
+    'periodic'
     """
 
     domain: str = "external"
@@ -116,7 +119,7 @@ class ClockSpec:
         checked_choice(self.domain, "clock domain", CLOCK_DOMAINS)
         checked_choice(self.mode, "clock mode", CLOCK_MODES)
         for node in () if self.expr is None else self.expr.nodes():
-            if hasattr(node, "domain"):
+            if isinstance(node, (Periodic, OnEvent)):
                 checked_choice(node.domain, f"clock domain of {shown(node)}", TIME_DOMAINS)
         if self.expr is not None or self.mode == "periodic":
             return
@@ -140,6 +143,9 @@ class ConstraintSpec:
 
     Raises:
         ValueError: a field of the wrong kind. Unknown values are reported by `validate_constraints`.
+
+    >>> ConstraintSpec(causal_direction="acyclic").equivariance is None
+    True
     """
 
     equivariance: str | None = None
@@ -169,6 +175,9 @@ class RegionProgram:
 
     Raises:
         ValueError: a field of the wrong kind.
+
+    >>> RegionProgram("residual").carrier, RegionProgram("state", clock=ClockSpec(period=2)).carrier
+    ('residual', 'deterministic')
     """
 
     family: str = "state"
@@ -217,6 +226,9 @@ class ConnectionProgram:
     Raises:
         ValueError: a field of the wrong kind. Unknown write modes and triggers of another form are refused where the
             program is put to use.
+
+    >>> ConnectionProgram("correct", trigger="error.prediction > 0.4", write_mode="gate").operator
+    'correct'
     """
 
     operator: str = "attend"

@@ -68,8 +68,8 @@ def compile_schema(
     lists of them. Fields come in declaration order, a type's own first, then nested types, then lists, under paths such
     as ``sensor.rgb`` and ``vehicles[3].plan``. Every nested object also gets a *coarse* field at its own path, which
     stands for it one level up. It is as ``metadata={"coarse": Field(h, w)}`` of the attribute declares, else as
-    ``__coarse__`` of its class does, else a scalar. Its period is the declared one where that is not 1, else the mean
-    of all periods below it, weighted by positions per frame. Parents read and are read through it, so a thousand
+    ``__coarse__`` of its class does, else a scalar. Its period is the declared one, else the mean of all periods
+    below it, weighted by positions per frame. Parents read and are read through it, so a thousand
     children cost a thousand times what one does. Parts of one object meet through its own fields, or its coarse field;
     where the root has no field of its own, they stay unconnected, and one UserWarning names them.
 
@@ -146,7 +146,7 @@ def compile_program(
     families = {path: field.family for path, field in declared.items() if field.family is not None}
     connections = []
     for c in bound.topology.connections:
-        operator = DEFAULT_WIRING.get((families.get(c.src), families.get(c.dst)), c.operator)
+        operator = DEFAULT_WIRING.get((families.get(c.src, ""), families.get(c.dst, "")), c.operator)
         connections.append(c if operator == c.operator else dataclasses.replace(c, operator=operator))
     bound.schema.topology = CanvasTopology(connections)
     regions = {

@@ -21,6 +21,12 @@ class BoundField:
     Attributes:
         region_name: the field's path.
         spec: its RegionSpec.
+
+    >>> from types import SimpleNamespace
+    >>> from canvas_engineering import Field, compile_schema
+    >>> bound = compile_schema(SimpleNamespace(arm=Field(1, 3)), T=2, d_model=8)
+    >>> bound["arm"].region_name, bound["arm"].spec.bounds
+    ('arm', (0, 2, 0, 1, 0, 3))
     """
 
     def __init__(self, region_name: str, spec: RegionSpec, bound_schema: BoundSchema) -> None:
@@ -125,7 +131,7 @@ class BoundSchema:
     @property
     def topology(self) -> CanvasTopology:
         """Who reads whom."""
-        return self.schema.topology
+        return self.schema.topology  # pyright: ignore[reportReturnType] types are compiled with one
 
     @property
     def fields(self) -> Mapping[str, BoundField]:

@@ -21,13 +21,19 @@ from canvas_engineering.checked import (
 __all__ = ["ConnectivityPolicy", "Field", "LayoutStrategy"]
 
 
+class UndeclaredPeriod(int):
+    """The period of a field that names none: 1, and for a coarse field the mean of those below it."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Field:
     """A region of a canvas, declared as an attribute of a type.
 
     Args:
         h, w: rows and columns of positions per frame; (1, 1) is a scalar.
-        period: real-time steps per canvas frame.
+        period: real-time steps per canvas frame; a coarse field that names none takes the mean of those below it.
         is_output: whether the field takes part in the loss.
         loss_weight: relative weight of its positions in the loss.
         attn: attention function of the connections that the field queries.
@@ -50,7 +56,7 @@ class Field:
 
     h: int = 1
     w: int = 1
-    period: int = 1
+    period: int = UndeclaredPeriod(1)
     is_output: bool = True
     loss_weight: float = 1.0
     attn: str = "cross_attention"
@@ -64,7 +70,9 @@ class Field:
     def __post_init__(self) -> None:
         put = object.__setattr__
         for name in ("h", "w", "period"):
-            put(self, name, checked_int(getattr(self, name), f"Field {name}", 1))
+            value = getattr(self, name)
+            if not isinstance(value, UndeclaredPeriod):
+                put(self, name, checked_int(value, f"Field {name}", 1))
         if self.temporal_extent is not None:
             put(self, "temporal_extent", checked_int(self.temporal_extent, "Field temporal_extent", 1))
         put(self, "is_output", checked_bool(self.is_output, "Field is_output"))
@@ -91,16 +99,21 @@ class Field:
     @property
     def shape(self) -> tuple[int, ...]:
         """The same as ``spatial_shape``."""
+        assert self.spatial_shape is not None  # __post_init__ made one of h and w
         return self.spatial_shape
 
     @property
     def num_positions(self) -> int:
         """Positions per frame."""
-        return math.prod(self.spatial_shape)
+        return math.prod(self.shape)
 
 
 class LayoutStrategy(enum.Enum):
-    """In which order fields are packed: as they are declared, or those of equal local name together."""
+    """In which order fields are packed: as they are declared, or those of equal local name together.
+
+    >>> LayoutStrategy("interleaved") is LayoutStrategy.INTERLEAVED
+    True
+    """
 
     PACKED = "packed"
     INTERLEAVED = "interleaved"
@@ -138,6 +151,9 @@ class ConnectivityPolicy:
 
     Raises:
         ValueError: an unknown policy; the message lists the choices.
+
+    >>> ConnectivityPolicy(intra="causal_chain", temporal="causal").array_element
+    'isolated'
     """
 
     intra: str = "dense"

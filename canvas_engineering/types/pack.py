@@ -13,7 +13,7 @@ SLACK = 1.15
 
 def spatial_dims(fields: Sequence[Field]) -> int:
     """Spatial dimensions that the fields ask for: the most of any of them; a plain scalar fits all; at least 1."""
-    return max((len(f.spatial_shape) for f in fields if f.spatial_shape != (1, 1)), default=2)
+    return max((len(f.shape) for f in fields if f.shape != (1, 1)), default=2)
 
 
 def field_shapes(fields: dict[str, Field], n_dims: int) -> list[tuple[int, ...]]:
@@ -27,7 +27,7 @@ def field_shapes(fields: dict[str, Field], n_dims: int) -> list[tuple[int, ...]]
     """
     shapes = []
     for path, declared in fields.items():
-        shape = declared.spatial_shape
+        shape = declared.shape
         if n_dims == 1:
             shape = (math.prod(shape),)
         elif len(shape) < n_dims:

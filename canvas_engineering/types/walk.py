@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from canvas_engineering.checked import DEEPEST, shown
-from canvas_engineering.types.declare import Field
+from canvas_engineering.types.declare import Field, UndeclaredPeriod
 
 # Values that declare nothing. Everything else may be a plain object with Fields among its attributes.
 _OPAQUE = (
@@ -218,7 +218,7 @@ class _Walker:
 def _coarse_field(node: TypeNode, template: Field | None) -> Field:
     template = template or Field()
     period = template.period
-    if period == 1 and node.positions:  # none was declared
+    if isinstance(period, UndeclaredPeriod) and node.positions:
         period = max(1, round(node.period_sum / node.positions))
     semantic_type = f"coarse: {node.path}" if template.semantic_type is None else template.semantic_type
     return dataclasses.replace(template, period=period, semantic_type=semantic_type)
@@ -236,8 +236,9 @@ def _class_attributes(cls: type) -> dict[str, Any]:
         declared = {name: _model_coarse(info) for name, info in models.items()}
         _refuse_undeclared(cls, declared, "model fields")
         return declared
-    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
-        return dict.fromkeys(cls._fields)
+    names = getattr(cls, "_fields", None)
+    if issubclass(cls, tuple) and names is not None:
+        return dict.fromkeys(names)
     return {
         name: None
         for base in reversed(cls.__mro__)

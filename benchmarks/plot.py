@@ -1,0 +1,281 @@
+"""From rows to what people look at: lines, Markdown tables between marks of documents, a figure.
+
+A document has its own words; ``<!-- table: NAME -->`` to ``<!-- end -->`` is written from rows. The text of a report in
+any folder is that of docs/benchmarks/report.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import RESULTS, ROOT, read_rows
+from benchmarks.static_model import FLOP_PER_PAIR, pass_rates
+from canvas_engineering.files import replace_file, replacing
+
+REPORT = ROOT / "docs/benchmarks/report.md"
+DOCUMENTS = (ROOT / "docs/performance.md", ROOT / "docs/families.md")
+MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+FEW = 3
+"""Fewer rounds give no median and no quartiles."""
+
+
+def timed(rows: Iterable[dict], *groups: str) -> list[dict]:
+    """The rows of some groups, () for all, that were timed; of several of a case, form and provider, the first."""
+    known = {}
+    for row in rows:
+        if (row["group"] in groups or not groups) and seconds_of(row):
+            known.setdefault((row["case"], row["form"], row["provider"]), row)
+    return [*known.values()]
+
+
+def part_of(row: dict) -> str:
+    """What a row is judged by: forward + backward, or forward where there is no backward."""
+    return "step" if "step_seconds" in row else "forward"
+
+
+def seconds_of(row: dict) -> dict[str, float] | None:
+    """Quantiles of the seconds that a row is judged by; of several sizes, those of the largest."""
+    seconds = row.get(f"{part_of(row)}_seconds") or row.get("seconds")
+    return seconds[-1] if isinstance(seconds, list) else seconds
+
+
+def noise_in(rows: Iterable[dict]) -> Callable[[dict], float]:
+    """The noise that a row is judged by: of nine in ten cases, or of its own where that is larger."""
+    own: dict[str, float] = {}
+    for row in rows:
+        own[row["case"]] = max(own.get(row["case"], 0.0), row.get("noise", 0.0))
+    own = {case: noise for case, noise in own.items() if noise}
+    every = float(np.quantile([*own.values()], 0.9)) if own else 0.0
+    return lambda row: max(every, own.get(row.get("case"), 0.0))
+
+
+def is_tie(ratio: dict[str, float], noise: float) -> bool:
+    """Whether quantiles of a ratio tell nobody ahead: the median is within noise of 1, or the quartiles enclose 1."""
+    return abs(math.log(ratio["p50"])) <= noise or ratio["p25"] <= 1 <= ratio["p75"]
+
+
+def spread(ratio: dict[str, float], rounds: int) -> str:
+    """The median with three digits and the quartiles, or how few rounds there were."""
+    middle, low, high = (f"{ratio[q]:.1f}" if ratio[q] >= 9.95 else f"{ratio[q]:.2f}" for q in ("p50", "p25", "p75"))
+    few = "one round" if rounds == 1 else f"{rounds} rounds"
+    return f"{middle} ({few if rounds < FEW else f'{low} to {high}'})"
+
+
+def targets_of(row: dict) -> list[tuple[str, float, dict[str, float], bool]]:
+    """(what, target, quantiles, whether it is reached) of a row's targets."""
+    targets, ratio = [], row.get(f"{part_of(row)}_ratio")
+    if ratio and "at_least" in row:
+        targets.append((f"time of {row['provider']} over ours, at least", row["at_least"], ratio))
+    for part in ("forward", "backward"):
+        if "at_least_of_reference" in row and f"{part}_roofline" in row:
+            what = f"{part}: share of unmasked attention's rate, at least"
+            targets.append((what, row["at_least_of_reference"], row[f"{part}_roofline"]))
+    if row.get("at_most") and "seconds" in row:
+        targets.append(("CPU seconds, at most", row["at_most"], row["seconds"]))
+    return [(*t, t[2]["p50"] <= t[1] if "at most" in t[0] else t[2]["p50"] >= t[1]) for t in targets]
+
+
+def line(row: dict) -> str:
+    """A row as a line of a terminal."""
+    words = f"{row['case']:26} {row['form']:9} {row['provider']:15}"
+    why, seconds, ratio = row.get("skipped") or row.get("failed"), seconds_of(row), row.get(f"{part_of(row)}_ratio")
+    if why or not seconds:
+        return f"{words} {why}"
+    words += f" {1e3 * seconds['p50']:10.2f} ms" + (f", {spread(ratio, row['rounds'])} of ours" if ratio else "")
+    verdicts = (f"; {what} {target:.3g}: {'reached' if ok else 'MISSED'}" for what, target, _, ok in targets_of(row))
+    return words + "".join(verdicts)
+
+
+def table(titles: Sequence[str], cells: list[Sequence[str]]) -> str:
+    """Markdown, without columns that are empty; says so where there are no lines."""
+    shown = [number for number in range(len(titles)) if any(line[number] for line in cells)]
+    lines = [[line[number] for number in shown] for line in (titles, ["---"] * len(titles), *cells)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) if cells else "Nothing was timed.\n"
+
+
+def _milliseconds(row: dict, name: str) -> str:
+    return f"{1e3 * row[name]['p50']:.4g}" if isinstance(row.get(name), dict) else ""
+
+
+def _at(row: dict, size: int) -> str:
+    return f"{1e3 * row['seconds'][row['sizes'].index(size)]['p10']:.3g}" if size in row.get("sizes", ()) else ""
+
+
+def _fixed(row: dict, name: str, digits: str, factor: float = 1) -> str:
+    return f"{factor * row[name]:{digits}}" if row.get(name) is not None else ""
+
+
+COLUMNS: dict[str, Callable[[dict], str]] = {
+    "case": lambda row: row["case"],
+    "form": lambda row: row["form"],
+    "provider": lambda row: row["provider"],
+    "tokens": lambda row: _fixed(row, "tokens", ","),
+    "rectangles": lambda row: _fixed(row, "rectangles", ","),
+    "density": lambda row: _fixed(row, "density", ".3g", 100.0) + " %" * ("density" in row),
+    "claimed": lambda row: row.get("claim", ""),
+    "time exponent": lambda row: _fixed(row, "time_exponent", ".2f"),
+    "memory exponent": lambda row: _fixed(row, "memory_exponent", ".2f"),
+    "declaration, ms": lambda row: _milliseconds(row, "declare_seconds"),
+    "ms": lambda row: _milliseconds(row, "seconds"),
+    "ms at 2⁸": lambda row: _at(row, 256),
+    "ms at 2¹⁰": lambda row: _at(row, 1024),
+    "ms at 2¹³": lambda row: _at(row, 8192),
+    "forward, ms": lambda row: _milliseconds(row, "forward_seconds"),
+    "forward + backward, ms": lambda row: _milliseconds(row, "step_seconds"),
+    "of SDPA's rate": lambda row: _fixed(row.get(f"{part_of(row)}_roofline", {}), "p50", ".2f"),
+    "MiB": lambda row: _fixed(
+        row | {"peak_bytes": row["bytes"][-1]} if "bytes" in row else row, "peak_bytes", ".3g", 2**-20
+    ),
+    "resident MiB": lambda row: _fixed(row, "resident_bytes", ".3g", 2**-20),
+}
+
+
+def everything(rows: list[dict], *groups: str) -> str:
+    """A line for each row of some groups; time over ours is "=" in a tie."""
+    noise = noise_in(rows)
+    shown = timed(rows, *groups)
+    cells = [[*(cell(row) for cell in COLUMNS.values()), over_ours(row, noise(row))] for row in shown]
+    return table([*COLUMNS, "time over ours"], cells)
+
+
+def over_ours(row: dict, noise: float) -> str:
+    """The median and quartiles of a row's time over ours, "=" before a tie; "" for ours."""
+    ratio = row.get(f"{part_of(row)}_ratio")
+    return "= " * is_tie(ratio, noise) + spread(ratio, row["rounds"]) if ratio else ""
+
+
+def by_provider(rows: list[dict], *groups: str) -> str:
+    """A line for each case, and a column for each form and provider with its time over ours."""
+    noise = noise_in(rows)
+    cells = {
+        (row["case"], f"{row['form']}: {row['provider']}"): over_ours(row, noise(row)) for row in timed(rows, *groups)
+    }
+    titles = [*dict.fromkeys(title for (_, title), text in cells.items() if text)]
+    names = dict.fromkeys(name for (name, title) in cells if title in titles)
+    return table(["case", *titles], [[name, *(cells.get((name, title), "") for title in titles)] for name in names])
+
+
+def targets(rows: list[dict]) -> str:
+    """Every target, what was measured (10 % to 90 %), and whether it is reached."""
+    cells = []
+    for row in timed(rows):
+        for what, target, q, ok in targets_of(row):
+            measured = f"{q['p50']:.3g} ({q['p10']:.3g} to {q['p90']:.3g})"
+            cells.append([row["case"], what, f"{target:.3g}", measured, "reached" if ok else "**missed**"])
+    return table(["case", "what", "target", "measured", "verdict"], cells)
+
+
+def machines(rows: list[dict]) -> str:
+    """Where rows come from, with their commits, and by how much two like calls differ there."""
+    names, commits = ("device", "driver", "cores", "threads", "torch", "python"), {}
+    for row in timed(rows):
+        machine = ", ".join(f"{name} {row[name]}" for name in names if name in row)
+        commits.setdefault(machine, {})[row["commit"]] = None
+    noise = f"Two calls of the same thing differ by up to {100 * noise_in(rows)({}):.0f} %, in nine of ten rounds.\n"
+    return "".join(f"- {one}, of commits {', '.join(own)}\n" for one, own in commits.items()) + f"\n{noise}"
+
+
+def left_out(rows: list[dict]) -> str:
+    """Who did not run in which cases, by the reason."""
+    done = {(row["case"], row["form"], row["provider"]) for row in timed(rows)}
+    reasons: dict[str, dict] = {}
+    for row in rows:
+        why = row.get("skipped") or row.get("failed")
+        if why and (row["case"], row["form"], row["provider"]) not in done:
+            reasons.setdefault(f"{row['provider']}, {row['form']} form: {why}", {})[row["case"]] = None
+    every = len({row["case"] for row in rows if "skipped" in row or "failed" in row})
+    cells = (
+        (who, "all of these cases" if len(names) == every > 1 else ", ".join(names)) for who, names in reasons.items()
+    )
+    return "".join(f"- {who} ({names})\n" for who, names in cells) or "Nothing.\n"
+
+
+def kernels(rows: list[dict]) -> str:
+    """What the configurations of each architecture take at most, from the committed rows of ``benchmarks.aot``."""
+    shipped = [row for row in read_rows(RESULTS / "aot.json") if row["form"] != "dense"]
+    names, cells = ("registers", "spilled", "shared"), []
+    for arch in dict.fromkeys(row["arch"] for row in shipped):
+        own = [row for row in shipped if row["arch"] == arch]
+        most = (str(max(row[name] for row in own)) for name in names)
+        cells.append([arch, str(len(own)), *most, str(sum(row["wgmma"] for row in own))])
+    return table(["architecture", "configurations", "registers", "bytes spilled", "shared memory", "wgmma dots"], cells)
+
+
+def rates(rows: list[dict]) -> str:
+    """The predicted rates of passes in bfloat16, by each Triton's committed rows of ``benchmarks.aot``."""
+    titles, cells = [], {}
+    for path in sorted(RESULTS.glob("aot*.json")):
+        compiled = read_rows(path)
+        new = [f"{part}, Triton {compiled[0]['triton']}" for part in FLOP_PER_PAIR]
+        titles += new
+        for row in pass_rates(compiled):
+            if row["dtype"] == "bf16":
+                rate = {title: f"{row[part]:.0f}" for title, part in zip(new, FLOP_PER_PAIR)}
+                cells.setdefault((row["head_dim"], row["form"]), {}).update(rate)
+    lines = [
+        [f"{dim}, {form}", *(cell.get(title, "") for title in titles)] for (dim, form), cell in sorted(cells.items())
+    ]
+    return table(["head_dim, form", *titles], lines)
+
+
+TABLES: dict[str, Callable[[list[dict]], str]] = {
+    "machines": machines,
+    "attention": lambda rows: everything(rows, "canvas", "cogvideox", "density", "length"),
+    "canvases": lambda rows: by_provider(rows, "canvas", "cogvideox"),
+    "layers": lambda rows: by_provider(rows, "layer"),
+    "plans": lambda rows: everything(rows, "plan"),
+    "targets": targets,
+    "scaling": lambda rows: everything([row for row in rows if not row.get("queries")], "scaling"),
+    "queries": lambda rows: everything([row for row in rows if row.get("queries")], "scaling"),
+    "scans": lambda rows: everything(rows, "scan"),
+    "edges": lambda rows: everything(rows, "edges"),
+    "left_out": left_out,
+    "kernels": kernels,
+    "rates": rates,
+}
+
+
+def filled(text: str, rows: list[dict]) -> str:
+    """A document with the tables between its marks written from rows. Raises KeyError for a table that there is not."""
+    return MARKS.sub(lambda match: f"{match[1]}{TABLES[match[2]](rows)}{match[3]}", text)
+
+
+def write(rows: list[dict], folder: Path) -> Path:
+    """Write the report and its figures to a folder; returns the report's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "speedup.png") as file:
+        speedup(rows).savefig(file, format="png", dpi=120, bbox_inches="tight")
+    replace_file(folder / "report.md", filled(REPORT.read_text(), rows).encode())
+    return folder / "report.md"
+
+
+def write_documents(rows: list[dict]) -> None:
+    """Write the committed report, and the tables of docs/performance.md and docs/families.md."""
+    write(rows, REPORT.parent)
+    for path in DOCUMENTS:
+        replace_file(path, filled(path.read_text(), rows).encode())
+
+
+def speedup(rows: list[dict]):
+    """A figure of joint form: every provider's time over ours by density; who has no backward is told."""
+    from matplotlib.figure import Figure
+
+    points: dict[str, list] = {}
+    for row in timed(rows):
+        if row["form"] == "joint" and f"{part_of(row)}_ratio" in row and "density" in row:
+            label = row["provider"] + ", forward alone" * (part_of(row) == "forward")
+            points.setdefault(label, []).append((row["density"], row[f"{part_of(row)}_ratio"]["p50"]))
+    result = Figure(figsize=(7.5, 5.5), layout="constrained")
+    axes = result.subplots()
+    axes.set(xlabel="share of all pairs that is computed", ylabel="time over ours", xscale="log", yscale="log")
+    axes.grid(True, which="both", alpha=0.2)
+    for label, xy in points.items():
+        axes.plot(*zip(*sorted(xy)), "o", label=label, alpha=0.8)
+    axes.axhline(1, color="grey", label="as long as ours")
+    result.legend(loc="outside lower center", ncols=2, fontsize="small")
+    return result

@@ -1,0 +1,7 @@
+"""Robot data in LeRobot's format: recorded, and read as clips of a canvas (extra ``data``)."""
+
+from canvas_engineering.data.dataset import LeRobotCanvasDataset
+from canvas_engineering.data.folder import LeRobotFolder
+from canvas_engineering.data.recorder import LeRobotRecorder
+
+__all__ = ["LeRobotCanvasDataset", "LeRobotFolder", "LeRobotRecorder"]

@@ -1,0 +1,140 @@
+"""Record a gymnasium environment as a LeRobot dataset: ``python examples/record_robot.py --out out/cartpole_data``.
+
+A controller plays: of CartPole one by hand, with a fifth of its actions drawn at random; of others, random actions that
+change slowly. Frames are rendered without a display, and written as the camera "observation.images.front" beside
+"observation.state" and "action", in the format of LeRobot v3.0 (extra ``data``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+if not __package__:  # run as a file, whose folder has no package `examples`
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
+
+from canvas_engineering.data import LeRobotRecorder
+from examples.cartpole_data import exploring_policy
+from examples.robot_data import shrink
+
+CARTPOLE_NAMES = ["cart position", "cart velocity", "pole angle", "pole velocity"]
+
+
+def make(environment: str):
+    """A gymnasium environment that draws into memory."""
+    for variable, value in (("SDL_VIDEODRIVER", "dummy"), ("SDL_AUDIODRIVER", "dummy"), ("MUJOCO_GL", "egl")):
+        os.environ.setdefault(variable, value)
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    import gymnasium
+
+    return gymnasium.make(environment, render_mode="rgb_array")
+
+
+def controller_of(environment: str, space, rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray | int]:
+    """A controller for one episode: state to action."""
+    if environment.startswith("CartPole"):
+        goal = rng.uniform(-1.5, 1.5)
+        return lambda state: exploring_policy(state, goal, rng)
+    drift = {"action": np.zeros(space.shape)}
+
+    def wander(_state: np.ndarray) -> np.ndarray:
+        drift["action"] = 0.9 * drift["action"] + 0.4 * rng.standard_normal(space.shape)
+        return np.clip(drift["action"], space.low, space.high).astype(np.float32)
+
+    return wander
+
+
+def record(
+    environment: str,
+    root: Path,
+    episodes: int,
+    *,
+    longest: int = 100,
+    size: tuple[int, int] = (40, 60),
+    fps: int = 25,
+    seed: int = 0,
+    codec: str = "h264",
+    advance: Callable[[], None] = lambda: None,
+) -> int:
+    """Records ``episodes`` episodes of at most ``longest`` frames of ``size``; returns the number of frames.
+
+    An action holds until the next frame; episodes end where the environment ends them. ``advance`` is called after each
+    episode.
+    """
+    rng, world = np.random.default_rng(seed), make(environment)
+    discrete = not world.action_space.shape
+    width = 1 if discrete else int(np.prod(world.action_space.shape))
+    length = int(np.prod(world.observation_space.shape))
+    features = {
+        "observation.images.front": {"dtype": "video", "shape": (*size, 3)},
+        "observation.state": {
+            "dtype": "float32",
+            "shape": (length,),
+            "names": CARTPOLE_NAMES if environment.startswith("CartPole") else None,
+        },
+        "action": {"dtype": "float32", "shape": (width,)},
+    }
+    recorder = LeRobotRecorder(root, fps, features, robot_type=environment, codec=codec)
+    repeats = max(1, round(world.metadata.get("render_fps", fps) / fps))
+    total = 0
+    for _ in range(episodes):
+        state, _ = world.reset(seed=int(rng.integers(2**31)))
+        controller = controller_of(environment, world.action_space, rng)
+        for _ in range(longest):
+            action = controller(state)
+            frame = {
+                "observation.images.front": shrink(world.render(), *size),
+                "observation.state": np.ravel(state).astype(np.float32),
+                "action": np.atleast_1d(np.asarray(action, np.float32)),
+            }
+            recorder.add_frame(frame, task=f"play {environment}")
+            total += 1
+            for _ in range(repeats):
+                state, _, ended, cut, _ = world.step(action)
+                if ended or cut:
+                    break
+            if ended or cut:
+                break
+        recorder.save_episode()
+        advance()
+    world.close()
+    return total
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="record_robot", description=__doc__.splitlines()[0])
+    parser.add_argument("--environment", default="CartPole-v1", help="a gymnasium id")
+    parser.add_argument("--out", type=Path, default=Path("out/cartpole_data"), help="a folder that is not there yet")
+    parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--longest", type=int, default=100, help="frames of an episode, at most")
+    parser.add_argument("--size", type=int, nargs=2, default=(40, 60), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--fps", type=int, default=25)
+    parser.add_argument("--codec", choices=("h264", "av1"), default="h264")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("recording", total=options.episodes)
+        frames = record(
+            options.environment,
+            options.out,
+            options.episodes,
+            longest=options.longest,
+            size=tuple(options.size),
+            fps=options.fps,
+            seed=options.seed,
+            codec=options.codec,
+            advance=lambda: progress.advance(task),
+        )
+    print(f"{frames} frames in {options.episodes} episodes: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

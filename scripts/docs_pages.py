@@ -1,0 +1,25 @@
+"""Pages of the site that live elsewhere in the tree: README, CHANGELOG and the kernels' contract (a hook of mkdocs)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "kernels.md": "kernels/README.md"}
+# Links to files of the repository that are no pages, and badges, which another host draws.
+OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:examples|CONTRIBUTING\.md|CITATION\.cff|LICENSE|\.\./)[^)]*)\)")
+BADGES = re.compile(r"^\[?!\[[^\]]*\]\(https://img.shields.io.*\n", re.MULTILINE)
+
+
+def on_files(files, config):
+    """Adds the pages, their links turned to the site's."""
+    for name, source in PAGES.items():
+        text = (ROOT / source).read_text().replace("](docs/", "](")
+        for page, path in PAGES.items():
+            text = text.replace(f"]({path})", f"]({page})")
+        text = OUTSIDE.sub(r"\1 (`\2`)", BADGES.sub("", text))
+        files.append(File.generated(config, name, content=text))
+    return files

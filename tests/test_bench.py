@@ -1,0 +1,300 @@
+"""The benchmarks' command: what it refuses, writes and compares; and what tables, ties and targets say of rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import base, bench, cases, measure, plot
+from tests.test_benchmarks import SMALL, git, quick, tangled
+
+README, BENCH = str(measure.ROOT / "README.md"), str(measure.RESULTS / "bench.json")
+AOT = str(measure.RESULTS / "aot.json")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The command knows one case, and a small reference."""
+    monkeypatch.setattr(cases, "CPU", (SMALL,))
+    monkeypatch.setattr(bench.providers, "REFERENCE_TOKENS", {"cpu": 16})
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return next(bench.run([SMALL], quick()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--provider", "sdpa"], "no provider is called 'sdpa'; there are ours, ours_torch, sdpa_mask,"),
+        (["--case", "robots"], "no case is called 'robots'; there are robot, causal_video,"),
+        (["--long", "--case", "robot"], "no long case is called 'robot'; there are fleet, video_65536,"),
+        (["--form", "both"], "invalid choice: 'both'"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--device", "cuda"], "--device cuda: torch finds no GPU here"),
+        (["--seconds", "-1"], "--seconds must be at least 0, got -1"),
+        (["--seconds", "nan"], "--seconds must be at least 0, got nan"),
+        (["--out", README], f"nothing can be written into {README}"),
+        (["--out", f"{README}/new/folder"], f"new/folder: {README} is no folder"),
+        (["--save", f"{README}/new/rows.json"], f"nothing can be written into {README}/new: {README} is no folder"),
+        (["--save", str(measure.RESULTS)], f"{measure.RESULTS} is a folder: --save takes a file"),
+        (["--rows", "no such file"], "No such file or directory: 'no such file'"),
+        (["--rows", README], f"{README}, line 1 is no row: "),
+        (["--rows", AOT], f"{AOT}, line 1 is no row of a case: it has no case and no provider"),
+        (["--rows", BENCH, "--case", "robots"], "no case fits; there are robot, causal_video"),
+        (["--base", "no-such-ref", "--case", "robot"], "--base no-such-ref: "),
+        (["--base", "HEAD", "--case", "plan_robot"], "--base: what plans and sizes cost has no forward"),
+    ],
+)
+def test_the_command_refuses_what_it_does_not_know(arguments, complaint, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "run", lambda *args: pytest.fail("this is not to be measured"))
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--device", "cpu", "--out", str(tmp_path), *arguments])
+    assert ended.value.code == 2 and complaint in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_measures_saves_and_reports(small, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib")
+    arguments = ["--device", "cpu", "--seconds", "0", "--provider", "grouped", "--form", "edge", "--out", str(tmp_path)]
+    assert bench.main([*arguments, "--case", "tang*"]) == 0
+    found = measure.read_rows(tmp_path / "rows.json")
+    assert [row["provider"] for row in found] == ["ours", "grouped", "sdpa_unmasked"]
+    assert "grouped" in capsys.readouterr().out
+    names = ["report.md", "rows.json", "speedup.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert bench.main(["--rows", str(tmp_path / "rows.json"), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again/report.md").read_text() == (tmp_path / "report.md").read_text()
+
+
+def test_what_failed_or_was_not_timed_is_an_error(small, tmp_path, capsys, monkeypatch):
+    def fails():
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(cases, "CPU", (cases.Case("huge", fails),))
+    assert bench.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "huge, joint form: the whole case: MemoryError: too large" in capsys.readouterr().out
+    measure.write_rows([], tmp_path / "rows.json")
+    assert bench.main(["--rows", str(tmp_path / "rows.json"), "--out", str(tmp_path)]) == 1
+    assert "nothing was timed" in capsys.readouterr().out
+
+
+def test_the_list_names_ordinary_cases_and_long_ones(capsys):
+    named = []
+    for options in ([], ["--long"]):
+        assert bench.main(["--device", "cpu", "--list", *options]) == 0
+        named.append({line.split(":")[0] for line in capsys.readouterr().out.splitlines()})
+    assert {"robot", "layer_robot", "plan_robot", "fleet"} <= named[0] and "robot" not in named[1]
+    assert named[0] & named[1] == {"fleet", "video_65536", "video_1048576", "cogvideox_dense"} | {
+        f"cogvideox_{name}" for name in ("three_frames", "tiles")
+    }
+
+
+def test_documents_have_the_tables_of_the_committed_rows(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib")
+    paths = [tmp_path / path.name for path in (plot.REPORT, *plot.DOCUMENTS)]
+    for path, original in zip(paths, (plot.REPORT, *plot.DOCUMENTS)):
+        path.write_text(original.read_text())
+    monkeypatch.setattr(plot, "REPORT", paths[0])
+    monkeypatch.setattr(plot, "DOCUMENTS", paths[1:])
+    assert bench.main(["--documents", "--out", str(tmp_path / "out")]) == 0
+    for path, original in zip(
+        paths,
+        (
+            measure.ROOT / "docs/benchmarks/report.md",
+            *map(measure.ROOT.joinpath, ("docs/performance.md", "docs/families.md")),
+        ),
+    ):
+        assert path.read_text() == original.read_text(), "`python -m benchmarks.bench --documents` writes it anew"
+
+
+def test_ratios_are_slower_where_they_exceed_noise():
+    same = np.ones(25)
+    assert base.slower_than(same) == pytest.approx(1 + base.BETWEEN, rel=0.01)
+    spread = np.tile([0.8, 1.25], 50)
+    assert base.slower_than(spread) > base.slower_than(np.tile(spread, 4)) > base.slower_than(same)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository of two commits with a worker of its own: "slow" takes ten times as long as "fast"."""
+    worker = (
+        "import json, sys\n"
+        "for line in sys.stdin:\n"
+        "    request = json.loads(line)\n"
+        "    failed = request.get('case') == 'broken'\n"
+        "    seconds = SECONDS * request.get('steps', 1)\n"
+        "    print(json.dumps({'failed': 'it is broken'} if failed else {'seconds': seconds}), flush=True)\n"
+    )
+    root = tmp_path / "repository"
+    (root / "benchmarks").mkdir(parents=True)
+    (root / "benchmarks/base.py").write_text("from speed import SECONDS\n" + worker)
+    git(tmp_path, "init", str(root))
+    for name, seconds in (("slow", 1.0), ("fast", 0.1)):
+        (root / "speed.py").write_text(f"SECONDS = {seconds}\n")
+        for arguments in (["add", "."], ["commit", "-m", name], ["tag", name]):
+            git(root, *arguments)
+    monkeypatch.setattr(base, "ROOT", root)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("ref", "here", "case", "status", "told"),
+    [
+        ("fast", "slow", "tangled", 1, "10.000 (10.000 to 10.000) of the time of base, SLOWER"),
+        ("slow", "fast", "tangled", 0, "0.100 (0.100 to 0.100) of the time of base, faster"),
+        ("fast", "fast", "tangled", 0, "1.000 (1.000 to 1.000) of the time of base, the same"),
+        ("fast", "fast", "broken", 1, "broken, joint: here: it is broken"),
+    ],
+)
+def test_a_commit_is_checked_out_and_compared(ref, here, case, status, told, repository, capsys):
+    git(repository, "checkout", here)
+    chosen = [cases.Case(case, tangled)]
+    assert base.compare(ref, chosen, quick(seconds=1.0)) == status
+    assert told in capsys.readouterr().out
+    listed = subprocess.run(
+        ["git", "-C", str(repository), "worktree", "list"], capture_output=True, text=True, check=True
+    )
+    assert len(listed.stdout.splitlines()) == 1, "the worktree is gone"
+
+
+def test_the_worker_answers_with_cpu_seconds():
+    requests = [
+        {"case": "robot", "form": "edge"},
+        {"steps": 2},
+        {"case": "layer_fleet", "form": "joint"},
+        {"case": "gone"},
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.base", "cpu", "float32", "1"],
+        input="".join(json.dumps(request) + "\n" for request in requests),
+        capture_output=True,
+        text=True,
+        cwd=measure.ROOT,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": f"{measure.ROOT}:{measure.ROOT / 'kernels'}",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(answer["seconds"] > 0 for answer in answers[:2]), done.stderr
+    assert "no such form" in answers[2]["failed"] and "StopIteration" in answers[3]["failed"]
+
+
+def quantiles(low: float, middle: float, high: float) -> dict[str, float]:
+    return {"p10": low, "p25": low, "p50": middle, "p75": high, "p90": high}
+
+
+@pytest.mark.parametrize(
+    ("low", "middle", "high", "tie"),
+    [
+        (1.05, 1.06, 1.08, True),
+        (1.08, 1.12, 1.13, False),
+        (0.92, 0.94, 0.95, True),
+        (0.88, 0.9, 0.92, False),
+        (0.99, 1.4, 1.6, True),
+        (1.4, 1.4, 1.4, False),
+    ],
+)
+def test_a_tie_is_within_noise_or_has_quartiles_on_both_sides(low, middle, high, tie):
+    assert plot.is_tie(quantiles(low, middle, high), noise=0.1) is tie
+
+
+def made(case: str, provider: str = "ours", form: str = "edge", **more) -> dict:
+    row = {"case": case, "group": "canvas", "form": form, "provider": provider, "commit": "abc", "rounds": 9}
+    return row | {"step_seconds": quantiles(1.0, 1.0, 1.0)} | more
+
+
+def test_noise_is_of_all_cases_or_of_its_own():
+    rows = [made(str(n), form="reference", noise=0.05) for n in range(20)] + [made("loud", form="reference", noise=0.4)]
+    rows.append(made("loud", form="reference", noise=0.1))
+    noise = plot.noise_in(rows)
+    assert noise(made("loud")) == 0.4 and noise(made("3")) == noise({}) == pytest.approx(0.05)
+    assert plot.noise_in([])(made("a")) == 0.0
+
+
+def test_cells_say_spread_rounds_and_ties():
+    rows = [made("a", form="reference", provider="sdpa_unmasked", noise=0.1)]
+    for name, ratio, count in (
+        ("grouped", (1.1, 1.2, 1.3), 9),
+        ("flex", (0.9, 1.05, 1.1), 9),
+        ("varlen", (12.0, 12.34, 13.0), 1),
+    ):
+        rows.append(made("a", name, step_ratio=quantiles(*ratio), rounds=count))
+    cells = [line.split(" | ")[-1].strip(" |") for line in plot.by_provider(rows, "canvas").splitlines()]
+    assert cells[0] == "edge: varlen" and cells[2] == "12.3 (one round)"
+    assert "| 1.20 (1.10 to 1.30) | = 1.05 (0.90 to 1.10) |" in plot.by_provider(rows, "canvas")
+    assert "2.00 (2 rounds)" in plot.spread(quantiles(1, 2, 3), 2)
+
+
+def test_rows_of_a_long_run_stand_where_others_left_out():
+    left_out = {key: value for key, value in made("a", "flex", skipped="too long").items() if key != "step_seconds"}
+    long = [made("a", step_seconds=quantiles(9, 9, 9)), made("a", "flex", step_ratio=quantiles(2, 2, 2))]
+    rows = [made("a"), left_out, *long]
+    assert [row["step_seconds"]["p50"] for row in plot.timed(rows)] == [1.0, 1.0]
+    assert plot.left_out(rows) == "Nothing.\n"
+    assert plot.left_out(rows[:2]) == "- flex, edge form: too long (a)\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "verdicts"),
+    [
+        (made("a", "flex", at_least=2.0, step_ratio=quantiles(1, 2, 3)), [True]),
+        (made("a", "flex", at_least=2.1, step_ratio=quantiles(1, 2, 3)), [False]),
+        (
+            made(
+                "a",
+                at_least_of_reference=0.8,
+                forward_roofline=quantiles(1, 1, 1),
+                backward_roofline=quantiles(0, 0.7, 1),
+            ),
+            [True, False],
+        ),
+        (made("a", at_most=0.5, seconds=quantiles(0.4, 0.5, 0.6)), [True]),
+        (made("a", at_most=0.5, seconds=quantiles(0.4, 0.51, 0.6)), [False]),
+        (made("a", at_most=None, seconds=quantiles(0.4, 0.5, 0.6)), []),
+    ],
+)
+def test_targets_are_reached_or_missed(row, verdicts):
+    assert [ok for *_, ok in plot.targets_of(row)] == verdicts
+    assert re.findall("reached|MISSED", plot.line(row)) == [("MISSED", "reached")[ok] for ok in verdicts]
+    assert re.findall(r"reached|\*\*missed", plot.targets([row])) == [("**missed", "reached")[ok] for ok in verdicts]
+
+
+def test_tables_have_no_empty_columns_and_every_row(rows):
+    text = plot.TABLES["attention"](rows)
+    assert text.count("\n| tangled |") == 6 and "exponent" not in text and "MiB" in text
+    assert f"| {1e3 * rows[0]['step_seconds']['p50']:.4g} |" in text
+    assert all("Nothing was timed" in plot.TABLES[name]([]) for name in ("attention", "canvases", "targets"))
+
+
+def test_documents_are_filled_between_their_marks():
+    text = "a\n<!-- table: left_out -->\nold\n<!-- end -->\nb <!-- table: targets -->\n<!-- end -->"
+    filled = plot.filled(text, [])
+    assert (
+        filled == plot.filled(filled, [])
+        and "old" not in filled
+        and filled.startswith("a\n")
+        and "Nothing.\n" in filled
+    )
+    with pytest.raises(KeyError, match="no_such"):
+        plot.filled("<!-- table: no_such -->\n<!-- end -->", [])
+
+
+def test_the_figure_holds_the_rows_numbers():
+    pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib")
+    rows = plot.timed(measure.read_rows(measure.RESULTS / "bench.json"), "canvas", "density")
+    (axes,) = plot.speedup(rows).axes
+    points = {line.get_label(): sorted(map(tuple, line.get_xydata())) for line in axes.lines}
+    own = [row for row in rows if (row["form"], row["provider"]) == ("joint", "sdpa_mask")]
+    assert points["sdpa_mask"] == sorted((row["density"], row["step_ratio"]["p50"]) for row in own)
+    assert "flex, forward alone" in points and "per_edge_loop" not in points
