@@ -85,11 +85,11 @@ def toy_tasks() -> tuple[list[Task], list[Task]]:
 
 
 def mixed_table(form: str, n: int) -> BlockTable:
-    """Large ragged reads over the first four fifths of ``n`` positions, and a fleet of regions of five in the rest.
+    """Large ragged rectangles over the first third of ``n`` positions, and a fleet of regions of five in the rest.
 
     Some rows see nothing, some several segments; the second segment has two rectangles, the last large read replaces.
     """
-    large = 4 * n // 5
+    large = n // 3
     third = large // 3
     # edge, weight, rows, keys; no two rectangles overlap, so the same pattern is a joint one
     rows = [
@@ -98,7 +98,7 @@ def mixed_table(form: str, n: int) -> BlockTable:
         (1, 0.5, third + 3, 2 * third, large // 2, large // 2 + 1),
         (3, 1.5, 2 * third, 2 * third + 11, 5, large - 3),
     ]
-    starts = range(large, n - 5, 23)
+    starts = range(large, n - 5, 29)
     rows += [(2, 0.75, start, start + 5, start, start + 5) for start in starts]
     edge, weight, *ranges = (np.array(column) for column in zip(*rows))
     names = dict(zip(("q_start", "q_stop", "k_start", "k_stop"), ranges), weight=weight)
