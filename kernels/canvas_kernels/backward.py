@@ -265,7 +265,8 @@ def dkv_kernel(
                     p *= tl.where(weight * row_scale < 0, -1.0, 1.0)[None, :]
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            ds = tl.where(keep, p * (1.0 - sigma) * dp, 0.0) if SIGMOID else p * (dp - delta[None, :])
+            # keys that nothing attends to may hold anything
+            ds = tl.where(keep, p * (1.0 - sigma) * dp if SIGMOID else p * (dp - delta[None, :]), 0.0)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
             start, length, mask, bias = kit.load_partial(tables, block + 1, JOINT)
 
