@@ -30,8 +30,9 @@ plan = compile_attention(bound.layout, bound.topology)
 row = {"fields": len(bound.field_names), "connections": len(bound.topology.connections)}
 status = Path("/proc/self/status")
 # a process's largest size as rusage has it may be its parent's, from before exec
-peak = re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1] if status.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-row |= {"rectangles": len(plan.table.weight), "peak_bytes": int(peak) * 1024}
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1]) if status.exists() else peak
+row |= {"rectangles": len(plan.table.weight), "peak_bytes": peak * 1024}
 print(json.dumps(row))
 """
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .derived import is_plain
-
 # Dispatch keys that the operators are registered for.
 DEVICES = ("CPU", "CUDA", "MPS", "XPU", "PrivateUse1")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -207,10 +205,7 @@ class _Operate(Function):
         needs = sum(1 << i for i in OPERATIONS[ctx.name].differentiable if ctx.needs_input_grad[2 + i])
         if not needs:
             return nothing
-        inputs = (ctx.name, needs, len(kept), grad, *kept, *tensors, *ctx.constants)
-        # nothing differentiates these gradients: applying a function would take as long as several launches
-        once = not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-        grads = _Differentiate.forward(*inputs) if once else _Differentiate.call(*inputs)
+        grads = _Differentiate.call(ctx.name, needs, len(kept), grad, *kept, *tensors, *ctx.constants)
         found = dict(zip((i for i in range(n) if needs >> i & 1), grads))
         return None, None, *(found.get(i) for i in range(n)), *(None,) * len(ctx.constants)
 
@@ -294,22 +289,6 @@ def under_autograd(operator: Callable, function: Callable) -> Callable:
             return operator(*args)
 
     return call
-
-
-def unless_traced(operator: Callable, kernel: Callable) -> Callable:
-    """Returns a function that runs an operator's kernel on a CPU or GPU itself, and the operator where anything may be
-    looking: going through the dispatcher takes as long as several launches."""
-
-    def call(x, *args):
-        plain = x.is_cuda or x.is_cpu
-        if plain and is_plain(x) and all(type(y) in _PLAIN for y in args if isinstance(y, torch.Tensor)):
-            return kernel(x, *args)
-        return operator(x, *args)
-
-    return call
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 # -- what compilers take as it is --------------------------------------------------------------------------------------

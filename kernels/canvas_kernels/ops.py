@@ -27,7 +27,6 @@ from .autograd import (
     operate,
     own_products,
     under_autograd,
-    unless_traced,
 )
 from .frames import frame_rows, takes_frames
 from .index_map import IndexMap, empty_in, gather_rows, put_rows, scatter_rows, take_rows
@@ -130,9 +129,10 @@ def block_attention(
         # it may be changed in place before backward runs: this step keeps its own
         active = active.detach().clone()
         if row_scale is None:
-            once = backend == "triton" and not torch._C._are_functorch_transforms_active()
-            wide = torch.promote_types(q.dtype, torch.float32)
-            row_scale = _row_scale(active, table.key) if once else table_row_scale(table, active, wide)
+            if backend == "triton" and not torch._C._are_functorch_transforms_active():
+                row_scale = torch.ops.canvas_kernels.row_scale.default(active, table.key)
+            else:
+                row_scale = table_row_scale(table, active, torch.promote_types(q.dtype, torch.float32))
     tensors = (q, k, v, gain, active, row_scale)
     if backend == "reference":
         options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale}
@@ -531,13 +531,8 @@ torch.library.register_fake("canvas_kernels::attention_backward", _attention_bac
 # -- autograd ----------------------------------------------------------------------------------------------------------
 
 
-_row_scale = unless_traced(torch.ops.canvas_kernels.row_scale.default, _row_scale_now)
-_forward = unless_traced(torch.ops.canvas_kernels.attention.default, _attention)
-_backward = unless_traced(torch.ops.canvas_kernels.attention_backward.default, _attention_backward)
-
-
 def _run(keep, *args):
-    out, lse, saved, packed = _forward(*args, keep)
+    out, lse, saved, packed = torch.ops.canvas_kernels.attention.default(*args, keep)
     return out, lse, saved, *packed
 
 
@@ -546,7 +541,7 @@ def _differentiate(grad, needs, kept, *args):
     need_gain = bool(needs >> 3 & 1)
     out, lse, saved, *packed = kept
     kept = (out, lse, saved, packed)
-    *gradients, dgain = _backward(grad, *kept, *args, need_gain)
+    *gradients, dgain = torch.ops.canvas_kernels.attention_backward.default(grad, *kept, *args, need_gain)
     return *gradients, dgain, None, None
 
 
