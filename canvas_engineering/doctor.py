@@ -95,7 +95,10 @@ def _requirements(package: str, extra: str) -> Iterator[str]:
             continue
         if "python_version" in marker or ("platform_system" in marker and f'"{platform.system()}"' not in marker):
             continue  # for other machines
-        name, inner, bounds = re.fullmatch(r"([\w.-]+)\s*(?:\[([^]]*)\])?\s*(.*?)\s*", wanted).groups()
+        parts = re.fullmatch(r"([\w.-]+)\s*(?:\[([^]]*)\])?\s*(.*?)\s*", wanted)
+        if parts is None:
+            continue  # no requirement that we would write
+        name, inner, bounds = parts.groups()
         least = re.search(r">=\s*([\d.]+)", bounds)
         if name != package:
             yield f"{name}>={least[1]}" if least else name
@@ -172,7 +175,8 @@ def _version_of(name: str) -> str:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version, without zeros at the end: (2, 13) of "2.13.0+cpu"."""
-    numbers = [int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part]
+    leading = re.match(r"[\d.]*", version)
+    numbers = [int(part) for part in leading[0].split(".") if part] if leading else []
     while numbers and not numbers[-1]:
         numbers.pop()
     return tuple(numbers)

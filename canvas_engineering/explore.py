@@ -151,12 +151,14 @@ def _expression_words(clock: ClockExpr) -> str:
         return " and ".join(f"{clock.source} {sign} {bound:g}" for sign, bound in bounds if bound is not None)
     if isinstance(clock, BoundaryExpr):
         return f"at {clock.name}"
+    if not isinstance(clock, (Not, Cooldown, MaxSilence)):
+        return repr(clock)
     child = _expression_words(clock.child)
     if isinstance(clock, Not):
         return f"not ({child})"
     if isinstance(clock, Cooldown):
         return f"{child}, cooldown {clock.steps}"
-    return f"{child}, silent at most {clock.steps}" if isinstance(clock, MaxSilence) else repr(clock)
+    return f"{child}, silent at most {clock.steps}"
 
 
 def _connections(layout: CanvasLayout, plan: AttentionPlan, program: CanvasProgram) -> dict[str, Any]:
@@ -247,6 +249,7 @@ def _times(c: Connection, layout: CanvasLayout) -> tuple:
 def _masked_boxes(c: Connection, layout: CanvasLayout) -> list[tuple]:
     frames = resolve_frames(*_times(c, layout))
     boxes = layout.region_box(c.src), layout.region_box(c.dst)
+    assert c.mask is not None  # masked connections alone get here
     row, part, queries, keys = mask_parts(c.mask, *boxes, frames.queries, frames.keys)
     columns = (queries.reshape(len(queries), -1), keys.reshape(len(keys), -1), frames.fraction[row[part]])
     return list(zip(*(column.tolist() for column in columns)))

@@ -29,8 +29,8 @@ def layout_html(layout: Any) -> str:
         rows.append((_swatch(colour) + _text(name), bounds, f"{layout.region_numel(name):,}", str(spec.period)))
     table = _table(("region", "bounds", "positions", "period"), rows, len(layout.regions))
     boxes = [_plane(spec.bounds) for spec in specs.values()][:MAX_BOXES]
-    rows_and_columns = (1, 1, *layout.spatial_shape)[-2:]
-    return _titled(title, _boxes((layout.T, *rows_and_columns), boxes), table)
+    height, width = (1, 1, *layout.spatial_shape)[-2:]
+    return _titled(title, _boxes((layout.T, height, width), boxes), table)
 
 
 def topology_html(topology: Any) -> str:
