@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canvas_engineering.canvas import CanvasLayout
-from canvas_engineering.connectivity import CanvasTopology, Connection, resolve_frames
+from canvas_engineering.connectivity import CanvasTopology, Connection, connection_frames
 from canvas_engineering.masks import MaskSpec
 
 SOFTMAX_FNS = ("cross_attention", "self_attention", "cogvideox")
@@ -108,17 +108,7 @@ def reads_of(layout: CanvasLayout, connection: Connection) -> list[tuple[Tensor,
     """(query positions, key positions, fraction) of every attention set of a connection; ValueError for masks that are
     neither "full" nor "tile"."""
     src, dst = layout.region_spec(connection.src), layout.region_spec(connection.dst)
-    frames = resolve_frames(
-        layout.T,
-        tuple(src.bounds[:2]),
-        tuple(dst.bounds[:2]),
-        src.period,
-        dst.period,
-        connection.t_src,
-        connection.t_dst,
-        connection.temporal_fill,
-        connection.interpolation_order,
-    )
+    frames = connection_frames(connection, layout)
     grid = torch.arange(layout.num_positions).view(layout.T, *layout.spatial_shape)
 
     def positions(bounds, start: int, stop: int) -> Tensor:

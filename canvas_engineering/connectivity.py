@@ -37,6 +37,7 @@ __all__ = [
     "FrameReads",
     "TemporalFill",
     "resolve_connections",
+    "connection_frames",
     "resolve_frames",
 ]
 
@@ -533,7 +534,8 @@ def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> Itera
     )
 
 
-def _connection_frames(c: Connection, layout: CanvasLayout) -> FrameReads:
+def connection_frames(c: Connection, layout: CanvasLayout) -> FrameReads:
+    """Returns what :func:`resolve_frames` makes of a connection's frames on a layout, cached by what it depends on."""
     src, dst = layout.region_spec(c.src), layout.region_spec(c.dst)
     periods = src.period, dst.period
     offsets = c.t_src, c.t_dst
@@ -544,7 +546,7 @@ def _connection_frames(c: Connection, layout: CanvasLayout) -> FrameReads:
 
 def _boxes(c: Connection, layout: CanvasLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights ``[n]``, query and key boxes ``[n, D, 2]``, whose products are the pairs that the connection reads."""
-    frames = _connection_frames(c, layout)
+    frames = connection_frames(c, layout)
     mask, regions = c.mask or MaskSpec(), (layout.region_box(c.src), layout.region_box(c.dst))
     row, read, q_boxes, k_boxes = mask_parts(mask, *regions, frames.queries, frames.keys)
     return (c.weight * frames.fraction)[row[read]], q_boxes, k_boxes

@@ -11,7 +11,7 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 from canvas_engineering.canvas import CanvasLayout, RegionSpec, transfer_distance
-from canvas_engineering.connectivity import CanvasTopology, Connection, resolve_frames
+from canvas_engineering.connectivity import CanvasTopology, Connection, connection_frames
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,17 +107,7 @@ def frames_figure(layout: CanvasLayout, connection: Connection) -> Figure:
     import numpy as np
 
     src, dst = (layout.region_spec(name) for name in (connection.src, connection.dst))
-    pairs = resolve_frames(
-        layout.T,
-        tuple(src.bounds[:2]),
-        tuple(dst.bounds[:2]),
-        src.period,
-        dst.period,
-        connection.t_src,
-        connection.t_dst,
-        connection.temporal_fill,
-        connection.interpolation_order,
-    )
+    pairs = connection_frames(connection, layout)
     shares = np.zeros((layout.T, layout.T))
     for q_start, q_stop, k_start, k_stop, fraction in zip(
         pairs.q_start, pairs.q_stop, pairs.k_start, pairs.k_stop, pairs.fraction

@@ -18,7 +18,7 @@ import numpy as np
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.checked import checked_kind, checked_string
 from canvas_engineering.clock_ir import And, BoundaryExpr, ClockExpr, Cooldown, MaxSilence, Not, OnEvent, Or, Periodic
-from canvas_engineering.connectivity import Connection, TemporalFill, resolve_frames
+from canvas_engineering.connectivity import Connection, TemporalFill, connection_frames
 from canvas_engineering.masks import mask_parts
 from canvas_engineering.plan import AttentionPlan, compile_attention
 from canvas_engineering.program import CanvasProgram, ClockSpec, RegionProgram
@@ -233,21 +233,21 @@ class _Patterns:
         key = _times(c, self.layout)
         if key not in self.number:
             self.number[key] = len(self.rows)
-            frames = resolve_frames(*key)
+            frames = connection_frames(c, self.layout)
             columns = (frames.q_start, frames.q_stop, frames.k_start, frames.k_stop, frames.fraction)
             self.rows.append(list(zip(*(column.tolist() for column in columns))))
         return self.number[key]
 
 
 def _times(c: Connection, layout: CanvasLayout) -> tuple:
-    """What a connection's frames follow from: the arguments of :func:`resolve_frames`."""
+    """What the frames of a connection follow from."""
     src, dst = layout.region_spec(c.src), layout.region_spec(c.dst)
     frames = (layout.T, src.bounds[:2], dst.bounds[:2], src.period, dst.period)
     return (*frames, c.t_src, c.t_dst, c.temporal_fill, c.interpolation_order)
 
 
 def _masked_boxes(c: Connection, layout: CanvasLayout) -> list[tuple]:
-    frames = resolve_frames(*_times(c, layout))
+    frames = connection_frames(c, layout)
     boxes = layout.region_box(c.src), layout.region_box(c.dst)
     assert c.mask is not None  # masked connections alone get here
     row, part, queries, keys = mask_parts(c.mask, *boxes, frames.queries, frames.keys)

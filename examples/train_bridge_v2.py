@@ -239,10 +239,9 @@ def play(model: CanvasModel, held: LeRobotCanvasDataset, settings: Settings, dev
     def policy(history: deque) -> np.ndarray | int:
         frames = [history[0]] * (settings.observed - len(history)) + list(history)
         clip = {name: torch.zeros(1, T, *model.coders[name].shape, device=device) for name in model.coders}
-        for name, feature in held.regions.items():
-            shift, scale = held._scales[feature]
-            values = np.stack([frame[name] for frame in frames]).astype(np.float32)
-            clip[name][0, : settings.observed] = torch.from_numpy((values - shift) / scale).to(device)
+        for name in held.regions:
+            values = torch.from_numpy(np.stack([frame[name] for frame in frames]).astype(np.float32))
+            clip[name][0, : settings.observed] = held.normalize(name, values).to(device)
         action = held.denormalize("action", model.predict(clip)["action"][0, now].cpu()).numpy()
         if discrete:
             return int(np.clip(round(float(action[0])), 0, world.action_space.n - 1))

@@ -236,6 +236,7 @@ PUBLIC_NAMES = {
         "Connection",
         "FrameReads",
         "TemporalFill",
+        "connection_frames",
         "resolve_connections",
         "resolve_frames",
     ),

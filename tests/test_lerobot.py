@@ -131,6 +131,7 @@ def test_normalisation_is_that_of_the_statistics_and_is_undone(dataset):
     every = torch.stack([normal[i]["state"][0] for i in range(1, len(normal))])
     assert every.mean(0).abs().max() < 0.35 and (every.std(0) - 1).abs().max() < 0.35
     torch.testing.assert_close(normal.denormalize("state", normal[3]["state"]), plain[3]["state"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(normal.normalize("state", plain[3]["state"]), normal[3]["state"], rtol=1e-4, atol=1e-4)
     ranged = LeRobotCanvasDataset(dataset, layout(), normalize={"observation.state": "min_max", "action": "none"})
     values = torch.cat([ranged[i]["state"] for i in range(len(ranged))])
     assert values.min() == pytest.approx(-1, abs=1e-5) and values.max() == pytest.approx(1, abs=1e-5)

@@ -109,6 +109,11 @@ class LeRobotCanvasDataset(Dataset):
         sample["task"] = episode.tasks[0] if episode.tasks else ""
         return sample
 
+    def normalize(self, region: str, values: torch.Tensor) -> torch.Tensor:
+        """Values of a region, (…, *shape), as samples have them."""
+        shift, scale = (torch.from_numpy(part).to(values) for part in self._scales[self.regions[region]])
+        return (values - shift) / scale
+
     def denormalize(self, region: str, values: torch.Tensor) -> torch.Tensor:
         """Values of a region as the dataset has them: the inverse of the normalisation, (…, *shape)."""
         shift, scale = (torch.from_numpy(part).to(values) for part in self._scales[self.regions[region]])
