@@ -70,8 +70,8 @@ def compile_schema(
     stands for it one level up. It is as ``metadata={"coarse": Field(h, w)}`` of the attribute declares, else as
     ``__coarse__`` of its class does, else a scalar. Its period is the declared one, else the mean of all periods
     below it, weighted by positions per frame. Parents read and are read through it, so a thousand
-    children cost a thousand times what one does. Parts of one object meet through its own fields, or its coarse field;
-    where the root has no field of its own, they stay unconnected, and one UserWarning names them.
+    children cost a thousand times what one does. Parts of one object meet through its own fields; where it has none
+    they stay unconnected (below the root they share its coarse field), and one UserWarning names them.
 
     Args:
         root: the object.

@@ -1,4 +1,4 @@
-"""A tree of types and a policy → who reads whom."""
+"""A tree of types and a policy → the connections between its fields."""
 
 from __future__ import annotations
 
@@ -44,19 +44,28 @@ def wire(root: TypeNode, policy: ConnectivityPolicy) -> CanvasTopology:
 
 
 def warn_of_parts_apart(root: TypeNode, policy: ConnectivityPolicy) -> None:
-    """A UserWarning where the root has no field of its own, and parts of it that nothing connects.
+    """One UserWarning that names all objects without a field of their own, and the parts they leave unconnected.
 
-    Anywhere else the parts of a type meet: through its own fields, or through its coarse field.
+    Parts of a nested object still meet at the few positions of its coarse field; the root has none.
     """
-    if root.own:
-        return
-    lists = [_groups(elements, policy.array_element) for elements in root.arrays]
-    apart = [child.path for child in root.nested] + [group[0] for groups in lists for group in groups]
-    if len(apart) > 1:
-        split = any(len(groups) > 1 for groups in lists)
+    parents, parts, split, nodes = [], [], False, [root]
+    for node in nodes:  # grows while it is walked
+        nodes += node.children()
+        if node.own:
+            continue
+        lists = [_groups(elements, policy.array_element) for elements in node.arrays]
+        if len(node.nested) + sum(map(len, lists)) > 1:
+            parents.append(repr(node.path) if node.path else "the root")
+            parts += [child.path for child in node.nested]
+            parts += [path for groups in lists for group in groups for path in group]
+            split |= any(len(groups) > 1 for groups in lists)
+    if parents:
+        nested = parents != ["the root"]
         warn(
-            f"the root has no field of its own, through which its {len(apart)} parts could meet: nothing connects "
-            f"{some(map(repr, apart))}. Give it a field"
+            f"{some(parents)} {'have' if len(parents) > 1 else 'has'} no field of {'their' if len(parents) > 1 else 'its'} "
+            f"own, through which {len(parts)} parts could meet; unconnected to each other stay {some(map(repr, parts))}"
+            + " (parts of a nested object share its coarse field only)" * nested
+            + f". Give {'each' if len(parents) > 1 else 'it'} a field"
             + ", or connect the elements of a list by the array_element policy 'dense' or 'ring'" * split
         )
 
