@@ -32,8 +32,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import compare, measure, static_model, yardstick
-from canvas_kernels import configs
-from canvas_kernels.configs import Launch
+from canvas_kernels.triton_ops import configs
+from canvas_kernels.triton_ops.configs import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -158,8 +158,8 @@ def _target(arch: str):
 
 def _signature(launch: Launch):
     """The kernel, and its arguments as a call with aligned tensors would specialise them."""
-    from canvas_kernels.backward import dkv_kernel, dq_kernel
-    from canvas_kernels.forward import forward_kernel
+    from canvas_kernels.triton_ops.backward import dkv_kernel, dq_kernel
+    from canvas_kernels.triton_ops.forward import forward_kernel
 
     ours = {"forward": forward_kernel, "delta": dq_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
     function = (yardstick.KERNELS if launch.form == "dense" else ours)[launch.stage]

@@ -272,7 +272,7 @@ def sweep(session: Session) -> None:
     """Times one pass at a time with candidate tiles, the others as shipped. What does not compile, or is wrong, is a
     row, too. Candidates are compiled and checked in many processes first: that takes most of the time."""
     from benchmarks import gpu_checks
-    from canvas_kernels.configs import Config
+    from canvas_kernels.triton_ops.configs import Config
 
     names = session.cases if session.interpret else SWEPT_CASES
     tried = {}

@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from benchmarks.naive import PerEdgeLoop
-from canvas_kernels import configs, launch, reference
-from canvas_kernels.table import BlockTable, row_scale
+from canvas_kernels import reference
+from canvas_kernels.block_table import BlockTable, row_scale
+from canvas_kernels.triton_ops import configs, launch
 
 FLOAT32_BUDGET = 2e-5
 HEAD_DIMS = (16, 32, 40, 64, 72, 80, 88, 96, 120, 128, 160, 256)

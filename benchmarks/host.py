@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import cases
 from canvas_engineering.attention import canvas_attention
 from canvas_engineering.plan import compile_attention
-from canvas_kernels import index_map, launch, ops, steps
+from canvas_kernels import ops, packing
+from canvas_kernels.triton_ops import launch, steps
 
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 NO_TENSORS = {"promote_types"}
@@ -24,8 +25,8 @@ OPERATORS = {
     "attention": ops._attention,
     "attention_backward": ops._attention_backward,
     "row_scale": ops._row_scale_now,
-    "apply_map": index_map._apply,
-    "replace_rows": index_map._replace,
+    "apply_map": packing._apply,
+    "replace_rows": packing._replace,
 }
 
 

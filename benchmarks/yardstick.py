@@ -4,7 +4,7 @@ end. Not a provider: it is compiled ahead of time only (``aot.py``), and a test 
 import triton
 import triton.language as tl
 
-from canvas_kernels.configs import Config
+from canvas_kernels.triton_ops.configs import Config
 
 CONFIGS = {"forward": Config(128, 128, 8, 2), "dq": Config(128, 64, 8, 2), "dkv": Config(128, 64, 8, 2)}
 """The best tiles that were found at head_dim 64 and 128."""

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from canvas_kernels.block_table import row_sums, touched
 from canvas_kernels.derived import real_tensors
-from canvas_kernels.index_map import IndexMap, gather_rows, replace_rows
-from canvas_kernels.table import row_sums, touched
+from canvas_kernels.packing import IndexMap, gather_rows, replace_rows
 
 from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
 from .attention.grouped import attend_grouped, fit, is_fused

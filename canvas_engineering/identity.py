@@ -16,7 +16,7 @@ from canvas_engineering.checked import (
     checked_tensor,
 )
 from canvas_engineering.derived_buffers import CanvasModule
-from canvas_kernels.dense import dense_attention
+from canvas_kernels.torch_ops.dense import dense_attention
 
 __all__ = ["IdentitySpec", "SlotBindingModule"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import aot, measure, static_model, yardstick
-from canvas_kernels import configs
+from canvas_kernels.triton_ops import configs
 
 ROOT = Path(__file__).resolve().parent.parent
 

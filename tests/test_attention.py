@@ -23,8 +23,8 @@ from canvas_engineering.attention import (
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.plan import compile_attention
-from canvas_kernels import grouping
 from canvas_kernels.derived import Store
+from canvas_kernels.torch_ops import grouping
 from tests import oracle
 from tests.strategies import canvases, videos
 

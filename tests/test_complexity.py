@@ -19,7 +19,7 @@ from canvas_engineering import (
     Connection,
     create_attention,
 )
-from canvas_kernels.table import BlockTable
+from canvas_kernels.block_table import BlockTable
 
 QUERIES, KEYS = 512, 2048
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -24,7 +24,7 @@ from canvas_engineering import (
     TemporalFill,
     create_attention,
 )
-from canvas_kernels import grouping
+from canvas_kernels.torch_ops import grouping
 from tests import family_oracle, oracle
 from tests.strategies import canvases
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from canvas_kernels import BlockTable, block_attention, frames
+from canvas_kernels import BlockTable, block_attention
+from canvas_kernels.torch_ops import frames
 
 
 def table(n: int, reads, form: str = "edge", weight: float = 1.0) -> BlockTable:

@@ -16,8 +16,9 @@ import torch
 from benchmarks import cases, gpu, gpu_checks, measure
 from benchmarks.naive import PerEdgeLoop
 from canvas_engineering import AttentionDispatcher
-from canvas_kernels import configs, reference
-from canvas_kernels.table import row_scale
+from canvas_kernels import reference
+from canvas_kernels.block_table import row_scale
+from canvas_kernels.triton_ops import configs
 
 ROOT = Path(__file__).resolve().parent.parent
 

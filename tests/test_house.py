@@ -33,9 +33,9 @@ LAYERS = {
 }
 # attention alone executes tables. plan builds them, orders rows and sums weights; dispatch moves rows into that order.
 KERNEL_PARTS = {
-    "plan": ("table.", "tiling.", "configs.", "derived.", "index_map."),
-    "dispatch": ("derived.real_tensors", "index_map.", "table.row_sums", "table.touched"),
-    "identity": ("dense.",),
+    "plan": ("block_table.", "ranges.", "triton_ops.tiling.", "triton_ops.configs.", "derived.", "packing."),
+    "dispatch": ("derived.real_tensors", "packing.", "block_table.row_sums", "block_table.touched"),
+    "identity": ("torch_ops.dense.",),
 }
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS.values()) for module in modules.split()}
 
@@ -135,6 +135,22 @@ def test_kernels_know_nothing_of_canvases():
     assert not wrong, "\n".join(wrong)
 
 
+def test_backends_of_the_kernels_know_nothing_of_each_other():
+    barred = {
+        "torch_ops": ("canvas_kernels.triton_ops", "triton"),
+        "triton_ops": "canvas_kernels.torch_ops",
+        "canvas_kernels": "triton",
+    }
+    wrong = [
+        f"{path.parent.name}/{path.name}:{line} imports {name}"
+        for path in modules_of("kernels")
+        for line, name in imports_of(path)
+        if name.startswith(barred[path.parent.name])
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert {path.parent.name for path in modules_of("kernels")} == set(barred)
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
@@ -153,7 +169,7 @@ def test_a_misdirected_import_is_seen(module, source):
 
 
 def test_imports_down_the_layers_are_allowed():
-    source = "from canvas_kernels.table import BlockTable\nfrom ..masks import MaskSpec\nfrom .order import pack"
+    source = "from canvas_kernels.block_table import BlockTable\nfrom ..masks import MaskSpec\nfrom .order import pack"
     assert misdirected(ROOT / "canvas_engineering/plan/tables.py", source) == []
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from canvas_kernels import block_attention, configs, launch, steps
-from canvas_kernels.configs import Config
-from canvas_kernels.table import BlockTable, row_scale
+from canvas_kernels import block_attention
+from canvas_kernels.block_table import BlockTable, row_scale
+from canvas_kernels.triton_ops import configs, launch, steps
+from canvas_kernels.triton_ops.configs import Config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT32_BUDGET = 2e-5

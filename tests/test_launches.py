@@ -14,8 +14,9 @@ from benchmarks import cases
 from benchmarks.host import TorchLaunches, inputs, stub_kernels
 from canvas_engineering.attention import canvas_attention
 from canvas_engineering.plan import compile_attention
-from canvas_kernels import index_map, launch, steps, table
-from canvas_kernels.tiling import Tiling
+from canvas_kernels import block_table, packing
+from canvas_kernels.triton_ops import launch, steps
+from canvas_kernels.triton_ops.tiling import Tiling
 
 PASSES = {"forward_kernel", "gather_kernel", "dq_kernel", "dkv_kernel"}
 
@@ -69,7 +70,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     monkeypatch.setattr(launch, "_vectors", lambda x: x)
     # tables stay where they are: there is no second device to copy them to
     monkeypatch.setattr(Tiling, "to", lambda self, device: self)
-    for module in (steps, index_map, table):
+    for module in (steps, packing, block_table):
         monkeypatch.setattr(module, "to_device", lambda array, device: torch.from_numpy(array.copy()))
     layout, topology = cases.robot()
     plan = compile_attention(layout, topology)

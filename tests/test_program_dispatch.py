@@ -605,7 +605,7 @@ def plan_tensors(plan):
 
 def launch_caches():
     """How often what a launch looks up had to be made."""
-    launch = pytest.importorskip("canvas_kernels.launch")
+    launch = pytest.importorskip("canvas_kernels.triton_ops.launch")
     cached = [value for value in vars(launch).values() if hasattr(value, "cache_info")]
     assert len(cached) >= 2
     return [function.cache_info().misses for function in cached]
@@ -641,8 +641,8 @@ def test_a_hundred_changes_of_activity_rebuild_nothing(monkeypatch, backend):
 
     for target in ("edge_table", "pack_positions", "topology_reads", "resolve_edges"):
         monkeypatch.setattr(f"canvas_engineering.plan.{target}", forbidden)
-    monkeypatch.setattr("canvas_kernels.grouping._parts", forbidden)
-    monkeypatch.setattr("canvas_kernels.index_map.IndexMap.sums", forbidden)
+    monkeypatch.setattr("canvas_kernels.torch_ops.grouping._parts", forbidden)
+    monkeypatch.setattr("canvas_kernels.packing.IndexMap.sums", forbidden)
     pending = step(first)
     first.copy_(torch.tensor([0.0, 1.0, 0.0]))
     outputs = set()
@@ -718,7 +718,7 @@ def compiled_kernels():
     """Kernels in Triton's JIT caches, over all that the package has."""
     from triton.runtime.jit import JITFunction
 
-    from canvas_kernels import backward, forward
+    from canvas_kernels.triton_ops import backward, forward
 
     kernels = [value for module in (forward, backward) for value in vars(module).values()]
     kernels = [kernel for kernel in kernels if isinstance(kernel, JITFunction)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from canvas_engineering import CanvasTopology, MaskSpec, TemporalFill, compile_attention
-from canvas_kernels.grouping import group
+from canvas_kernels.torch_ops.grouping import group
 from tests import oracle, program_oracle, random_canvases
 from tests.random_canvases import Sample, sample
 

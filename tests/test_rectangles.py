@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from canvas_kernels import BlockTable, block_attention, grouping, groups, rectangles, slabs
+from canvas_kernels import BlockTable, block_attention
+from canvas_kernels.torch_ops import executor, grouping, groups, strided
 from tests.test_reference import check, dense_oracle, error, random_case, random_table
 
 ENDLESS = 1 << 60
@@ -77,7 +78,7 @@ def test_modes_execute_what_they_say(mode):
     built = grouping.group(table)
     assert bool(built.slabs) == ("slabs" in mode) and bool(built.batches) == ("slabs" not in mode)
     assert (len(built.stages) > 1) == (mode == "many stages")
-    choices = rectangles.choices(table, 8)
+    choices = executor.choices(table, 8)
     assert all(choices.flash) == (mode == "slabs of flash" or "slabs" not in mode)
     assert choices.keeps == (mode != "batches computed again")
 
@@ -370,12 +371,12 @@ def test_what_is_kept_does_not_grow_with_the_square_of_the_canvas():
     sizes = []
     for n_frames in (8, 64):
         table = frames([16], n_frames, [(0, 0, 0), (0, 0, -1)])
-        sizes.append(rectangles.saved_size(table, 1, 8) / table.n_positions)
+        sizes.append(executor.saved_size(table, 1, 8) / table.n_positions)
     assert sizes[1] <= 1.3 * sizes[0]
     dense = BlockTable.from_rectangles(
         "joint", 4096, 0, q_start=[0], q_stop=[4096], k_start=[0], k_stop=[4096], weight=[1.0]
     )
-    assert rectangles.saved_size(dense, 1, 64) == 4096 * 65
+    assert executor.saved_size(dense, 1, 64) == 4096 * 65
 
 
 def test_inactive_rows_of_a_joined_slab_are_not_computed(monkeypatch):
@@ -386,8 +387,8 @@ def test_inactive_rows_of_a_joined_slab_are_not_computed(monkeypatch):
         weight=[1.0, 2.0], edge=[0, 1],
     )  # fmt: skip
     assert len(grouping.group(table).slabs) == 1
-    seen, softmax = [], slabs._softmax_out
-    monkeypatch.setattr(slabs, "_softmax_out", lambda x, *a, **k: seen.append(x.numel()) or softmax(x, *a, **k))
+    seen, softmax = [], strided._softmax_out
+    monkeypatch.setattr(strided, "_softmax_out", lambda x, *a, **k: seen.append(x.numel()) or softmax(x, *a, **k))
     q, k, v = (torch.randn(1, 2, 96, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     for active, rows in (([1.0, 1.0], 64), ([1.0, 0.0], 40), ([0.0, 1.0], 24), ([0.0, 0.0], 0)):
         seen.clear()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from canvas_kernels import BlockTable, block_attention, reference
-from canvas_kernels.table import row_scale
+from canvas_kernels.block_table import row_scale
 
 SEEDS = range(12)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from canvas_kernels.index_map import IndexMap, gather_rows, replace_rows, scatter_rows
+from canvas_kernels.block_table import BlockTable, row_sums
 from canvas_kernels.ops import autocast_dtype
-from canvas_kernels.table import BlockTable, row_sums
+from canvas_kernels.packing import IndexMap, gather_rows, replace_rows, scatter_rows
 
 
 def some_maps() -> dict[str, IndexMap]:

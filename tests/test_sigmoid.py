@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from canvas_kernels import block_attention, sigmoid
-from canvas_kernels.table import BlockTable
+from canvas_kernels import block_attention
+from canvas_kernels.block_table import BlockTable
+from canvas_kernels.torch_ops import sigmoid
 from tests.test_kernels_triton import TABLES, membership
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

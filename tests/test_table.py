@@ -14,9 +14,9 @@ from canvas_engineering.attention.windows import LocalAttention
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.plan import compile_attention
-from canvas_kernels import configs
-from canvas_kernels.table import BlockTable, normalise_row_sums, row_scale, row_sums
-from canvas_kernels.tiling import TileClass, build_tilings, cut_tiles
+from canvas_kernels.block_table import BlockTable, normalise_row_sums, row_scale, row_sums
+from canvas_kernels.triton_ops import configs
+from canvas_kernels.triton_ops.tiling import TileClass, build_tilings, cut_tiles
 
 
 def random_table(seed: int) -> BlockTable:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
+from canvas_kernels.block_table import BlockTable
 from canvas_kernels.ops import block_attention
-from canvas_kernels.table import BlockTable
 
 from ..checked import checked_int
 from ..derived_buffers import outside_inference

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from canvas_kernels.derived import is_plain
-from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
+from canvas_kernels.packing import IndexMap, gather_rows, scatter_rows
 
 from ..canvas import CanvasLayout
 from ..masks import pattern_cover

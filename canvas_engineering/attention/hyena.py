@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from canvas_kernels.autograd import apply_map, mark_for_compilers
-from canvas_kernels.index_map import RESOLVERS, IndexMap
-from canvas_kernels.tiling import expand_ranges
+from canvas_kernels.packing import RESOLVERS, IndexMap
+from canvas_kernels.ranges import expand_ranges
 
 from ..checked import checked_int, checked_read, checked_sizes
 from ..derived_buffers import CanvasModule

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from canvas_kernels.autograd import mark_for_compilers
-from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
+from canvas_kernels.packing import IndexMap, gather_rows, scatter_rows
 
 from ..checked import checked_read
 from ..derived_buffers import CanvasModule

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from canvas_kernels.dense import dense_attention
 from canvas_kernels.derived import is_plain
+from canvas_kernels.torch_ops.dense import dense_attention
 
 from ..checked import checked_int, checked_read, checked_sizes
 from ..derived_buffers import CanvasModule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from canvas_kernels.dense import dense_attention
+from canvas_kernels.torch_ops.dense import dense_attention
 
 from ..checked import checked_int, checked_sizes
 from .memories import MemoryAttention

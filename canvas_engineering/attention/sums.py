@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
+from canvas_kernels.packing import IndexMap, gather_rows, scatter_rows
 
 from ..checked import checked_read, checked_sizes
 from ..derived_buffers import CanvasModule

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from canvas_kernels.dense import dense_attention
 from canvas_kernels.derived import is_plain
+from canvas_kernels.torch_ops.dense import dense_attention
 
 from ..checked import checked_int, checked_sizes
 from .memories import MemoryAttention

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
-from canvas_kernels.tiling import expand_ranges
+from canvas_kernels.packing import IndexMap, gather_rows, scatter_rows
+from canvas_kernels.ranges import expand_ranges
 
 from ..checked import checked_int, checked_ints, checked_read
 from ..plan import AttentionPlan

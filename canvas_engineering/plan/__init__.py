@@ -11,10 +11,10 @@ from threading import Lock
 import numpy as np
 import torch
 
+from canvas_kernels.block_table import BlockTable, row_scale, row_sums
 from canvas_kernels.derived import Store, derived, to_device
-from canvas_kernels.index_map import IndexMap, gather_rows, scatter_rows
-from canvas_kernels.table import BlockTable, row_scale, row_sums
-from canvas_kernels.tiling import TileClass, partial_width
+from canvas_kernels.packing import IndexMap, gather_rows, scatter_rows
+from canvas_kernels.triton_ops.tiling import TileClass, partial_width
 
 from ..canvas import CanvasLayout
 from ..checked import checked_bool, checked_kind

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from canvas_kernels.configs import Config, classes, form_of, lookup
-from canvas_kernels.table import BlockTable
+from canvas_kernels.block_table import BlockTable
+from canvas_kernels.triton_ops.configs import Config, classes, form_of, lookup
 
 MULTIPROCESSORS = 132
 ARCHITECTURE = "sm_90"

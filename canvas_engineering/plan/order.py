@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from canvas_kernels.tiling import expand_ranges
+from canvas_kernels.ranges import expand_ranges
 
 from ..canvas import CanvasLayout
 from .reads import Bank, Reads

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from canvas_kernels.table import BlockTable
+from canvas_kernels.block_table import BlockTable
 
 from . import AttentionPlan
 from .sets import ReadShape

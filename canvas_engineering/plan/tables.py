@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from canvas_kernels.table import BlockTable
-from canvas_kernels.tiling import expand_ranges
+from canvas_kernels.block_table import BlockTable
+from canvas_kernels.ranges import expand_ranges
 
 from .order import PackedOrder
 from .reads import Reads

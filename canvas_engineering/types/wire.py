@@ -60,12 +60,12 @@ def warn_of_parts_apart(root: TypeNode, policy: ConnectivityPolicy) -> None:
             parts += [path for groups in lists for group in groups for path in group]
             split |= any(len(groups) > 1 for groups in lists)
     if parents:
-        nested = parents != ["the root"]
+        several = len(parents) > 1
         warn(
-            f"{some(parents)} {'have' if len(parents) > 1 else 'has'} no field of {'their' if len(parents) > 1 else 'its'} "
-            f"own, through which {len(parts)} parts could meet; unconnected to each other stay {some(map(repr, parts))}"
-            + " (parts of a nested object share its coarse field only)" * nested
-            + f". Give {'each' if len(parents) > 1 else 'it'} a field"
+            f"{some(parents)} {'have no field of their own' if several else 'has no field of its own'}, through which "
+            f"{len(parts)} parts could meet; unconnected to each other stay {some(map(repr, parts))}"
+            + " (parts of a nested object share its coarse field only)" * (parents != ["the root"])
+            + f". Give {'each' if several else 'it'} a field"
             + ", or connect the elements of a list by the array_element policy 'dense' or 'ring'" * split
         )
 

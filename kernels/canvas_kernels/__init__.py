@@ -3,7 +3,7 @@
 Importing it needs no triton.
 """
 
+from .block_table import BlockTable
 from .ops import block_attention
-from .table import BlockTable
 
 __all__ = ["BlockTable", "block_attention"]

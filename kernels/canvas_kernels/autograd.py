@@ -44,7 +44,7 @@ class Function(torch.autograd.Function):
 
 
 MAPS: dict[str, Callable[[str], object]] = {}
-"""How :mod:`.index_map` finds the map of a key: graphs keep theirs alive until backward."""
+"""How :mod:`.packing` finds the map of a key: graphs keep theirs alive until backward."""
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pkgutil
 import numpy as np
 import torch
 
-from . import composition, configs, frames, rectangles, reference, sigmoid
+from . import reference
 from .autograd import (
     COMPILED_FUNCTIONS,
     DEVICES,
@@ -28,21 +28,28 @@ from .autograd import (
     own_products,
     under_autograd,
 )
-from .frames import frame_rows, takes_frames
-from .index_map import IndexMap, empty_in, gather_rows, put_rows, scatter_rows, take_rows
-from .table import BlockTable
-from .table import row_scale as table_row_scale
+from .block_table import BlockTable
+from .block_table import row_scale as table_row_scale
+from .packing import IndexMap, empty_in, gather_rows, put_rows, scatter_rows, take_rows
+from .torch_ops import composition, frames, sigmoid
+from .torch_ops import executor as grouped
+from .torch_ops.frames import frame_rows, takes_frames
+from .triton_ops import configs
 
 ACTIVATIONS = ("softmax", "sigmoid")
 BACKENDS = ("auto", "triton", "torch", "reference")
 MAX_TRITON_HEAD_DIM = 256
 # How much an executor keeps for backward, and how its results lie, are sizes and strides in a compiled graph, and
 # compilers keep graphs on disk. Its sources are in its name: what others of them compiled is another graph.
-_SOURCES = ("ops", "frames", "rectangles", "grouping", "groups", "slabs", "batches", "indices", "tiling", "table")
+_SOURCES = [f"{name}.py" for name in ("ops", "block_table", "ranges", "packing")]
+_SOURCES += [
+    f"torch_ops/{name}.py"
+    for name in ("executor", "frames", "gathered", "grouping", "groups", "indices", "sigmoid", "strided")
+]
 
 
 def _executor_name(name: str) -> str:
-    code = b"".join(pkgutil.get_data(__package__, f"{source}.py") or b"" for source in _SOURCES)
+    code = b"".join(pkgutil.get_data(__package__, source) or b"" for source in _SOURCES)
     return f"{name} {hashlib.sha1(code, usedforsecurity=False).hexdigest()[:12]}"
 
 
@@ -154,7 +161,7 @@ def block_attention(
 
 
 def compose(*args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs :func:`.composition.attention`; compilers take it as it is."""
+    """Runs :func:`.torch_ops.composition.attention`; compilers take it as it is."""
     return composition.attention(*args)
 
 
@@ -292,20 +299,9 @@ def _triton_refusal(device_type: str, dtype: torch.dtype) -> str:
         return f"backend 'triton' needs {devices}, got {device_type}: use 'torch'"
     if interpreted and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 bit patterns: use float32 or float16 there, or backend 'torch'"
-    return _interpreter_refusal() if interpreted else ""
+    from .triton_ops import launch
 
-
-def _interpreter_refusal() -> str:
-    import triton
-
-    found = {"triton": triton.__version__, "numpy": np.__version__}
-    minor = {name: tuple(map(int, version.split(".")[:2])) for name, version in found.items()}
-    if minor["triton"] >= (3, 7) or minor["numpy"] < (2, 4):
-        return ""
-    return (
-        f"Triton {found['triton']}'s interpreter cannot run loops with loaded bounds under numpy {found['numpy']}: "
-        "install 'numpy<2.4' or 'triton>=3.7', or use backend 'torch'"
-    )
+    return launch.interpreter_refusal() if interpreted else ""
 
 
 @functools.cache
@@ -360,7 +356,7 @@ def _unpacked(rows: str, order: tuple[int, ...], *tensors: torch.Tensor) -> list
 
 def _row_scale_now(active: torch.Tensor, table: str) -> torch.Tensor:
     _refuse_triton(active.device.type, torch.float32)
-    from . import launch
+    from .triton_ops import launch
 
     return launch.row_scale_of(active, BlockTable.lookup(table))
 
@@ -385,7 +381,7 @@ def _attention(q, k, v, gain, active, row_scale, table, rows, scale, executor, a
     elif activation == "sigmoid":
         out = sigmoid.forward(q, k, v, found, **options)
     else:
-        out, lse, saved = rectangles.forward(q, k, v, found, **options, need_lse=need_lse, need_grad=keep)
+        out, lse, saved = grouped.forward(q, k, v, found, **options, need_lse=need_lse, need_grad=keep)
     if need_lse and found.form == "edge":
         lse.masked_fill_(_out_of_force(found, active, row_scale, q), math.inf)
     (out,) = _unpacked(rows, _order_of_results(canvas, executor, activation), out)
@@ -395,7 +391,7 @@ def _attention(q, k, v, gain, active, row_scale, table, rows, scale, executor, a
 def _triton(q, k, v, table, rows, activation, need_lse, keep, options):
     """The operator on Triton. Backward packs rows again: in a GPU's memory they would lie twice."""
     _refuse_triton(q.device.type, q.dtype)
-    from . import launch
+    from .triton_ops import launch
 
     saved = q.new_empty(0)
     if rows:
@@ -414,7 +410,7 @@ def _triton(q, k, v, table, rows, activation, need_lse, keep, options):
 
 
 def _triton_backward(grad_out, out, lse, saved, q, k, v, table, rows, activation, options):
-    from . import launch
+    from .triton_ops import launch
 
     if rows:
         moved = (grad_out, q, k, v) if table.form == "edge" else (grad_out, q, k, v, out)
@@ -471,7 +467,7 @@ def _attention_backward(
     elif activation == "sigmoid":
         gradients, dgain = sigmoid.backward(grad_out, q, k, v, found, **options)
     else:
-        *gradients, dgain = rectangles.backward(grad_out, q, k, v, saved, found, **options)
+        *gradients, dgain = grouped.backward(grad_out, q, k, v, saved, found, **options)
     dgain = q.new_empty(0) if dgain is None else dgain.to(gain.dtype)
     return *_unpacked(rows, _order_of_results(canvas, executor, activation), *gradients), dgain
 
@@ -480,7 +476,7 @@ def _order_of_results(q: torch.Tensor, executor: str, activation: str) -> tuple[
     """The order in memory of an executor's results for q."""
     if executor == TRITON or activation == "sigmoid":
         return HEADS_FIRST
-    return POSITIONS_FIRST if executor == FRAMES else rectangles.order_of_results(q)
+    return POSITIONS_FIRST if executor == FRAMES else grouped.order_of_results(q)
 
 
 def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, executor, activation, need_lse, keep):
@@ -499,7 +495,7 @@ def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, execut
     elif activation != "sigmoid":
         lse = q.new_empty((batch, heads, found.n_slots if need_lse else 0), dtype=dtype)
         # head_dim decides what is kept, so it may not stay symbolic
-        saved = q.new_empty(rectangles.saved_size(found, batch * heads, int(q.shape[3])) if keep else 0, dtype=dtype)
+        saved = q.new_empty(grouped.saved_size(found, batch * heads, int(q.shape[3])) if keep else 0, dtype=dtype)
     out = empty_in(_order_of_results(q, executor, activation), q.shape, q)
     if not (rows and keep) or executor == TRITON:
         return out, lse, saved, []

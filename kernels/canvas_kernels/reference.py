@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .table import BlockTable
-from .table import row_scale as own_row_scale
-from .tiling import expand_ranges
+from .block_table import BlockTable
+from .block_table import row_scale as own_row_scale
+from .ranges import expand_ranges
 
 
 def attention(

@@ -9,14 +9,16 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import torch
+import triton
 
+from ..block_table import BlockTable
 from . import configs, steps
 from .backward import dkv_kernel, dq_kernel
 from .configs import Config
 from .forward import forward_kernel, gather_kernel
 from .steps import VECTOR
-from .table import BlockTable
 from .tiling import TENSORS
 
 LOG2E = math.log2(math.e)
@@ -229,3 +231,15 @@ def _constants(config: Config, head_dim: int, walks: bool = True) -> dict:
     if config.max_registers:
         constants["maxnreg"] = config.max_registers
     return constants
+
+
+def interpreter_refusal() -> str:
+    """Why this pair of Triton and numpy cannot interpret kernels; empty where it can."""
+    found = {"triton": triton.__version__, "numpy": np.__version__}
+    minor = {name: tuple(map(int, version.split(".")[:2])) for name, version in found.items()}
+    if minor["triton"] >= (3, 7) or minor["numpy"] < (2, 4):
+        return ""
+    return (
+        f"Triton {found['triton']}'s interpreter cannot run loops with loaded bounds under numpy {found['numpy']}: "
+        "install 'numpy<2.4' or 'triton>=3.7', or use backend 'torch'"
+    )

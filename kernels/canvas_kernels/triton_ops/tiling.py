@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from ..ranges import expand_ranges
+
 if TYPE_CHECKING:
-    from .table import BlockTable
+    from ..block_table import BlockTable
 
 TENSORS = ("tiles", "segments", "weight", "full", "partial", "masks")
 
@@ -71,15 +73,6 @@ class Tiling:
 
     def to(self, device: torch.device | str) -> Tiling:
         return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
-
-
-def expand_ranges(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(owner, value): every integer of the ranges ``[start_i, start_i + length_i)``, with the i it came from, both
-    int64."""
-    length = np.asarray(length, np.int64)
-    owner = np.repeat(np.arange(len(length)), length)
-    first = np.cumsum(length) - length
-    return owner, np.arange(len(owner)) - first[owner] + np.asarray(start, np.int64)[owner]
 
 
 def cut_tiles(n: int, start: np.ndarray, stop: np.ndarray, block: int, borders: np.ndarray = ()) -> np.ndarray:

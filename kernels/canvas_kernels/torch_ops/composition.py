@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .autograd import apply_map
-from .derived import derived
+from ..autograd import apply_map
+from ..block_table import BlockTable
+from ..block_table import row_scale as table_row_scale
+from ..derived import derived
+from ..packing import IndexMap, gather_rows, scatter_rows
 from .grouping import group
 from .groups import Batch, Slab
-from .index_map import IndexMap, gather_rows, scatter_rows
-from .table import BlockTable
-from .table import row_scale as table_row_scale
 
 
 class Part(NamedTuple):
@@ -55,7 +55,7 @@ def attention(
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) as :func:`canvas_kernels.reference.attention` gives them, in few calls; arguments as for the operator
-    :func:`.ops.attention`. Random numbers of dropout come from torch's generator."""
+    :func:`..ops.attention`. Random numbers of dropout come from torch's generator."""
     found = BlockTable.lookup(table)
     dtype = torch.promote_types(q.dtype, torch.float32)
     inputs = tuple(x.to(dtype) for x in (q, k, v))

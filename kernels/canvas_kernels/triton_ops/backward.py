@@ -17,7 +17,7 @@ dS_rij = c_ri p_rij (1 − p_rij) (dO_i·v_j).
 import triton
 import triton.language as tl
 
-from . import primitives as kit
+from . import common as kit
 
 SIZES = ["strides", "n_tiles", "n_heads", "n_positions", "n_slots"]
 

@@ -1,7 +1,7 @@
 """Tables that are nothing but equal frames, one after the other, each attending to itself: dense attention over views.
 
 Nothing is gathered or weighed there, so on a CPU the flash kernel on views of the canvas is all there is to do, without
-a copy. It takes 32, 64 or 256 rows at once and reads rows of all heads as they lie; batched products (:mod:`.slabs`)
+a copy. It takes 32, 64 or 256 rows at once and reads rows of all heads as they lie; batched products (:mod:`.strided`)
 are faster for frames in between.
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .autograd import CONSTANT_FUNCTIONS
-from .derived import derived
+from ..autograd import CONSTANT_FUNCTIONS
+from ..block_table import BlockTable
+from ..derived import derived
 from .flash import flash_backward, flash_forward
 from .grouping import group
-from .table import BlockTable
 
 # Keys of different heads are copied apart for the kernel where it reads at least so many, again for each block of rows.
 APART_KEYS = 4096

@@ -17,8 +17,9 @@ import torch
 
 from .autograd import apply_map, mark_for_compilers
 from .derived import Store, derived, to_device
-from .index_map import RESOLVERS, IndexMap
-from .tiling import TileClass, Tiling, build_tilings, expand_ranges
+from .packing import RESOLVERS, IndexMap
+from .ranges import expand_ranges
+from .triton_ops.tiling import TileClass, Tiling, build_tilings
 
 _LIVE: weakref.WeakValueDictionary[str, BlockTable] = weakref.WeakValueDictionary()
 

@@ -7,9 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .autograd import OPERATIONS, Operation, operate
+from ..autograd import OPERATIONS, Operation, operate
+from ..ops import autocast_dtype
 from .flash import flash_backward, flash_forward
-from .ops import autocast_dtype
 
 
 def dense_attention(

@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-from .batches import backward_stage, forward_stage
-from .derived import derived
+from ..block_table import BlockTable
+from ..derived import derived
+from ..packing import empty_in
 from .frames import APART_KEYS
+from .gathered import backward_stage, forward_stage
 from .grouping import all_take_flash, group, kept_pairs, takes_flash
 from .groups import Grouping
-from .index_map import empty_in
 from .indices import Step, indices_of
-from .slabs import backward_slab, forward_slab, saved_parts
-from .table import BlockTable
+from .strided import backward_slab, forward_slab, saved_parts
 
 # Orders of (B, H, n, D) in memory, the outermost first: positions before heads, as a linear layer leaves them, or not.
 POSITIONS, BATCH = (2, 0, 1, 3), (0, 1, 2, 3)

@@ -7,10 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..block_table import BlockTable
+from ..derived import derived, to_device
+from ..packing import IndexMap
 from .configs import block_d
-from .derived import derived, to_device
-from .index_map import IndexMap
-from .table import BlockTable
 
 MOVED_ROWS, SCALED_ROWS, PART_ROWS = 32, 64, 256
 """Rows that one program moves, scales, adds up."""
@@ -99,7 +99,7 @@ def _chunks(table: BlockTable, device: torch.device) -> tuple[torch.Tensor, torc
 
 
 def row_scale(active: torch.Tensor, table: BlockTable) -> torch.Tensor:
-    """(2, n) float32: :func:`.table.row_scale` of an activity, in one launch."""
+    """(2, n) float32: :func:`..block_table.row_scale` of an activity, in one launch."""
     chunks, entries, weight = _chunks(table, active.device)
     n = table.n_positions
     scale = torch.empty((2, n), dtype=torch.float32, device=active.device)

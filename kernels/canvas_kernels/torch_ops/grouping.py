@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .derived import derived
+from ..block_table import BlockTable
+from ..derived import derived
+from ..ranges import expand_ranges
 from .groups import Batch, Grouping, Slab
-from .table import BlockTable
-from .tiling import expand_ranges
 
 # Everything is strided where that takes at most so many groups; tried up to so many cells.
 MAX_STRIDED, STRIDED_CELLS = 64, 4096

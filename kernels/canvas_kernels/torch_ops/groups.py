@@ -49,7 +49,7 @@ class Slab:
 
     @cached_property
     def places(self) -> dict:
-        """Where its ranges lie in tensors of the layouts met so far, which :mod:`.slabs` keeps here."""
+        """Where its ranges lie in tensors of the layouts met so far, which :mod:`.strided` keeps here."""
         return {}
 
     def positions(self, ranges: tuple[tuple[int, int, int], ...]) -> np.ndarray:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .derived import Store, derived, to_device
+from ..block_table import BlockTable
+from ..derived import Store, derived, to_device
 from .grouping import group
 from .groups import Batch, Slab, compacted, narrowed
-from .table import BlockTable
 
 QUERIES, KEYS = 0, 1
 

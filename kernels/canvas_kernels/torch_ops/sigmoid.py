@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..block_table import BlockTable
+from ..derived import derived, to_device
+from ..packing import IndexMap, apply_now
 from .composition import group_arrays
-from .derived import derived, to_device
 from .grouping import group
-from .index_map import IndexMap, apply_now
 from .indices import indices_of
-from .table import BlockTable
 
 # Pairs computed at once: 2 MB of float32, which stay in the cache; 8 MB took a tenth longer for 4,096² pairs.
 MAX_PAIRS = 1 << 19
@@ -200,7 +200,7 @@ def _weigh(pairs: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None) -> torch.Tensor:
-    """out (B, H, n, D) in q's dtype, by plain torch; tensors as :func:`.ops.block_attention` checks them."""
+    """out (B, H, n, D) in q's dtype, by plain torch; tensors as :func:`..ops.block_attention` checks them."""
     if not q.numel() or not len(table.weight):
         return q.new_zeros(q.shape)
     step = _Step(table, q, gain, active, row_scale)

@@ -15,7 +15,7 @@ import torch
 from .tiling import TileClass
 
 if TYPE_CHECKING:
-    from .table import BlockTable
+    from ..block_table import BlockTable
 
 MAX_HEAD_DIM = 256
 HEAD_DIMS = (16, 32, 64, 128, 256)

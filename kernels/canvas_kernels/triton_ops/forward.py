@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from . import primitives as kit
+from . import common as kit
 
 
 @triton.jit(do_not_specialize=["strides", "n_tiles", "n_heads", "n_positions", "n_slots"])

@@ -1,0 +1,14 @@
+"""Half-open ranges of rows, as numpy arrays of their starts and lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def expand_ranges(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(owner, value): every integer of the ranges ``[start_i, start_i + length_i)``, with the i it came from, both
+    int64."""
+    length = np.asarray(length, np.int64)
+    owner = np.repeat(np.arange(len(length)), length)
+    first = np.cumsum(length) - length
+    return owner, np.arange(len(owner)) - first[owner] + np.asarray(start, np.int64)[owner]

@@ -1,0 +1,1 @@
+"""The operations in plain torch, grouped: the default on CPUs."""
