@@ -17,7 +17,7 @@ RUN = $$( [ -x .venv/bin/python ] && echo .venv/bin/python || echo $(PYTHON) )
 XDIST = $$( $(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS)' )
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench costs gpu gpu-rehearsal lint types aot versions docs gallery lerobot
+.PHONY: help setup demo test slow bench costs gpu gpu-rehearsal lint types aot versions docs notebook gallery dist browser lerobot
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,14 +53,25 @@ costs: $(READY_EXTRAS) ## what takes long: functions, programs, fleets, CogVideo
 gallery: $(READY) ## pictures of canvases, topologies and tables, with the lines that draw them: docs/gallery.md
 	@OMP_NUM_THREADS=1 $(RUN) -m scripts.gallery
 
-docs: $(READY_DOCS) gallery ## the site with its gallery, strictly and offline, into out/site
-	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet && echo "out/site/index.html"
+notebook: $(READY_DOCS) ## the tutorial as a notebook: examples/tutorial.ipynb, and run into out/tutorial.ipynb
+	@OMP_NUM_THREADS=1 $(RUN) -m scripts.notebook
+
+docs: $(READY_DOCS) gallery notebook ## the site with its gallery and the notebook run, strictly and offline, into out/site
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build && echo "out/site/index.html"
 
 versions: ## the suite on the oldest, the reference and the newest versions, beside .venv; ARGS="what pytest takes"
 	@ARGS="$(ARGS)" JOBS=$(JOBS) scripts/versions.sh
 
 lerobot: ## files of ours under LeRobot's own loader and the reverse, in an environment of its own beside .venv
 	@scripts/lerobot.sh
+
+dist: $(READY) ## wheel and sdist: the wheel runs by itself, and the sdist's own tests pass in its folder
+	@scripts/dist.sh
+
+browser: ## Chromium for the explorer's tests, by apt-get where that is there and none is installed
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
+		echo "browser: no Chromium, and none could be installed; the explorer's tests in it say so and are skipped"
 
 lint: $(READY) ## ruff
 	@$(RUN) -m ruff check .

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
 
 from canvas_engineering import CanvasLayout, CanvasTopology, Connection, RegionSpec, compile_attention
 from canvas_engineering.notebook import MAX_BOXES, MAX_RECTANGLES, MAX_ROWS
+from scripts import notebook
 
 
 def shown(of) -> ET.Element:
@@ -74,3 +77,13 @@ def test_large_ones_stay_small():
     assert len(drawn(shown(plan), "rect")) == 1 + MAX_RECTANGLES and len(rows(shown(topology))) == MAX_ROWS
     assert f"the first {MAX_ROWS} of 6,000" in topology._repr_html_()
     assert max(len(of._repr_html_()) for of in (layout, topology, plan)) < 250_000
+
+
+def test_the_tutorial_notebook_is_that_of_the_page():
+    assert notebook.NOTEBOOK.read_text() == notebook.notebook(), "run `make notebook`"
+    content = json.loads(notebook.notebook())
+    code = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
+    page = re.findall(r"```python\n(.*?)```", notebook.SOURCE.read_text(), re.DOTALL)
+    assert [source for source in code if source != notebook.SHOW] == [block.strip() for block in page]
+    ids = [cell["id"] for cell in content["cells"]]
+    assert len(set(ids)) == len(ids)
