@@ -1,8 +1,9 @@
 """Record a gymnasium environment as a LeRobot dataset: ``python examples/record_robot.py --out out/cartpole_data``.
 
-A controller plays: of CartPole one by hand, with a fifth of its actions drawn at random; of others, random actions that
-change slowly. Frames are rendered without a display, and written as the camera "observation.images.front" beside
-"observation.state" and "action", in the format of LeRobot v3.0 (extra ``data``).
+A controller plays: of CartPole one by hand, with a fifth of its actions drawn at random; of MuJoCo's Reacher one that
+pulls the fingertip to the target, with noise; of others, random actions that change slowly. Frames are rendered without
+a display, and written as the camera "observation.images.front" beside "observation.state" and "action", in the format
+of LeRobot v3.0 (extra ``data``, and ``mujoco`` for its robots).
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def make(environment: str):
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     import gymnasium
 
-    return gymnasium.make(environment, render_mode="rgb_array")
+    mujoco = gymnasium.spec(environment).entry_point.startswith("gymnasium.envs.mujoco")
+    # drawn by software, a frame of 240 × 240 takes half the time of the default size
+    size = {"width": 240, "height": 240} if mujoco else {}
+    return gymnasium.make(environment, render_mode="rgb_array", **size)
 
 
 def controller_of(environment: str, space, rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray | int]:
@@ -40,6 +44,8 @@ def controller_of(environment: str, space, rng: np.random.Generator) -> Callable
     if environment.startswith("CartPole"):
         goal = rng.uniform(-1.5, 1.5)
         return lambda state: exploring_policy(state, goal, rng)
+    if environment.startswith("Reacher"):
+        return lambda state: reach(state, rng)
     drift = {"action": np.zeros(space.shape)}
 
     def wander(_state: np.ndarray) -> np.ndarray:
@@ -49,13 +55,26 @@ def controller_of(environment: str, space, rng: np.random.Generator) -> Callable
     return wander
 
 
+def reach(state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Torques of Reacher's two joints, float32 (2,): a damped pull of the fingertip to the target, with noise.
+
+    The pull in the plane becomes torques by the fingertip's transposed Jacobian; the links are 0.1 and 0.11 long.
+    ``state``: cosines and sines of the joints, the target, velocities, fingertip minus target.
+    """
+    (cosine, other), (sine, other_sine) = state[:2], state[2:4]
+    x, y = 0.11 * (cosine * other - sine * other_sine), 0.11 * (sine * other + cosine * other_sine)
+    jacobian = np.array([[-0.1 * sine - y, -y], [0.1 * cosine + x, x]])
+    torque = -15.0 * jacobian.T @ state[8:10] - 0.07 * state[6:8] + 0.1 * rng.standard_normal(2)
+    return np.clip(torque, -1.0, 1.0).astype(np.float32)
+
+
 def record(
     environment: str,
     root: Path,
     episodes: int,
     *,
     longest: int = 100,
-    size: tuple[int, int] = (40, 60),
+    size: tuple[int, int] | None = None,
     fps: int = 25,
     seed: int = 0,
     codec: str = "h264",
@@ -63,10 +82,15 @@ def record(
 ) -> int:
     """Records ``episodes`` episodes of at most ``longest`` frames of ``size``; returns the number of frames.
 
+    ``size``: (40, 60) or, where the environment draws squares, (40, 40), if None.
     An action holds until the next frame; episodes end where the environment ends them. ``advance`` is called after each
     episode.
     """
     rng, world = np.random.default_rng(seed), make(environment)
+    if size is None:
+        world.reset(seed=seed)
+        rows, columns = world.render().shape[:2]
+        size = (40, 40) if rows == columns else (40, 60)
     discrete = not world.action_space.shape
     width = 1 if discrete else int(np.prod(world.action_space.shape))
     length = int(np.prod(world.observation_space.shape))
@@ -112,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/cartpole_data"), help="a folder that is not there yet")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--longest", type=int, default=100, help="frames of an episode, at most")
-    parser.add_argument("--size", type=int, nargs=2, default=(40, 60), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of frames")
     parser.add_argument("--fps", type=int, default=25)
     parser.add_argument("--codec", choices=("h264", "av1"), default="h264")
     parser.add_argument("--seed", type=int, default=0)
@@ -126,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             options.out,
             options.episodes,
             longest=options.longest,
-            size=tuple(options.size),
+            size=options.size and tuple(options.size),
             fps=options.fps,
             seed=options.seed,
             codec=options.codec,

@@ -18,7 +18,7 @@ from canvas_engineering.data.folder import DEFAULT_COLUMNS, Episode, LeRobotFold
 
 NORMALIZE = ("mean_std", "min_max", "none")
 # Episodes whose rows one process keeps.
-MAX_EPISODES = 8
+MAX_EPISODES = 64
 
 
 class LeRobotCanvasDataset(Dataset):

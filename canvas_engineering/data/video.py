@@ -17,7 +17,7 @@ from canvas_engineering.files import replacing
 ENCODERS = {"h264": ("libx264", {"g": "2", "crf": "23"}), "av1": ("libsvtav1", {"g": "2", "crf": "30", "preset": "8"})}
 # Seconds between wanted frames from which seeking beats decoding what lies between them.
 FAR = 1.0
-MAX_OPEN = 8
+MAX_OPEN = 64
 
 
 class VideoReader:
@@ -26,6 +26,7 @@ class VideoReader:
     def __init__(self) -> None:
         self._open: OrderedDict[Path, Any] = OrderedDict()
         self._process = os.getpid()
+        self._reformatter: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -66,6 +67,8 @@ class VideoReader:
             self._open[path] = av.open(str(path))
             if not self._open[path].streams.video:
                 raise ValueError(f"{self._open.pop(path).name} holds no video")
+            # workers decode side by side; threads for a clip's few frames cost more than they save
+            self._open[path].streams.video[0].codec_context.thread_count = 1
             while len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(path)
@@ -90,8 +93,18 @@ class VideoReader:
             raise ValueError(f"{path} has no frame at {times[worst]:.4f} s: {away}, {tolerance:.4f} s are allowed")
         return np.stack(images)
 
-    @staticmethod
-    def _pass(container, stream, start, times, images, gaps, first) -> None:
+    def _rgb(self, frame: Any) -> np.ndarray:
+        """uint8 (height, width, 3). One converter for all frames: one for each takes fifty times as long."""
+        from av.video.reformatter import VideoReformatter
+
+        self._reformatter = self._reformatter or VideoReformatter()
+        try:  # a forked worker would wait for ever for the threads of a converter that has some
+            converted = self._reformatter.reformat(frame, format="rgb24", threads=1)
+        except TypeError:  # older releases of PyAV have none
+            converted = self._reformatter.reformat(frame, format="rgb24")
+        return converted.to_ndarray()
+
+    def _pass(self, container, stream, start, times, images, gaps, first) -> None:
         """Decodes from the key frame before ``times`` to the frame behind the last, and keeps the nearest ones."""
         container.seek(int((times[0] + start) / stream.time_base), backward=True, stream=stream)
         for frame in container.decode(stream):
@@ -99,7 +112,7 @@ class VideoReader:
             distance = np.abs(times - at)
             nearer = (distance < gaps[first : first + len(times)]).nonzero()[0]
             if len(nearer):
-                image = frame.to_ndarray(format="rgb24")
+                image = self._rgb(frame)
                 for place in nearer.tolist():
                     images[first + place], gaps[first + place] = image, distance[place]
             if at >= times[-1]:
