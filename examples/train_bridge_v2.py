@@ -6,18 +6,23 @@ latter, actions first of all. Held-out error is printed beside persistence (the 
 the environment is there, the policy plays it: its return beside a random policy's and the data's.
 
 One process or many (``accelerate launch examples/train_bridge_v2.py …``), with mixed precision, gradient accumulation,
-averaged weights, and checkpoints that ``--resume`` goes on from as if nothing had happened.
+averaged weights, and checkpoints that ``--resume`` goes on from as if nothing had happened. The folder ``--out`` gets
+losses (losses.jsonl, losses.png, TensorBoard's with ``--log tensorboard``), a held-out clip beside its prediction
+(sample.mp4) and result.json.
 """
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import json
 import math
 import sys
+import time
 from collections import deque
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -29,37 +34,47 @@ if not __package__:  # run as a file, whose folder has no package `examples`
 
 from canvas_engineering import CanvasLayout, CanvasTopology, Connection, RegionSpec
 from canvas_engineering.data import LeRobotCanvasDataset, LeRobotFolder
-from canvas_engineering.files import replace_file
+from canvas_engineering.data.video import write_video
+from canvas_engineering.files import replace_file, replacing
 from examples.canvas_model import CanvasModel
 from examples.record_robot import make, record
 from examples.robot_data import shrink
+
+
+OUT = Path("out/bridge")
+
+
+def setting(default: Any, about: str) -> Any:
+    """A field of Settings, with the help of its option."""
+    return field(default=default, metadata={"about": about})
 
 
 @dataclass
 class Settings:
     """What a run is made with; ``--config FILE.json`` gives any of these, the command line the rest."""
 
-    data: str | None = None
-    record: str | None = None
-    episodes: int = 40
-    out: Path = Path("out/bridge")
-    observed: int = 4
-    future: int = 4
-    patch: int = 10
-    width: int = 96
-    depth: int = 3
-    diffusive: bool = False
-    steps: int = 1500
-    batch: int = 32
-    lr: float = 1e-3
-    accumulate: int = 1
-    ema: float = 0.99
-    mixed_precision: str = "no"
-    save_every: int = 500
-    workers: int = 0
-    play: int = 10
-    seed: int = 0
-    resume: bool = False
+    data: str | None = setting(None, "a LeRobot dataset: a folder, or an id on the Hub")
+    record: str | None = setting(None, "a gymnasium environment to record first, and to play afterwards")
+    episodes: int = setting(40, "episodes to record")
+    out: Path = setting(OUT, "folder for data, checkpoints, losses and results")
+    observed: int = setting(4, "frames that are known")
+    future: int = setting(4, "frames that are predicted")
+    patch: int = setting(10, "pixels of a camera's cell, each way")
+    width: int = setting(96, "channels of a position")
+    depth: int = setting(3, "transformer blocks")
+    diffusive: bool = setting(False, "predict the camera by flow matching in place of regression")
+    steps: int = setting(1000, "batches to train on")
+    batch: int = setting(16, "clips of a batch, over all processes")
+    lr: float = setting(1e-3, "learning rate at its highest")
+    accumulate: int = setting(1, "batches whose gradients are summed for one update")
+    ema: float = setting(0.99, "decay of the averaged weights, which are what is evaluated")
+    mixed_precision: str = setting("no", "no, bf16 or fp16")
+    save_every: int = setting(500, "steps between checkpoints")
+    workers: int = setting(2, "processes that load clips")
+    log: str = setting("none", "none, tensorboard or wandb")
+    play: int = setting(10, "episodes to play")
+    seed: int = setting(0, "of everything that is drawn")
+    resume: bool = setting(False, "go on from the last checkpoint in --out")
 
 
 def canvas_of(source: LeRobotFolder, settings: Settings) -> tuple[CanvasLayout, CanvasTopology, dict[str, str]]:
@@ -109,7 +124,13 @@ def train(settings: Settings) -> dict:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulate)
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.accumulate,
+        log_with=None if settings.log == "none" else settings.log,
+        project_dir=settings.out,
+    )
+    accelerator.init_trackers("bridge", {name: str(value) for name, value in asdict(settings).items()})
     set_seed(settings.seed)
     settings.out.mkdir(parents=True, exist_ok=True)
     root = settings.data or settings.out / "data"
@@ -146,7 +167,8 @@ def train(settings: Settings) -> dict:
     loader = torch.utils.data.DataLoader(
         trained, batch_sampler=list(sampler), num_workers=settings.workers, generator=torch.Generator()
     )
-    for step, batch in enumerate(loader, first):
+    steps = _Steps(loader, settings.steps - first, accelerator.is_main_process)
+    for step, batch in enumerate(steps, first):
         clip, mask = clip_of(batch, trained.regions, accelerator.device)
         with accelerator.accumulate(run), accelerator.autocast():
             loss, errors = model.loss(clip, mask, run)
@@ -158,12 +180,16 @@ def train(settings: Settings) -> dict:
         schedule.step()
         averaged.update_parameters(accelerator.unwrap_model(run))
         log.add(step, loss.item(), errors)
+        accelerator.log({"loss": loss.item(), **errors}, step=step)
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             _save(accelerator, settings.out, step + 1)
             accelerator.print(f"step {step + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in errors.items()))
-    result: dict = {"parameters": sum(p.numel() for p in model.parameters())}
+    result: dict = {"parameters": sum(p.numel() for p in model.parameters()), "loading": steps.shares()}
+    accelerator.end_training()
     if accelerator.is_main_process:
         best = averaged.module.eval()
+        draw_losses(settings.out)
+        sample(best, held, settings.out / "sample.mp4", accelerator.device)
         result |= held_out_errors(best, held, accelerator.device, settings)
         if settings.record and settings.play:
             result["returns"] = play(best, held, settings, accelerator.device)
@@ -177,11 +203,40 @@ class _Log:
     def __init__(self, path: Path, first: int):
         lines = path.read_text().splitlines()[:first] if path.exists() else []
         path.write_text("".join(f"{line}\n" for line in lines))
-        self.file = path.open("a")
+        self.path = path
 
     def add(self, step: int, loss: float, errors: dict[str, float]) -> None:
-        self.file.write(f"{json.dumps({'step': step, 'loss': loss, **errors})}\n")
-        self.file.flush()
+        with self.path.open("a") as file:
+            file.write(f"{json.dumps({'step': step, 'loss': loss, **errors})}\n")
+
+
+class _Steps:
+    """Batches of a loader, with a progress bar, and the time that was spent waiting for them."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader, count: int, shown: bool):
+        self.loader, self.count, self.shown = loader, count, shown
+        self.waited = self.total = 0.0
+        self.done = 0
+
+    def __iter__(self) -> Iterator[dict]:
+        from rich.progress import track
+
+        batches = iter(self.loader)
+        for _ in track(range(self.count), "training", disable=not self.shown, transient=True):
+            begun = time.perf_counter()
+            batch = next(batches)
+            ready = time.perf_counter()
+            yield batch
+            if self.done:  # the first batch waits for the workers to start
+                self.waited += ready - begun
+                self.total += time.perf_counter() - begun
+            self.done += 1
+
+    def shares(self) -> dict[str, float]:
+        """Steps a second, and the share of a step spent waiting for its batch."""
+        if not self.total:
+            return {}
+        return {"steps_per_second": (self.done - 1) / self.total, "waiting": self.waited / self.total}
 
 
 def _save(accelerator, out: Path, step: int) -> None:
@@ -223,6 +278,36 @@ def held_out_errors(model: CanvasModel, held: LeRobotCanvasDataset, device, sett
         if name == "camera":
             result[name] |= {f"{k}_psnr": -10 * math.log10(max(v, 1e-12)) for k, v in list(result[name].items())}
     return result
+
+
+def draw_losses(out: Path) -> None:
+    """losses.png: the loss and each region's error by step, of ``out``'s losses.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name in rows[0].keys() - {"step"}:
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name, linewidth=1)
+    axes.set(xlabel="step", ylabel="normalised squared error", yscale="log")
+    axes.legend()
+    with replacing(out / "losses.png") as file:
+        figure.savefig(file, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+@torch.no_grad()
+def sample(model: CanvasModel, held: LeRobotCanvasDataset, path: Path, device, scale: int = 6) -> None:
+    """A video of one held-out clip, enlarged ``scale`` times: what happened left, the prediction right."""
+    if "camera" not in held.regions:
+        return
+    clip, _ = clip_of(torch.utils.data.default_collate([held[len(held) // 2]]), held.regions, device)
+    sides = [held.denormalize("camera", frames["camera"][0].cpu()) for frames in (clip, model.predict(clip))]
+    pixels = (torch.cat(sides, dim=-1).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    write_video(path, pixels.numpy(), max(1, round(held.fps)), "h264")
 
 
 @torch.no_grad()
@@ -281,6 +366,9 @@ def play(model: CanvasModel, held: LeRobotCanvasDataset, settings: Settings, dev
 def report(result: dict) -> str:
     """What was measured, as lines."""
     lines = [f"{result['parameters']:,} parameters"]
+    if result["loading"]:
+        speed, waiting = result["loading"]["steps_per_second"], result["loading"]["waiting"]
+        lines.append(f"{speed:.2f} steps a second, {waiting:.1%} of each waiting for its batch")
     for name, row in result.items():
         if isinstance(row, dict) and "persistence" in row:
             psnr = (
@@ -295,26 +383,33 @@ def report(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train_bridge_v2", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, help="JSON with any of the options below")
-    defaults = Settings()
-    for each in fields(Settings):
-        default = getattr(defaults, each.name)
-        kind = (
-            {"action": "store_true"}
-            if isinstance(default, bool)
-            else {"type": str if default is None else type(default)}
-        )
-        parser.add_argument(f"--{each.name.replace('_', '-')}", default=None, help=f"(default: {default})", **kind)
-    options = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    config = options.pop("config", None)
-    if config is not None:
-        options = json.loads(config.read_text()) | options
-    settings = Settings(**options | ({"out": Path(options["out"])} if "out" in options else {}))
-    if not (settings.data or settings.record):
-        parser.error("what to train on: --data FOLDER or ID, or --record ENVIRONMENT")
-    result = train(settings)
-    print(report(result))
+    import click
+    import typer
+
+    def run(config: Path | None = None, **options: Any) -> None:
+        given = {name: value for name, value in options.items() if value is not None}
+        settings = Settings(**(json.loads(config.read_text()) if config else {}) | given)
+        settings.out = Path(settings.out)
+        if not (settings.data or settings.record):
+            raise click.UsageError("what to train on: --data FOLDER or ID, or --record ENVIRONMENT")
+        print(report(train(settings)))
+
+    # an option for each setting: those that are not given come from the file, or stay
+    kinds = {"config": Path} | get_type_hints(Settings)
+    about = {"config": "JSON with any of the options below"}
+    about |= {each.name: f"{each.metadata['about']} (default: {each.default})" for each in fields(Settings)}
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=typer.Option(None, help=about[name]))
+        for name in kinds
+    )
+    run.__annotations__ = {name: kind | None for name, kind in kinds.items()}
+    app = typer.Typer(add_completion=False)
+    app.command(help=__doc__.splitlines()[0])(run)
+    try:
+        typer.main.get_command(app).main(argv, prog_name="train_bridge_v2", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
     return 0
 
 
