@@ -40,7 +40,6 @@ from examples.canvas_model import CanvasModel
 from examples.record_robot import make, record
 from examples.robot_data import shrink
 
-
 OUT = Path("out/bridge")
 
 
@@ -56,7 +55,7 @@ class Settings:
     data: str | None = setting(None, "a LeRobot dataset: a folder, or an id on the Hub")
     record: str | None = setting(None, "a gymnasium environment to record first, and to play afterwards")
     episodes: int = setting(40, "episodes to record")
-    out: Path = setting(OUT, "folder for data, checkpoints, losses and results")
+    out: Path = setting(OUT, "folder for data, checkpoints, losses and results")  # noqa: RUF009
     observed: int = setting(4, "frames that are known")
     future: int = setting(4, "frames that are predicted")
     patch: int = setting(10, "pixels of a camera's cell, each way")
