@@ -15,7 +15,7 @@ from canvas_kernels.derived import real_tensors
 from canvas_kernels.packing import IndexMap, gather_rows, replace_rows
 
 from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
-from .attention.grouped import attend_grouped, fit, is_fused
+from .attention.base import attend_grouped, fit, is_fused
 from .canvas import ATTENTION_TYPES, CanvasLayout, SpatiotemporalCanvas
 from .canvas.tensor import parameter_key
 from .checked import checked_bool, checked_names, checked_sizes, checked_tensor
@@ -32,6 +32,7 @@ from .residuals import ResidualAccumulator, TriggerFlags
 from .schema import CanvasSchema
 
 __all__ = ["AttentionDispatcher", "surviving_state"]
+
 
 @dataclass(frozen=True, eq=False)
 class _Errors:

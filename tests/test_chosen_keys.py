@@ -32,9 +32,9 @@ from canvas_engineering import (
     compile_attention,
     create_attention,
 )
-from canvas_engineering.attention.chosen import draw_keys
-from canvas_engineering.attention.windows import BlockGroup
-from canvas_engineering.plan.sets import ReadShape
+from canvas_engineering.attention.local import BlockGroup
+from canvas_engineering.attention.random_fixed import draw_keys
+from canvas_engineering.plan.index_sets import ReadShape
 from tests import family_oracle, oracle
 from tests.strategies import canvases
 

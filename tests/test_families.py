@@ -408,7 +408,7 @@ def test_the_number_of_calls_does_not_grow_with_edges(fn, monkeypatch):
 
 
 def test_keys_that_many_reads_share_are_summed_once():
-    from canvas_engineering.attention.sums import shared_keys
+    from canvas_engineering.attention.base import shared_keys
 
     layout, topology = two_regions(Connection("a", "b", fn="linear_attention", t_src=0), Connection("b", "b"))
     dispatcher = randomised(layout, topology)

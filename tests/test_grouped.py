@@ -22,7 +22,7 @@ from canvas_engineering import (
     TemporalFill,
     register_attention,
 )
-from canvas_engineering.attention.grouped import is_fused, read_groups
+from canvas_engineering.attention.base import is_fused, read_groups
 from tests import family_oracle, oracle
 from tests.strategies import canvases
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from canvas_engineering.attention.windows import LocalAttention
+from canvas_engineering.attention.local import LocalAttention
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.plan import compile_attention

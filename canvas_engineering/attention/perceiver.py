@@ -8,7 +8,7 @@ from torch import nn
 from canvas_kernels.torch_ops.dense import dense_attention
 
 from ..checked import checked_int, checked_sizes
-from .memories import MemoryAttention
+from .base import MemoryAttention
 from .softmax import CrossAttention
 
 

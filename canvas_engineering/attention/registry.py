@@ -5,16 +5,17 @@ from __future__ import annotations
 from torch import nn
 
 from ..checked import checked_name
-from .chosen import RandomFixedAttention
 from .hyena import HyenaAttention
+from .linear import LinearAttention
+from .local import LocalAttention
 from .mamba import MambaAttention
 from .mixture import MixtureAttention
 from .perceiver import PerceiverAttention
+from .pooling import CopyAttention, NoneAttention, PoolingAttention
+from .random_fixed import RandomFixedAttention
 from .rwkv import RWKVAttention
 from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention, SigmoidAttention
-from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
-from .topk import SparseAttention
-from .windows import LocalAttention
+from .top_k import SparseAttention
 
 ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "cross_attention": CrossAttention,

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..checked import checked_sizes
-from .memories import MemoryAttention
-from .scan import decayed_sums
+from ._scan import decayed_sums
+from .base import MemoryAttention
 
 # exp(−exp(8)) is 0 in float64 too, and powers of it stay finite.
 FASTEST = 8.0

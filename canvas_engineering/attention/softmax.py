@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from canvas_kernels.block_table import BlockTable
+from canvas_kernels.ops import block_attention
+
 from ..checked import checked_read, checked_sizes
 from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
+from ..plan.index_sets import ReadShape
+from ..plan.pairs import choose_pairs, pair_rectangles
+from .base import project_out
 from .functional import BACKENDS, canvas_attention
+
+# Tables of single attention sets that a module keeps.
+KEPT_TABLES = 16
 
 
 class CrossAttention(CanvasModule):
@@ -122,23 +132,6 @@ class CrossAttention(CanvasModule):
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
 
-def project_out(
-    out_proj: nn.Linear, out: torch.Tensor, bias_share: torch.Tensor | None, factor: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``factor`` (a scalar tensor, or None for 1) times ``out_proj`` after the weighted sum over reads: ``out`` (B, n,
-    d) or (B, heads, n, head_dim), with ``bias_share`` (n,) of its bias for each row, or all of it for None."""
-    weight, bias = out_proj.weight, out_proj.bias
-    if factor is not None:
-        # on d² numbers rather than on all rows
-        weight, bias = factor * weight, factor * bias
-    if out.dim() == 4:
-        out = out.transpose(1, 2).flatten(2)
-    if bias_share is None:
-        return F.linear(out, weight, bias)
-    out = F.linear(out, weight)
-    return out + bias_share[:, None].to(out.dtype) * bias
-
-
 class CogVideoXAttention(CrossAttention):
     """The function of edges declared as "cogvideox": cross attention, in a module of its own.
 
@@ -220,3 +213,75 @@ class GatedAttention(CanvasModule):
         """Every read of ``plan`` in one fused call; arguments and result as for :meth:`CrossAttention.attend`."""
         out = self.cross_attn.weighted_values(x, plan, gain=gain, active=active, row_scale=row_scale, backend=backend)
         return project_out(self.cross_attn.out_proj, out, bias_share, torch.sigmoid(self.gate))
+
+
+class ChosenKeys(CrossAttention):
+    """Cross attention whose queries see some of their read's keys, chosen by their places in it. Subclasses give
+    ``pairs``, and ``choice_key`` to name their choice."""
+
+    takes_pairs = False
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
+        super().__init__(d_model, n_heads, dropout)
+        self._tables: dict[tuple, BlockTable] = {}
+
+    def pairs(self, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+        """(query, key), int64: the pairs that count among n queries and m keys, sorted, without repeats."""
+        raise NotImplementedError
+
+    def pairs_of(self, shape: ReadShape) -> tuple[np.ndarray, np.ndarray]:
+        """The same of a read of that shape, in any order; by default the grids that its sides lie on do not matter."""
+        return self.pairs(shape.n, shape.m)
+
+    def choice_key(self) -> tuple:
+        """Equal for equal choices."""
+        raise NotImplementedError
+
+    def chosen(self, plan: AttentionPlan) -> AttentionPlan:
+        """``plan`` with the pairs that count alone, cached on it."""
+        key = ("chosen", *self.choice_key())
+        if key not in plan.index_sets:
+            plan.index_sets[key] = choice = choose_pairs(plan, self.pairs_of)
+            choice.index_sets[key] = choice
+        return plan.index_sets[key]
+
+    def prepare(self, plan: AttentionPlan) -> None:
+        """Makes the table of ``plan``."""
+        self.chosen(plan)
+
+    def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        n, m = q.shape[2], k.shape[2]
+        # one canvas, the queries before the keys
+        q, k, v = (F.pad(x, pad) for x, pad in ((q, (0, 0, 0, m)), (k, (0, 0, n, 0)), (v, (0, 0, n, 0))))
+        table = self._table(n, m)
+        out: torch.Tensor = block_attention(q, k, v, table, dropout_p=dropout_p)  # pyright: ignore[reportAssignmentType] no lse is asked for
+        return out[:, :, :n]
+
+    def _table(self, n: int, m: int) -> BlockTable:
+        """Of one read, m keys after n queries; the last few are kept."""
+        key = (n, m, *self.choice_key())
+        if key not in self._tables:
+            query, k_row = self.pairs(n, m)
+            read, q0, q1, k0, k1 = pair_rectangles(np.zeros(len(query), np.int64), query, n + k_row)
+            spans = {"q_start": q0, "q_stop": q1, "k_start": k0, "k_stop": k1}
+            if len(self._tables) >= KEPT_TABLES:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[key] = BlockTable.from_rectangles(
+                "edge", n + m, 1, **spans, segment=read, weight=np.ones(len(read)), edge=read
+            )
+        return self._tables[key]
+
+    def weighted_values(
+        self,
+        x: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        gain: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """As :meth:`CrossAttention.weighted_values`, of the pairs that count."""
+        return super().weighted_values(
+            x, self.chosen(plan), gain=gain, active=active, row_scale=row_scale, backend=backend
+        )

@@ -9,8 +9,8 @@ import numpy as np
 
 from canvas_kernels.block_table import BlockTable
 
-from . import AttentionPlan
-from .sets import ReadShape
+from .index_sets import ReadShape
+from .plan import AttentionPlan
 
 # Of a read of that shape: (query, key) of every pair that counts, int64, each counted in canvas order, without repeats.
 Choice = Callable[[ReadShape], tuple[np.ndarray, np.ndarray]]

@@ -9,8 +9,8 @@ import numpy as np
 from canvas_kernels.block_table import BlockTable
 from canvas_kernels.ranges import expand_ranges
 
-from .order import PackedOrder
-from .reads import Reads
+from .attention_sets import Reads
+from .ordering import PackedOrder
 
 
 def edge_table(reads: Reads, packed: PackedOrder, n_connections: int, replace: np.ndarray) -> BlockTable:

@@ -10,7 +10,7 @@ import numpy as np
 from canvas_kernels.ranges import expand_ranges
 
 from ..canvas import CanvasLayout
-from .reads import Bank, Reads
+from .attention_sets import Bank, Reads
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from canvas_kernels.derived import is_plain
 from canvas_kernels.torch_ops.dense import dense_attention
 
 from ..checked import checked_int, checked_sizes
-from .memories import MemoryAttention
+from .base import MemoryAttention
 
 # Logits of one pass: 2^22 are 16 MB in float32.
 MOST_LOGITS = 1 << 22

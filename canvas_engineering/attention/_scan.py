@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 
 from canvas_kernels.autograd import DEVICES, OPERATIONS, TAGS, Operation, operate, under_autograd
-
-from . import fla_scans
-from .chunks import by_position, by_step, carry
-
-__all__ = ["decayed_sums", "selective_scan"]
 
 # Up to 64 steps of 2^16 numbers are faster at once than in chunks, which are walked twice. Of 64, 128 and 256 steps per
 # chunk for 4,096 positions of width 256 and 16 states, 128 was as fast as any.
@@ -102,9 +100,9 @@ def _scan(
     dt: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rate: torch.Tensor, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, the states at chunk starts, of which there are none by ``kernels``)."""
-    recur = fla_scans.recurrence(dt) if kernels else None
+    recur = fla_recurrence(dt) if kernels else None
     if recur is not None:
-        return fla_scans.scan(recur, dt, x, b, c, rate), dt.new_empty(0)
+        return fla_scan(recur, dt, x, b, c, rate), dt.new_empty(0)
     batch, length, _ = dt.shape
     chunk = _chunk(length, batch * rate.numel())
     rate = rate.t().contiguous()
@@ -125,7 +123,7 @@ def _scan(
 
 
 def _scan_fake(dt, x, b, c, rate, kernels):
-    if kernels and fla_scans.recurrence(dt) is not None:
+    if kernels and fla_recurrence(dt) is not None:
         return _contiguous(dt), dt.new_empty(0)
     batch, length, width = dt.shape
     count = -(-length // _chunk(length, batch * rate.numel()))
@@ -147,9 +145,9 @@ def _scan_backward(
     With g_t = dL/dh_t, dL/d(dt_t) = Σ_s rate g_t exp(rate dt_t) h_{t−1} needs states and their gradients at one moment,
     though they run in opposite directions: some states of each chunk are kept, those between them computed again.
     """
-    recur = fla_scans.recurrence(dt) if kernels else None
+    recur = fla_recurrence(dt) if kernels else None
     if recur is not None:
-        return fla_scans.scan_backward(recur, grad, dt, x, b, c, rate)
+        return fla_scan_backward(recur, grad, dt, x, b, c, rate)
     batch, length, _ = dt.shape
     chunk = _chunk(length, batch * rate.numel())
     rate = rate.t().contiguous()
@@ -231,9 +229,9 @@ def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor, backend: str = "auto")
 
 def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: bool) -> torch.Tensor:
     """``backwards``: S_t = Σ_{j>t} exp(log_keep)^(j−1−t) x_j."""
-    recur = fla_scans.recurrence(x) if kernels else None
+    recur = fla_recurrence(x) if kernels else None
     if recur is not None:
-        return fla_scans.sums(recur, x, log_keep, backwards)
+        return fla_sums(recur, x, log_keep, backwards)
     batch, length, width = x.shape
     chunk = _chunk(length, batch * width)
     # S + (x + S · (keep − 1)): a keep close to 1 would be rounded, and its powers with it; x + S · keep where it is
@@ -278,6 +276,143 @@ def _compose_sums(x, log_keep, backwards, kernels):
 def _as_operator(name: str, *args):
     results = operate(name, *args)
     return results[0] if len(results) == 1 else results
+
+
+# -- chunks ------------------------------------------------------------------------------------------------------------
+
+
+def by_step(x: torch.Tensor, chunk: int) -> torch.Tensor:
+    """(batch, length, D) → (batch · chunks, chunk, D), padded with zeros, which neither decay nor add."""
+    missing = -x.shape[1] % chunk
+    return (F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()).reshape(-1, chunk, x.shape[2])
+
+
+def by_position(steps: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """The inverse of :func:`by_step`."""
+    return steps.reshape(batch, -1, steps.shape[2])[:, :length].contiguous()
+
+
+def carry(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """(batch, chunks, states, width): the state before each chunk, from what each adds and what share of its start each
+    keeps: H_k = kept_{k−1} H_{k−1} + added_{k−1}, by doubling."""
+    shift, count = 1, added.shape[1]
+    while shift < count:
+        joined = torch.addcmul(added[:, shift:], kept[:, shift:], added[:, :-shift])
+        added = torch.cat([added[:, :shift], joined], 1)
+        kept = torch.cat([kept[:, :shift], kept[:, shift:] * kept[:, :-shift]], 1)
+        shift *= 2
+    return F.pad(added[:, :-1], (0, 0, 0, 0, 1, 0))
+
+
+# -- flash-linear-attention --------------------------------------------------------------------------------------------
+# Of its operations, ``fla.ops.hgrn.fused_recurrent_hgrn(x, g, initial_state, output_final_state)`` is the one that
+# computes our recurrences as they are: h_t = exp(g_t) · h_{t−1} + x_t, every channel by itself, in float32. rwkv's sums
+# have one channel for each of the canvas's, mamba's states one for each pair of channel and state. Its results are held
+# to those of :mod:`.scan`, within 1e-5.
+
+# (x, g), both (batch, length, channels) → h of the same shape
+Recurrence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# mamba's states are written out, for as many channels at a time as make 64 MB of them.
+MAX_STATES = 1 << 24
+# Steps that follow each other: chunks run side by side, and no decay is rounded more often than this.
+FLA_CHUNK = 128
+
+
+def fla_recurrence(x: torch.Tensor) -> Recurrence | None:
+    """The kernel for tensors like ``x``, or None where :mod:`.scan` has to do: on a CPU, in float64, without fla."""
+    return _fla_kernel() if _is_supported(x) else None
+
+
+def _is_supported(x: torch.Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.float32  # the kernel rounds float64
+
+
+@functools.cache
+def _fla_kernel() -> Recurrence | None:
+    if find_spec("fla") is None:
+        return None
+    # one that is installed and cannot be imported is an error, not a fallback
+    from fla.ops.hgrn import fused_recurrent_hgrn  # pyright: ignore[reportMissingImports] of the extra `fla`
+
+    return functools.partial(_fla_recurrence, fused_recurrent_hgrn)
+
+
+def _fla_recurrence(kernel, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    batch, length, _ = x.shape
+    if length <= FLA_CHUNK:
+        return kernel(x.contiguous(), g.contiguous())[0]
+    x, g = by_step(x, FLA_CHUNK), by_step(g, FLA_CHUNK)
+    _, ends = kernel(x, g, output_final_state=True)
+    # [batch, chunks, 1, channels]
+    ends, kept = (t.unflatten(0, (batch, -1))[:, :, None] for t in (ends, g.sum(1).exp()))
+    out, _ = kernel(x, g, initial_state=carry(ends, kept).reshape(len(x), -1))
+    return by_position(out, batch, length)
+
+
+def fla_sums(recur: Recurrence, x: torch.Tensor, log_keep: torch.Tensor, backwards: bool) -> torch.Tensor:
+    """As :func:`.scan.decayed_sums`; ``backwards`` from the last position."""
+    if backwards:
+        x = x.flip(1)
+    out = recur(F.pad(x, (0, 0, 1, 0))[:, :-1], log_keep.expand_as(x))
+    return out.flip(1) if backwards else out
+
+
+def fla_scan(
+    recur: Recurrence, dt: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rate: torch.Tensor
+) -> torch.Tensor:
+    """As :func:`.scan.selective_scan`."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for some in _channel_ranges(dt, rate):
+        states, _ = _fla_states(recur, dt[..., some], x[..., some], b, rate[some])
+        out[..., some] = (states * c[:, :, None]).sum(-1)
+    return out
+
+
+def fla_scan_backward(
+    recur: Recurrence,
+    grad: torch.Tensor,
+    dt: torch.Tensor,
+    x: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    rate: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of dt, x, b and c. The states' own gradients are the same recurrence from the other end: G_t = grad_t
+    c_t + exp(rate · dt_{t+1}) G_{t+1}."""
+    d_dt, d_x = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dt, x))
+    d_b, d_c = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (b, c))
+    for some in _channel_ranges(dt, rate):
+        states, decay = _fla_states(recur, dt[..., some], x[..., some], b, rate[some])
+        d_c += (states * grad[..., some, None]).sum(2)
+        pull = grad[..., some, None] * c[:, :, None]
+        adjoint = _by_channel(recur, pull.flip(1), _shift_right(decay.flip(1))).flip(1)
+        d_x[..., some] = (adjoint * b[:, :, None]).sum(-1)
+        d_b += (adjoint * x[..., some, None]).sum(2)
+        # what h_t is of h_{t−1}, by rate
+        kept = decay.exp_().mul_(_shift_right(states)).mul_(rate[some])
+        d_dt[..., some] = (adjoint * kept).sum(-1)
+    return d_dt, d_x, d_b, d_c
+
+
+def _channel_ranges(dt: torch.Tensor, rate: torch.Tensor) -> Iterator[slice]:
+    size = max(1, MAX_STATES // max(1, dt.shape[0] * dt.shape[1] * rate.shape[1]))
+    return (slice(first, first + size) for first in range(0, len(rate), size))
+
+
+def _fla_states(recur, dt, x, b, rate) -> tuple[torch.Tensor, torch.Tensor]:
+    """h and rate · dt, (batch, length, width, states)."""
+    decay = dt[..., None] * rate
+    return _by_channel(recur, x[..., None] * b[:, :, None], decay), decay
+
+
+def _by_channel(recur: Recurrence, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    return recur(x.flatten(2), g.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def _shift_right(x: torch.Tensor) -> torch.Tensor:
+    """Every position's value at the next one, zeros at the first."""
+    return F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]
 
 
 # -- registration ------------------------------------------------------------------------------------------------------

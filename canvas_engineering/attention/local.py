@@ -21,10 +21,9 @@ from canvas_kernels.ranges import expand_ranges
 
 from ..checked import checked_int, checked_ints, checked_read
 from ..plan import AttentionPlan
-from ..plan.sets import ReadShape
-from .chosen import KEPT_TABLES, ChosenKeys
-from .grouped import Coefficients, QueryPlaces, coefficients, only, query_places
-from .softmax import CrossAttention
+from ..plan.index_sets import ReadShape
+from .base import Coefficients, QueryPlaces, coefficients, only, query_places
+from .softmax import KEPT_TABLES, ChosenKeys, CrossAttention
 
 # The window of one spatial dimension, and of rows and of columns.
 DEFAULT_WINDOW = 8

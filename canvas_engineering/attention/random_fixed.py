@@ -1,4 +1,4 @@
-"""Softmax over some keys of each read, chosen by places alone, as a block table; and a choice drawn once for ever."""
+"""random_fixed: softmax over keys that are drawn for each query once, from a seed."""
 
 from __future__ import annotations
 
@@ -6,94 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
-
-from canvas_kernels.block_table import BlockTable
-from canvas_kernels.ops import block_attention
 
 from ..checked import checked_int
 from ..derived_buffers import outside_inference
 from ..plan import AttentionPlan
-from ..plan.pairs import choose_pairs, pair_rectangles
-from ..plan.sets import ReadShape
-from .softmax import CrossAttention
+from .softmax import ChosenKeys
 
-# Tables of single reads that a module keeps.
-KEPT_TABLES = 16
 _MASK64 = (1 << 64) - 1
-
-
-class ChosenKeys(CrossAttention):
-    """Cross attention whose queries see some of their read's keys, chosen by their places in it. Subclasses give
-    ``pairs``, and ``choice_key`` to name their choice."""
-
-    takes_pairs = False
-
-    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
-        super().__init__(d_model, n_heads, dropout)
-        self._tables: dict[tuple, BlockTable] = {}
-
-    def pairs(self, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-        """(query, key), int64: the pairs that count among n queries and m keys, sorted, without repeats."""
-        raise NotImplementedError
-
-    def pairs_of(self, shape: ReadShape) -> tuple[np.ndarray, np.ndarray]:
-        """The same of a read of that shape, in any order; by default the grids that its sides lie on do not matter."""
-        return self.pairs(shape.n, shape.m)
-
-    def choice_key(self) -> tuple:
-        """Equal for equal choices."""
-        raise NotImplementedError
-
-    def chosen(self, plan: AttentionPlan) -> AttentionPlan:
-        """``plan`` with the pairs that count alone, cached on it."""
-        key = ("chosen", *self.choice_key())
-        if key not in plan.index_sets:
-            plan.index_sets[key] = choice = choose_pairs(plan, self.pairs_of)
-            choice.index_sets[key] = choice
-        return plan.index_sets[key]
-
-    def prepare(self, plan: AttentionPlan) -> None:
-        """Makes the table of ``plan``."""
-        self.chosen(plan)
-
-    def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
-        n, m = q.shape[2], k.shape[2]
-        # one canvas, the queries before the keys
-        q, k, v = (F.pad(x, pad) for x, pad in ((q, (0, 0, 0, m)), (k, (0, 0, n, 0)), (v, (0, 0, n, 0))))
-        table = self._table(n, m)
-        out: torch.Tensor = block_attention(q, k, v, table, dropout_p=dropout_p)  # pyright: ignore[reportAssignmentType] no lse is asked for
-        return out[:, :, :n]
-
-    def _table(self, n: int, m: int) -> BlockTable:
-        """Of one read, m keys after n queries; the last few are kept."""
-        key = (n, m, *self.choice_key())
-        if key not in self._tables:
-            query, k_row = self.pairs(n, m)
-            read, q0, q1, k0, k1 = pair_rectangles(np.zeros(len(query), np.int64), query, n + k_row)
-            spans = {"q_start": q0, "q_stop": q1, "k_start": k0, "k_stop": k1}
-            if len(self._tables) >= KEPT_TABLES:
-                self._tables.pop(next(iter(self._tables)))
-            self._tables[key] = BlockTable.from_rectangles(
-                "edge", n + m, 1, **spans, segment=read, weight=np.ones(len(read)), edge=read
-            )
-        return self._tables[key]
-
-    def weighted_values(
-        self,
-        x: torch.Tensor,
-        plan: AttentionPlan,
-        *,
-        gain: torch.Tensor | None = None,
-        active: torch.Tensor | None = None,
-        row_scale: torch.Tensor | None = None,
-        backend: str = "auto",
-    ) -> torch.Tensor:
-        """As :meth:`CrossAttention.weighted_values`, of the pairs that count."""
-        return super().weighted_values(
-            x, self.chosen(plan), gain=gain, active=active, row_scale=row_scale, backend=backend
-        )
 
 
 class RandomFixedAttention(ChosenKeys):
