@@ -83,7 +83,7 @@ def connection_table(layout, topology, plan):
     table = Table(title=f"{len(topology.connections)} connections")
     for column in ("asks", "answers", "frames", "between frames", "weight", "function", "reads"):
         table.add_column(column, justify="right" if column in ("weight", "reads") else "left")
-    reads = plan.reads.counts(plan.n_connections).tolist()
+    reads = plan.attention_sets.counts(plan.n_connections).tolist()
     for connection, count in zip(topology.connections[:MAX_ROWS], reads):
         offsets = (connection.t_src, connection.t_dst)
         frames = " → ".join("all" if t is None else f"t{t:+d}" if t else "t" for t in offsets)
@@ -117,7 +117,7 @@ def balance_in_words(plan, batch: int, heads: int, head_dim: int, dtype: str) ->
     except ValueError:
         return ""
     names = {"forward": "forward", "dq": "dQ", "dkv": "dK and dV"}
-    passes = ", ".join(f"{names[b.stage]} {b.predicted:.2f} of {b.possible:.2f}" for b in found)
+    passes = ", ".join(f"{names[b.name]} {b.predicted:.2f} of {b.possible:.2f}" for b in found)
     return f"balance on {MULTIPROCESSORS} multiprocessors, predicted of possible: {passes}"
 
 

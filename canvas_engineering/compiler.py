@@ -18,7 +18,7 @@ from canvas_engineering.canvas.layout import CanvasLayout
 from canvas_engineering.checked import checked_bool, checked_kind, checked_path, parsed_json
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.files import alone_in, replace_file
-from canvas_engineering.notices import some, warn
+from canvas_engineering.notices import join_truncated, warn
 from canvas_engineering.program import CanvasProgram, RegionProgram
 from canvas_engineering.program.checks import check_program
 from canvas_engineering.program.edges import resolve_edges
@@ -241,11 +241,11 @@ class ProgramCompiler:
             found = (f"{region!r} ({modes[region]})" for region in sorted(compiled.untouched_regions))
             warn(
                 f"nothing in the module belongs to these regions alone, and their compile modes change none of its "
-                f"tensors: {some(found)}. Attention functions are shared by all regions; a submodule belongs to a "
-                "region under its name, as in self.camera, and by region_parameters(region) of a module that holds it"
+                f"tensors: {join_truncated(found)}. Attention functions are shared by all regions; a submodule belongs to "
+                "a region under its name, as in self.camera, and by region_parameters(region) of a module that holds it"
             )
         if compiled.shared_tensors:
-            warn(f"tensors that several regions share are left as they are: {some(compiled._shared())}")
+            warn(f"tensors that several regions share are left as they are: {join_truncated(compiled._shared())}")
         for region in exported:
             assert export_dir is not None
             tensors, submodules = _state_of(module, owned[region]), owned[region].submodules
@@ -409,7 +409,7 @@ def _state_of(module: nn.Module, owned: RegionParameters) -> dict[str, torch.Ten
 
 
 def _names(regions: Iterable[str]) -> str:
-    return some(map(repr, sorted(regions)))
+    return join_truncated(map(repr, sorted(regions)))
 
 
 def _to_buffers(module: nn.Module, owned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -29,12 +29,12 @@ from canvas_engineering.checked import (
     shown,
 )
 from canvas_engineering.masks import MaskSpec, mask_parts
-from canvas_engineering.notices import some, warn
+from canvas_engineering.notices import join_truncated, warn
 
 __all__ = [
     "CanvasTopology",
     "Connection",
-    "FrameReads",
+    "FrameSets",
     "TemporalFill",
     "resolve_connections",
     "connection_frames",
@@ -62,7 +62,7 @@ class TemporalFill(enum.Enum):
 
 
 @dataclass(frozen=True, eq=False)
-class FrameReads:
+class FrameSets:
     """The reads that a pair of temporal offsets makes, as ranges of absolute canvas frames, one row per read.
 
     Attributes:
@@ -94,11 +94,11 @@ class FrameReads:
         return np.stack([self.k_start, self.k_stop], axis=1)
 
 
-def _frame_reads(q_start, q_stop, k_start, k_stop, fraction) -> FrameReads:
+def _frame_sets(q_start, q_stop, k_start, k_stop, fraction) -> FrameSets:
     arrays = [np.ascontiguousarray(array) for array in (q_start, q_stop, k_start, k_stop, fraction)]
     for array in arrays:
         array.setflags(write=False)
-    return FrameReads(*arrays)
+    return FrameSets(*arrays)
 
 
 @lru_cache(maxsize=1024)
@@ -112,7 +112,7 @@ def resolve_frames(
     t_dst: int | None,
     fill: TemporalFill,
     order: int,
-) -> FrameReads:
+) -> FrameSets:
     """Pairs src frames with dst frames, for every reference frame ``r`` of ``0 .. T - 1``.
 
     Src queries at frame ``r + t_src`` (all of its frames if ``t_src`` is None) and asks for dst at the real time
@@ -131,7 +131,7 @@ def resolve_frames(
         order: interpolation order.
 
     Returns:
-        FrameReads of the given frames; the cost goes with T (times the order), not with its square.
+        FrameSets of the given frames; the cost goes with T (times the order), not with its square.
 
     >>> reads = resolve_frames(3, (0, 3), (0, 1), 1, 2, 0, 0, TemporalFill.HOLD, 1)
     >>> reads.q_start.tolist(), reads.k_start.tolist()
@@ -140,7 +140,7 @@ def resolve_frames(
     (src_first, src_end), (first, end) = src_frames, dst_frames
     if t_src is None and t_dst is None:
         q_start, q_stop, start, stop = (np.array([frame], dtype=np.int64) for frame in (*src_frames, *dst_frames))
-        return _frame_reads(q_start, q_stop, start, stop, np.ones(1))
+        return _frame_sets(q_start, q_stop, start, stop, np.ones(1))
     if t_src is None:
         reference = np.arange(T, dtype=np.int64)
         q_start, q_stop = np.full(T, src_first, dtype=np.int64), np.full(T, src_end, dtype=np.int64)
@@ -150,7 +150,7 @@ def resolve_frames(
     if t_dst is None:
         n = len(reference)
         full = np.full(n, first, dtype=np.int64), np.full(n, end, dtype=np.int64)
-        return _frame_reads(q_start, q_stop, *full, np.ones(n))
+        return _frame_sets(q_start, q_stop, *full, np.ones(n))
 
     time = (reference + t_dst) * (1 if t_src is None else src_period)
     floor = time // dst_period
@@ -167,7 +167,7 @@ def resolve_frames(
         anchors, fractions = _nearest_anchors(time, floor, exact, first, end, dst_period, order)
     row, anchor = np.nonzero(fractions >= _SMALLEST_WEIGHT)
     k_start = anchors[row, anchor]
-    return _frame_reads(q_start[row], q_stop[row], k_start, k_start + 1, fractions[row, anchor])
+    return _frame_sets(q_start[row], q_stop[row], k_start, k_start + 1, fractions[row, anchor])
 
 
 def _linear_anchors(time, floor, exact, first, end, period):
@@ -523,7 +523,7 @@ def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> Itera
         names = dict.fromkeys(repr(name) for c in missing for name in (c.src, c.dst) if name not in known)
         warn(
             f"skipping {len(missing)} of {len(topology.connections)} connections that name regions missing from the "
-            f"layout ({some(names)}): {some(f'{c.src!r} -> {c.dst!r}' for c in missing)}"
+            f"layout ({join_truncated(names)}): {join_truncated(f'{c.src!r} -> {c.dst!r}' for c in missing)}"
         )
     # One by one: some 100,000 tuples that live at the same time are work for the garbage collector.
     resolved = enumerate(zip(topology.connections, topology.resolve_fns(layout)))
@@ -534,7 +534,7 @@ def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> Itera
     )
 
 
-def connection_frames(c: Connection, layout: CanvasLayout) -> FrameReads:
+def connection_frames(c: Connection, layout: CanvasLayout) -> FrameSets:
     """Returns what :func:`resolve_frames` makes of a connection's frames on a layout, cached by what it depends on."""
     src, dst = layout.region_spec(c.src), layout.region_spec(c.dst)
     periods = src.period, dst.period

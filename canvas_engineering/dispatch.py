@@ -15,7 +15,7 @@ from canvas_kernels.derived import real_tensors
 from canvas_kernels.packing import IndexMap, gather_rows, replace_rows
 
 from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
-from .attention.base import attend_grouped, fit, is_fused
+from .attention.base import attend_grouped, bind_plan, is_fused
 from .canvas import ATTENTION_TYPES, CanvasLayout, SpatiotemporalCanvas
 from .canvas.tensor import parameter_key
 from .checked import checked_bool, checked_names, checked_sizes, checked_tensor
@@ -123,7 +123,7 @@ class AttentionDispatcher(CanvasModule):
         compiled, names = _with_isolated(plan, cortex)
         self.fn_modules = nn.ModuleDict()
         self._plans = {}
-        for number in np.unique(compiled.reads.connection).tolist():
+        for number in np.unique(compiled.attention_sets.connection).tolist():
             name, connection = compiled.fns[number], plan.connections[number]
             if name in self.fn_modules:
                 continue
@@ -131,16 +131,16 @@ class AttentionDispatcher(CanvasModule):
                 self.fn_modules[name] = create_attention(names[name], d_model, n_heads, dropout)
             except ValueError as error:
                 raise ValueError(f"connection {connection.src!r} reads {connection.dst!r}: {error}") from None
-            self._plans[name] = fit(names[name], self.fn_modules[name], compiled.for_fn(name), layout, backend)
-        self.plan = plan = compiled.refined(self._plans)
+            self._plans[name] = bind_plan(names[name], self.fn_modules[name], compiled.for_fn(name), layout, backend)
+        self.plan = plan = compiled.with_function_plans(self._plans)
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
         self._gating = frozenset(plan.connections[number].src for number in gates)
-        self._bank_keys = {bank.region: parameter_key(bank.region) for bank in plan.banks}
+        self._bank_keys = {bank.region: parameter_key(bank.region) for bank in plan.slot_banks}
         self._map_rows(plan, gates, regions)
         self._region_number = regions
-        self._readers = frozenset(plan.connections[number].src for number in plan.reads.connection.tolist())
+        self._readers = frozenset(plan.connections[number].src for number in plan.attention_sets.connection.tolist())
         self._add_banks(program, n_heads)
         # schedulers fire these too
         self._elsewhere = frozenset() if program is None else program.regions.keys() - regions.keys()
@@ -263,7 +263,7 @@ class AttentionDispatcher(CanvasModule):
         for fn, module in self.fn_modules.items():
             own, share, used = self._plans[fn], None, rows
             if factor is not None:
-                share = own.row_share(factor, own_scale)
+                share = own.row_weight_fraction(factor, own_scale)
             if active is not None or not self._touches_all[fn]:
                 assert own_scale is not None
                 # the gradients of its projections would see what is there
@@ -285,11 +285,11 @@ class AttentionDispatcher(CanvasModule):
                 f"x.to({first.dtype}), or run under torch.autocast"
             )
 
-    def _attend(self, module, rows, plan, gain=None, active=None, row_scale=None, bias_share=None) -> torch.Tensor:
+    def _attend(self, module, rows, plan, gain=None, active=None, row_scale=None, bias_weight=None) -> torch.Tensor:
         options = {"gain": gain, "active": active, "row_scale": row_scale}
         if not is_fused(type(module)):
             return attend_grouped(module, rows, plan, **options)
-        return module.attend(rows, plan, **options, bias_share=bias_share, backend=self.backend)
+        return module.attend(rows, plan, **options, bias_weight=bias_weight, backend=self.backend)
 
     def microsteps(self, x: torch.Tensor, plan: Iterable[Iterable[str] | torch.Tensor | None]) -> torch.Tensor:
         """One step after another, each with its own active regions: what ``RegionScheduler.step_plan`` gives."""
@@ -315,7 +315,7 @@ class AttentionDispatcher(CanvasModule):
         self.slot_modules, self._bound = nn.ModuleDict(), []
         order, n = self.plan.order, self.layout.num_positions
         programs = {} if program is None else program.regions
-        for bank in self.plan.banks:
+        for bank in self.plan.slot_banks:
             identity, key = programs[bank.region].identity, parameter_key(bank.region)
             assert identity is not None  # the plan has banks for those that have one
             if key in self.slot_modules or hasattr(nn.ModuleDict, key):
@@ -344,14 +344,14 @@ class AttentionDispatcher(CanvasModule):
                     "its summaries stay as they are, for the dispatcher updates those of the carrier 'residual'"
                 )
         found = []
-        for number in dict.fromkeys(plan.reads.connection.tolist()):
+        for number in dict.fromkeys(plan.attention_sets.connection.tolist()):
             region = plan.connections[number].dst
             carriers = {self.layout.region_spec(region).carrier}
             if region in programs:
                 carriers.add(programs[region].carrier)
             if "residual" in carriers and region in kept:
                 fn = plan.fns[number]
-                own = fit(fn, self.fn_modules[fn], plan.for_connection(number), self.layout, self.backend)
+                own = bind_plan(fn, self.fn_modules[fn], plan.for_connection(number), self.layout, self.backend)
                 attending = IndexMap.gather(own.table.has_keys().nonzero()[0], plan.n_packed)
                 found.append(_Errors(number, region, fn, own, attending))
         return found

@@ -192,7 +192,7 @@ def _connections(layout: CanvasLayout, plan: AttentionPlan, program: CanvasProgr
         "fill": [_fill_words(c) for c in plan.connections],
         "fn": plan.fns,
         "replaces": plan.replace.nonzero()[0].tolist(),
-        "sets": plan.reads.counts(plan.n_connections).tolist(),
+        "sets": plan.attention_sets.counts(plan.n_connections).tolist(),
         "frames": [patterns.of(c) for c in plan.connections],
         "patterns": patterns.rows,
         "notes": notes,
@@ -271,5 +271,5 @@ def _table(plan: AttentionPlan) -> dict[str, Any]:
         "density": plan.density,
         "fill": plan.fill,
         "fills": plan.fill_by_tile,
-        "sets": len(plan.reads.weight),
+        "sets": len(plan.attention_sets.weight),
     }

@@ -45,7 +45,7 @@ def topology_html(topology: Any) -> str:
 def plan_html(plan: Any) -> str:
     """An AttentionPlan: its rectangles, queries down and keys across, what it costs, and its connections."""
     first, *costs = plan.summary().splitlines()
-    counts = plan.reads.counts(plan.n_connections)
+    counts = plan.attention_sets.counts(plan.n_connections)
     connections = zip(plan.connections[:MAX_ROWS], plan.fns, counts.tolist(), itertools.cycle(PALETTE))
     rows = [(_swatch(colour), *_connection(c), _text(fn), f"{count:,}") for c, fn, count, colour in connections]
     columns = ("", "query region", "key/value region", "frames", "fill", "weight", "function", "attention sets")

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 
 PACKAGE = __name__.partition(".")[0]
-SHOWN = 6
+MAX_SHOWN = 6
 
 
 def warn(message: str) -> None:
@@ -25,11 +25,11 @@ def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-def some(things: Iterable[str]) -> str:
+def join_truncated(things: Iterable[str]) -> str:
     """The first six of them, separated by commas.
 
-    >>> some("abcdefgh")
+    >>> join_truncated("abcdefgh")
     'a, b, c, d, e, f, ...'
     """
     things = list(things)
-    return ", ".join([*things[:SHOWN], *["..."] * (len(things) > SHOWN)])
+    return ", ".join([*things[:MAX_SHOWN], *["..."] * (len(things) > MAX_SHOWN)])

@@ -16,7 +16,7 @@ from canvas_engineering.checked import checked_depth, checked_kind, checked_numb
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
 from canvas_engineering.files import replace_file
 from canvas_engineering.masks import MaskSpec
-from canvas_engineering.notices import some, warn
+from canvas_engineering.notices import join_truncated, warn
 from canvas_engineering.version import WRITTEN_BY
 
 __all__ = ["CanvasSchema"]
@@ -93,13 +93,13 @@ def _metadata(d: dict[str, Any]) -> dict[str, Any]:
     # a program without its behaviour would run, and do something else
     misspelt = {name: near for name, near in meant.items() if near in PROGRAM_ENTRIES}
     if misspelt:
-        told = some(f"{shown(name)} for {near}" for name, near in misspelt.items())
+        told = join_truncated(f"{shown(name)} for {near}" for name, near in misspelt.items())
         raise ValueError(f"a schema has unknown fields, which look like a program's: {told}")
     taken = [name for name, value in unknown.items() if metadata.get(name, value) != value]
     if taken:
         raise ValueError(f"a schema has {shown(taken)} at its top level, and others of that name in its metadata")
     told = (f"{shown(name)} (did you mean {near}?)" if near else shown(name) for name, near in meant.items())
-    warn(f"a schema has unknown fields, which are kept in its metadata: {some(told)}")
+    warn(f"a schema has unknown fields, which are kept in its metadata: {join_truncated(told)}")
     return {**metadata, **unknown}
 
 
@@ -225,7 +225,7 @@ class CanvasSchema:
         )
         of_program = [name for name in PROGRAM_ENTRIES[1:] if d.get(name) not in (None, {})]
         if of_program:
-            raise ValueError(f"a schema has no {some(of_program)}: this is a program, which CanvasProgram reads")
+            raise ValueError(f"a schema has no {join_truncated(of_program)}: this is a program, load it by CanvasProgram")
         return schema
 
     def to_json(self, path: str | Path) -> None:
@@ -238,7 +238,7 @@ class CanvasSchema:
 
     @classmethod
     def from_json(cls, path: str | Path) -> CanvasSchema:
-        """Reads a schema from a file.
+        """AttentionSets a schema from a file.
 
         Raises:
             OSError: the file cannot be read.

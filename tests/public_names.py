@@ -230,7 +230,7 @@ PUBLIC_NAMES = {
     "canvas_engineering.connectivity": (
         "CanvasTopology",
         "Connection",
-        "FrameReads",
+        "FrameSets",
         "TemporalFill",
         "connection_frames",
         "resolve_connections",

@@ -179,7 +179,7 @@ def test_ties_at_the_threshold_stay():
 
 @pytest.mark.parametrize("m", [20, 100, 300])
 def test_many_queries_go_in_parts_and_give_the_same(m, monkeypatch):
-    monkeypatch.setattr(top_k, "MOST_LOGITS", 100)
+    monkeypatch.setattr(top_k, "MAX_LOGITS", 100)
     agrees("sparse_attention", 30, m)
 
 
@@ -461,7 +461,7 @@ def test_top_k_takes_masks_of_pairs(canvas):
 def test_masks_of_pairs_are_refused_where_a_read_is_one_thing(fn):
     layout = CanvasLayout(T=1, H=1, W=4, d_model=D_MODEL, regions={"a": (0, 1, 0, 1, 0, 2), "b": (0, 1, 0, 1, 2, 4)})
     mask = MaskSpec("sparse", pattern=((True, False), (False, True)))
-    with pytest.raises(ValueError, match=f"connection 0, 'a' reads 'b' by '{fn}'.*pairs.*such as cross_attention"):
+    with pytest.raises(ValueError, match=f"connection 0, 'a' attends to 'b' by '{fn}'.*pairs.*such as cross_attention"):
         dispatcher_of(layout, CanvasTopology([Connection("a", "b", fn=fn, mask=mask)]))
 
 
@@ -469,7 +469,7 @@ def test_masks_of_pairs_are_refused_where_a_read_is_one_thing(fn):
 def test_kernels_that_there_are_not_are_asked_for_in_vain(fn):
     layout = CanvasLayout(T=1, H=1, W=4, d_model=D_MODEL, regions={"a": (0, 1, 0, 1, 0, 4)})
     topology = CanvasTopology([Connection("a", "a", fn=fn)])
-    with pytest.raises(ValueError, match=f"backend 'triton' does not run '{fn}': auto, torch, reference do"):
+    with pytest.raises(ValueError, match=f"backend 'triton' does not run '{fn}': use auto, torch, reference"):
         AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS, backend="triton")
 
 

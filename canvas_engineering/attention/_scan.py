@@ -1,7 +1,7 @@
-"""Linear recurrences along a sequence, as operators: chunks of it advance side by side.
+"""Linear recurrences along a sequence, as operators, by chunks that advance in parallel.
 
-A scan takes about 2·√length steps, each over all chunks of the whole batch: first every chunk from zero, to learn what
-it adds; then, what the chunks before it add up to being known, from its true start.
+A scan takes about 2·√length steps, each over all chunks of the whole batch: first every chunk starts from zero; then,
+with the carried states of the previous chunks, from its true start.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch.nn.functional as F
 
 from canvas_kernels.autograd import DEVICES, OPERATIONS, TAGS, Operation, operate, under_autograd
 
-# Up to 64 steps of 2^16 numbers are faster at once than in chunks, which are walked twice. Of 64, 128 and 256 steps per
-# chunk for 4,096 positions of width 256 and 16 states, 128 was as fast as any.
+# Up to 64 steps of 2^16 numbers are faster in one chunk than in several, which are computed twice.
 _SHORT, _WIDE = 64, 1 << 16
 
 
@@ -31,22 +30,21 @@ def selective_scan(
 ) -> torch.Tensor:
     """y_t = Σ_s c_ts h_ts with h_t = exp(rate · dt_t) h_{t−1} + x_t b_tᵀ and h_0 = 0, each batch entry by itself.
 
-    The recurrence of Mamba (Gu and Dao, 2023), discretised. Backward computes the states
-    again from those at the chunks' starts: what is kept is O(batch · length · width · states / chunk).
+    The recurrence of Mamba (Gu and Dao, 2023), discretised. Backward recomputes the
+    states from those at the chunks' starts: O(batch · length · width · states / chunk) numbers are saved.
 
     Args:
         dt: (batch, length, width), ≥ 0.
-        x: (batch, length, width), what enters the states.
+        x: (batch, length, width), the inputs of the states.
         b, c: (batch, length, states).
         rate: (width, states), ≤ 0; a constant, without a gradient.
-        backend: "auto" runs float32 on a GPU by :mod:`.fla_scans`, where flash-linear-attention is installed; other
-            names stay with torch.
+        backend: "auto" runs flash-linear-attention for float32 on a GPU where it is installed; other names run torch.
 
     Returns:
         (batch, length, width). All tensors share one dtype, float32 or float64.
 
     Raises:
-        ValueError: shapes that do not belong together, 16-bit tensors, or a rate that wants a gradient.
+        ValueError: shapes that do not match, 16-bit tensors, or a rate that requires a gradient.
 
     >>> ones = torch.ones(1, 3, 1)
     >>> selective_scan(ones, ones, ones, ones, torch.tensor([[-1e9]])).flatten().tolist()  # forgets at once
@@ -58,7 +56,7 @@ def selective_scan(
     states = rate.shape[-1]
     if x.shape != dt.shape or b.shape != (batch, length, states) or c.shape != b.shape or rate.shape != (width, states):
         wanted = "dt and x (batch, length, width), b and c (batch, length, states), rate (width, states)"
-        raise ValueError(f"wanted {wanted}; got {_described(dt, x, b, c, rate)}")
+        raise ValueError(f"expected {wanted}; got {_described(dt, x, b, c, rate)}")
     if {t.dtype for t in (x, b, c, rate)} != {dt.dtype} or dt.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"one dtype, float32 or float64, for all: {_described(dt, x, b, c, rate)}")
     if rate.requires_grad:
@@ -73,53 +71,54 @@ def _described(*tensors: torch.Tensor) -> str:
     return ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in zip(("dt", "x", "b", "c", "rate"), tensors))
 
 
-def _chunk(length: int, lanes: int) -> int:
-    """Steps per chunk, for ``length`` positions of ``lanes`` numbers: all of a short sequence that is wide enough to
-    keep a core busy, else a power of two between √length and 4·√length."""
-    if length <= _SHORT and lanes >= _WIDE:
+def _chunk(length: int, channels: int) -> int:
+    """Returns the steps per chunk for ``length`` positions of ``channels`` numbers: all of a short, wide sequence, else
+    a power of two between √length and 4·√length."""
+    if length <= _SHORT and channels >= _WIDE:
         return length
     return max(1, min(1 << ((length.bit_length() + 2) // 2), length))
 
 
 def _rows(steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(batch · chunks, 1, D) of every step."""
+    """Returns (batch · chunks, 1, D) for every step."""
     return steps[:, :, None].unbind(1)
 
 
 def _columns(steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(batch · chunks, D, 1) of every step."""
+    """Returns (batch · chunks, D, 1) for every step."""
     return steps[..., None].unbind(1)
 
 
-# Below, every operation of a step is one pass over (batch · chunks, states, width) in a buffer that is used again:
-# that, and there being few chunks, keeps the working set in the cache of one core. Autocast leaves operations with
-# `out` alone.
+# Below, every operation of a step is one pass over (batch · chunks, states, width) in a reused buffer: with few chunks
+# the working set stays in the cache of one core. Autocast ignores operations with `out`.
 
 
 def _scan(
     dt: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rate: torch.Tensor, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, the states at chunk starts, of which there are none by ``kernels``)."""
+    """Returns y and the states at the chunks' starts, empty if ``kernels`` ran."""
     recur = fla_recurrence(dt) if kernels else None
     if recur is not None:
         return fla_scan(recur, dt, x, b, c, rate), dt.new_empty(0)
     batch, length, _ = dt.shape
     chunk = _chunk(length, batch * rate.numel())
     rate = rate.t().contiguous()
-    dts, xs, bs, cs = (by_step(t, chunk) for t in (dt, x, b, c))
+    dts, xs, bs, cs = (to_chunks(t, chunk) for t in (dt, x, b, c))
     state = dt.new_zeros(len(dts), *rate.shape)
     decay, row, out = torch.empty_like(state), torch.empty_like(xs[:, :1]), torch.empty_like(xs)
     inputs = list(zip(_rows(dts), _rows(xs), _columns(bs)))
     if chunk < length:
         for dt_j, x_j, b_j in inputs:
             state.mul_(torch.mul(rate, dt_j, out=decay).exp_()).addcmul_(b_j, x_j)
-        kept = torch.exp(rate * dts.sum(1, keepdim=True))
-        state = carry(*(t.unflatten(0, (batch, -1)) for t in (state, kept))).flatten(0, 1).contiguous()
+        total_decay = torch.exp(rate * dts.sum(1, keepdim=True))
+        state = (
+            inter_chunk_scan(*(t.unflatten(0, (batch, -1)) for t in (state, total_decay))).flatten(0, 1).contiguous()
+        )
     start = state.clone()
     for (dt_j, x_j, b_j), c_j, out_j in zip(inputs, _rows(cs), _rows(out)):
         state.mul_(torch.mul(rate, dt_j, out=decay).exp_()).addcmul_(b_j, x_j)
         out_j.copy_(torch.bmm(c_j, state, out=row))
-    return by_position(out, batch, length), start
+    return from_chunks(out, batch, length), start
 
 
 def _scan_fake(dt, x, b, c, rate, kernels):
@@ -140,10 +139,10 @@ def _scan_backward(
     start: torch.Tensor,
     kernels: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of dt, x, b and c.
+    """Returns the gradients of dt, x, b and c.
 
-    With g_t = dL/dh_t, dL/d(dt_t) = Σ_s rate g_t exp(rate dt_t) h_{t−1} needs states and their gradients at one moment,
-    though they run in opposite directions: some states of each chunk are kept, those between them computed again.
+    With g_t = dL/dh_t, dL/d(dt_t) = Σ_s rate g_t exp(rate dt_t) h_{t−1} needs both states, which run forward, and their
+    gradients, which run backward: √chunk states of each chunk are saved, those in between recomputed.
     """
     recur = fla_recurrence(dt) if kernels else None
     if recur is not None:
@@ -151,31 +150,31 @@ def _scan_backward(
     batch, length, _ = dt.shape
     chunk = _chunk(length, batch * rate.numel())
     rate = rate.t().contiguous()
-    dts, xs, bs, cs, grads = (by_step(t, chunk) for t in (dt, x, b, c, grad))
+    dts, xs, bs, cs, grads = (to_chunks(t, chunk) for t in (dt, x, b, c, grad))
     d_dt, d_x, d_b, d_c = (torch.empty_like(t) for t in (dts, xs, bs, cs))
     decay, scaled = torch.empty_like(start), torch.empty_like(start)
     row, column = torch.empty_like(xs[:, :1]), torch.empty_like(bs[:, :1])
     moves = list(zip(_rows(dts), _rows(xs), _rows(bs), _columns(bs)))
     pulls = list(zip(_rows(grads), _columns(cs)))
-    some = math.isqrt(chunk)
-    state, kept_states = start.clone(), []
+    interval = math.isqrt(chunk)
+    state, saved_states = start.clone(), []
     for j, ((dt_j, x_j, _, b_j), (grad_j, _), d_c_j) in enumerate(zip(moves, pulls, _rows(d_c))):
-        if j % some == 0:
-            kept_states.append(state.clone())
+        if j % interval == 0:
+            saved_states.append(state.clone())
         state.mul_(torch.mul(rate, dt_j, out=decay).exp_()).addcmul_(b_j, x_j)
         d_c_j.copy_(torch.bmm(grad_j, state.transpose(1, 2), out=column))
     adjoint = torch.zeros_like(start)
     if chunk < length:
         for (dt_j, _, _, _), (grad_j, c_j) in zip(reversed(moves), reversed(pulls)):
             adjoint.addcmul_(c_j, grad_j).mul_(torch.mul(rate, dt_j, out=decay).exp_())
-        kept = torch.exp(rate * dts.sum(1, keepdim=True))
-        after = carry(*(t.unflatten(0, (batch, -1)).flip(1) for t in (adjoint, kept)))
+        total_decay = torch.exp(rate * dts.sum(1, keepdim=True))
+        after = inter_chunk_scan(*(t.unflatten(0, (batch, -1)).flip(1) for t in (adjoint, total_decay)))
         adjoint = after.flip(1).flatten(0, 1).contiguous()
     results = list(zip(_rows(d_dt), _rows(d_x), _rows(d_b)))
-    before, decays = ([torch.empty_like(start) for _ in range(some)] for _ in range(2))
-    for first in reversed(range(0, chunk, some)):
-        steps = list(enumerate(range(first, min(first + some, chunk))))
-        state = kept_states.pop()
+    before, decays = ([torch.empty_like(start) for _ in range(interval)] for _ in range(2))
+    for first in reversed(range(0, chunk, interval)):
+        steps = list(enumerate(range(first, min(first + interval, chunk))))
+        state = saved_states.pop()
         for i, j in steps:
             dt_j, x_j, _, b_j = moves[j]
             before[i].copy_(state)
@@ -188,7 +187,7 @@ def _scan_backward(
             adjoint.mul_(decays[i])
             torch.sum(torch.mul(adjoint, rate, out=scaled).mul_(before[i]), 1, keepdim=True, out=row)
             d_dt_j.copy_(row)
-    d_dt, d_x, d_b, d_c = (by_position(t, batch, length) for t in (d_dt, d_x, d_b, d_c))
+    d_dt, d_x, d_b, d_c = (from_chunks(t, batch, length) for t in (d_dt, d_x, d_b, d_c))
     return d_dt, d_x, d_b, d_c
 
 
@@ -197,15 +196,15 @@ def _scan_backward_fake(grad, dt, x, b, c, rate, start, kernels):
 
 
 def _contiguous(x: torch.Tensor) -> torch.Tensor:
-    """An empty tensor like x as results lie, whatever the strides of x."""
+    """Returns an empty contiguous tensor like x."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _compose_scan(dt, x, b, c, rate, kernels):
-    """The same by doubling: what each position adds to the states, carried to all positions behind it."""
+    """Computes the scan by doubling, in differentiable torch."""
     added = x[:, :, None] * b[..., None]  # [batch, length, states, width]
     kept = torch.exp(rate.t() * dt[:, :, None])
-    return ((carry(added, kept) * kept + added) * c[..., None]).sum(2)
+    return ((inter_chunk_scan(added, kept) * kept + added) * c[..., None]).sum(2)
 
 
 # -- constant decay ----------------------------------------------------------------------------------------------------
@@ -214,32 +213,32 @@ def _compose_scan(dt, x, b, c, rate, kernels):
 def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """S_t = Σ_{j<t} exp(log_keep)^(t−1−j) x_j along dim 1 of x (batch, length, width); log_keep (width,), ≤ 0.
 
-    float32 or float64; what is kept for backward is the result. ``backend`` as for :func:`selective_scan`.
+    float32 or float64; only the result is saved for backward. ``backend`` as for :func:`selective_scan`.
 
     >>> decayed_sums(torch.ones(1, 4, 1), torch.tensor([0.5]).log()).flatten().tolist()
     [0.0, 1.0, 1.5, 1.75]
     """
     if x.dim() != 3 or log_keep.shape != x.shape[2:] or log_keep.dtype != x.dtype:
         given = f"x {tuple(x.shape)} {x.dtype} and log_keep {tuple(log_keep.shape)} {log_keep.dtype}"
-        raise ValueError(f"wanted x (batch, length, width) and log_keep (width,) of one dtype; got {given}")
+        raise ValueError(f"expected x (batch, length, width) and log_keep (width,) of one dtype; got {given}")
     if not x.numel():
         return x * log_keep
     return operate("decayed_sums", x, log_keep, False, backend == "auto")[0]
 
 
 def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: bool) -> torch.Tensor:
-    """``backwards``: S_t = Σ_{j>t} exp(log_keep)^(j−1−t) x_j."""
+    """Computes :func:`decayed_sums`, or S_t = Σ_{j>t} exp(log_keep)^(j−1−t) x_j if ``backwards``."""
     recur = fla_recurrence(x) if kernels else None
     if recur is not None:
         return fla_sums(recur, x, log_keep, backwards)
     batch, length, width = x.shape
     chunk = _chunk(length, batch * width)
-    # S + (x + S · (keep − 1)): a keep close to 1 would be rounded, and its powers with it; x + S · keep where it is
-    # small, for x would be rounded to S
+    # S + (x + S · (keep − 1)) for keep > 1/2, whose rounding would grow with its powers; x + S · keep otherwise, where
+    # x would be rounded to S
     whole = (log_keep > math.log(0.5)).to(x.dtype)
     change_of = torch.where(whole > 0, torch.expm1(log_keep), torch.exp(log_keep))
-    # padding stands where a sum has passed all positions
-    steps = by_step(x.flip(1) if backwards else x, chunk)
+    # padding comes after all positions
+    steps = to_chunks(x.flip(1) if backwards else x, chunk)
     out = torch.empty_like(steps)
     inputs, outputs = _rows(steps), _rows(out)
     start, change = torch.zeros_like(steps[:, :1]), torch.empty_like(steps[:, :1])
@@ -247,12 +246,12 @@ def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: boo
         for x_j in inputs:
             torch.addcmul(x_j, start, change_of, out=change)
             start.mul_(whole).add_(change)
-        kept = torch.exp(log_keep * chunk).expand_as(start)
-        start = carry(*(t.unflatten(0, (batch, -1)) for t in (start, kept))).flatten(0, 1)
+        total_decay = torch.exp(log_keep * chunk).expand_as(start)
+        start = inter_chunk_scan(*(t.unflatten(0, (batch, -1)) for t in (start, total_decay))).flatten(0, 1)
     outputs[0].copy_(start)
     for x_j, before, after in zip(inputs, outputs, outputs[1:]):
         torch.addcmul(x_j, before, change_of, out=after).addcmul_(before, whole)
-    out = by_position(out, batch, length)
+    out = from_chunks(out, batch, length)
     return out.flip(1) if backwards else out
 
 
@@ -262,14 +261,14 @@ def _sums_fake(x, log_keep, backwards, kernels):
 
 def _sums_backward(grad, needs, kept, x, log_keep, backwards, kernels):
     (sums,) = kept
-    # what a position adds to the sums beyond it; and S' = w S + x gives dL/dw = Σ S · that
+    # d_x is the reverse sum; S' = w S + x gives dL/dw = Σ S · d_x
     d_x = torch.ops.canvas_engineering.decayed_sums.default(grad.contiguous(), log_keep, not backwards, kernels)
     return d_x, (d_x * sums).sum((0, 1)) * torch.exp(log_keep)
 
 
 def _compose_sums(x, log_keep, backwards, kernels):
     x = x.flip(1) if backwards else x
-    out = carry(x[:, :, None], torch.exp(log_keep).expand(*x.shape)[:, :, None])[:, :, 0]
+    out = inter_chunk_scan(x[:, :, None], torch.exp(log_keep).expand(*x.shape)[:, :, None])[:, :, 0]
     return out.flip(1) if backwards else out
 
 
@@ -281,20 +280,20 @@ def _as_operator(name: str, *args):
 # -- chunks ------------------------------------------------------------------------------------------------------------
 
 
-def by_step(x: torch.Tensor, chunk: int) -> torch.Tensor:
-    """(batch, length, D) → (batch · chunks, chunk, D), padded with zeros, which neither decay nor add."""
+def to_chunks(x: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Reshapes (batch, length, D) to (batch · chunks, chunk, D), padded with zeros, which neither decay nor add."""
     missing = -x.shape[1] % chunk
     return (F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()).reshape(-1, chunk, x.shape[2])
 
 
-def by_position(steps: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-    """The inverse of :func:`by_step`."""
+def from_chunks(steps: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """Inverts :func:`to_chunks`."""
     return steps.reshape(batch, -1, steps.shape[2])[:, :length].contiguous()
 
 
-def carry(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """(batch, chunks, states, width): the state before each chunk, from what each adds and what share of its start each
-    keeps: H_k = kept_{k−1} H_{k−1} + added_{k−1}, by doubling."""
+def inter_chunk_scan(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Returns the state before each chunk: H_k = kept_{k−1} H_{k−1} + added_{k−1}, (batch, chunks, states, width), by
+    doubling."""
     shift, count = 1, added.shape[1]
     while shift < count:
         joined = torch.addcmul(added[:, shift:], kept[:, shift:], added[:, :-shift])
@@ -305,22 +304,21 @@ def carry(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 # -- flash-linear-attention --------------------------------------------------------------------------------------------
-# Of its operations, ``fla.ops.hgrn.fused_recurrent_hgrn(x, g, initial_state, output_final_state)`` is the one that
-# computes our recurrences as they are: h_t = exp(g_t) · h_{t−1} + x_t, every channel by itself, in float32. rwkv's sums
-# have one channel for each of the canvas's, mamba's states one for each pair of channel and state. Its results are held
-# to those of :mod:`.scan`, within 1e-5.
+# ``fla.ops.hgrn.fused_recurrent_hgrn(x, g, initial_state, output_final_state)`` computes h_t = exp(g_t) · h_{t−1} + x_t
+# for each channel, in float32. rwkv's sums have one channel for each of the canvas's, mamba's states one for each pair
+# of channel and state. Tests compare its results with the torch scans, within 1e-5.
 
 # (x, g), both (batch, length, channels) → h of the same shape
 Recurrence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# mamba's states are written out, for as many channels at a time as make 64 MB of them.
+# mamba's states are materialised for a slice of channels at a time, 64 MB.
 MAX_STATES = 1 << 24
-# Steps that follow each other: chunks run side by side, and no decay is rounded more often than this.
+# Sequential steps per chunk; chunks run in parallel.
 FLA_CHUNK = 128
 
 
 def fla_recurrence(x: torch.Tensor) -> Recurrence | None:
-    """The kernel for tensors like ``x``, or None where :mod:`.scan` has to do: on a CPU, in float64, without fla."""
+    """Returns the kernel for tensors like ``x``; None on a CPU, in float64 or without fla."""
     return _fla_kernel() if _is_supported(x) else None
 
 
@@ -332,7 +330,7 @@ def _is_supported(x: torch.Tensor) -> bool:
 def _fla_kernel() -> Recurrence | None:
     if find_spec("fla") is None:
         return None
-    # one that is installed and cannot be imported is an error, not a fallback
+    # a broken installation is an error, not a fallback
     from fla.ops.hgrn import fused_recurrent_hgrn  # pyright: ignore[reportMissingImports] of the extra `fla`
 
     return functools.partial(_fla_recurrence, fused_recurrent_hgrn)
@@ -342,16 +340,16 @@ def _fla_recurrence(kernel, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     batch, length, _ = x.shape
     if length <= FLA_CHUNK:
         return kernel(x.contiguous(), g.contiguous())[0]
-    x, g = by_step(x, FLA_CHUNK), by_step(g, FLA_CHUNK)
+    x, g = to_chunks(x, FLA_CHUNK), to_chunks(g, FLA_CHUNK)
     _, ends = kernel(x, g, output_final_state=True)
     # [batch, chunks, 1, channels]
     ends, kept = (t.unflatten(0, (batch, -1))[:, :, None] for t in (ends, g.sum(1).exp()))
-    out, _ = kernel(x, g, initial_state=carry(ends, kept).reshape(len(x), -1))
-    return by_position(out, batch, length)
+    out, _ = kernel(x, g, initial_state=inter_chunk_scan(ends, kept).reshape(len(x), -1))
+    return from_chunks(out, batch, length)
 
 
 def fla_sums(recur: Recurrence, x: torch.Tensor, log_keep: torch.Tensor, backwards: bool) -> torch.Tensor:
-    """As :func:`.scan.decayed_sums`; ``backwards`` from the last position."""
+    """Computes :func:`decayed_sums`, from the last position if ``backwards``."""
     if backwards:
         x = x.flip(1)
     out = recur(F.pad(x, (0, 0, 1, 0))[:, :-1], log_keep.expand_as(x))
@@ -361,11 +359,11 @@ def fla_sums(recur: Recurrence, x: torch.Tensor, log_keep: torch.Tensor, backwar
 def fla_scan(
     recur: Recurrence, dt: torch.Tensor, x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, rate: torch.Tensor
 ) -> torch.Tensor:
-    """As :func:`.scan.selective_scan`."""
+    """Computes :func:`selective_scan`."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for some in _channel_ranges(dt, rate):
-        states, _ = _fla_states(recur, dt[..., some], x[..., some], b, rate[some])
-        out[..., some] = (states * c[:, :, None]).sum(-1)
+    for channels in _channel_ranges(dt, rate):
+        states, _ = _fla_states(recur, dt[..., channels], x[..., channels], b, rate[channels])
+        out[..., channels] = (states * c[:, :, None]).sum(-1)
     return out
 
 
@@ -378,20 +376,20 @@ def fla_scan_backward(
     c: torch.Tensor,
     rate: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of dt, x, b and c. The states' own gradients are the same recurrence from the other end: G_t = grad_t
-    c_t + exp(rate · dt_{t+1}) G_{t+1}."""
+    """Returns the gradients of dt, x, b and c. Those of the states are the reverse recurrence
+    G_t = grad_t c_t + exp(rate · dt_{t+1}) G_{t+1}."""
     d_dt, d_x = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dt, x))
     d_b, d_c = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (b, c))
-    for some in _channel_ranges(dt, rate):
-        states, decay = _fla_states(recur, dt[..., some], x[..., some], b, rate[some])
-        d_c += (states * grad[..., some, None]).sum(2)
-        pull = grad[..., some, None] * c[:, :, None]
+    for channels in _channel_ranges(dt, rate):
+        states, decay = _fla_states(recur, dt[..., channels], x[..., channels], b, rate[channels])
+        d_c += (states * grad[..., channels, None]).sum(2)
+        pull = grad[..., channels, None] * c[:, :, None]
         adjoint = _by_channel(recur, pull.flip(1), _shift_right(decay.flip(1))).flip(1)
-        d_x[..., some] = (adjoint * b[:, :, None]).sum(-1)
-        d_b += (adjoint * x[..., some, None]).sum(2)
-        # what h_t is of h_{t−1}, by rate
-        kept = decay.exp_().mul_(_shift_right(states)).mul_(rate[some])
-        d_dt[..., some] = (adjoint * kept).sum(-1)
+        d_x[..., channels] = (adjoint * b[:, :, None]).sum(-1)
+        d_b += (adjoint * x[..., channels, None]).sum(2)
+        # dh_t/d(dt_t)
+        kept = decay.exp_().mul_(_shift_right(states)).mul_(rate[channels])
+        d_dt[..., channels] = (adjoint * kept).sum(-1)
     return d_dt, d_x, d_b, d_c
 
 
@@ -401,7 +399,7 @@ def _channel_ranges(dt: torch.Tensor, rate: torch.Tensor) -> Iterator[slice]:
 
 
 def _fla_states(recur, dt, x, b, rate) -> tuple[torch.Tensor, torch.Tensor]:
-    """h and rate · dt, (batch, length, width, states)."""
+    """Returns h and rate · dt, (batch, length, width, states)."""
     decay = dt[..., None] * rate
     return _by_channel(recur, x[..., None] * b[:, :, None], decay), decay
 
@@ -411,7 +409,7 @@ def _by_channel(recur: Recurrence, x: torch.Tensor, g: torch.Tensor) -> torch.Te
 
 
 def _shift_right(x: torch.Tensor) -> torch.Tensor:
-    """Every position's value at the next one, zeros at the first."""
+    """Shifts values to the next position, with zeros at the first."""
     return F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]
 
 

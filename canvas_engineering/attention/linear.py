@@ -11,7 +11,7 @@ from canvas_kernels.packing import gather_rows, scatter_rows
 from ..checked import checked_read, checked_sizes
 from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
-from .base import canvas_of, coefficients, only, project_out, rows_of, shared_keys
+from .base import coefficients, mask_rows, output_projection, shared_keys, to_canvas, to_rows
 
 LINEAR_EPSILON = 1e-6
 
@@ -20,7 +20,7 @@ class LinearAttention(CanvasModule):
     """φ(q)·Σ_j φ(k_j) v_jᵀ / (φ(q)·Σ_j φ(k_j) + 1e-6) with φ = elu + 1, and biased projections as
     :class:`CrossAttention` has.
 
-    The sums are taken once for each distinct set of keys. ``dropout`` has no probabilities to act on here.
+    The sums are computed once for each distinct set of keys. ``dropout`` is unused: there are no probabilities.
 
     >>> module = LinearAttention(8, n_heads=2)
     >>> module(torch.randn(1, 3, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)).shape
@@ -33,11 +33,11 @@ class LinearAttention(CanvasModule):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def prepare(self, plan: AttentionPlan) -> None:
-        """Makes the index sets of ``plan``."""
+        """Builds the index sets of ``plan``."""
         shared_keys(plan)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
+        """Runs one attention set: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
         checked_read(queries, keys, values)
         q, k, v = (
             proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
@@ -56,47 +56,47 @@ class LinearAttention(CanvasModule):
         gain: torch.Tensor | None = None,
         active: torch.Tensor | None = None,
         row_scale: torch.Tensor | None = None,
-        bias_share: torch.Tensor | None = None,
+        bias_weight: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> torch.Tensor:
-        """Every read of ``plan``; arguments and result as for :meth:`CrossAttention.attend`."""
-        found = shared_keys(plan)
-        weights = coefficients(found.places, plan, x, gain, active, row_scale)
+        """Runs every attention set of ``plan``; arguments and result are those of :meth:`CrossAttention.attend`."""
+        index = shared_keys(plan)
+        weights = coefficients(index.query_index, plan, x, gain, active, row_scale)
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
         projected = F.linear(x, weight, bias)
         (batch, _, width), dtype = x.shape, projected.dtype
         dim = width // self.n_heads
         with torch.autocast(x.device.type, enabled=False):
-            # the sums of 16-bit inputs are taken in float32
+            # 16-bit inputs are summed in float32
             q, k, v = _wide(projected).chunk(3, dim=-1)
-            q, k, v = rows_of(_feature(q)), rows_of(_feature(k)), rows_of(self._with_ones(v))
-            k, v = gather_rows(k, found.keys), gather_rows(v, found.keys)
+            q, k, v = to_rows(_feature(q)), to_rows(_feature(k)), to_rows(self._with_ones(v))
+            k, v = gather_rows(k, index.keys), gather_rows(v, index.keys)
             # [sets, B, heads, head_dim, head_dim + 1]
             sums = [
-                self._split(stretch.of(k), batch, dim).transpose(-1, -2) @ self._split(stretch.of(v), batch, dim + 1)
-                for stretch in found.key_sets
+                self._split(span.of(k), batch, dim).transpose(-1, -2) @ self._split(span.of(v), batch, dim + 1)
+                for span in index.key_sets
             ]
             sums = torch.cat(sums) if len(sums) > 1 else sums[0]
-            by_read = only(gather_rows(sums.flatten(1), found.read_set), weights.live_reads)
-            sums = by_read.unflatten(1, sums.shape[1:])
-            q, pieces, first = only(gather_rows(q, found.queries), weights.live), [], 0
-            for stretch in found.reads:
-                own = sums[first : first + stretch.count]
-                first += stretch.count
-                # [reads, B, heads, n, head_dim] → [reads · n, B · d]
-                out = _normalised(self._split(stretch.of(q), batch, dim), own)
-                pieces.append(out.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1))
-            results = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            out = canvas_of(scatter_rows(weights.weigh(results), found.queries), batch, width)
-        return project_out(self.out_proj, out.to(dtype), bias_share)
+            by_set = mask_rows(gather_rows(sums.flatten(1), index.key_set_of), weights.live_sets)
+            sums = by_set.unflatten(1, sums.shape[1:])
+            q, results, first = mask_rows(gather_rows(q, index.queries), weights.live), [], 0
+            for span in index.sets:
+                own = sums[first : first + span.count]
+                first += span.count
+                # [sets, B, heads, n, head_dim] → [sets · n, B · d]
+                out = _normalised(self._split(span.of(q), batch, dim), own)
+                results.append(out.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1))
+            result = torch.cat(results) if len(results) > 1 else results[0]
+            out = to_canvas(scatter_rows(weights.weigh(result), index.queries), batch, width)
+        return output_projection(self.out_proj, out.to(dtype), bias_weight)
 
     def _with_ones(self, v: torch.Tensor) -> torch.Tensor:
-        """v (B, n, d) with a 1 behind each head's elements: its sum over keys is the normaliser."""
+        """Appends a 1 to each head of v (B, n, d): its sum over keys is the normaliser."""
         return F.pad(v.unflatten(2, (self.n_heads, -1)), (0, 1), value=1.0).flatten(2)
 
     def _split(self, rows: torch.Tensor, batch: int, dim: int) -> torch.Tensor:
-        """[sets, m, B · heads · D] as [sets, B, heads, m, D], D being ``dim``."""
+        """Reshapes [sets, m, B · heads · D] to [sets, B, heads, m, D], D being ``dim``."""
         return rows.unflatten(2, (batch, self.n_heads, dim)).permute(0, 2, 3, 1, 4)
 
 
@@ -109,6 +109,6 @@ def _feature(x: torch.Tensor) -> torch.Tensor:
 
 
 def _normalised(q: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """[…, n, D] φ(q) and […, D, D + 1], Σ φ(k_j) v_jᵀ with Σ φ(k_j) as the last column → […, n, D]."""
+    """Divides φ(q) Σ φ(k_j) v_jᵀ by φ(q) Σ φ(k_j): q […, n, D], sums […, D, D + 1] with Σ φ(k_j) last → […, n, D]."""
     out = q @ sums
     return out[..., :-1] / (out[..., -1:] + LINEAR_EPSILON)

@@ -51,7 +51,7 @@ def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
     alone[place] = ~plan.rows_with_keys()[place]
     if alone.any():
         plan = compile_attention(*_with_self_reads(layout, topology, alone), normalize="joint")
-    plan = plan.over(place)
+    plan = plan.reindex(place)
     _ = plan.in_canvas_order  # found now, in numpy, which a compiler that traces the first step cannot follow
     return plan
 

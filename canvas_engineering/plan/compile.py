@@ -15,7 +15,7 @@ from ..cortex import CortexRegistry
 from ..program import CanvasProgram
 from ..program.checks import check_program
 from ..program.edges import resolve_edges
-from .attention_sets import Bank, topology_reads
+from .attention_sets import SlotBank, resolve_attention_sets
 from .ordering import pack_positions
 from .plan import AttentionPlan
 from .tables import edge_table, joint_table
@@ -37,27 +37,27 @@ def compile_attention(
     normalize: str = "edge",
     dense_in_time: bool = False,
 ) -> AttentionPlan:
-    """Compile a declaration into block tables. Host only; cost and memory go with the number of rectangles and
-    positions.
+    """Compiles a declaration into block tables. It runs on the host; cost and memory are proportional to the number of
+    rectangles and positions.
 
     Args:
-        layout: where regions lie.
-        topology: who reads whom. Connections to regions that the layout lacks are skipped with one UserWarning; where
-            offsets or masks leave two regions without any read, one tells so when the plan is made.
-        program: how the connections run: functions, write modes, masks and triggers, and which regions are read
-            through a bank of slots. Connection programs for pairs without a connection get one UserWarning.
-        cortex: gives edges inside one cortex its attention function.
-        normalize: "edge" for one softmax per read, averaged by weight; "joint" for one softmax per query over the
-            union of its reads, weights as ln w on the logits.
-        dense_in_time: read every connection as if it had no temporal offsets.
+        layout: the regions and where they lie.
+        topology: which regions attend to which. Connections to regions that the layout lacks are skipped with one
+            UserWarning; another names connections that offsets or masks leave without any keys.
+        program: how connections run: functions, write modes, masks and triggers, and which regions have slot banks.
+            Connection programs for pairs without a connection get one UserWarning.
+        cortex: gives connections inside one cortex its attention function.
+        normalize: "edge" for one softmax per attention set, averaged by weight; "joint" for one softmax per query over
+            the union of its sets, with ln w added to the logits.
+        dense_in_time: whether to ignore the temporal offsets of all connections.
 
     Returns:
-        the plan; a second call with an equal declaration gives the same object. ``compile_attention.cache_clear()``
-        forgets all plans; those in use stay valid.
+        The plan. A second call with an equal declaration returns the same object; ``compile_attention.cache_clear()``
+        empties the cache, and plans in use stay valid.
 
     Raises:
-        ValueError: ``normalize`` unknown, a mask that does not fit its connection's regions, a program or a cortex that
-            cannot be run, or a program that wants gates or triggers in joint form.
+        ValueError: an unknown ``normalize``, a mask that does not fit its connection's regions, an invalid program or
+            cortex, or gates or triggers in joint form.
 
     >>> from canvas_engineering import CanvasLayout, CanvasTopology
     >>> layout = CanvasLayout(T=2, H=2, W=2, d_model=8, regions={"a": (0, 2, 0, 1, 0, 2), "b": (0, 2, 1, 2, 0, 2)})
@@ -77,33 +77,33 @@ def compile_attention(
     if cortex is not None:
         cortex.check(layout)
     topology, triggers = resolve_edges(topology, layout, program, cortex)
-    banks = _banks(layout, program)
+    banks = _slot_banks(layout, program)
     if normalize == "joint":
         _check_joint(topology, triggers, program)
     key = (layout.key(), topology.key(), normalize, dense_in_time, banks, tuple(triggers.items()))
     with _cache_lock:
-        found = _cache.get(key)
-        if found is not None:
+        plan = _cache.get(key)
+        if plan is not None:
             _cache.move_to_end(key)
-    if found is not None:
-        if found.index_sets.get("skips"):
-            resolve_connections(topology, layout)  # for its warning, which each compile of such a declaration gives
-        return found
+    if plan is not None:
+        if plan.index_sets.get("skips"):
+            resolve_connections(topology, layout)  # repeats its warning for each compilation
+        return plan
     fns = tuple(topology.resolve_fns(layout))
-    reads = topology_reads(layout, topology, dense_in_time, banks)
-    packed = pack_positions(layout, reads, banks)
+    sets = resolve_attention_sets(layout, topology, dense_in_time, banks)
+    packed = pack_positions(layout, sets, banks)
     connections = tuple(topology.connections)
     if normalize == "joint":
-        table = joint_table(reads, packed)
+        table = joint_table(sets, packed)
     else:
         replace = np.array([c.write_mode == "replace" for c in connections], dtype=bool)
-        table = edge_table(reads, packed, len(connections), replace)
+        table = edge_table(sets, packed, len(connections), replace)
     packed.order.setflags(write=False)
     n_positions = layout.num_positions + sum(bank.size for bank in banks)
-    plan = AttentionPlan(normalize, connections, fns, n_positions, table, reads, packed, banks, triggers)
+    plan = AttentionPlan(normalize, connections, fns, n_positions, table, sets, packed, banks, triggers)
     plan.index_sets["skips"] = any(c.src not in layout.regions or c.dst not in layout.regions for c in connections)
     with _cache_lock:
-        # another thread may have compiled the same declaration meanwhile: everyone gets the first one
+        # another thread may have compiled the same declaration meanwhile: the first plan wins
         plan = _cache.setdefault(key, plan)
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
@@ -118,12 +118,12 @@ def _cache_clear() -> None:
 compile_attention.cache_clear = _cache_clear
 
 
-def _banks(layout: CanvasLayout, program: CanvasProgram | None) -> tuple[Bank, ...]:
-    banks: list[Bank] = []
+def _slot_banks(layout: CanvasLayout, program: CanvasProgram | None) -> tuple[SlotBank, ...]:
+    banks: list[SlotBank] = []
     for name, region in ({} if program is None else program.regions).items():
         if region.identity is not None and name in layout.regions:
             start = banks[-1].start + banks[-1].size if banks else 0
-            banks.append(Bank(name, start, region.identity.slot_capacity))
+            banks.append(SlotBank(name, start, region.identity.slot_capacity))
     return tuple(banks)
 
 
@@ -132,6 +132,6 @@ def _check_joint(topology: CanvasTopology, triggers: dict[int, str], program: Ca
     for number in sorted(gated | triggers.keys()):
         c, what = topology.connections[number], "gate" if number in gated else f"trigger {triggers.get(number)!r}"
         raise ValueError(
-            f"connection {number}, {c.src!r} reads {c.dst!r} with a {what}, which belongs to the edge form: joint form "
-            "has one softmax per query with constant weights"
+            f"connection {number}, {c.src!r} attends to {c.dst!r} with a {what}, which belongs to the edge form: "
+            "joint form has one softmax per query with constant weights"
         )

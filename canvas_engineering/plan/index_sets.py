@@ -1,4 +1,4 @@
-"""The reads of a plan as lists of rows: what functions want that are not softmax over rectangles."""
+"""Attention sets as lists of rows, for functions that do not run on rectangles."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 from canvas_kernels.block_table import BlockTable
 from canvas_kernels.ranges import expand_ranges
 
-from .attention_sets import Reads
+from .attention_sets import AttentionSets
 from .ordering import PackedOrder
 
 
 @dataclass(frozen=True, eq=False)
-class ReadShape:
-    """What the sets of one or more reads look like, wherever they lie.
+class SetShape:
+    """The shape of an attention set, wherever it lies on the canvas.
 
     Attributes:
-        queries, keys: extents (frames, s0, …) of the smallest boxes that hold the two sets; for reads of a slot bank,
-            which has no grid, their lengths alone, (n,) and (m,).
-        places: int64 [m], where each key stands in its box, row-major; None where the keys are the whole box.
+        queries, keys: extents (frames, s0, …) of the smallest boxes that hold the queries and the keys; for sets over a
+            slot bank, which has no grid, their lengths alone, (n,) and (m,).
+        key_index: int64 [m], the row-major index of each key in its box; None where the keys are the whole box.
     """
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
-    places: np.ndarray | None = None
+    key_index: np.ndarray | None = None
 
     @property
     def n(self) -> int:
@@ -36,18 +36,19 @@ class ReadShape:
     @property
     def m(self) -> int:
         """Number of keys."""
-        return math.prod(self.keys) if self.places is None else len(self.places)
+        return math.prod(self.keys) if self.key_index is None else len(self.key_index)
 
 
 @dataclass(frozen=True, eq=False)
-class ReadSets:
-    """R reads over S distinct sets of rows. All arrays int64 but ``weight``.
+class RowSets:
+    """R attention sets over S distinct sets of rows. All arrays are int64 but ``weight`` and ``largest``.
 
-    Set s holds the packed rows ``rows[ptr[s] : ptr[s + 1]]`` in canvas order, (t, s0, s1, …). Read r attends from the
-    set ``queries[r]`` over the set ``keys[r]`` with ``weight[r]`` (float64) and belongs to ``connection[r]``. Equal
-    reads of one connection are one read of their summed weight; ``largest[r]`` (float64) is that of one of them.
-    ``boxes[s]`` ([S, D, 2]) is the smallest box that holds set s, ``members[s]`` the boxes that it joins, if several;
-    ``banks`` (bool [S]) marks the sets of slots. These three are empty for sets that were split from a table.
+    Row set s holds the packed rows ``rows[ptr[s] : ptr[s + 1]]`` in canvas order, (t, s0, s1, …). Attention set r lets
+    the row set ``queries[r]`` attend to the row set ``keys[r]`` with ``weight[r]`` (float64) and belongs to
+    ``connection[r]``. Equal sets of one connection are merged, weights added; ``largest[r]`` (float64) is the weight of
+    one of them. ``boxes[s]`` ([S, D, 2]) is the smallest box that holds row set s, ``members[s]`` the boxes that it
+    joins, if several; ``banks`` (bool [S]) marks slot banks. These three are empty for sets that were split from a
+    table.
     """
 
     ptr: np.ndarray
@@ -61,32 +62,32 @@ class ReadSets:
     members: dict[int, np.ndarray] = field(default_factory=dict)
     banks: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
-    def shapes(self) -> list[tuple[ReadShape, np.ndarray]]:
-        """Every shape of a read, with the numbers of the reads that have it."""
+    def shapes(self) -> list[tuple[SetShape, np.ndarray]]:
+        """Returns the distinct shapes of the attention sets, each with the numbers of the sets that have it."""
         extent = self.boxes[:, :, 1] - self.boxes[:, :, 0]
         joined, kinds = np.zeros(len(self.boxes), np.int64), {}
         for number in self.members:
-            places = self._places(number, tuple(extent[number].tolist())).tobytes()
-            joined[number] = 1 + kinds.setdefault(places, len(kinds))
+            key_index = self._key_index(number, tuple(extent[number].tolist())).tobytes()
+            joined[number] = 1 + kinds.setdefault(key_index, len(kinds))
         slots = self.banks[self.keys][:, None]
         extents = [np.where(slots, 0, extent[side]) for side in (self.queries, self.keys)]
         lengths = [np.where(slots, self.lengths(side)[:, None], 0) for side in (self.queries, self.keys)]
         columns = np.concatenate([*lengths, *extents, joined[self.keys][:, None]], 1)
         _, first, inverse = np.unique(columns, axis=0, return_index=True, return_inverse=True)
         by_shape = np.split(np.argsort(inverse.reshape(-1), kind="stable"), np.cumsum(np.bincount(inverse.reshape(-1))))
-        return [(self._shape(read), reads) for read, reads in zip(first.tolist(), by_shape)]
+        return [(self._shape(number), numbers) for number, numbers in zip(first.tolist(), by_shape)]
 
-    def _shape(self, read: int) -> ReadShape:
-        queries, keys = int(self.queries[read]), int(self.keys[read])
+    def _shape(self, number: int) -> SetShape:
+        queries, keys = int(self.queries[number]), int(self.keys[number])
         if self.banks[keys]:
             n, m = self.lengths(np.array([queries, keys])).tolist()
-            return ReadShape((n,), (m,))
+            return SetShape((n,), (m,))
         q_extent, k_extent = (
             tuple((box[:, 1] - box[:, 0]).tolist()) for box in (self.boxes[queries], self.boxes[keys])
         )
-        return ReadShape(q_extent, k_extent, self._places(keys, k_extent) if keys in self.members else None)
+        return SetShape(q_extent, k_extent, self._key_index(keys, k_extent) if keys in self.members else None)
 
-    def _places(self, number: int, extent: tuple[int, ...]) -> np.ndarray:
+    def _key_index(self, number: int, extent: tuple[int, ...]) -> np.ndarray:
         parts = []
         for box in self.members[number]:
             first, shape = box[:, 0] - self.boxes[number][:, 0], box[:, 1] - box[:, 0]
@@ -94,29 +95,30 @@ class ReadSets:
         return np.sort(np.concatenate(parts))
 
     def lengths(self, sets: np.ndarray) -> np.ndarray:
-        """How many rows each of ``sets`` holds."""
+        """Returns how many rows each of the row sets ``sets`` holds."""
         return np.diff(self.ptr)[sets]
 
     def rows_of(self, sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(place, row) of every row of ``sets``, one set after another: ``place`` counts in ``sets``."""
-        place, at = expand_ranges(self.ptr[sets], self.lengths(sets))
-        return place, self.rows[at]
+        """Returns (number, row) of every row of the row sets ``sets``, ``number`` counting in ``sets``."""
+        number, at = expand_ranges(self.ptr[sets], self.lengths(sets))
+        return number, self.rows[at]
 
 
-def read_sets(reads: Reads, packed: PackedOrder, n_canvas: int) -> ReadSets:
-    """The reads, each of which must let all of its queries see the same keys. Positions from ``n_canvas`` on are slots.
+def row_sets(sets: AttentionSets, packed: PackedOrder, n_canvas: int) -> RowSets:
+    """Returns attention sets as rows; all queries of a set must attend to the same keys. Positions from ``n_canvas`` on
+    are slots.
 
     Raises:
-        ValueError: a read whose queries see different keys (a mask of (query, key) pairs), naming the connection.
+        ValueError: the queries of a set attend to different keys (a mask of pairs); the message names the connection.
     """
-    queries, keys, members = _sets(reads)
-    # equal reads of one connection become one
-    triple = np.stack([reads.connection, queries, keys], 1)
+    queries, keys, members = _sets(sets)
+    # merge equal sets of one connection
+    triple = np.stack([sets.connection, queries, keys], 1)
     triple, inverse = np.unique(triple, axis=0, return_inverse=True)
     inverse = inverse.reshape(-1)
-    weight = np.bincount(inverse, weights=reads.weight, minlength=len(triple))
+    weight = np.bincount(inverse, weights=sets.weight, minlength=len(triple))
     largest = np.zeros(len(triple))
-    np.maximum.at(largest, inverse, reads.weight)
+    np.maximum.at(largest, inverse, sets.weight)
     connection, queries, keys = triple.T
     used, numbers = np.unique(np.concatenate([queries, keys]), return_inverse=True)
     member_set, member_box = members
@@ -126,16 +128,16 @@ def read_sets(reads: Reads, packed: PackedOrder, n_canvas: int) -> ReadSets:
     owner, interval = expand_ranges(packed.ptr[member_box], np.diff(packed.ptr)[member_box])
     owner = member_set[owner]
     start = packed.interval_start[interval]
-    piece, row = expand_ranges(start, packed.interval_stop[interval] - start)
-    owner = owner[piece]
+    interval_number, row = expand_ranges(start, packed.interval_stop[interval] - start)
+    owner = owner[interval_number]
     row = row[np.lexsort((packed.order[row], owner))]
     ptr = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(used)))])
     numbers = numbers.reshape(-1)
-    boxes = np.full((len(used), *reads.boxes.shape[1:]), [np.iinfo(np.int64).max, 0])
-    np.minimum.at(boxes[:, :, 0], member_set, reads.boxes[member_box][:, :, 0])
-    np.maximum.at(boxes[:, :, 1], member_set, reads.boxes[member_box][:, :, 1])
+    boxes = np.full((len(used), *sets.boxes.shape[1:]), [np.iinfo(np.int64).max, 0])
+    np.minimum.at(boxes[:, :, 0], member_set, sets.boxes[member_box][:, :, 0])
+    np.maximum.at(boxes[:, :, 1], member_set, sets.boxes[member_box][:, :, 1])
     several = (np.bincount(member_set, minlength=len(used)) > 1).nonzero()[0]
-    return ReadSets(
+    return RowSets(
         ptr,
         row,
         numbers[: len(triple)],
@@ -144,24 +146,26 @@ def read_sets(reads: Reads, packed: PackedOrder, n_canvas: int) -> ReadSets:
         connection,
         largest,
         boxes,
-        {int(number): reads.boxes[member_box[member_set == number]] for number in several},
+        {int(number): sets.boxes[member_box[member_set == number]] for number in several},
         packed.order[row[ptr[:-1]]] >= n_canvas,
     )
 
 
-def cell_sets(table: BlockTable) -> ReadSets:
-    """The reads of a table in edge form, split into such as see the same keys in all of their rows, which stand in
-    packed order: for functions that serve each query by itself, whatever the order of its keys."""
-    cells = table.cells()
-    count = len(cells.q_start)
-    owner, q_rows = expand_ranges(cells.q_start, cells.q_stop - cells.q_start)
-    start = table.k_start[cells.rectangle]
-    piece, k_rows = expand_ranges(start, table.k_stop[cells.rectangle] - start)
-    key_owner = np.repeat(np.arange(count), np.diff(cells.ptr))[piece]
+def uniform_row_sets(table: BlockTable) -> RowSets:
+    """Returns the attention sets of a table in edge form, split so that all queries of a set attend to the same keys.
+
+    Rows are in packed order: for functions that serve each query by itself and ignore the order of keys.
+    """
+    ranges = table.query_ranges()
+    count = len(ranges.q_start)
+    owner, q_rows = expand_ranges(ranges.q_start, ranges.q_stop - ranges.q_start)
+    start = table.k_start[ranges.rectangle]
+    interval_number, k_rows = expand_ranges(start, table.k_stop[ranges.rectangle] - start)
+    key_owner = np.repeat(np.arange(count), np.diff(ranges.ptr))[interval_number]
     lengths = np.concatenate([np.bincount(owner, minlength=count), np.bincount(key_owner, minlength=count)])
-    lead = cells.rectangle[cells.ptr[:-1]]
+    lead = ranges.rectangle[ranges.ptr[:-1]]
     number, weight = np.arange(count), table.weight[lead].astype(np.float64)
-    return ReadSets(
+    return RowSets(
         np.concatenate([[0], np.cumsum(lengths)]),
         np.concatenate([q_rows, k_rows]),
         number,
@@ -172,29 +176,32 @@ def cell_sets(table: BlockTable) -> ReadSets:
     )
 
 
-def has_pairs(reads: Reads) -> bool:
-    """Whether the queries of some read see different keys."""
-    first = np.searchsorted(reads.part_read, np.arange(len(reads.weight)))
-    return bool((reads.part_q != reads.part_q[first][reads.part_read]).any())
+def has_pairs(sets: AttentionSets) -> bool:
+    """Whether the queries of some set attend to different keys."""
+    first = np.searchsorted(sets.part_set, np.arange(len(sets.weight)))
+    return bool((sets.part_q != sets.part_q[first][sets.part_set]).any())
 
 
-def _sets(reads: Reads):
-    """Set numbers of every read's queries and keys, and (set, box) of every member: boxes first, then unions."""
-    first = np.searchsorted(reads.part_read, np.arange(len(reads.weight)))
-    count = np.diff(np.append(first, len(reads.part_read)))
-    queries, keys = reads.part_q[first], reads.part_k[first].copy()
-    differs = reads.part_q != queries[reads.part_read]
+def _sets(sets: AttentionSets):
+    """Returns the row sets of every attention set's queries and keys, and (row set, box) of every member: boxes first,
+    then unions."""
+    first = np.searchsorted(sets.part_set, np.arange(len(sets.weight)))
+    count = np.diff(np.append(first, len(sets.part_set)))
+    queries, keys = sets.part_q[first], sets.part_k[first].copy()
+    differs = sets.part_q != queries[sets.part_set]
     if differs.any():
-        connection = int(reads.connection[reads.part_read[differs.argmax()]])
-        raise ValueError(f"connection {connection} lets each query see other keys: its reads are no sets of rows")
-    n_boxes = len(reads.boxes)
+        connection = int(sets.connection[sets.part_set[differs.argmax()]])
+        raise ValueError(
+            f"connection {connection} gives each query its own keys (a mask of pairs): its sets are no lists of rows"
+        )
+    n_boxes = len(sets.boxes)
     unions: dict[bytes, int] = {}
     member_set, member_box = [np.arange(n_boxes)], [np.arange(n_boxes)]
-    for read in (count > 1).nonzero()[0]:
-        boxes = np.sort(reads.part_k[first[read] : first[read] + count[read]])
-        number = unions.setdefault(boxes.tobytes(), n_boxes + len(unions))
-        if number == n_boxes + len(member_set) - 1:
-            member_set.append(np.full(len(boxes), number))
+    for number in (count > 1).nonzero()[0]:
+        boxes = np.sort(sets.part_k[first[number] : first[number] + count[number]])
+        union = unions.setdefault(boxes.tobytes(), n_boxes + len(unions))
+        if union == n_boxes + len(member_set) - 1:
+            member_set.append(np.full(len(boxes), union))
             member_box.append(boxes)
-        keys[read] = number
+        keys[number] = union
     return queries, keys, (np.concatenate(member_set), np.concatenate(member_box))

@@ -15,8 +15,8 @@ from canvas_kernels.packing import IndexMap, gather_rows, scatter_rows
 from canvas_kernels.triton_ops.tiling import TileClass, partial_width
 
 from ..connectivity import Connection
-from .attention_sets import Bank, Reads
-from .index_sets import ReadSets, cell_sets, has_pairs, read_sets
+from .attention_sets import AttentionSets, SlotBank
+from .index_sets import RowSets, has_pairs, row_sets, uniform_row_sets
 from .ordering import PackedOrder
 from .tables import edge_table, join_tables, joint_table
 
@@ -27,25 +27,26 @@ _FILL_CLASSES = (TileClass(64, 64, 8.0), TileClass(16, 16, 1.0))
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """A declaration, compiled: which positions attend over which, in blocks. Immutable; make it with
+    """A compiled declaration: which positions attend to which, as tables. Immutable; made by
     :func:`compile_attention`.
 
     Attributes:
-        normalize: "edge" (a softmax per read, the dispatcher's form) or "joint" (one softmax per query, the masks'
-            form).
-        connections: the topology's connections as they run under the program; gains and activity are in their order.
+        normalize: "edge" (one softmax per attention set, the dispatcher's form) or "joint" (one softmax per query, the
+            masks' form).
+        connections: the topology's connections as they run under the program; gains and activity follow their order.
         fns: the attention function that each connection resolves to.
-        n_positions: N of the canvas, and the slots of all banks after them.
+        n_positions: N of the canvas plus the slots of all slot banks.
         table: the canvas_kernels.BlockTable over packed positions.
-        order: int64 [n], the position at each packed place (read-only numpy), slots last; n ≤ N, for positions that no
-            read uses have no packed place.
-        banks: the slots through which regions with an identity are read.
+        attention_sets: the attention sets that connections resolve to.
+        order: int64 [n], the canvas position of each packed row (read-only numpy), slots last; n ≤ N, since positions
+            that no attention set uses have no packed row.
+        slot_banks: the slots that stand for the keys of regions with an identity.
         triggers: connection number to the trigger that has to hold for it to run.
-        n_packed: n, the number of positions that some read uses.
-        order_map: the IndexMap from canvas positions to packed places.
-        replaces: whether some connection writes by replacing.
-        by_fn: the plan of each function, where some function leaves out pairs of its reads; else empty.
-        pairs: the table of the pairs that are left, where this is the plan of such a function.
+        n_packed: n, the number of positions that some attention set uses.
+        order_map: the IndexMap from canvas positions to packed rows.
+        replaces: whether some connection has the write mode "replace".
+        by_fn: the plan of each function, where some function drops pairs of its attention sets; else empty.
+        pairs: the table of the remaining pairs, where this is the plan of such a function.
 
     >>> from canvas_engineering import CanvasLayout, CanvasTopology, compile_attention
     >>> layout = CanvasLayout(T=1, d_model=8, spatial_shape=(4,), regions={"a": (0, 1, 0, 2), "b": (0, 1, 2, 4)})
@@ -59,9 +60,9 @@ class AttentionPlan:
     fns: tuple[str, ...]
     n_positions: int
     table: BlockTable
-    reads: Reads = field(repr=False)
+    attention_sets: AttentionSets = field(repr=False)
     packed: PackedOrder = field(repr=False)
-    banks: tuple[Bank, ...] = ()
+    slot_banks: tuple[SlotBank, ...] = ()
     triggers: dict[int, str] = field(default_factory=dict)
     by_fn: Mapping[str, AttentionPlan] = field(default_factory=dict, repr=False)
     pairs: BlockTable | None = field(default=None, repr=False)
@@ -69,12 +70,12 @@ class AttentionPlan:
     n_packed: int = field(init=False, repr=False)
     replaces: bool = field(init=False, repr=False)
     store: Store = field(default_factory=Store, init=False, repr=False)
-    # index sets of attention functions and plans of some connections, by name: a compiler reads this plain dict
+    # index sets of attention functions and plans of some connections, by name: a plain dict, which compilers can trace
     index_sets: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "order_map", IndexMap.gather(self.order, self.n_positions))
-        # plain values: a compiler that traces a call would follow numpy arrays
+        # plain values: compilers cannot trace the numpy arrays that they come from
         object.__setattr__(self, "n_packed", len(self.order))
         object.__setattr__(self, "replaces", bool(self.replace.any()))
 
@@ -94,55 +95,56 @@ class AttentionPlan:
 
     @property
     def in_canvas_order(self) -> bool:
-        """Whether packing changes nothing."""
+        """Whether the packed order is the canvas order."""
         return self.order_map.is_identity
 
     @property
     def n_canvas(self) -> int:
         """N: the positions of the canvas alone, without slots."""
-        return self.n_positions - sum(bank.size for bank in self.banks)
+        return self.n_positions - sum(bank.size for bank in self.slot_banks)
 
     # -- devices and orders --------------------------------------------------------------------------------------------
 
     @derived(limit=12)
     def rows(self, which: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Returns index tensors, int64: ``which`` is "order" [n], "reading", the packed rows that have keys, or
+        """Returns index tensors, int64: ``which`` is "order" [n], "queries", the packed rows that have keys, or
         "written", their canvas positions."""
-        reading = self.table.has_keys().nonzero()[0]
-        return to_device({"order": self.order, "reading": reading, "written": self.order[reading]}[which], device)
+        queries = self.table.has_keys().nonzero()[0]
+        return to_device({"order": self.order, "queries": queries, "written": self.order[queries]}[which], device)
 
     def to(self, device: torch.device | str) -> AttentionPlan:
-        """Puts what execution needs on ``device`` ahead of the first step; the plan itself belongs to no device."""
+        """Moves the tensors that execution needs to ``device`` ahead of the first step; the plan itself has no
+        device."""
         device = torch.device(device)
         self.order_map.rows(device)
         if self.normalize == "edge":
             self.table.row_scale(device, torch.float32)
         return self
 
-    def over(self, positions: np.ndarray) -> AttentionPlan:
-        """The same plan for a sequence that holds ``positions`` (int64 [m], distinct) of the canvas, in their order.
+    def reindex(self, positions: np.ndarray) -> AttentionPlan:
+        """Returns the plan for a sequence of ``positions`` (int64 [m], distinct) of the canvas, in their order.
 
         Raises:
-            ValueError: a position that some read uses is not among them.
+            ValueError: a position that some attention set uses is missing.
         """
-        place = np.full(self.n_positions, -1, np.int64)
-        place[positions] = np.arange(len(positions))
-        order = place[self.order]
+        index = np.full(self.n_positions, -1, np.int64)
+        index[positions] = np.arange(len(positions))
+        order = index[self.order]
         if (order < 0).any():
             lost = int(self.order[order < 0][0])
-            raise ValueError(f"position {lost} is read or reads, but is not one of the {len(positions)} given")
+            raise ValueError(f"the plan uses position {lost}, which is not one of the {len(positions)} given")
         order.setflags(write=False)
         packed = dataclasses.replace(self.packed, order=order)
         return dataclasses.replace(self, n_positions=len(positions), packed=packed)
 
     def pack(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
-        """x (… N …) with its positions along ``dim`` in packed order (… n …); its gradient is a copy, not a scatter."""
+        """Permutes x (… N …) along ``dim`` to packed order (… n …); its gradient is a copy, not a scatter."""
         if x.shape[dim] != self.n_positions:
             raise ValueError(f"dimension {dim} of {tuple(x.shape)} must hold the canvas's {self.n_positions} positions")
         return gather_rows(x, self.order_map, dim)
 
     def unpack(self, y: torch.Tensor, dim: int = -2) -> torch.Tensor:
-        """y (… n …) back in canvas order (… N …), zero at positions that no read uses."""
+        """Permutes y (… n …) back to canvas order (… N …), with zeros at positions that no attention set uses."""
         if y.shape[dim] != self.n_packed:
             raise ValueError(
                 f"dimension {dim} of {tuple(y.shape)} must hold the plan's {self.n_packed} packed positions"
@@ -152,88 +154,92 @@ class AttentionPlan:
     def row_scale(
         self, active: torch.Tensor | None, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> torch.Tensor:
-        """Returns 1 / (sum of the weights in force) at each packed row, over all reads of the plan: (2, n).
+        """Returns 1 / (sum of the weights in force) at each packed row, over all attention sets of the plan: (2, n).
 
-        ``active`` (connections,): a connection at 0 does not count; None for all, on ``device``. Row 0 is for adding
-        and gated reads, row 1 for replacing ones; where the latter are in force the former is 0, and both are 0 where
-        nothing is attended to.
+        ``active`` (connections,): a connection at 0 does not count; None for all, on ``device``. Row 0 is for the
+        write modes add and gate, row 1 for replace; where the latter is in force the former is 0, and both are 0 for
+        rows without keys.
         """
         return row_scale(self.table, active, dtype, device)
 
-    def row_share(self, factor: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
-        """(n,) in factor's dtype: Σ_r factor·w_r·row_scale over the plan's reads at each packed row; differentiable."""
+    def row_weight_fraction(self, factor: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
+        """Returns (n,) in factor's dtype: Σ_r factor·w_r·row_scale over the sets r of each packed row;
+        differentiable."""
         return (row_sums(self.table, factor) * row_scale).sum(0)
 
-    # -- families ------------------------------------------------------------------------------------------------------
+    # -- parts of a plan -----------------------------------------------------------------------------------------------
 
     def for_fn(self, fn: str) -> AttentionPlan:
-        """The same plan with the reads of one attention function only; packed order and connection numbers stay."""
+        """Returns the plan of one attention function's connections; packed order and connection numbers stay."""
         if fn not in self.fns:
             raise KeyError(f"no connection resolves to {fn!r}; the plan has {sorted(set(self.fns))}")
         if self.normalize != "edge":
-            raise ValueError("joint form has one softmax over all connections: it cannot be taken apart by function")
+            raise ValueError("joint form has one softmax over all connections: it cannot be split by function")
         if fn in self.by_fn:
             return self.by_fn[fn]
         key = ("fn", fn)
         if key not in self.index_sets:
-            self.index_sets[key] = self._of(np.array([name == fn for name in self.fns]))
+            self.index_sets[key] = self._select(np.array([name == fn for name in self.fns]))
         return self.index_sets[key]
 
     def for_connection(self, number: int) -> AttentionPlan:
-        """The same plan with the reads of one connection only; packed order and connection numbers stay."""
+        """Returns the plan of one connection; packed order and connection numbers stay."""
         if self.normalize != "edge":
-            raise ValueError("joint form has one softmax over all connections: it cannot be taken apart by connection")
+            raise ValueError("joint form has one softmax over all connections: it cannot be split by connection")
         key = ("connection", number)
         if key not in self.index_sets:
-            self.index_sets[key] = self._of(np.arange(self.n_connections) == number)
+            self.index_sets[key] = self._select(np.arange(self.n_connections) == number)
         return self.index_sets[key]
 
-    def refined(self, by_fn: Mapping[str, AttentionPlan]) -> AttentionPlan:
-        """This plan with the tables of ``by_fn``, one plan for each function that has reads: what counts where. Itself
-        if they are those of :meth:`for_fn`."""
+    def with_function_plans(self, by_fn: Mapping[str, AttentionPlan]) -> AttentionPlan:
+        """Returns this plan with the tables of ``by_fn``, one plan for each function; self if they are those of
+        :meth:`for_fn`."""
         if all(self.for_fn(fn) is plan for fn, plan in by_fn.items()):
             return self
         table = join_tables([plan.table for plan in by_fn.values()])
         return dataclasses.replace(self, table=table, by_fn=dict(by_fn))
 
-    def sets(self) -> ReadSets:
-        """The reads as lists of rows, cached. ValueError where the queries of a read see different keys."""
-        if "sets" not in self.index_sets:
-            self.index_sets["sets"] = read_sets(self.reads, self.packed, self.n_canvas)
-        return self.index_sets["sets"]
+    def row_sets(self) -> RowSets:
+        """Returns the attention sets as lists of rows, cached.
 
-    def row_sets(self) -> ReadSets:
-        """:meth:`sets`, or, where the queries of a read see different keys, such reads split until they see the same;
-        cached."""
-        if not has_pairs(self.reads):
-            return self.sets()
+        Raises:
+            ValueError: the queries of a set attend to different keys.
+        """
         if "row sets" not in self.index_sets:
-            self.index_sets["row sets"] = cell_sets(self.table)
+            self.index_sets["row sets"] = row_sets(self.attention_sets, self.packed, self.n_canvas)
         return self.index_sets["row sets"]
 
-    def _of(self, chosen: np.ndarray) -> AttentionPlan:
-        reads = self.reads.of(chosen)
-        if len(reads.weight) == len(self.reads.weight):
+    def uniform_row_sets(self) -> RowSets:
+        """Returns :meth:`row_sets`, or, where the queries of a set attend to different keys, such sets split until
+        their queries attend to the same keys; cached."""
+        if not has_pairs(self.attention_sets):
+            return self.row_sets()
+        if "uniform row sets" not in self.index_sets:
+            self.index_sets["uniform row sets"] = uniform_row_sets(self.table)
+        return self.index_sets["uniform row sets"]
+
+    def _select(self, connections: np.ndarray) -> AttentionPlan:
+        sets = self.attention_sets.of(connections)
+        if len(sets.weight) == len(self.attention_sets.weight):
             return self
-        table = edge_table(reads, self.packed, self.n_connections, self.replace)
-        return dataclasses.replace(self, table=table, reads=reads, by_fn={}, pairs=None)
+        table = edge_table(sets, self.packed, self.n_connections, self.replace)
+        return dataclasses.replace(self, table=table, attention_sets=sets, by_fn={}, pairs=None)
 
     @property
     def replace(self) -> np.ndarray:
-        """bool [connections]: which ones write by replacing."""
+        """bool [connections]: whose write mode is "replace"."""
         return np.array([c.write_mode == "replace" for c in self.connections], dtype=bool)
 
-    # -- what a plan says without touching a device --------------------------------------------------------------------
+    # -- statistics, on the host ---------------------------------------------------------------------------------------
 
     @property
     def density(self) -> float:
-        """Selected pairs (once per softmax) over N²."""
+        """Number of (query, key) pairs, counted once per softmax, over N²."""
         return self.table.pairs / max(self.n_positions, 1) ** 2
 
     @property
     def fill(self) -> float:
-        """Selected pairs over the pairs that 64 × 64 and 16 × 16 tiles walk to cover them: 1 when no tile is part
-        empty."""
+        """Number of pairs over the pairs in the 64 × 64 and 16 × 16 tiles that cover them; 1 if all tiles are full."""
         if "fill" not in self.index_sets:
             tilings = self.table.device_tilings("cpu", _FILL_CLASSES)
             walked = sum(tiling.walked for tiling in tilings)
@@ -242,19 +248,19 @@ class AttentionPlan:
 
     @property
     def fill_by_tile(self) -> dict[str, float]:
-        """The fill of the tiles of each size that the plan is cut into, as in ``{"64 × 64": 0.9, "16 × 16": 0.5}``."""
+        """Fill by tile size, as in ``{"64 × 64": 0.9, "16 × 16": 0.5}``."""
         tilings = self.table.device_tilings("cpu", _FILL_CLASSES)
         return {f"{t.block_m} × {t.block_n}": t.pairs / t.walked for t in tilings if t.walked}
 
     def work_by_connection(self) -> dict[str, np.ndarray]:
-        """What each connection's part of the table costs, in edge form.
+        """Returns what each connection costs, in edge form.
 
         Returns:
-            int64 [connections] each: "rectangles", "pairs", their selected pairs, and "walked", the pairs that tiles
-            walk to cover them. Pairs over walked is the connection's fill.
+            int64 [connections] each: "rectangles", "pairs", and "walked", the pairs in the tiles that cover them. Pairs
+            over walked is the connection's fill.
 
         Raises:
-            ValueError: a plan in joint form, whose rectangles belong to no one connection.
+            ValueError: a plan in joint form, whose rectangles belong to no single connection.
         """
         if self.normalize != "edge":
             raise ValueError("joint form has one softmax over all connections: its rectangles belong to none of them")
@@ -270,48 +276,49 @@ class AttentionPlan:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of the walks, forward and transposed, at those tile sizes."""
+        """Bytes of the tilings, forward and transposed, at those tile sizes."""
         both = (self.table.device_tilings("cpu", _FILL_CLASSES, transposed) for transposed in (False, True))
         return sum(tiling.nbytes for tilings in both for tiling in tilings)
 
     def flops(self, head_dim: int, batch_heads: int = 1, backward: bool = False) -> int:
-        """Operations of the selected pairs: 4·head_dim each forward, 10·head_dim backward."""
+        """Returns floating-point operations: 4·head_dim per pair forward, 10·head_dim backward."""
         return self.table.flops(head_dim, batch_heads, backward)
 
     def rows_with_keys(self) -> np.ndarray:
-        """bool [N], canvas order: positions that some read gives a key; the others pass through."""
+        """Returns bool [N], canvas order: positions that have keys; the others pass through."""
         rows = np.zeros(self.n_positions, bool)
         rows[self.order] = self.table.has_keys()
         return rows
 
     def to_dense(self) -> np.ndarray:
-        """(N, N) float64 in canvas order: the joint matrix M, the largest weight over the reads of each pair, without
-        the pairs that a function leaves out. For tests."""
+        """Returns the joint matrix M, float64 (N, N) in canvas order: the largest weight over the attention sets of
+        each pair, without pairs that a function drops. For tests."""
         if self.by_fn:
             return np.maximum.reduce([plan.to_dense() for plan in self.by_fn.values()])
-        table = self.table if self.normalize == "joint" else self.pairs or joint_table(self.reads, self.packed)
+        table = self.table if self.normalize == "joint" else self.pairs or joint_table(self.attention_sets, self.packed)
         dense = np.zeros((self.n_positions, self.n_positions))
         dense[np.ix_(self.order, self.order)] = table.to_dense()
         return dense
 
     def summary(self) -> str:
-        """What the plan costs, in words.
+        """Returns the plan's sizes and costs as text.
 
         >>> from canvas_engineering import CanvasLayout, CanvasTopology, compile_attention
         >>> layout = CanvasLayout(T=2, H=4, W=4, d_model=8, regions={"a": (0, 2, 0, 4, 0, 2)})
         >>> print(compile_attention(layout, CanvasTopology.dense(["a"])).summary())
-        AttentionPlan, edge form: 32 positions (16 read something), 1 connections, 1 reads, 1 rectangles
+        AttentionPlan, edge form: 32 positions (16 with keys), 1 connections, 1 attention sets, 1 rectangles
           density 25.00 %, tile fill 100.00 %, 0.1 MFLOP forward and 0.2 backward per head of 64
-          tables 0.2 KiB, 16 log-sum-exp slots
+          tables 0.2 KiB, 16 log-sum-exp rows
         """
-        table, reading = self.table, int(self.table.has_keys().sum())
+        table, n_queries = self.table, int(self.table.has_keys().sum())
         forward, backward = (self.flops(64, backward=b) / 1e6 for b in (False, True))
         return (
-            f"AttentionPlan, {self.normalize} form: {self.n_positions} positions ({reading} read something), "
-            f"{self.n_connections} connections, {len(self.reads.weight)} reads, {len(table.weight)} rectangles\n"
+            f"AttentionPlan, {self.normalize} form: {self.n_positions} positions ({n_queries} with keys), "
+            f"{self.n_connections} connections, {len(self.attention_sets.weight)} attention sets, "
+            f"{len(table.weight)} rectangles\n"
             f"  density {100 * self.density:.2f} %, tile fill {100 * self.fill:.2f} %, "
             f"{forward:.1f} MFLOP forward and {backward:.1f} backward per head of 64\n"
-            f"  tables {self.table_bytes / 1024:.1f} KiB, {table.n_slots} log-sum-exp slots"
+            f"  tables {self.table_bytes / 1024:.1f} KiB, {table.n_slots} log-sum-exp rows"
         )
 
     def __str__(self) -> str:

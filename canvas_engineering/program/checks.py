@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from canvas_engineering.checked import checked_choice, checked_kind
 from canvas_engineering.clock_ir import OnEvent
 from canvas_engineering.connectivity import Connection, resolve_connections
-from canvas_engineering.notices import some, warn
+from canvas_engineering.notices import join_truncated, warn
 from canvas_engineering.program.document import CanvasProgram
 from canvas_engineering.program.edges import parse_trigger, resolve_edges
 from canvas_engineering.program.specs import (
@@ -76,7 +76,7 @@ def _warn_of_idle_declarations(program: CanvasProgram, on_layout: bool) -> None:
         (idle, "have clocks with max_inner_steps in another domain than 'internal', which runs none"),
     ):
         if names:
-            warn(f"{len(names)} of {len(program.regions)} region programs {what}: {some(map(repr, names))}")
+            warn(f"{len(names)} of {len(program.regions)} region programs {what}: {join_truncated(map(repr, names))}")
 
 
 def validate_constraints(program: CanvasProgram) -> list[str]:

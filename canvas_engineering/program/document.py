@@ -125,7 +125,7 @@ class CanvasProgram:
 
     @classmethod
     def from_json(cls, path: str | Path) -> CanvasProgram:
-        """Reads a program from a file.
+        """AttentionSets a program from a file.
 
         Raises:
             OSError: the file cannot be read.

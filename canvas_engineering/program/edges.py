@@ -13,7 +13,7 @@ from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.checked import checked_choice, checked_kind, checked_string
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.cortex import CortexRegistry
-from canvas_engineering.notices import some, warn
+from canvas_engineering.notices import join_truncated, warn
 from canvas_engineering.program.specs import WRITE_MODES, ConnectionProgram
 
 if TYPE_CHECKING:
@@ -201,5 +201,5 @@ def _warn_of_pairs_without_connection(topology: CanvasTopology, programs) -> Non
     if idle:
         warn(
             f"{len(idle)} of {len(programs)} connection programs are for pairs that no connection of the topology has: "
-            f"{some(f'{src!r} -> {dst!r}' for src, dst in sorted(idle))}"
+            f"{join_truncated(f'{src!r} -> {dst!r}' for src, dst in sorted(idle))}"
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import pairwise, permutations
 
 from canvas_engineering.connectivity import CanvasTopology, Connection
-from canvas_engineering.notices import some, warn
+from canvas_engineering.notices import join_truncated, warn
 from canvas_engineering.types.declare import ConnectivityPolicy
 from canvas_engineering.types.walk import TypeNode
 
@@ -62,8 +62,8 @@ def warn_of_parts_apart(root: TypeNode, policy: ConnectivityPolicy) -> None:
     if parents:
         several = len(parents) > 1
         warn(
-            f"{some(parents)} {'have no field of their own' if several else 'has no field of its own'}, through which "
-            f"{len(parts)} parts could meet; unconnected to each other stay {some(map(repr, parts))}"
+            f"{join_truncated(parents)} {'have no field of their own' if several else 'has no field of its own'}, through "
+            f"which {len(parts)} parts could meet; unconnected to each other stay {join_truncated(map(repr, parts))}"
             + " (parts of a nested object share its coarse field only)" * (parents != ["the root"])
             + f". Give {'each' if several else 'it'} a field"
             + ", or connect the elements of a list by the array_element policy 'dense' or 'ring'" * split
