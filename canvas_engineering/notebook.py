@@ -1,4 +1,4 @@
-"""What notebooks show of a layout, a topology and a plan: small static HTML, a picture and a table.
+"""HTML representations of layouts, topologies and plans in notebooks: a picture and a table.
 
 A page to turn and to search is `canvas_engineering.explore`'s.
 """
@@ -66,7 +66,7 @@ def _plane(bounds: Sequence[int]) -> tuple[int, ...]:
 
 
 def _boxes(size: tuple[int, int, int], boxes: list[tuple[int, ...]]) -> str:
-    """Boxes (t0, t1, row0, row1, column0, column1) on a grid of (frames, rows, columns), as the faces that are seen."""
+    """Boxes (t0, t1, row0, row1, column0, column1) on a grid of (frames, rows, columns), as their visible faces."""
     frames, rows, columns = size
     unit = 200 / max(rows, columns)
     depth = np.array([0.55, -0.35]) * min(16.0, 160 / frames)  # of a frame, in pixels
@@ -118,7 +118,7 @@ def _swatch(colour: str) -> str:
 
 
 def _table(columns: Sequence[str], rows: list[tuple[str, ...]], total: int) -> str:
-    """A table of cells that are HTML already, the first of ``total`` rows."""
+    """Returns a table of HTML entries, the first of ``total`` rows."""
     head = "".join(f'<th style="text-align:left">{name}</th>' for name in columns)
     cells = ("".join(f'<td style="text-align:left">{cell}</td>' for cell in row) for row in rows[:MAX_ROWS])
     body = "".join(f"<tr>{row}</tr>" for row in cells)

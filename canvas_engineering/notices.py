@@ -1,4 +1,4 @@
-"""Warnings that point at the line of whoever uses the package, and name what they are about."""
+"""Warnings that point at the caller's line outside of this package."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def warn(message: str) -> None:
 
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
-    ...     warn("there is nothing to read")
+    ...     warn("there are no keys")
     >>> [str(warning.message) for warning in caught]
-    ['there is nothing to read']
+    ['there are no keys']
     """
     frame, level = sys._getframe(1), 2
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
