@@ -62,7 +62,7 @@ class Problem:
 
     def plan(self, form: str) -> AttentionPlan:
         """The compiled plan over the tokens; ``form`` "joint" or "edge"."""
-        return compile_attention(self.layout, self.topology, normalize=form).over(self.place)
+        return compile_attention(self.layout, self.topology, normalize=form).reindex(self.place)
 
     def inputs(self, device: str, dtype: torch.dtype, heads: int | None = None) -> list[Tensor]:
         """q, k, v and the gradient of the output, (B, H, n, D), random, laid out as a projection leaves them."""

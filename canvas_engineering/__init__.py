@@ -1,4 +1,4 @@
-"""Declare regions of latent space and who reads whom; train through the block-sparse attention that follows."""
+"""Declare regions of a latent canvas and which regions attend to which; train through block-sparse attention."""
 
 from canvas_engineering.action_heads import ActionHead
 from canvas_engineering.attention import (

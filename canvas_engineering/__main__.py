@@ -1,4 +1,4 @@
-"""``python -m canvas_engineering``: look at a saved schema, measure this machine.
+"""``python -m canvas_engineering``: inspect a saved schema, measure this machine.
 
     python -m canvas_engineering inspect SCHEMA.json --heads 24 --head-dim 64 --dtype bfloat16
     python -m canvas_engineering draw SCHEMA.json --out PICTURE.png --normalize joint
@@ -28,25 +28,24 @@ EXTRA_OF = {"typer": "cli", "rich": "cli", "matplotlib": "draw"}
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of an element."""
 KEY = """
-asks: the region whose positions query, and get the result; answers: the region that is read
-frames: t → t-1 asks at each frame and reads the frame before; all is every frame at once
-between frames: what is read where the region that answers has no frame at that time
-read: one softmax of some positions over some others; rectangle: a block of the table that attention runs from
-density: share of all pairs of positions that is computed; tile fill: how full the tiles of pairs are that a GPU walks
-balance: share of a pass's time in which a GPU's multiprocessors work, and what whole tiles could give
-log-sum-exp slots: numbers that each head keeps for the backward pass
-in the picture: down, positions that ask; across, positions that are read; the darker, the more pairs are computed
+src: the query region, whose positions get the result; dst: the key/value region, which src attends to
+frames: t → t-1: src at each frame attends to dst at the previous frame; all: every frame at once
+fill: how frames of dst are chosen where it has none at that time
+attention set: queries and keys of one softmax; rectangle: a block of the table that attention runs on
+density: computed share of all pairs of positions; tile fill: computed share of the pairs in a GPU's tiles
+balance: share of a pass's time in which a GPU's multiprocessors are busy, and the share that whole tiles allow
+log-sum-exp rows: numbers that each head saves for the backward pass
+in the picture: queries down, keys across; the darker, the more pairs are computed
 """
 
 
 def load_schema(path: Path):
-    """The schema in a JSON file, or of the program in it; ValueError that names the file otherwise."""
+    """Loads the schema of a JSON file of a schema or a program; ValueError names the file."""
     return load_program(path).schema
 
 
 def load_program(path: Path):
-    """The program in a JSON file, which says nothing where that is a schema; ValueError that names the file
-    otherwise."""
+    """Loads the program of a JSON file, empty if that is a schema; ValueError names the file."""
     from canvas_engineering.program import CanvasProgram
 
     try:
@@ -59,44 +58,45 @@ def load_program(path: Path):
 
 
 def region_table(layout):
-    """One row per region: bounds, positions, clock, part in the loss."""
+    """Returns a table with one row per region: bounds, positions, period, loss weight, default function."""
     from rich.table import Table
 
     grid = " × ".join(map(str, (layout.T, *layout.spatial_shape)))
     positions = f"{layout.num_positions:,} positions of {layout.d_model}"
     table = Table(title=f"{len(layout.regions)} regions on {grid} = {positions}")
-    for column in ("region", "bounds", "positions", "period", "loss", "reads with"):
+    for column in ("region", "bounds", "positions", "period", "loss", "function"):
         table.add_column(column, justify="right" if column in ("positions", "period") else "left")
     for name in list(layout.regions)[:MAX_ROWS]:
         spec = layout.region_spec(name)
         box = " × ".join(f"{a}:{b}" for a, b in zip(spec.bounds[::2], spec.bounds[1::2]))
         loss = f"{spec.loss_weight:g}" if spec.is_output else "no"
         table.add_row(name, box, f"{layout.region_numel(name):,}", str(spec.period), loss, spec.default_attn)
-    _say_what_is_left_out(table, len(layout.regions))
+    _caption_truncated(table, len(layout.regions))
     return table
 
 
 def connection_table(layout, topology, plan):
-    """One row per connection: who asks, who answers, at which frames, how, and in how many reads of the plan."""
+    """Returns a table with one row per connection: regions, frames, fill, weight, function, number of attention
+    sets."""
     from rich.table import Table
 
     table = Table(title=f"{len(topology.connections)} connections")
-    for column in ("asks", "answers", "frames", "between frames", "weight", "function", "reads"):
-        table.add_column(column, justify="right" if column in ("weight", "reads") else "left")
-    reads = plan.reads.counts(plan.n_connections).tolist()
-    for connection, count in zip(topology.connections[:MAX_ROWS], reads):
+    for column in ("src", "dst", "frames", "fill", "weight", "function", "attention sets"):
+        table.add_column(column, justify="right" if column in ("weight", "attention sets") else "left")
+    counts = plan.attention_sets.counts(plan.n_connections).tolist()
+    for connection, count in zip(topology.connections[:MAX_ROWS], counts):
         offsets = (connection.t_src, connection.t_dst)
         frames = " → ".join("all" if t is None else f"t{t:+d}" if t else "t" for t in offsets)
         fill = "" if offsets == (None, None) else connection.temporal_fill.value
         known = connection.src in layout.regions and connection.dst in layout.regions
         fn = topology.resolve_fn(connection, layout) if known else "skipped: no such region"
         table.add_row(connection.src, connection.dst, frames, fill, f"{connection.weight:g}", fn, f"{count:,}")
-    _say_what_is_left_out(table, len(topology.connections))
+    _caption_truncated(table, len(topology.connections))
     return table
 
 
-def call_in_words(plan, batch: int, heads: int, head_dim: int, dtype: str) -> str:
-    """FLOPs of one attention call over the plan, bytes of its tensors, and how full tiles of each size are."""
+def describe_call(plan, batch: int, heads: int, head_dim: int, dtype: str) -> str:
+    """Describes one attention call over the plan: FLOPs, bytes of its tensors, and fill by tile size."""
     forward, backward = (plan.flops(head_dim, batch * heads, is_backward) / 1e9 for is_backward in (False, True))
     tensors = 4 * batch * heads * plan.n_positions * head_dim * DTYPES[dtype]
     fills = "".join(f", {tile} tiles {share:.0%} full" for tile, share in plan.fill_by_tile.items())
@@ -106,22 +106,22 @@ def call_in_words(plan, batch: int, heads: int, head_dim: int, dtype: str) -> st
     )
 
 
-def balance_in_words(plan, batch: int, heads: int, head_dim: int, dtype: str) -> str:
-    """How evenly each pass occupies an H200, and how evenly it could; empty where no kernel is built for it."""
+def describe_balance(plan, batch: int, heads: int, head_dim: int, dtype: str) -> str:
+    """Describes the load balance of each pass on an H200; empty where no kernel is built for it."""
     import torch
 
     from canvas_engineering.plan.balance import MULTIPROCESSORS, balance
 
     try:
-        found = balance(plan.table, batch * heads, head_dim, getattr(torch, dtype))
+        balances = balance(plan.table, batch * heads, head_dim, getattr(torch, dtype))
     except ValueError:
         return ""
     names = {"forward": "forward", "dq": "dQ", "dkv": "dK and dV"}
-    passes = ", ".join(f"{names[b.stage]} {b.predicted:.2f} of {b.possible:.2f}" for b in found)
+    passes = ", ".join(f"{names[b.name]} {b.predicted:.2f} of {b.possible:.2f}" for b in balances)
     return f"balance on {MULTIPROCESSORS} multiprocessors, predicted of possible: {passes}"
 
 
-def _say_what_is_left_out(table, total: int) -> None:
+def _caption_truncated(table, total: int) -> None:
     if total > MAX_ROWS:
         table.caption = f"the first {MAX_ROWS} of {total}"
 
@@ -131,15 +131,16 @@ def build_app():
     import typer
     from rich.console import Console
 
-    out_option = typer.Option(..., help="the layout's picture; the topology's and the table's lie beside it")
+    out_option = typer.Option(..., help="the layout's picture; the topology's and the table's are written beside it")
     page_option = typer.Option(..., help="the page, a file that ends in .html")
-    normalize_option = typer.Option("edge", help="edge: a softmax per read; joint: one per query over all it reads")
-    options_argument = typer.Argument(None, help="what the suite takes")
-    app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look at a saved canvas schema, or measure.")
+    forms = "edge: one softmax per attention set; joint: one per query over all of its sets"
+    normalize_option = typer.Option("edge", help=forms)
+    options_argument = typer.Argument(None, help="options of the suite")
+    app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inspect a saved canvas schema, or measure.")
 
     @contextlib.contextmanager
     def refusals():
-        """Prints what is wrong with a file as one line."""
+        """Prints errors of a file as one line."""
         try:
             yield
         except ValueError as cause:
@@ -166,15 +167,15 @@ def build_app():
         """Print regions, connections, the compiled plan, and FLOPs, bytes and fill of attention on q, k and v."""
         check("--dtype", dtype, DTYPES)
         check("--normalize", normalize, NORMALIZE)
-        found = open_schema(schema)
+        saved = open_schema(schema)
         console = Console()
-        console.print(region_table(found.layout))
-        if found.topology is None:
-            console.print("no topology: nothing reads anything")
+        console.print(region_table(saved.layout))
+        if saved.topology is None:
+            console.print("no topology: no region attends to any")
             return
-        plan = compile_attention(found.layout, found.topology, normalize=normalize)
-        console.print(connection_table(found.layout, found.topology, plan))
-        words = (in_words(plan, batch, heads, head_dim, dtype) for in_words in (call_in_words, balance_in_words))
+        plan = compile_attention(saved.layout, saved.topology, normalize=normalize)
+        console.print(connection_table(saved.layout, saved.topology, plan))
+        words = (describe(plan, batch, heads, head_dim, dtype) for describe in (describe_call, describe_balance))
         console.print("\n".join([str(plan), *filter(None, words), KEY]), highlight=False, markup=False, soft_wrap=True)
 
     @app.command()
@@ -183,14 +184,14 @@ def build_app():
         from canvas_engineering import draw as pictures
 
         check("--normalize", normalize, NORMALIZE)
-        found = open_schema(schema)
-        figures = {out: pictures.layout_figure(found.layout)}
+        saved = open_schema(schema)
+        figures = {out: pictures.layout_figure(saved.layout)}
         kinds = figures[out].canvas.get_supported_filetypes()
         if out.suffix[1:].lower() not in kinds:
             raise typer.BadParameter(f"{out.name} has to end in one of .{', .'.join(kinds)}", param_hint="--out")
-        if found.topology is not None:
-            figures[out.with_stem(f"{out.stem}-topology")] = pictures.topology_figure(found.topology)
-            plan = compile_attention(found.layout, found.topology, normalize=normalize)
+        if saved.topology is not None:
+            figures[out.with_stem(f"{out.stem}-topology")] = pictures.topology_figure(saved.topology)
+            plan = compile_attention(saved.layout, saved.topology, normalize=normalize)
             figures[out.with_stem(f"{out.stem}-table")] = pictures.plan_figure(plan)
         for path, figure in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +201,7 @@ def build_app():
 
     @app.command()
     def explore(schema: Path, out: Path = page_option, normalize: str = normalize_option) -> None:
-        """Write OUT, a page to look around the canvas in: boxes that turn, times, connections, the block table."""
+        """Write OUT, an interactive page: regions in 3-D, frames, connections, the block table."""
         from canvas_engineering.explore import explore_page
 
         check("--normalize", normalize, NORMALIZE)
@@ -214,7 +215,7 @@ def build_app():
 
     @app.command()
     def doctor() -> None:
-        """Print versions, devices and extras, and check every backend's numbers; exits with 1 if one is wrong."""
+        """Print versions, devices and extras, and check every backend's numbers; exits with 1 if one fails."""
         from canvas_engineering.doctor import doctor as examine
 
         raise typer.Exit(examine())
@@ -233,7 +234,7 @@ def build_app():
 
 def main() -> None:
     """Run the command line; says which extra is missing where typer, rich or matplotlib is."""
-    if sys.argv[1:] == ["doctor"]:  # it says what is missing, so it needs none of that
+    if sys.argv[1:] == ["doctor"]:  # works without the extras
         from canvas_engineering.doctor import doctor
 
         sys.exit(doctor())

@@ -1,4 +1,4 @@
-"""From a video model's prediction to actions."""
+"""Maps a video model's prediction to actions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ActionHead(CanvasModule):
                 f"noise_pred must be (B, T, C, *spatial) or (B, N, C) with C = {self.latent_channels}; "
                 f"got {tuple(noise_pred.shape)}"
             )
-        # (B, C, …): for three dimensions N takes the place of time
+        # (B, C, …): with three dimensions, N stands for time
         mean = noise_pred.transpose(1, 2).flatten(2).mean(-1)
         weight = self.net[0].weight
         assert isinstance(weight, torch.Tensor)

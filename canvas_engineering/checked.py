@@ -1,4 +1,4 @@
-"""What declarations are given, as the kinds that are meant, or an error that names the argument and what was given."""
+"""Validators of arguments: they return the expected kind, or raise an error that shows the argument and its value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 LARGEST_INT = 2**31 - 1
 """Real times are products of a frame count and a period: both up to this keep them exact in int64."""
 DEEPEST = 100
-"""Levels of nested JSON, types and clocks: what walks them recurses, and the stack ends near 1,000 frames."""
+"""Maximum levels of nested JSON, types and clocks: recursion over them must fit the stack of 1,000 frames."""
 
 _Kind = TypeVar("_Kind")
 
@@ -53,7 +53,7 @@ def checked_int(
 
     Raises:
         ValueError: no int, or one below ``least`` or above ``most`` (in magnitude, where there is no least); the
-            message asks for ``kind``, or says which of these it is.
+            message names ``kind`` and the violated bound.
     """
     try:
         # an int as it is: a compiler that traces a size would take it for a constant
@@ -87,7 +87,7 @@ def checked_number(value: Any, what: str, kind: str = "a finite number") -> floa
     """A float of the number that is given; of tensors and arrays, those without dimensions and gradient.
 
     Raises:
-        ValueError: none, or one that is not finite; the message asks for ``kind``.
+        ValueError: none, or one that is not finite; the message names ``kind``.
     """
     refused = _is_bool(value) or isinstance(value, (str, bytes, bytearray)) or getattr(value, "requires_grad", False)
     try:
@@ -215,14 +215,15 @@ def checked_tensor(value: Any, what: str, floating: bool = True) -> torch.Tensor
 
 
 def checked_read(queries: Any, keys: Any, values: Any) -> None:
-    """Checks the inputs of one read; ValueError: one that is no floating-point tensor (B, rows, d_model)."""
+    """Checks the inputs of one attention set; ValueError: an input that is no floating-point tensor (B, rows,
+    d_model)."""
     for what, value in (("queries", queries), ("keys", keys), ("values", values)):
         if checked_tensor(value, what).dim() != 3:
             raise ValueError(f"{what} must be (batch, rows, d_model), got {tuple(value.shape)}")
 
 
 def checked_depth(value: Any, what: str, deepest: int = DEEPEST) -> None:
-    """Refuses dicts, lists and tuples in one another that nothing which recurses could walk.
+    """Refuses dicts, lists and tuples nested too deeply for recursion.
 
     Raises:
         ValueError: more than ``deepest`` levels, or a value that holds itself.
@@ -231,7 +232,7 @@ def checked_depth(value: Any, what: str, deepest: int = DEEPEST) -> None:
     """
     level = [value]
     for _ in range(deepest + 1):
-        # each object once a level: one that is held in many places is not walked as often
+        # each object once per level, however many references it has
         inner = {id(item): item for outer in level for item in _items(outer) if isinstance(item, (dict, list, tuple))}
         if not inner:
             return
@@ -265,7 +266,7 @@ def _no_json(word: str) -> None:
 
 
 def read_json(path: str | os.PathLike, build: Callable[[Any], Any]) -> Any:
-    """What ``build`` makes of a file's JSON.
+    """Returns ``build`` of a file's JSON.
 
     Raises:
         OSError: the file cannot be read.

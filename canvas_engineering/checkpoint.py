@@ -34,7 +34,7 @@ def save_loop_checkpoint(
     A path that ends in ".safetensors" gives a safetensors file whose metadata holds, as JSON under
     "canvas_engineering", the format, the versions, what the blocks are, their canvas declaration and ``metadata``.
     Any other path gives a ``torch.save`` of ``{"loop_blocks": {"block_0": {"loop_emb": …}, …}, "action_head": …,
-    "metadata": …}``, which the published package reads too. Either is written to a temporary file and then renamed.
+    "metadata": …}``, which the published package loads too. Either is written to a temporary file and then renamed.
 
     Args:
         looped_blocks: as ``graft_looped_blocks`` gives them.
@@ -126,8 +126,8 @@ def _checked_loops(description: dict[str, Any], n_blocks: int) -> list[int]:
         return []
     if description.get("format") not in FORMATS:
         raise ValueError(
-            f"its format is {_short(description.get('format'))}, known are {', '.join(FORMATS)}: a newer version "
-            "of this package reads it, if any does"
+            f"its format is {_short(description.get('format'))}, known are {', '.join(FORMATS)}: use a newer "
+            "version of this package"
         )
     loops = checked_ints(description.get("loops"), "loops", 1)
     if len(loops) != n_blocks:
@@ -270,7 +270,7 @@ def _match(where, saved, own, moves, differences) -> None:
 
 
 def _compare(where: str, saved: Any, own: Any, differences: list[str]) -> None:
-    """What differs between two JSON values, by its place in them."""
+    """Collects the differences between two JSON values, by path."""
     if isinstance(saved, dict) and isinstance(own, dict):
         for name in sorted(saved.keys() | own.keys()):
             _compare(f"{where}.{name}", saved.get(name), own.get(name), differences)

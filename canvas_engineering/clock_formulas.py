@@ -21,7 +21,7 @@ class ClockFormulas(CanvasModule):
 
     Args:
         clocks: of every region, in their order; None for one that always fires.
-        accumulator: whose summaries are read; those that it does not keep are 0.
+        accumulator: the source of summaries; missing ones are 0.
     """
 
     kind: torch.Tensor
@@ -41,7 +41,7 @@ class ClockFormulas(CanvasModule):
         builder = _Builder(columns, self._events)
         roots = [builder.clock(region, clock) for region, clock in enumerate(clocks)]
         leaves, joins = builder.leaves, sorted(builder.joins.items(), key=lambda item: item[1][0])
-        # places: leaves, then joins by their level
+        # order: leaves, then joins by level
         place = {key: i for i, key in enumerate([*leaves, *(key for key, _ in joins)])}
         kind, region, number, threshold, column = zip(*leaves) if leaves else ((),) * 5
         index = {

@@ -40,7 +40,7 @@ Summaries = dict[str, dict[str, float]]
 
 @dataclass
 class ClockContext:
-    """What a clock sees at one step.
+    """The inputs of a clock at one step.
 
     Args:
         external_t: the step.
@@ -185,7 +185,7 @@ class Periodic(ClockExpr):
 class OnEvent(ClockExpr):
     """Fires while a residual summary lies above ``gt`` and below ``lt``; both together are a band.
 
-    ``source`` is ``"region.kind"``, split at its last dot; a summary that is missing reads as 0. In the domain
+    ``source`` is ``"region.kind"``, split at its last dot; a missing summary counts as 0. In the domain
     "boundary" it only fires at steps with a lifecycle event.
 
     Raises:
@@ -292,7 +292,7 @@ class Not(ClockExpr):
 
 @dataclass(frozen=True)
 class Cooldown(ClockExpr):
-    """Its child, silenced for ``steps`` steps after the region has fired.
+    """Fires with its child, but not within ``steps`` steps after the region has fired.
 
     A bare context silences it while ``external_t < cooldown_until``; a scheduler keeps one such time for each node.
 
@@ -313,7 +313,7 @@ class Cooldown(ClockExpr):
 
 @dataclass(frozen=True)
 class MaxSilence(ClockExpr):
-    """Its child, or the region's first step, or ``steps`` steps since the region fired last.
+    """Fires with its child, at the region's first step, or ``steps`` steps since the region fired last.
 
     >>> MaxSilence(Not(Periodic(1)), steps=5).evaluate(ClockContext(9, last_fired=4))
     True

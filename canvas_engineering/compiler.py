@@ -18,7 +18,7 @@ from canvas_engineering.canvas.layout import CanvasLayout
 from canvas_engineering.checked import checked_bool, checked_kind, checked_path, parsed_json
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.files import alone_in, replace_file
-from canvas_engineering.notices import some, warn
+from canvas_engineering.notices import join_truncated, warn
 from canvas_engineering.program import CanvasProgram, RegionProgram
 from canvas_engineering.program.checks import check_program
 from canvas_engineering.program.edges import resolve_edges
@@ -43,14 +43,14 @@ class CompiledProgram:
             distilled run on, as nothing distils them yet.
         active_connections: the connections that still run, in declaration order.
         all_regions: every region of the program's layout.
-        constant_buffers: name to the buffer that took the parameter's place.
+        constant_buffers: name to the buffer that replaces the parameter.
         exported_paths: region to its file of tensors, for `load_exported`. Its name carries its checksum: exporting
             the region again makes another file and removes this one.
         program: the program on ``schema``: what a dispatcher is to be built of. The whole model's dispatchers and
             canvases go into it through ``canvas_engineering.dispatch.surviving_state``; schedulers and accumulators of
             fewer regions start anew.
         gates: of all connections of the whole program that write by "gate", in declaration order, whether they survive.
-        dropped_connections: the connections that no longer run. Their src regions lose what these read.
+        dropped_connections: the connections that no longer run. Their src regions lose these keys.
         untouched_regions: regions to freeze, to make constant or to export to which nothing of the module belongs
             alone.
         shared_tensors: name of each tensor of the module that such a region shares with others, to all of these,
@@ -85,7 +85,7 @@ class CompiledProgram:
         return len(self.all_regions - self.active_regions)
 
     def summary(self) -> str:
-        """What becomes of the regions, a line for each fate that some have."""
+        """Returns the regions by what happens to them, one line each."""
         n_running, n_dropped = len(self.active_connections), len(self.dropped_connections)
         lines = [
             f"CompiledProgram: {len(self.active_regions)} of {len(self.all_regions)} regions and "
@@ -101,10 +101,10 @@ class CompiledProgram:
         for title, names in (
             ("frozen", self.frozen_regions - self.untouched_regions),
             ("constant", self.constant_regions - readable),
-            ("constant, and still read", readable),
+            ("constant, and still keys", readable),
             ("exported", self.exported_memories),
             ("to be distilled, which does nothing yet: they run as before", self.distill_regions),
-            ("read less, as regions left", losing & self.active_regions - self.constant_regions),
+            ("fewer keys, as regions left", losing & self.active_regions - self.constant_regions),
             ("nothing in the module belongs to them alone", [f"{r} ({modes[r]})" for r in self.untouched_regions]),
             ("shared with other regions, and left as they are", self._shared()),
         ):
@@ -129,7 +129,7 @@ class ProgramCompiler:
     >>> print(compiled.summary())
     CompiledProgram: 1 of 2 regions and 1 of 4 connections active
       constant: map
-      read less, as regions left: eye
+      fewer keys, as regions left: eye
     """
 
     def __init__(self, program: CanvasProgram):
@@ -146,7 +146,7 @@ class ProgramCompiler:
         """Decides what becomes of every region, and does it to the module's tensors.
 
         A region's mode is its own unless "runtime", then its learning's, then, with ``family_defaults``, its family's.
-        "freeze" stops gradients; "constant" puts a buffer of the same name and value in each parameter's place (an
+        "freeze" stops gradients; "constant" replaces each parameter by a buffer of the same name and value (an
         optimizer made before still holds the parameter); "export" writes the region's parameters and buffers, then
         freezes the parameters; "runtime" changes nothing, and neither does "distill" yet.
 
@@ -158,15 +158,15 @@ class ProgramCompiler:
         their modes, with a warning that names it. Attention functions belong to no region. A region to which nothing
         belongs alone gets a warning.
 
-        Constant and exported regions leave the schema: their positions pass through, and regions that read them lose
-        these connections. Their steps are the whole program's on the surviving regions only where none did.
+        Constant and exported regions leave the schema: their positions pass through, and regions that attend to them
+        lose these connections. Their steps are the whole program's on the surviving regions only where none did.
 
         Args:
             module: whose tensors are treated; None decides only.
             export_dir: where exports go; it is made. Without it, regions that only their family's default would export
                 are kept as they are, with a warning.
             family_defaults: whether regions without a mode and a learning of their own take their family's.
-            keep_constant: whether constant regions stay in the schema, for others to read: their positions pass
+            keep_constant: whether constant regions stay in the schema, as keys of others: their positions pass
                 through, and their slot banks and embeddings keep the values of the buffers. They query nothing.
 
         Raises:
@@ -241,11 +241,11 @@ class ProgramCompiler:
             found = (f"{region!r} ({modes[region]})" for region in sorted(compiled.untouched_regions))
             warn(
                 f"nothing in the module belongs to these regions alone, and their compile modes change none of its "
-                f"tensors: {some(found)}. Attention functions are shared by all regions; a submodule belongs to a "
-                "region under its name, as in self.camera, and by region_parameters(region) of a module that holds it"
+                f"tensors: {join_truncated(found)}. Attention functions are shared by all regions; a submodule belongs "
+                "to a region under its name, as in self.camera, and by region_parameters(region) of its owner"
             )
         if compiled.shared_tensors:
-            warn(f"tensors that several regions share are left as they are: {some(compiled._shared())}")
+            warn(f"tensors that several regions share are left as they are: {join_truncated(compiled._shared())}")
         for region in exported:
             assert export_dir is not None
             tensors, submodules = _state_of(module, owned[region]), owned[region].submodules
@@ -300,7 +300,7 @@ def load_exported(path: str | Path, submodule: str | None = None) -> dict[str, t
         except FileNotFoundError:
             if _read_manifest(manifest_path) == manifest:
                 raise
-            # else another export took its place between the two, and what it names is there
+            # else another export replaced it in between, and the file that it names exists
     found = hashlib.sha256(content).hexdigest()
     if found != manifest["sha256"]:
         raise ValueError(f"{path} has the checksum {found}, its manifest says {manifest['sha256']}")
@@ -409,11 +409,11 @@ def _state_of(module: nn.Module, owned: RegionParameters) -> dict[str, torch.Ten
 
 
 def _names(regions: Iterable[str]) -> str:
-    return some(map(repr, sorted(regions)))
+    return join_truncated(map(repr, sorted(regions)))
 
 
 def _to_buffers(module: nn.Module, owned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Puts buffers in the place of parameters, wherever the module holds them: what is shared stays shared."""
+    """Replaces parameters by buffers wherever the module holds them; shared tensors stay shared."""
     constants = {id(parameter): parameter.detach().clone() for parameter in owned.values()}
     places = [
         (f"{path}.{name}" if path else name, owner, name, constants[id(parameter)])

@@ -1,4 +1,4 @@
-"""Who reads whom, and when: connections, topologies, and the frames that a temporal connection pairs."""
+"""Which regions attend to which, and when: connections, topologies, and the frames that a temporal connection pairs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from canvas_engineering.checked import (
     shown,
 )
 from canvas_engineering.masks import MaskSpec, mask_parts
-from canvas_engineering.notices import some, warn
+from canvas_engineering.notices import join_truncated, warn
 
 __all__ = [
     "CanvasTopology",
     "Connection",
-    "FrameReads",
+    "FrameSets",
     "TemporalFill",
     "resolve_connections",
     "connection_frames",
@@ -42,12 +42,12 @@ __all__ = [
 ]
 
 _WRITE_MODES = ("add", "replace", "gate")
-# Weights and fractions lie so far inside of float32 that their products, sums and reciprocals do too.
+# Products, sums and reciprocals of such weights and fractions stay finite in float32.
 _SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-18, 1e18
 
 
 class TemporalFill(enum.Enum):
-    """What a read does when dst has no frame at the real time that is asked for.
+    """How dst's frames are chosen where dst has no frame at the target time.
 
     >>> [fill.value for fill in TemporalFill]
     ['drop', 'hold', 'interpolate']
@@ -57,21 +57,21 @@ class TemporalFill(enum.Enum):
     HOLD = "hold"
     INTERPOLATE = "interpolate"
 
-    # Members are singletons; Enum's own hash is Python code, which every cache key of a large topology would pay for.
+    # Members are singletons; Enum's own hash is slow Python code in every cache key of a large topology.
     __hash__ = object.__hash__
 
 
 @dataclass(frozen=True, eq=False)
-class FrameReads:
-    """The reads that a pair of temporal offsets makes, as ranges of absolute canvas frames, one row per read.
+class FrameSets:
+    """The attention sets of a pair of temporal offsets, as ranges of absolute canvas frames, one row per set.
 
     Attributes:
-        q_start, q_stop: int64 ``[n]``: the src frames ``q_start .. q_stop - 1`` query.
-        k_start, k_stop: int64 ``[n]``: the dst frames ``k_start .. k_stop - 1`` are read.
-        fraction: float64 ``[n]``: the read's weight is the connection's weight times this; never 0.
+        q_start, q_stop: int64 ``[n]``: the query frames ``q_start .. q_stop - 1`` of src.
+        k_start, k_stop: int64 ``[n]``: the key/value frames ``k_start .. k_stop - 1`` of dst.
+        fraction: float64 ``[n]``: the set's weight is the connection's weight times this; never 0.
 
-    Rows go up in the reference frame; for one reference frame the past comes before the future, and inverse-distance
-    anchors go by nearness, the earlier first at equal distance. The arrays are read-only.
+    Rows ascend in the reference frame; for one reference frame the past comes before the future, and inverse-distance
+    anchors are sorted by distance, the earlier first at equal distance. The arrays are read-only.
     """
 
     q_start: np.ndarray
@@ -94,11 +94,11 @@ class FrameReads:
         return np.stack([self.k_start, self.k_stop], axis=1)
 
 
-def _frame_reads(q_start, q_stop, k_start, k_stop, fraction) -> FrameReads:
+def _frame_sets(q_start, q_stop, k_start, k_stop, fraction) -> FrameSets:
     arrays = [np.ascontiguousarray(array) for array in (q_start, q_stop, k_start, k_stop, fraction)]
     for array in arrays:
         array.setflags(write=False)
-    return FrameReads(*arrays)
+    return FrameSets(*arrays)
 
 
 @lru_cache(maxsize=1024)
@@ -112,35 +112,35 @@ def resolve_frames(
     t_dst: int | None,
     fill: TemporalFill,
     order: int,
-) -> FrameReads:
+) -> FrameSets:
     """Pairs src frames with dst frames, for every reference frame ``r`` of ``0 .. T - 1``.
 
-    Src queries at frame ``r + t_src`` (all of its frames if ``t_src`` is None) and asks for dst at the real time
+    Src's frame ``r + t_src`` (all of its frames if ``t_src`` is None) attends to dst at the real time
     ``(r + t_dst) * p``, with ``p`` src's period if ``t_src`` is an int, else 1 (all of dst if ``t_dst`` is None). The
-    real time of dst's frame ``f`` is ``f * dst_period``. A time at which dst has no frame goes by ``fill``: DROP reads
-    nothing; HOLD the latest earlier frame; INTERPOLATE of order up to 1 the nearest earlier and later frames, at
-    distances a and b, with fractions b / (a + b) and a / (a + b), or the only one there is; INTERPOLATE of order n >= 2
-    the n + 1 nearest frames with fractions d**-n / sum(d**-n).
+    real time of dst's frame ``f`` is ``f * dst_period``. Where dst has no frame at that time, ``fill`` decides: DROP
+    makes no set; HOLD takes the latest earlier frame; INTERPOLATE of order up to 1 the nearest earlier and later
+    frames, at distances a and b, with fractions b / (a + b) and a / (a + b), or the only one there is; INTERPOLATE of
+    order n >= 2 the n + 1 nearest frames with fractions d**-n / sum(d**-n).
 
     Args:
         T: number of canvas frames.
         src_frames, dst_frames: absolute half-open frame ranges (t0, t1).
         src_period, dst_period: real-time steps per canvas frame.
         t_src, t_dst: offsets from the reference frame, or None for all frames.
-        fill: what to do where dst has no frame.
+        fill: how frames are chosen where dst has none.
         order: interpolation order.
 
     Returns:
-        FrameReads of the given frames; the cost goes with T (times the order), not with its square.
+        The FrameSets; cost is linear in T (times the order).
 
-    >>> reads = resolve_frames(3, (0, 3), (0, 1), 1, 2, 0, 0, TemporalFill.HOLD, 1)
-    >>> reads.q_start.tolist(), reads.k_start.tolist()
+    >>> frames = resolve_frames(3, (0, 3), (0, 1), 1, 2, 0, 0, TemporalFill.HOLD, 1)
+    >>> frames.q_start.tolist(), frames.k_start.tolist()
     ([0, 1, 2], [0, 0, 0])
     """
     (src_first, src_end), (first, end) = src_frames, dst_frames
     if t_src is None and t_dst is None:
         q_start, q_stop, start, stop = (np.array([frame], dtype=np.int64) for frame in (*src_frames, *dst_frames))
-        return _frame_reads(q_start, q_stop, start, stop, np.ones(1))
+        return _frame_sets(q_start, q_stop, start, stop, np.ones(1))
     if t_src is None:
         reference = np.arange(T, dtype=np.int64)
         q_start, q_stop = np.full(T, src_first, dtype=np.int64), np.full(T, src_end, dtype=np.int64)
@@ -150,12 +150,12 @@ def resolve_frames(
     if t_dst is None:
         n = len(reference)
         full = np.full(n, first, dtype=np.int64), np.full(n, end, dtype=np.int64)
-        return _frame_reads(q_start, q_stop, *full, np.ones(n))
+        return _frame_sets(q_start, q_stop, *full, np.ones(n))
 
     time = (reference + t_dst) * (1 if t_src is None else src_period)
     floor = time // dst_period
     exact = (floor * dst_period == time) & (floor >= first) & (floor < end)
-    # [n, anchors]: the dst frames that each row may read, with fraction 0 for those that it does not
+    # [n, anchors]: candidate dst frames of each row, with fraction 0 where not used
     if fill is TemporalFill.DROP:
         anchors, fractions = floor[:, None], exact[:, None].astype(np.float64)
     elif fill is TemporalFill.HOLD:
@@ -167,7 +167,7 @@ def resolve_frames(
         anchors, fractions = _nearest_anchors(time, floor, exact, first, end, dst_period, order)
     row, anchor = np.nonzero(fractions >= _SMALLEST_WEIGHT)
     k_start = anchors[row, anchor]
-    return _frame_reads(q_start[row], q_stop[row], k_start, k_start + 1, fractions[row, anchor])
+    return _frame_sets(q_start[row], q_stop[row], k_start, k_start + 1, fractions[row, anchor])
 
 
 def _linear_anchors(time, floor, exact, first, end, period):
@@ -188,7 +188,7 @@ def _nearest_anchors(time, floor, exact, first, end, period, order):
     distance[(window < first) | (window >= end)] = np.iinfo(np.int64).max
     nearest = np.argsort(distance, axis=1, kind="stable")[:, :count]  # stable: the earlier one first at equal distance
     anchors, distance = np.take_along_axis(window, nearest, 1), np.take_along_axis(distance, nearest, 1)
-    # Relative to the nearest distance, no power of a distance can overflow or vanish altogether.
+    # Relative to the nearest distance, powers of distances neither overflow nor all underflow.
     ratio = (distance[:, :1] / np.maximum(distance, 1)) ** float(order)
     ratio[exact] = np.arange(count) == 0
     return anchors, ratio / ratio.sum(axis=1, keepdims=True)
@@ -196,19 +196,19 @@ def _nearest_anchors(time, floor, exact, first, end, period, order):
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One attention operation: the positions of ``src`` query those of ``dst``.
+    """One attention operation: the positions of ``src`` attend to those of ``dst``.
 
     Args:
-        src: region whose positions ask, and receive the result.
-        dst: region whose positions are read.
-        weight: how much the connection's reads count; 0 means that it makes none.
+        src: the query region, which receives the result.
+        dst: the key/value region.
+        weight: weight of the connection's attention sets; 0 disables it.
         t_src, t_dst: offsets from a shared reference frame (see `resolve_frames`), or None for all frames.
-        fn: attention function; None leaves it to src's ``default_attn``; "none" makes no reads.
-        operator: what the edge is for; any string, and metadata only.
+        fn: attention function; None leaves it to src's ``default_attn``; "none" disables the connection.
+        operator: what the connection is for; any string, metadata only.
         write_mode: "add", "replace" or "gate".
-        temporal_fill: what happens where dst has no frame at the time asked for; a TemporalFill or its value.
+        temporal_fill: how frames are chosen where dst has none at the target time; a TemporalFill or its value.
         interpolation_order: 0 and 1 interpolate linearly, n >= 2 by inverse distance to the n-th power.
-        mask: which positions of the two regions meet; None means all.
+        mask: which pairs of the two regions' positions are computed; None for all.
 
     Raises:
         ValueError: a weight that is neither 0 nor from 1e-18 to 1e18, an offset that is not an int, a negative
@@ -231,7 +231,7 @@ class Connection:
     mask: MaskSpec | None = None
 
     def __post_init__(self) -> None:
-        # Topologies of some 100,000 connections exist; nearly all pass here and need none of the coercions below.
+        # Fast path: topologies may have 100,000 connections, and nearly all need none of the coercions below.
         if (
             type(self.src) is type(self.dst) is type(self.operator) is str
             and self.src
@@ -254,12 +254,12 @@ class Connection:
 
     def _check(self) -> None:
         try:
-            self._take()
+            self._check_fields()
         except ValueError as error:
             raise ValueError(f"connection {shown(self.src)} -> {shown(self.dst)}: {error}") from None
 
-    def _take(self) -> None:
-        """Checks every field, and puts plain types in the place of numpy's and others."""
+    def _check_fields(self) -> None:
+        """Checks every field, and replaces numpy's types and others by plain ones."""
         put = object.__setattr__
         for name in ("src", "dst", "operator"):
             checked_name(getattr(self, name), name)
@@ -287,7 +287,7 @@ def _checked_fill(value: Any) -> TemporalFill:
 
 
 class _ConnectionsKey(tuple):
-    """The connections themselves, equal by value; the hash is computed once and makes no tuple per connection."""
+    """The connections, equal by value; the hash is computed once, without a tuple per connection."""
 
     def __hash__(self) -> int:
         try:
@@ -304,8 +304,8 @@ class _ConnectionsKey(tuple):
 class CanvasTopology:
     """The attention graph of a canvas: a list of connections, in the order in which they were declared.
 
-    ``connections`` is a list that may be changed; caches go by `key`, which follows it. Topologies compare by value
-    and, being mutable, are not hashable.
+    ``connections`` may be changed in place; caches use `key`, which follows it. Topologies compare by value and, being
+    mutable, are not hashable.
 
     Raises:
         ValueError: something in ``connections`` is not a Connection.
@@ -338,12 +338,12 @@ class CanvasTopology:
         self.connections, self._key = state["connections"], (None, None)
 
     def key(self) -> tuple:
-        """The connections as one hashable tuple, equal by value, for caches.
+        """Returns the connections as one hashable tuple, equal by value, for caches.
 
         It follows changes of ``connections``; while there are none, the same object is returned.
         """
         snapshot, key = self._key
-        # Connections never change, so comparing the lists looks at identities first and costs next to nothing.
+        # Connections are immutable: comparing the lists checks identities first and is cheap.
         if snapshot != self.connections:
             key = _ConnectionsKey(self.connections)
             self._key = (list(self.connections), key)
@@ -351,18 +351,19 @@ class CanvasTopology:
 
     @staticmethod
     def dense(regions: Sequence[str]) -> CanvasTopology:
-        """Every region reads every region, itself included."""
+        """Returns a topology in which every region attends to every region, itself included."""
         regions = checked_names(regions, "regions")
         return CanvasTopology([Connection(src, dst) for src in regions for dst in regions])
 
     @staticmethod
     def isolated(regions: Sequence[str]) -> CanvasTopology:
-        """Every region reads itself only."""
+        """Returns a topology in which every region attends to itself only."""
         return CanvasTopology([Connection(name, name) for name in checked_names(regions, "regions")])
 
     @staticmethod
     def hub_spoke(hub: str, spokes: Sequence[str], bidirectional: bool = True) -> CanvasTopology:
-        """All regions read themselves, the hub reads each spoke, and the spokes read the hub if ``bidirectional``."""
+        """Returns a topology in which all regions attend to themselves, the hub to each spoke, and the spokes to the
+        hub if ``bidirectional``."""
         spokes, bidirectional = checked_names(spokes, "spokes"), checked_bool(bidirectional, "bidirectional")
         connections = [Connection(name, name) for name in (checked_name(hub, "hub"), *spokes)]
         for spoke in spokes:
@@ -373,7 +374,7 @@ class CanvasTopology:
 
     @staticmethod
     def causal_chain(regions: Sequence[str]) -> CanvasTopology:
-        """All regions read themselves, and each its predecessor."""
+        """Returns a topology in which all regions attend to themselves and to their predecessor."""
         regions = checked_names(regions, "regions")
         connections = [Connection(name, name) for name in regions]
         connections += [Connection(name, before) for before, name in pairwise(regions)]
@@ -385,7 +386,8 @@ class CanvasTopology:
         layout: CanvasLayout | None = None,
         temporal_fill: TemporalFill = TemporalFill.HOLD,
     ) -> CanvasTopology:
-        """Each region reads itself at the same and at the previous frame, and every other one at the previous frame.
+        """Returns a topology in which each region attends to itself at the same frame and to all regions at the
+        previous one.
 
         Raises:
             KeyError: a layout is given and has no such region.
@@ -404,7 +406,7 @@ class CanvasTopology:
 
     @property
     def regions(self) -> list[str]:
-        """Names of all regions that a connection names, in the order in which they first appear."""
+        """Names of all regions in connections, in order of first appearance."""
         return list(dict.fromkeys(name for connection in self.connections for name in (connection.src, connection.dst)))
 
     @property
@@ -413,7 +415,7 @@ class CanvasTopology:
         return any(c.t_src is not None or c.t_dst is not None for c in self.connections)
 
     def resolve_fn(self, connection: Connection, layout: CanvasLayout | None = None) -> str:
-        """The connection's ``fn``, else src's ``default_attn`` in the layout, else "cross_attention"."""
+        """Returns the connection's ``fn``, else src's ``default_attn`` in the layout, else "cross_attention"."""
         checked_kind(layout, "layout", CanvasLayout, optional=True)
         fn = checked_kind(connection, "connection", Connection).fn
         if fn is not None:
@@ -423,41 +425,42 @@ class CanvasTopology:
         return "cross_attention"
 
     def resolve_fns(self, layout: CanvasLayout | None = None) -> list[str]:
-        """`resolve_fn` of every connection, in declaration order."""
+        """Returns `resolve_fn` of every connection, in declaration order."""
         checked_kind(layout, "layout", CanvasLayout, optional=True)
         specs = {} if layout is None else {name: layout.region_spec(name) for name in layout.regions}
         defaults = {name: spec.default_attn for name, spec in specs.items()}
         return [defaults.get(c.src, "cross_attention") if c.fn is None else c.fn for c in self.connections]
 
     def attention_ops(self, layout: CanvasLayout | None = None) -> list[tuple[str, str, float, str]]:
-        """(src, dst, weight, fn) of every connection as declared, with its fn resolved; nothing is left out."""
+        """Returns (src, dst, weight, fn) of every connection as declared, with its fn resolved."""
         return [(c.src, c.dst, c.weight, fn) for c, fn in zip(self.connections, self.resolve_fns(layout))]
 
     def neighbors_of(self, region: str) -> list[str]:
-        """Names of the regions that ``region`` reads, each once, in declaration order."""
+        """Returns the names of the regions that ``region`` attends to, each once, in declaration order."""
         return list(dict.fromkeys(c.dst for c in self.connections if c.src == region))
 
     def attended_by(self, region: str) -> list[str]:
-        """Names of the regions that read ``region``, each once, in declaration order."""
+        """Returns the names of the regions that attend to ``region``, each once, in declaration order."""
         return list(dict.fromkeys(c.src for c in self.connections if c.dst == region))
 
     def to_block_adjacency(self) -> dict[tuple[str, str], float]:
-        """The largest weight of each (src, dst) pair."""
+        """Returns the largest weight of each (src, dst) pair."""
         adjacency: dict[tuple[str, str], float] = {}
         for c in self.connections:
             adjacency[c.src, c.dst] = max(c.weight, adjacency.get((c.src, c.dst), 0.0))
         return adjacency
 
     def to_attention_mask(self, layout: CanvasLayout, device: str | torch.device = "cpu") -> torch.Tensor:
-        """The joint mask: ``M[i, j]`` is the largest weight of all reads in which ``i`` attends to ``j``.
+        """Returns the joint mask: ``M[i, j]`` is the largest weight of all attention sets in which ``i`` attends to
+        ``j``.
 
         Args:
-            layout: the canvas. Connections that name a region that it lacks are skipped, with one warning.
-            device: where to put the result.
+            layout: the canvas. Connections to regions that it lacks are skipped, with one warning.
+            device: device of the result.
 
         Returns:
-            float32 ``(N, N)`` with N the number of positions; 0 where no read pairs the two. Connections of fn "none"
-            and of weight 0 make no reads.
+            float32 ``(N, N)`` with N the number of positions; 0 where no set pairs the two. Connections of fn "none"
+            and of weight 0 have no sets.
 
         Raises:
             ValueError: a mask that does not fit its regions; the message names the connection.
@@ -468,15 +471,15 @@ class CanvasTopology:
     def to_additive_mask(
         self, layout: CanvasLayout, device: str | torch.device = "cpu", weighted: bool = False
     ) -> torch.Tensor:
-        """The joint mask as a term to add to attention logits.
+        """Returns the joint mask as a term to add to attention logits.
 
         Args:
             layout, device: as for `to_attention_mask`.
-            weighted: give ln M, which keeps weights and interpolation fractions, instead of 0, where attended.
+            weighted: whether to return ln M, with weights and interpolation fractions, instead of 0 where attended.
 
         Returns:
-            float32 ``(N, N)``: 0 (or ln M) where attended and −inf elsewhere; a position with no key attends to itself,
-            with 0, so that no row of a softmax is empty.
+            float32 ``(N, N)``: 0 (or ln M) where attended and −inf elsewhere; positions without keys attend to
+            themselves, with 0, so that no row of a softmax is empty.
         """
         matrix, covered = _paint(self, layout, -math.inf, np.log if weighted else np.zeros_like)
         alone = np.flatnonzero(~covered)
@@ -484,7 +487,8 @@ class CanvasTopology:
         return torch.from_numpy(matrix).to(device)
 
     def summary(self) -> str:
-        """How many connections there are, those in time by fill and all by operator, then one a line, in words."""
+        """Returns the number of connections, temporal ones by fill and all by operator, then one line per
+        connection."""
         lines = [f"CanvasTopology: {len(self.connections)} connections among {len(self.regions)} regions"]
         fills = [c.temporal_fill.value for c in self.connections if (c.t_src, c.t_dst) != (None, None)]
         operators = [c.operator for c in self.connections]
@@ -512,10 +516,10 @@ def _counted(names: list[str]) -> str:
 
 
 def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> Iterator[tuple[int, Connection, str]]:
-    """(declaration index, connection, resolved fn) of the connections that make reads on the layout.
+    """Yields (declaration index, connection, resolved fn) of the connections that run on the layout.
 
-    Connections of weight 0 or of fn "none" make none. Those that name a region that the layout lacks are skipped, with
-    one UserWarning for all of them.
+    Connections of weight 0 or of fn "none" do not run. Those to regions that the layout lacks are skipped, with one
+    UserWarning for all of them.
     """
     known = checked_kind(layout, "layout", CanvasLayout).regions
     missing = [c for c in topology.connections if c.src not in known or c.dst not in known]
@@ -523,9 +527,9 @@ def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> Itera
         names = dict.fromkeys(repr(name) for c in missing for name in (c.src, c.dst) if name not in known)
         warn(
             f"skipping {len(missing)} of {len(topology.connections)} connections that name regions missing from the "
-            f"layout ({some(names)}): {some(f'{c.src!r} -> {c.dst!r}' for c in missing)}"
+            f"layout ({join_truncated(names)}): {join_truncated(f'{c.src!r} -> {c.dst!r}' for c in missing)}"
         )
-    # One by one: some 100,000 tuples that live at the same time are work for the garbage collector.
+    # A generator: 100,000 tuples at a time would burden the garbage collector.
     resolved = enumerate(zip(topology.connections, topology.resolve_fns(layout)))
     return (
         (index, c, fn)
@@ -534,8 +538,8 @@ def resolve_connections(topology: CanvasTopology, layout: CanvasLayout) -> Itera
     )
 
 
-def connection_frames(c: Connection, layout: CanvasLayout) -> FrameReads:
-    """Returns what :func:`resolve_frames` makes of a connection's frames on a layout, cached by what it depends on."""
+def connection_frames(c: Connection, layout: CanvasLayout) -> FrameSets:
+    """Returns :func:`resolve_frames` of a connection on a layout, cached."""
     src, dst = layout.region_spec(c.src), layout.region_spec(c.dst)
     periods = src.period, dst.period
     offsets = c.t_src, c.t_dst
@@ -545,17 +549,17 @@ def connection_frames(c: Connection, layout: CanvasLayout) -> FrameReads:
 
 
 def _boxes(c: Connection, layout: CanvasLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights ``[n]``, query and key boxes ``[n, D, 2]``, whose products are the pairs that the connection reads."""
+    """Returns weights ``[n]``, query and key boxes ``[n, D, 2]``, whose products are the pairs of the connection."""
     frames = connection_frames(c, layout)
     mask, regions = c.mask or MaskSpec(), (layout.region_box(c.src), layout.region_box(c.dst))
-    row, read, q_boxes, k_boxes = mask_parts(mask, *regions, frames.queries, frames.keys)
-    return (c.weight * frames.fraction)[row[read]], q_boxes, k_boxes
+    row, part_set, q_boxes, k_boxes = mask_parts(mask, *regions, frames.queries, frames.keys)
+    return (c.weight * frames.fraction)[row[part_set]], q_boxes, k_boxes
 
 
 def _paint(topology: CanvasTopology, layout: CanvasLayout, background: float, value) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (N, N) with ``value(weight)`` of the largest read at every pair, and which rows hold a pair."""
+    """Returns float32 (N, N) with ``value(weight)`` of the largest weight of every pair, and which rows have keys."""
     N = checked_kind(layout, "layout", CanvasLayout).num_positions
-    strokes: list[tuple[slice, ...]] = []  # of the matrix as (t, s0, … of the query, t, s0, … of the key)
+    boxes: list[tuple[slice, ...]] = []  # of the matrix as (t, s0, … of the query, t, s0, … of the key)
     weights = [np.zeros(0)]
     for index, c, _ in resolve_connections(topology, layout):
         try:
@@ -563,16 +567,16 @@ def _paint(topology: CanvasTopology, layout: CanvasLayout, background: float, va
         except ValueError as error:
             raise ValueError(f"connection {index}, {c.src!r} -> {c.dst!r}: {error}") from None
         both = np.concatenate([queries, keys], axis=1)
-        strokes += (tuple(map(slice, *ends)) for ends in zip(both[..., 0].tolist(), both[..., 1].tolist()))
+        boxes += (tuple(map(slice, *ends)) for ends in zip(both[..., 0].tolist(), both[..., 1].tolist()))
         weights.append(weight)
     weight = np.concatenate(weights)
     values = value(weight).astype(np.float32)
     grid = (layout.T, *layout.spatial_shape)
     matrix = np.zeros((N, N), dtype=np.float32) if background == 0.0 else np.full((N, N), background, dtype=np.float32)
     covered = np.zeros(N, dtype=bool)
-    boxes, rows = matrix.reshape(*grid, *grid), covered.reshape(grid)
-    # Painted by increasing weight, the largest is what stays, and no pair has to be read back.
-    for stroke in np.argsort(weight, kind="stable").tolist():
-        boxes[strokes[stroke]] = values[stroke]
-        rows[strokes[stroke][: len(grid)]] = True
+    grids, rows = matrix.reshape(*grid, *grid), covered.reshape(grid)
+    # Written by increasing weight, so that the largest remains.
+    for number in np.argsort(weight, kind="stable").tolist():
+        grids[boxes[number]] = values[number]
+        rows[boxes[number][: len(grid)]] = True
     return matrix, covered

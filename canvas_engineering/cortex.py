@@ -1,4 +1,5 @@
-"""Cortices: named groups of regions whose edges among themselves run one attention function, shared or their own."""
+"""Cortices: named groups of regions whose connections among themselves run one attention function, shared or their
+own."""
 
 from __future__ import annotations
 
@@ -20,17 +21,17 @@ class CortexSpec:
     """A group of regions.
 
     What a cortex has of its own is which function runs inside it. The module of that function, its parameters and the
-    projected keys and values, is shared with every other edge of the canvas that runs the same function, in another
-    cortex or in none, unless the cortex is ``isolated``.
+    projected keys and values, is shared with every other connection of the canvas that runs the same function, in
+    another cortex or in none, unless the cortex is ``isolated``.
 
     Args:
         name: of the cortex.
         bounds: the box of the canvas, (t0, t1, s0_lo, s0_hi, …), that holds its regions; at the default, anywhere.
         tile: tile size of its spatial grid, per dimension: of ``mask``.
-        local_backend: attention function of the edges inside the cortex that name none themselves.
+        local_backend: attention function of connections inside the cortex that name none.
         shared_cache: True: its regions share keys and values, which are projected once for each module of a function.
             There is nothing else; False is refused where the cortex is put to use.
-        isolated: whether edges inside the cortex, those that name a function themselves too, run modules of its own.
+        isolated: whether connections inside the cortex, including those that name a function, run separate modules.
 
     Raises:
         ValueError: an empty name, bounds that are not half-open ranges, or a tile size below 1.
@@ -62,7 +63,7 @@ class CortexSpec:
 
     @property
     def mask(self) -> MaskSpec:
-        """Its tiles, for the ``mask_spec`` of connections that are to stay within one: they are not by themselves."""
+        """Returns the cortex's tiles as a ``mask_spec`` for connections; it is not applied automatically."""
         return MaskSpec("tile", tile_shape=self.tile)
 
 

@@ -1,4 +1,4 @@
-"""What the package's modules own: trainable parameters, tables of the declaration, and state of one process."""
+"""Base class of modules with trainable parameters, tables derived from a declaration, and state of one process."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class CanvasModule(nn.Module):
 
 @outside_inference
 def _fill_tables(module: CanvasModule, incompatible_keys: Any) -> None:
-    """After a load that put tensors in the place of those on ``meta``: tables, where these lie."""
+    """After loading over tensors on ``meta``: rebuilds tables on the same device."""
     devices = (tensor.device for tensor in chain(module.parameters(), module.buffers()))
     home = next((device for device in devices if device.type != "meta"), None)
     for child in () if home is None else module.modules():

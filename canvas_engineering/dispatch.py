@@ -15,7 +15,7 @@ from canvas_kernels.derived import real_tensors
 from canvas_kernels.packing import IndexMap, gather_rows, replace_rows
 
 from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
-from .attention.grouped import attend_grouped, fit, is_fused
+from .attention.base import attend_grouped, bind_plan, is_fused
 from .canvas import ATTENTION_TYPES, CanvasLayout, SpatiotemporalCanvas
 from .canvas.tensor import parameter_key
 from .checked import checked_bool, checked_names, checked_sizes, checked_tensor
@@ -33,9 +33,10 @@ from .schema import CanvasSchema
 
 __all__ = ["AttentionDispatcher", "surviving_state"]
 
+
 @dataclass(frozen=True, eq=False)
 class _Errors:
-    """A connection whose output, less what asked for it, goes into the residual summary of ``region``."""
+    """A connection whose output minus its queries goes into the residual summary of ``region``."""
 
     number: int
     region: str
@@ -47,9 +48,9 @@ class _Errors:
 class AttentionDispatcher(CanvasModule):
     """Runs every connection of a topology on a canvas tensor, in edge form (docs/semantics.md, sections 4 and 5).
 
-    At each position the outputs of its reads are averaged by weight, out_i = Σ_r a_r f_r(i) / Σ_r w_r, with a_r = w_r,
-    or w_r·σ(g) on a connection of write mode "gate" with its learned g; where a "replace" read is in force, only
-    replace reads count. Positions without a read keep their input, bit for bit.
+    At each position the outputs of its attention sets r are averaged by weight, out_i = Σ_r a_r f_r(i) / Σ_r w_r, with
+    a_r = w_r, or w_r·σ(g) for a connection of write mode "gate" with its learned g. Where a set of write mode "replace"
+    is in force, only such sets count. Positions without keys keep their input, bit for bit.
 
     Args:
         topology, layout: the declaration. Connections to regions that the layout lacks are skipped with one
@@ -57,31 +58,30 @@ class AttentionDispatcher(CanvasModule):
         d_model: width of the canvas tensor.
         n_heads: heads of each attention function; must divide d_model.
         dropout: on attention weights, in training.
-        skip_temporal: read every connection as dense in time.
-        residual_accumulator: gets, after each step, attended − queries of every connection that ran and whose dst has
-            the carrier "residual", which the family "residual" has by default, if it keeps that region; triggers read
-            its summaries as they stood before.
-        program: its connection programs give functions, write modes, masks and triggers to the connections of their
-            pairs; regions with an identity are read through a bank of slots. Each constraint that the connections, as
-            they run, do not meet gets a UserWarning, and so does each clock that waits for a region which does not
-            exist; constraints are not enforced, and clocks are run by schedulers.
-        cortex: edges inside one cortex that name no function run its ``local_backend``; edges inside an isolated one
-            run modules of its own.
+        skip_temporal: whether to ignore temporal offsets.
+        residual_accumulator: after each step, is updated with output − queries of every connection that ran and whose
+            dst has the carrier "residual" (the default of the family "residual"), if it has that region; triggers use
+            the summaries from before the step.
+        program: its connection programs set functions, write modes, masks and triggers; slot banks stand for the keys
+            of regions with an identity. Each violated constraint and each clock that waits for a missing region gets a
+            UserWarning; constraints are not enforced, and schedulers run clocks.
+        cortex: connections inside one cortex that name no function run its ``local_backend``; those inside an isolated
+            one run separate modules.
         backend: "auto", "triton", "torch" or "reference"; see :func:`canvas_attention`.
 
     Attributes:
         plan: the compiled :class:`AttentionPlan`.
         fn_modules: ModuleDict by function name, one module shared by the connections of that function; those inside
-            an isolated cortex have their own, ``<function>__<cortex>``, which ``plan.fns`` then says too.
-        edge_gates: (gate connections,) parameter, zeros at first; None where no connection gates.
-        slot_modules: ModuleDict of the banks, by region name with ``.`` as ``__`` and brackets as ``_``.
+            an isolated cortex share ``<function>__<cortex>``, also in ``plan.fns``.
+        edge_gates: (gate connections,) parameter, initially zero; None without gates.
+        slot_modules: ModuleDict of the slot banks, by region name with ``.`` as ``__`` and brackets as ``_``.
 
-    A step that is computed again, as activation checkpointing does, updates the summaries again, and its triggers see
-    them as they then stand: keep steps with an accumulator out of recomputed stretches.
+    A recomputed step, as under activation checkpointing, updates the summaries again, and its triggers use the updated
+    ones: do not checkpoint steps with an accumulator.
 
     Raises:
         ValueError: an attention function that is not registered, n_heads that do not divide d_model, an unknown
-            backend, a mask that does not fit its regions, or a program that cannot be run.
+            backend, a mask that does not fit its regions, or an invalid program.
 
     >>> from canvas_engineering import CanvasLayout, CanvasTopology
     >>> layout = CanvasLayout(T=2, H=2, W=2, d_model=16, regions={"a": (0, 2, 0, 1, 0, 2)})
@@ -118,30 +118,31 @@ class AttentionDispatcher(CanvasModule):
         self.topology, self.layout, self.d_model, self.backend = topology, layout, d_model, backend
         self.plan = plan = compile_attention(layout, topology, program, cortex=cortex, dense_in_time=skip_temporal)
         if program is not None:
-            _warn_of_what_does_not_hold(program, plan, layout)
+            _warn_of_violations(program, plan, layout)
         compiled, names = _with_isolated(plan, cortex)
         self.fn_modules = nn.ModuleDict()
         self._plans = {}
-        for number in np.unique(compiled.reads.connection).tolist():
+        for number in np.unique(compiled.attention_sets.connection).tolist():
             name, connection = compiled.fns[number], plan.connections[number]
             if name in self.fn_modules:
                 continue
             try:
                 self.fn_modules[name] = create_attention(names[name], d_model, n_heads, dropout)
             except ValueError as error:
-                raise ValueError(f"connection {connection.src!r} reads {connection.dst!r}: {error}") from None
-            self._plans[name] = fit(names[name], self.fn_modules[name], compiled.for_fn(name), layout, backend)
-        self.plan = plan = compiled.refined(self._plans)
+                raise ValueError(f"connection {connection.src!r} attends to {connection.dst!r}: {error}") from None
+            self._plans[name] = bind_plan(names[name], self.fn_modules[name], compiled.for_fn(name), layout, backend)
+        self.plan = plan = compiled.with_function_plans(self._plans)
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
         self._gating = frozenset(plan.connections[number].src for number in gates)
-        self._bank_keys = {bank.region: parameter_key(bank.region) for bank in plan.banks}
+        self._bank_keys = {bank.region: parameter_key(bank.region) for bank in plan.slot_banks}
         self._map_rows(plan, gates, regions)
         self._region_number = regions
-        self._readers = frozenset(plan.connections[number].src for number in plan.reads.connection.tolist())
+        running = plan.attention_sets.connection.tolist()
+        self._query_regions = frozenset(plan.connections[number].src for number in running)
         self._add_banks(program, n_heads)
-        # schedulers fire these too
+        # regions outside the layout that schedulers may fire
         self._elsewhere = frozenset() if program is None else program.regions.keys() - regions.keys()
         self.residual_accumulator = residual_accumulator
         self._errors = self._residual_connections(program, compiled)
@@ -156,24 +157,24 @@ class AttentionDispatcher(CanvasModule):
         *,
         add_to: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One step.
+        """Runs one step.
 
         Args:
             x: (B, N, d_model), floating.
-            active_regions: regions whose reads run: names, or a tensor (regions,) in the layout's order, 0 for those
-                that do not, which stays on the device and has no gradient, as `DeviceScheduler` gives it. The others'
-                positions pass through and stay readable. None: all. Under ``torch.compile`` give a tensor: each set of
-                names is a graph of its own. Where no gradients are kept, names of which nothing runs return x itself;
-                in training every parameter takes part, with a gradient of zero, as other processes wait for it.
-            add_to: like x. Results are added to it, and positions without a read keep it, bit for bit: a pre-norm block
+            active_regions: the query regions that run: names, or a tensor (regions,) in the layout's order, 0 for
+                inactive ones, on the device and without gradient, as `DeviceScheduler` returns. Positions of other
+                regions pass through and remain keys. None: all. Under ``torch.compile`` pass a tensor: each set of
+                names compiles a new graph. Without gradients, names of which nothing runs return x itself; in training
+                every parameter gets a gradient, zero if unused, as DDP and FSDP wait for it.
+            add_to: like x. Results are added to it, and positions without keys keep it, bit for bit: a pre-norm block
                 is ``x = attention(norm(x), add_to=x)``.
 
         Returns:
             (B, N, d_model) in x's dtype, or add_to's.
 
         Raises:
-            ValueError: x or add_to of another shape, or x of another dtype than the parameters' without autocast.
-            KeyError: the name of a region that neither the layout nor the program has.
+            ValueError: a wrong shape of x or add_to, or a dtype of x other than the parameters' without autocast.
+            KeyError: a name that is a region of neither the layout nor the program.
         """
         n = self.layout.num_positions
         if checked_tensor(x, "x").dim() != 3 or x.shape[1] != n or x.shape[2] != self.d_model:
@@ -187,7 +188,7 @@ class AttentionDispatcher(CanvasModule):
         active = self._active_connections(active_regions, x.device)
         if not self.fn_modules or self._may_skip(active_regions):
             return x if add_to is None else add_to
-        kept = x if add_to is None else add_to
+        base = x if add_to is None else add_to
         dtype = torch.promote_types(x.dtype, torch.float32)
         row_scale = None if active is None else self.plan.row_scale(active, dtype, x.device)
         rows = self._rows(x, active, row_scale)
@@ -195,37 +196,39 @@ class AttentionDispatcher(CanvasModule):
             self._accumulate(self.residual_accumulator, x, rows, active)
         written = self._attended(rows, active, row_scale)
         written = gather_rows(written, self._written, 1)
-        own = gather_rows(kept, self._targets, 1)
+        own = gather_rows(base, self._targets, 1)
         written = written.to(own.dtype) if add_to is None else own + written.to(own.dtype)
         if row_scale is not None:
             in_force = gather_rows((row_scale > 0).any(0)[:, None].to(torch.float32), self._written) > 0
             written = torch.where(in_force, written, own)
-        return replace_rows(kept, self._targets, written, 1)
+        return replace_rows(base, self._targets, written, 1)
 
     def _map_rows(self, plan: AttentionPlan, gates: list[int], regions: dict[str, int]) -> None:
-        """Makes the index maps of a step."""
+        """Builds the index maps of a step."""
         order, n = plan.order, self.layout.num_positions
         self._n_rows = n_rows = int((order < n).sum())
         attending = plan.table.has_keys()[:n_rows].nonzero()[0]
-        # canvas → packed rows; packed rows → those that attend to something; canvas → these
+        # canvas → packed rows; packed rows → those with keys; canvas → rows with keys
         self._packed = IndexMap.gather(order[:n_rows], n)
         self._written = IndexMap.gather(attending, plan.n_packed)
         self._targets = IndexMap.gather(order[attending], n)
         # (gates, 1) → connections: 1 where there is no gate
-        place = np.full(plan.n_connections, len(gates))
-        place[gates] = np.arange(len(gates))
-        self._gate_of = IndexMap.gather(place, len(gates) + 1)
+        gate_number = np.full(plan.n_connections, len(gates))
+        gate_number[gates] = np.arange(len(gates))
+        self._gate_of = IndexMap.gather(gate_number, len(gates) + 1)
         sources = np.array([regions.get(c.src, 0) for c in plan.connections], np.int64)
         self._source_region = IndexMap.gather(sources, max(len(regions), 1))
-        # rows that a function does not touch are none of its inputs
+        # rows outside a function's attention sets must not affect it
         with real_tensors():
             scale = plan.row_scale(None, torch.float64, torch.device("cpu"))
             self._touches_all = {fn: bool(touched(own.table, None, scale).all()) for fn, own in self._plans.items()}
             self._touches_all_banks = bool(touched(plan.table, None, scale)[n_rows:].all())
 
     def _rows(self, x: torch.Tensor, active: torch.Tensor | None, row_scale: torch.Tensor | None) -> torch.Tensor:
-        """Packed rows of the canvas, and after them the slots of each bank that is attended to, bound to x. Banks that
-        nothing touches are bound to 0: what is not finite there reaches nothing."""
+        """Returns packed rows of the canvas, followed by the slots of each slot bank, bound to x.
+
+        Unused banks are bound to zeros, so that NaN and inf there reach nothing.
+        """
         rows = gather_rows(x, self._packed, 1)
         if not self._bound:
             return rows
@@ -247,8 +250,7 @@ class AttentionDispatcher(CanvasModule):
     def _attended(
         self, rows: torch.Tensor, active: torch.Tensor | None, row_scale: torch.Tensor | None
     ) -> torch.Tensor:
-        """What every packed row attends to, (B, n, d_model), by the scales in force, (2, n), where there is
-        activity."""
+        """Returns the weighted sum over all functions at every packed row, (B, n, d_model)."""
         plan, gain = self.plan, self._gain()
         shared = gain is not None or len(self.fn_modules) > 1
         own_scale, factor = row_scale, None
@@ -256,20 +258,20 @@ class AttentionDispatcher(CanvasModule):
             own_scale = plan.row_scale(None, torch.promote_types(rows.dtype, torch.float32), rows.device)
         if shared:
             assert own_scale is not None
-            everyone = torch.ones(plan.n_connections, device=rows.device) if active is None else active
-            factor = everyone.to(own_scale.dtype) if gain is None else gain.to(own_scale.dtype) * everyone
+            on = torch.ones(plan.n_connections, device=rows.device) if active is None else active
+            factor = on.to(own_scale.dtype) if gain is None else gain.to(own_scale.dtype) * on
         written = None
         for fn, module in self.fn_modules.items():
             own, share, used = self._plans[fn], None, rows
             if factor is not None:
-                share = own.row_share(factor, own_scale)
+                share = own.row_weight_fraction(factor, own_scale)
             if active is not None or not self._touches_all[fn]:
                 assert own_scale is not None
-                # the gradients of its projections would see what is there
+                # NaN and inf there would reach the gradients of its projections
                 used = torch.where(touched(own.table, active, own_scale)[:, None], rows, rows.new_zeros(()))
             part = self._attend(module, used, own, gain, active, own_scale, share)
             written = part if written is None else written + part
-        assert written is not None  # a step without functions ends before
+        assert written is not None  # forward returns early without functions
         return written
 
     def _check_dtype(self, x: torch.Tensor) -> None:
@@ -284,28 +286,28 @@ class AttentionDispatcher(CanvasModule):
                 f"x.to({first.dtype}), or run under torch.autocast"
             )
 
-    def _attend(self, module, rows, plan, gain=None, active=None, row_scale=None, bias_share=None) -> torch.Tensor:
+    def _attend(self, module, rows, plan, gain=None, active=None, row_scale=None, bias_weight=None) -> torch.Tensor:
         options = {"gain": gain, "active": active, "row_scale": row_scale}
         if not is_fused(type(module)):
             return attend_grouped(module, rows, plan, **options)
-        return module.attend(rows, plan, **options, bias_share=bias_share, backend=self.backend)
+        return module.attend(rows, plan, **options, bias_weight=bias_weight, backend=self.backend)
 
     def microsteps(self, x: torch.Tensor, plan: Iterable[Iterable[str] | torch.Tensor | None]) -> torch.Tensor:
-        """One step after another, each with its own active regions: what ``RegionScheduler.step_plan`` gives."""
+        """Runs consecutive steps, each with its own active regions, as from ``RegionScheduler.step_plan``."""
         for active_regions in plan:
             x = self(x, active_regions)
         return x
 
     def region_parameters(self, region: str) -> list[str]:
-        """What of the dispatcher belongs to a region: its slot bank, and the gates of connections that it queries,
-        which are one tensor for all regions. For `ProgramCompiler`."""
+        """Returns the parts that belong to a region, for `ProgramCompiler`: its slot bank, and the gates of connections
+        whose query region it is, one tensor for all regions."""
         key = self._bank_keys.get(region)
         banks = [] if key is None else [f"slot_modules.{key}"]
         return [*banks, *["edge_gates"] * (region in self._gating)]
 
     @property
     def summaries(self) -> dict[str, dict[str, float]] | None:
-        """Residual summaries as plain floats, None without an accumulator; waits for the device."""
+        """Residual summaries as floats, None without an accumulator; synchronises with the device."""
         return None if self.residual_accumulator is None else self.residual_accumulator.summaries()
 
     # -- identity
@@ -314,13 +316,13 @@ class AttentionDispatcher(CanvasModule):
         self.slot_modules, self._bound = nn.ModuleDict(), []
         order, n = self.plan.order, self.layout.num_positions
         programs = {} if program is None else program.regions
-        for bank in self.plan.banks:
+        for bank in self.plan.slot_banks:
             identity, key = programs[bank.region].identity, parameter_key(bank.region)
-            assert identity is not None  # the plan has banks for those that have one
+            assert identity is not None  # by construction of the plan's slot banks
             if key in self.slot_modules or hasattr(nn.ModuleDict, key):
-                raise ValueError(f"region {bank.region!r} cannot have a slot bank: the name {key!r} is taken")
+                raise ValueError(f"region {bank.region!r} cannot have a slot bank: the module name {key!r} is in use")
             self.slot_modules[key] = SlotBindingModule(self.d_model, bank.size, n_heads, identity.birth_death)
-            # packed rows of the bank's slots, which stand together
+            # the bank's slots are contiguous packed rows
             bounds = [n + bank.start, n + bank.start + bank.size]
             first, stop = np.searchsorted(order[self._n_rows :], bounds) + self._n_rows
             if stop > first:
@@ -334,33 +336,33 @@ class AttentionDispatcher(CanvasModule):
         accumulator = self.residual_accumulator
         if accumulator is None:
             return []
-        kept, programs = set(accumulator.region_names), {} if program is None else program.regions
-        for region in sorted(kept & programs.keys() & self.layout.regions.keys()):
+        regions, programs = set(accumulator.region_names), {} if program is None else program.regions
+        for region in sorted(regions & programs.keys() & self.layout.regions.keys()):
             carriers = {programs[region].carrier, self.layout.region_spec(region).carrier}
             if programs[region].family == "residual" and "residual" not in carriers:
                 warn(
-                    f"region {region!r} is of the family 'residual', and of the carrier {programs[region].carrier!r}: "
-                    "its summaries stay as they are, for the dispatcher updates those of the carrier 'residual'"
+                    f"region {region!r} is of the family 'residual', but of the carrier {programs[region].carrier!r}: "
+                    "its summaries are not updated; the dispatcher updates those of the carrier 'residual'"
                 )
-        found = []
-        for number in dict.fromkeys(plan.reads.connection.tolist()):
+        errors = []
+        for number in dict.fromkeys(plan.attention_sets.connection.tolist()):
             region = plan.connections[number].dst
             carriers = {self.layout.region_spec(region).carrier}
             if region in programs:
                 carriers.add(programs[region].carrier)
-            if "residual" in carriers and region in kept:
+            if "residual" in carriers and region in regions:
                 fn = plan.fns[number]
-                own = fit(fn, self.fn_modules[fn], plan.for_connection(number), self.layout, self.backend)
+                own = bind_plan(fn, self.fn_modules[fn], plan.for_connection(number), self.layout, self.backend)
                 attending = IndexMap.gather(own.table.has_keys().nonzero()[0], plan.n_packed)
-                found.append(_Errors(number, region, fn, own, attending))
-        return found
+                errors.append(_Errors(number, region, fn, own, attending))
+        return errors
 
     @torch.no_grad()
     def _accumulate(
         self, accumulator: ResidualAccumulator, x: torch.Tensor, rows: torch.Tensor, active: torch.Tensor | None
     ) -> None:
         if self._bound and (active is not None or not self._touches_all_banks):
-            # connections that others replace count here
+            # replaced connections count here
             on = torch.ones(self.plan.n_connections, device=x.device) if active is None else (active != 0).float()
             rows = self._rows(x, active, row_sums(self.plan.table, on))
         for errors in self._errors:
@@ -374,15 +376,15 @@ class AttentionDispatcher(CanvasModule):
     # -- activity
 
     def _may_skip(self, active_regions) -> bool:
-        # in training every process touches every parameter: DDP and FSDP2 wait for the gradients of each
+        # in training DDP and FSDP2 wait for the gradient of every parameter
         named = isinstance(active_regions, frozenset) and not torch.is_grad_enabled()
-        return named and self._readers.isdisjoint(active_regions)
+        return named and self._query_regions.isdisjoint(active_regions)
 
     def _gain(self) -> torch.Tensor | None:
         if self.edge_gates is None:
             return None
-        shares = torch.sigmoid(self.edge_gates.to(torch.promote_types(self.edge_gates.dtype, torch.float32)))
-        return gather_rows(torch.nn.functional.pad(shares, (0, 1), value=1.0)[:, None], self._gate_of)[:, 0]
+        gates = torch.sigmoid(self.edge_gates.to(torch.promote_types(self.edge_gates.dtype, torch.float32)))
+        return gather_rows(torch.nn.functional.pad(gates, (0, 1), value=1.0)[:, None], self._gate_of)[:, 0]
 
     def _active_connections(self, active_regions, device) -> torch.Tensor | None:
         active = self._sources_active(active_regions, device)
@@ -406,37 +408,37 @@ class AttentionDispatcher(CanvasModule):
         return gather_rows(flags[:, None], self._source_region)[:, 0]
 
     def _region_flags(self, names: frozenset, device: torch.device) -> torch.Tensor:
-        """(regions,) of names."""
+        """Returns flags (regions,) of names."""
         unknown = sorted(names - self._region_number.keys() - self._elsewhere, key=str)
         if unknown:
             known = ", ".join(list(self._region_number)[:12])
             raise KeyError(f"active_regions names {unknown}, which the layout does not have; it has {known}")
         flags = torch.tensor([name in names for name in self._region_number])
-        # pinned, so that the host need not wait for the copy
+        # pinned, so that the copy is asynchronous
         return flags.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flags.to(device)
 
 
 def surviving_state(
     module: nn.Module, state: Mapping[str, torch.Tensor], compiled: CompiledProgram
 ) -> dict[str, torch.Tensor]:
-    """What a deployed model takes of the whole model's state dict.
+    """Filters the state dict of a full model down to that of the deployed model.
 
     The dispatchers of ``compiled.program`` have no parameters for functions and slot banks that only dropped
     connections used, and gates for surviving connections only; a canvas on its layout has modality embeddings of its
-    regions only. Everything else is handed on as it is; what schedulers, accumulators and conditioners of other regions
-    hold does not fit.
+    regions only. Everything else is returned unchanged; state of schedulers, accumulators and conditioners for other
+    regions does not fit.
 
     Args:
-        module: the deployed model, or one dispatcher; those of other topologies, and canvases of other layouts, are
-            left alone.
+        module: the deployed model, or one dispatcher; dispatchers of other topologies and canvases of other layouts
+            are ignored.
         state: state dict of the same model on the whole program.
-        compiled: what `ProgramCompiler.compile` gave for that program.
+        compiled: the result of `ProgramCompiler.compile` for that program.
 
     Returns:
-        a state dict for ``module.load_state_dict``.
+        A state dict for ``module.load_state_dict``.
 
     Raises:
-        ValueError: another number of gates than the whole program has.
+        ValueError: a number of gates other than that of the whole program.
 
     >>> from canvas_engineering import Connection, ProgramCompiler, RegionProgram
     >>> layout = CanvasLayout(T=1, d_model=8, spatial_shape=(2,), regions={"a": (0, 1, 0, 1), "b": (0, 1, 1, 2)})
@@ -448,12 +450,12 @@ def surviving_state(
     >>> small.load_state_dict(surviving_state(small, whole.state_dict(), compiled))
     <All keys matched successfully>
     """
-    found, schema = dict(state), compiled.schema
+    result, schema = dict(state), compiled.schema
 
-    def keep(start: str, kept: Iterable[str]) -> None:
-        for name in [name for name in found if name.startswith(start)]:
-            if name[len(start) :].split(".")[0] not in kept:
-                del found[name]
+    def keep(start: str, names: Iterable[str]) -> None:
+        for name in [name for name in result if name.startswith(start)]:
+            if name[len(start) :].split(".")[0] not in names:
+                del result[name]
 
     for path, child in module.named_modules():
         prefix = f"{path}." if path else ""
@@ -463,7 +465,7 @@ def surviving_state(
             continue
         keep(f"{prefix}fn_modules.", child.fn_modules)
         keep(f"{prefix}slot_modules.", child.slot_modules)
-        gates = found.pop(f"{prefix}edge_gates", None)
+        gates = result.pop(f"{prefix}edge_gates", None)
         if gates is not None:
             if gates.shape != (len(compiled.gates),):
                 raise ValueError(
@@ -471,33 +473,32 @@ def surviving_state(
                     f"{len(compiled.gates)} connections that gate"
                 )
             if any(compiled.gates):
-                found[f"{prefix}edge_gates"] = gates[torch.tensor(compiled.gates, device=gates.device)]
-    return found
+                result[f"{prefix}edge_gates"] = gates[torch.tensor(compiled.gates, device=gates.device)]
+    return result
 
 
 def _with_isolated(plan: AttentionPlan, cortex: CortexRegistry | None) -> tuple[AttentionPlan, dict[str, str]]:
-    """The plan with a function name of its own for the edges inside each isolated cortex, and name to function.
+    """Returns the plan with separate function names inside each isolated cortex, and a dict from names to functions.
 
     Raises:
-        ValueError: such a name is that of another function or cortex.
+        ValueError: a name that belongs to another function or cortex.
     """
     if cortex is None or not any(spec.isolated for spec in cortex.specs):
         return plan, {fn: fn for fn in plan.fns}
-    found: dict[str, tuple[str, str | None]] = {}
+    functions: dict[str, tuple[str, str | None]] = {}
     fns = []
     for connection, fn in zip(plan.connections, plan.fns):
         spec = cortex.cortex_for(connection.src) if cortex.same_cortex(connection.src, connection.dst) else None
         home = spec.name if spec is not None and spec.isolated else None
         name = fn if home is None else f"{fn}__{parameter_key(home)}"
-        if found.setdefault(name, (fn, home)) != (fn, home):
+        if functions.setdefault(name, (fn, home)) != (fn, home):
             raise ValueError(f"two attention modules would have the name {name!r}: rename the cortex {home!r}")
         fns.append(name)
-    return dataclasses.replace(plan, fns=tuple(fns)), {name: fn for name, (fn, _) in found.items()}
+    return dataclasses.replace(plan, fns=tuple(fns)), {name: fn for name, (fn, _) in functions.items()}
 
 
-def _warn_of_what_does_not_hold(program: CanvasProgram, plan: AttentionPlan, layout: CanvasLayout) -> None:
-    """A UserWarning for each constraint that the connections of the plan do not meet, and each clock that cannot fire
-    as it says."""
+def _warn_of_violations(program: CanvasProgram, plan: AttentionPlan, layout: CanvasLayout) -> None:
+    """Warns of each constraint that the plan's connections violate, and of each clock that cannot fire."""
     running = CanvasProgram(CanvasSchema(layout, CanvasTopology(list(plan.connections))), program.regions)
     for problem in (*validate_constraints(running), *clock_problems(running)):
         warn(f"the program of region {problem}")

@@ -229,7 +229,7 @@ def _check(backend: str, device: str, dtype: torch.dtype, form: str) -> Check:
     run = partial(canvas_attention, plan=plan, backend=backend)
     try:
         results = _with_gradients(run, [x.to(where) for x in given])
-    except Exception as cause:  # whatever a driver, a compiler or a kernel raises is what the doctor is asked about
+    except Exception as cause:  # errors of drivers, compilers and kernels are what the doctor reports
         words = f"{type(cause).__name__}: {cause}".splitlines()[0]
         return Check(backend, device, dtype, form, math.nan, words)
     expected = _with_gradients(partial(_expected, sets=sets, form=form), [x.double() for x in given])

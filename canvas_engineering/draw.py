@@ -35,14 +35,14 @@ MAX_LABELS = 40
 MAX_NAMED = 12
 MAX_OUTLINED = 1000
 CHARACTERS_PER_PANEL = 44
-OFFSETS = "in cells: t_src, t_dst; all: every frame at once\n0, 0: a frame attends to itself; 0, -1: to the one before"
+OFFSETS = "in squares: t_src, t_dst; all: all frames\n0, 0: a frame attends to itself; 0, -1: to the one before"
 BOUNDS = ("q_start", "q_stop", "k_start", "k_stop")
 
 
 def layout_figure(layout: CanvasLayout) -> Figure:
     """Regions as boxes on the grid, one panel per run of frames that hold the same regions, over their clocks.
 
-    Grids with more than two spatial dimensions are seen along the last two; a one-dimensional grid is one row. Below,
+    Grids with more than two spatial dimensions are drawn along the last two; a one-dimensional grid is one row. Below,
     each region has one tick per frame at that frame's real time, ``frame · period``.
     """
     specs = {name: layout.region_spec(name) for name in layout.regions}
@@ -66,9 +66,9 @@ def layout_figure(layout: CanvasLayout) -> Figure:
 
 
 def volume_figure(layout: CanvasLayout, azimuth: float = -60.0, elevation: float = 22.0) -> Figure:
-    """Regions as boxes in (T, H, W), seen from ``azimuth`` and ``elevation``, in degrees.
+    """Regions as boxes in (T, H, W), viewed from ``azimuth`` and ``elevation``, in degrees.
 
-    Grids with more than two spatial dimensions are seen along the last two.
+    Grids with more than two spatial dimensions are drawn along the last two.
 
     >>> layout = CanvasLayout(T=2, d_model=8, spatial_shape=(2, 2), regions={"video": (0, 2, 0, 2, 0, 2)})
     >>> volume_figure(layout).axes[0].get_xlabel()
@@ -132,7 +132,7 @@ def _frame_names(spec: RegionSpec) -> list[str]:
 
 
 def _write_values(axes: Axes, values, form: str, dark: float) -> None:
-    """Each value in its cell, white where the cell is darker than ``dark``."""
+    """Writes each value in its square, white where that is darker than ``dark``."""
     import numpy as np
 
     for (row, column), value in np.ma.ndenumerate(values):
@@ -189,7 +189,7 @@ def topology_figure(topology: CanvasTopology) -> Figure:
     """Which region attends to which: a row for each query region, a column for each key/value region; the colour is the
     sum of the weights.
 
-    With up to 12 regions every cell names its connections: the frames (t_src, t_dst), or "all" for no offsets. The
+    With up to 12 regions every square names its connections: the frames (t_src, t_dst), or "all" for no offsets. The
     title says so.
     """
     import numpy as np
@@ -225,7 +225,7 @@ def plan_figure(plan: AttentionPlan) -> Figure:
     """The compiled table: every rectangle of query rows × key columns in packed order, in its pair of regions' colour.
 
     Positions that nothing attends to, and that attend to nothing, are not drawn. Both axes give positions that no
-    rectangle tells apart the square root of their number, so that small regions can be seen beside large ones. The
+    rectangle tells apart the square root of their number, so that small regions are visible beside large ones. The
     title gives the density (selected pairs over N²); the legend names the first pairs, and the frames they attend to.
     """
     import numpy as np
@@ -242,7 +242,7 @@ def plan_figure(plan: AttentionPlan) -> Figure:
         ],
         axis=2,
     )
-    # In joint form a rectangle belongs to no one connection: the table gives all of them edge 0.
+    # In joint form rectangles belong to no single connection: the table's edge is 0 for all.
     faces = [colours[pairs[edge]] for edge in table.edge.tolist()]
     figure = _figure(width=10.0, height=7.0)
     axes = figure.subplots()

@@ -83,7 +83,8 @@ def _page_data(program: CanvasProgram, normalize: str) -> dict[str, Any]:
 
 
 def _regions(layout: CanvasLayout, program: CanvasProgram) -> dict[str, list]:
-    """Columns over regions: names, bounds, periods, badges and facts, (what, value) each, and slots of a bank or 0."""
+    """Columns over regions: names, bounds, periods, badges and facts, (name, value) each, and slots of a slot bank or
+    0."""
     specs = [layout.region_spec(name) for name in layout.regions]
     programs = [program.regions.get(name) for name in layout.regions]
     return {
@@ -97,7 +98,7 @@ def _regions(layout: CanvasLayout, program: CanvasProgram) -> dict[str, list]:
 
 
 def _facts(spec) -> list[tuple[str, str]]:
-    """What a region's declaration says beyond bounds and period, where it is not the default."""
+    """Returns a region's non-default declarations beyond bounds and period."""
     facts = [
         ("semantic type", spec.semantic_type or ""),
         ("in the loss", "no" if not spec.is_output else f"weight {spec.loss_weight:g}" * (spec.loss_weight != 1)),
@@ -192,7 +193,7 @@ def _connections(layout: CanvasLayout, plan: AttentionPlan, program: CanvasProgr
         "fill": [_fill_words(c) for c in plan.connections],
         "fn": plan.fns,
         "replaces": plan.replace.nonzero()[0].tolist(),
-        "sets": plan.reads.counts(plan.n_connections).tolist(),
+        "sets": plan.attention_sets.counts(plan.n_connections).tolist(),
         "frames": [patterns.of(c) for c in plan.connections],
         "patterns": patterns.rows,
         "notes": notes,
@@ -202,7 +203,7 @@ def _connections(layout: CanvasLayout, plan: AttentionPlan, program: CanvasProgr
 
 
 def _fill_words(c: Connection) -> str:
-    """How frames are filled in, empty for a connection over all frames."""
+    """Returns the temporal fill, empty for a connection over all frames."""
     if c.t_dst is None:
         return ""
     higher = c.temporal_fill is TemporalFill.INTERPOLATE and c.interpolation_order > 1
@@ -240,7 +241,7 @@ class _Patterns:
 
 
 def _times(c: Connection, layout: CanvasLayout) -> tuple:
-    """What the frames of a connection follow from."""
+    """Returns the fields that determine a connection's frames."""
     src, dst = layout.region_spec(c.src), layout.region_spec(c.dst)
     frames = (layout.T, src.bounds[:2], dst.bounds[:2], src.period, dst.period)
     return (*frames, c.t_src, c.t_dst, c.temporal_fill, c.interpolation_order)
@@ -271,5 +272,5 @@ def _table(plan: AttentionPlan) -> dict[str, Any]:
         "density": plan.density,
         "fill": plan.fill,
         "fills": plan.fill_by_tile,
-        "sets": len(plan.reads.weight),
+        "sets": len(plan.attention_sets.weight),
     }

@@ -32,7 +32,7 @@ def replace_file(path: str | os.PathLike, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of ``path`` when the block ends; an error leaves ``path`` as it was.
+    """Yields a file that replaces ``path`` when the block ends; an error leaves ``path`` unchanged.
 
     The content goes to a temporary file beside the target and is on the disk before that is renamed, so a reader, or a
     crash at any moment, finds the old file or the new one. A link stays, and what it points at is replaced; a file that
@@ -89,7 +89,7 @@ def _take_rights(handle: int, temporary: Path, target: Path, before: os.stat_res
 def _unfinished(folder: Path, mode: int) -> tuple[int, Path]:
     """A new temporary file: its descriptor, which holds its lock, and its path."""
     while True:
-        # a new name each time: whoever removed the last one may be about to remove its name once more
+        # a new name each time: another process may still remove the last one by name
         temporary = folder / f".canvas_engineering-{secrets.token_hex(8)}.tmp"
         handle, _ = _locked(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode)
         if handle is not None:
@@ -147,7 +147,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[bool]:
-    """Keeps others that ask for the same out of a folder until the block ends. Yields whether that can be had: where
+    """Locks a folder against other processes until the block ends. Yields whether that is possible: where
     there are no locks, the block runs all the same, and is not to remove what others may be at."""
     lock, handle = folder / _LOCK, None
     while handle is None:

@@ -64,7 +64,7 @@ def graft_looped_blocks(
         gate: "tanh", or "sigmoid" for loop checkpoints of the published package.
         sharpening: a factor on the attention scale for each loop: a :class:`SharpeningSchedule`, or a list. CogVideoX
             only, as everything below.
-        layout, topology: canvas attention, declared: each token reads, in one softmax, what the topology lets it read.
+        layout, topology: canvas attention: each token attends, in one softmax, to its keys under the topology.
             From :func:`cogvideox_layout` and the likes of :func:`window_topology`. A UserWarning says how much of dense
             attention it computes. A model that is grafted already keeps its attention if neither this nor sharpening
             is given.
@@ -248,7 +248,7 @@ def _wrap(blocks: nn.ModuleList, wrapper_class, max_loops: int, inner_dim: int, 
         for block in looped.values():
             if (block.max_loops, block.loop.gate) != (max_loops, gate):
                 raise ValueError(
-                    f"this model is grafted with max_loops={block.max_loops}, gate={block.loop.gate!r}; asked for "
+                    f"this model is grafted with max_loops={block.max_loops}, gate={block.loop.gate!r}; requested "
                     f"max_loops={max_loops}, gate={gate!r}. ungraft it first"
                 )
         return list(blocks)

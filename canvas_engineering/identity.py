@@ -1,4 +1,4 @@
-"""Identity: a region that is read through a bank of slots, bound afresh from its positions at every step."""
+"""Identity: regions whose keys are slot banks, bound to their positions at every step."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ BINDING_FNS = ("cross_attention",)
 
 @dataclass(frozen=True)
 class IdentitySpec:
-    """How a region keeps the identity of what it holds.
+    """Declares that a region keeps the identity of objects by slots.
 
     Args:
         mode: "persistent": the slots are learned, and bind to the region's positions at every step.
         slot_capacity: number of slots.
-        binding_fn: how slots read positions: "cross_attention".
+        binding_fn: how slots attend to positions: "cross_attention".
         birth_death: whether a learned gate decides which slots are alive.
 
     Raises:
@@ -75,13 +75,13 @@ class _Binding(CanvasModule):
 
 
 class SlotBindingModule(CanvasModule):
-    """A bank of learned slots that binds to observations: LayerNorm(binding_attn(slots → observations) + slots).
+    """A slot bank, learned slots that bind to observations: LayerNorm(binding_attn(slots → observations) + slots).
 
     With ``birth_death`` each bound slot is multiplied by its life gate, σ(Linear(GELU(Linear(slot)))).
 
     Args:
         d_model: width.
-        n_slots: size of the bank.
+        n_slots: number of slots.
         n_heads: heads of the binding; must divide d_model.
         birth_death: whether slots have a life gate.
 

@@ -1,4 +1,4 @@
-"""How regions learn, and what becomes of them at deploy: recipes, and each family's default."""
+"""Learning recipes of regions, their fate at deployment, and each family's default."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["FAMILY_DEFAULTS", "LearningSpec", "default_learning"]
 
 @dataclass(frozen=True)
 class LearningSpec:
-    """How a region learns.
+    """The learning recipe of a region.
 
     Args:
         mode: the paradigm: "supervised", "ssl_prediction", "posterior_match", "retrieval", "calibration", "none", or

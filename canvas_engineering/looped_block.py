@@ -32,7 +32,7 @@ def checked_loops(n: int, max_loops: int) -> int:
 
 
 class LoopParameters(CanvasModule):
-    """What looping adds to a block: an embedding per loop and stream, and a gate per loop.
+    """The parameters of looping: an embedding per loop and stream, and a gate per loop.
 
     A module of its own, for what moves parameters between devices (offloading, sharding) does so around a forward.
 
@@ -96,7 +96,7 @@ class LoopParameters(CanvasModule):
 
 
 class Loops(Protocol):
-    """What blocks that loop have, this package's and others'."""
+    """The interface of blocks that loop, of this package and others."""
 
     loop: LoopParameters
     loops: int
@@ -122,7 +122,7 @@ class LoopedBlockWrapper(CanvasModule):
     """Any transformer block, run ``loops`` times on its own output (docs/semantics.md, section 6).
 
     The wrapped block is called as ``block(hidden_states, *args, **kwargs)`` and gives a tensor like ``hidden_states``,
-    or a tuple whose first item is one, and whose other items are dropped; later loops see the same further arguments.
+    or a tuple whose first item is one, and whose other items are dropped; later loops get the same further arguments.
     With zero embeddings and gates, as they start, the result is the block's own, bit for bit, whatever the number of
     loops. Blocks that hand on a second stream, as many video models have one for text, need a wrapper of their own.
     Attributes that the wrapper does not have are the block's.

@@ -1,4 +1,4 @@
-"""Which positions inside a connection attend to which: mask specifications, boxes and rectangle covers.
+"""Which pairs inside a connection are computed: mask specifications, boxes and rectangle covers.
 
 A *box* is an int64 array ``[1 + n_spatial, 2]`` of half-open ranges, ``((t0, t1), (s0_lo, s0_hi), ...)``, in canvas
 coordinates. Only `mask_to_index_pairs` enumerates positions.
@@ -54,17 +54,17 @@ def _checked_pattern(pattern: Any) -> tuple:
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """How a connection's reads are split or thinned.
+    """How a connection's attention sets are split or masked.
 
     Args:
-        kind: "full" (every query sees every key of its read), "tile" (one read per tile of src's spatial grid, its
-            keys those of dst in the same absolute tile, or all of dst's where dst has none there) or "sparse"
-            (only the pairs that ``pattern`` marks).
+        kind: "full" (every query attends to every key of its set), "tile" (one set per tile of src's spatial grid, with
+            dst's keys in the same absolute tile, or all of dst's keys where it has none there) or "sparse" (only the
+            pairs that ``pattern`` marks).
         tile_h: tile size along the first spatial dimension, where `CanvasLayout.H` lies.
         tile_w: tile size along the second spatial dimension, where `CanvasLayout.W` lies.
         tile_shape: tile size along every spatial dimension; wins over ``tile_h`` and ``tile_w``.
         pattern: for "sparse", bools either of dst's box shape ``(t, s0, ...)``, which select the keys of every query,
-            or of shape ``(|src|, |dst|)``, which select pairs; None leaves nothing out, with a UserWarning. Lists,
+            or of shape ``(|src|, |dst|)``, which select pairs; None masks nothing, with a UserWarning. Lists,
             arrays and tensors of bools are stored as nested tuples, so that the spec is hashable.
 
     Tiles lie on the absolute grid of the canvas: tile ``i`` along a dimension holds the coordinates from
@@ -92,7 +92,7 @@ class MaskSpec:
             sizes = checked_ints(self.tile_shape, "MaskSpec tile_shape", 1, kind="an int of at least 1")
             object.__setattr__(self, "tile_shape", sizes)
         if self.kind != self.effective_kind:
-            warn("a mask of kind 'sparse' without a pattern leaves nothing out: it is the same as 'full'")
+            warn("a mask of kind 'sparse' without a pattern masks nothing: it is the same as 'full'")
         if self.pattern is not None:
             if self.kind != "sparse":
                 raise ValueError(f"a mask of kind {self.kind!r} takes no pattern: only 'sparse' does")
@@ -116,7 +116,7 @@ class MaskSpec:
     def tiles(self, n_spatial: int) -> tuple[int, ...]:
         """Tile size along each of the layout's ``n_spatial`` spatial dimensions.
 
-        ``tile_shape`` as it stands, if given. Otherwise ``tile_h`` and ``tile_w`` belong to the first two spatial
+        ``tile_shape``, if given. Otherwise ``tile_h`` and ``tile_w`` belong to the first two spatial
         dimensions, as H and W do, and any further dimension has tiles of size 1.
 
         Raises:
@@ -144,10 +144,10 @@ class MaskSpec:
 
 
 def split_boxes(spec: MaskSpec, q_box: np.ndarray, k_box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Splits one read into one read per absolute tile that its queries meet.
+    """Splits one attention set into one per absolute tile that its queries lie in.
 
     Args:
-        spec: a mask of kind "tile"; "full" gives the read back as its only row.
+        spec: a mask of kind "tile"; "full" returns the set as the only row.
         q_box: queries, int64 ``[D, 2]``.
         k_box: keys, int64 ``[D, 2]``.
 
@@ -167,7 +167,7 @@ def split_boxes(spec: MaskSpec, q_box: np.ndarray, k_box: np.ndarray) -> tuple[n
     if spec.effective_kind == "full":
         return q_box[None].copy(), k_box[None].copy()
     if spec.effective_kind == "sparse":
-        raise ValueError("a sparse mask has no tiles: pattern_cover() gives its rectangles")
+        raise ValueError("a sparse mask has no tiles: use pattern_cover() for its rectangles")
     size = np.array(spec.tiles(len(q_box) - 1), dtype=np.int64)
     first = q_box[1:, 0] // size
     counts = (q_box[1:, 1] - 1) // size - first + 1
@@ -195,8 +195,8 @@ class PatternCover:
         rects: for ``pair=True``, int64 ``[n, 2, 2]``: disjoint rectangles ``((i0, i1), (j0, j1))`` over the row-major
             lists of src's and dst's positions, that hold exactly the marked pairs; ``[0, 2, 2]`` otherwise.
 
-    Time is the slowest axis, so the frames of a temporal read are a contiguous range of either list. All keys of a
-    query belong to one softmax, whatever number of rectangles they come from.
+    Time is the slowest axis, so frames are contiguous ranges of either list. All keys of a query belong to one softmax,
+    however many rectangles hold them.
     """
 
     pair: bool
@@ -225,7 +225,7 @@ def pattern_cover(spec: MaskSpec, q_shape: tuple[int, ...], k_shape: tuple[int, 
             f"mask pattern of shape {pattern.shape} fits neither dst's box shape {k_shape} nor the (|src|, |dst|) "
             f"pairs {pair_shape} of a src box of shape {q_shape}"
         )
-    # Both shapes are equal only where src and dst's frame count are 1, and then both readings mean the same pairs.
+    # Both shapes are equal only where src and dst's frame count are 1, and then both mean the same pairs.
     pair = pattern.shape != k_shape
     ranges = np.array([rect.ranges for rect in rect_cover(torch.from_numpy(pattern))], dtype=np.int64)
     ranges = ranges.reshape(-1, pattern.ndim, 2)
@@ -242,26 +242,26 @@ def mask_parts(
     k_frames: np.ndarray,
     whole_keys: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Splits or thins the reads of one connection, those of all frames at once.
+    """Splits or masks the attention sets of one connection, for all frames at once.
 
     Args:
         spec: the mask.
         q_region, k_region: the boxes of src and of dst, int64 ``[D, 2]``.
-        q_frames, k_frames: int64 ``[n, 2]``: the frames that query and are read in each of the connection's n reads.
-        whole_keys: a query to which the mask leaves any key reads all keys of its frames.
+        q_frames, k_frames: int64 ``[n, 2]``: the query and key frames of each of the connection's n sets.
+        whole_keys: whether queries with any key under the mask attend to all keys of their frames.
 
     Returns:
-        ``(row, read, q_boxes, k_boxes)``: ``row`` int64 ``[R]``, ascending, gives for each read that the mask makes the
-        one of the n that it comes from. ``read`` int64 ``[P]``, ascending, gives the read of each part; in it the
-        queries of ``q_boxes[i]`` see the keys of ``k_boxes[i]``, int64 ``[P, D, 2]`` each, and no pair comes twice.
+        ``(row, part_set, q_boxes, k_boxes)``: ``row`` int64 ``[R]``, ascending, is the original set of each resulting
+        set. ``part_set`` int64 ``[P]``, ascending, is the resulting set of each part, in which the queries of
+        ``q_boxes[i]`` attend to the keys of ``k_boxes[i]``, int64 ``[P, D, 2]`` each; no pair is repeated.
 
     Raises:
         ValueError: tiles or a pattern that do not fit the regions.
 
     >>> frame, box = np.array([[0, 1]]), np.array([[0, 1], [0, 3]])
     >>> spec = MaskSpec("sparse", pattern=((True, True, False), (False, True, False), (False, True, True)))
-    >>> row, read, queries, keys = mask_parts(spec, box, box, frame, frame)
-    >>> read.tolist(), queries[:, 1].tolist(), keys[:, 1].tolist()
+    >>> row, part_set, queries, keys = mask_parts(spec, box, box, frame, frame)
+    >>> part_set.tolist(), queries[:, 1].tolist(), keys[:, 1].tolist()
     ([0, 0, 0], [[0, 1], [1, 2], [2, 3]], [[0, 2], [1, 2], [1, 3]])
     """
     if spec.effective_kind != "sparse":
@@ -291,21 +291,21 @@ def mask_parts(
         row = row[owner[q_at]]
         q_boxes, k_boxes = q_boxes[q_at] + q_region[:, :1], k_boxes[k_at] + k_region[:, :1]
     else:
-        chosen = cover.k_boxes + k_region[:, :1]
-        row, box = np.nonzero(_overlaps(k_frames, chosen[:, 0]))
-        k_boxes = chosen[box]
+        key_boxes = cover.k_boxes + k_region[:, :1]
+        row, box = np.nonzero(_overlaps(k_frames, key_boxes[:, 0]))
+        k_boxes = key_boxes[box]
         if whole_keys:
             row = np.unique(row)
             k_boxes = np.repeat(k_region[None], len(row), 0)
         k_boxes[:, 0] = _clipped(k_boxes[:, 0], k_frames[row])
         q_boxes = np.repeat(q_region[None], len(row), 0)
         q_boxes[:, 0] = q_frames[row]
-    row, read = np.unique(row, return_inverse=True)
-    return row, read.reshape(-1), q_boxes, k_boxes
+    row, part_set = np.unique(row, return_inverse=True)
+    return row, part_set.reshape(-1), q_boxes, k_boxes
 
 
 def _overlaps(ranges: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """bool ``[n, m]``: which of the ranges ``[n, 2]`` share something with which of ``others`` ``[m, 2]``."""
+    """Returns bool ``[n, m]``: which of ``ranges`` ``[n, 2]`` overlap which of ``others`` ``[m, 2]``."""
     return (ranges[:, :1] < others[:, 1]) & (others[:, 0] < ranges[:, 1:])
 
 
@@ -314,10 +314,10 @@ def _clipped(ranges: np.ndarray, limits: np.ndarray) -> np.ndarray:
 
 
 def _joined_ranges(row: np.ndarray, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The union of the ranges ``[n, 2]`` of each row, as rows and disjoint ranges, both ascending."""
+    """Returns the union of the ranges ``[n, 2]`` of each row, as rows and disjoint ranges, both ascending."""
     order = np.lexsort((ranges[:, 0], row))
     row, ranges = row[order], ranges[order]
-    # rows one after another on one line, with a gap between them
+    # shifted so that the ranges of different rows are disjoint, with a gap
     shift = row * (ranges.max(initial=0) + 1)
     reached = np.maximum.accumulate(ranges[:, 1] + shift)
     starts = np.flatnonzero(np.append(True, ranges[1:, 0] + shift[1:] > reached[:-1])[: len(row)])
@@ -326,30 +326,30 @@ def _joined_ranges(row: np.ndarray, ranges: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _range_boxes(ranges: np.ndarray, size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(owner, boxes): boxes ``[m, D, 2]`` that hold, in order, the elements of each range ``[n, 2]`` of the row-major
-    list of a box of ``size``; ``owner`` is the range of each."""
+    """Returns (owner, boxes): boxes ``[m, D, 2]`` that hold, in order, the elements of each range ``[n, 2]`` of the
+    row-major list of a box of ``size``; ``owner`` is the range of each."""
     if len(size) == 1:
         return np.arange(len(ranges)), ranges[:, None]
     volume = math.prod(size[1:])
     low, high = ranges.T
-    first, last = -(-low // volume), high // volume  # the slabs that a range holds whole
+    first, last = -(-low // volume), high // volume  # the frames that a range holds whole
     stop = np.minimum(high, first * volume)
     before, whole = np.flatnonzero(low < stop), np.flatnonzero(first < last)
     after = np.flatnonzero((first <= last) & (last * volume < high))
     owner = np.concatenate([before, after])
-    slab = np.concatenate([low[before] // volume, last[after]])
+    index = np.concatenate([low[before] // volume, last[after]])
     inner = np.stack([np.concatenate([low[before], last[after] * volume]), np.concatenate([stop[before], high[after]])])
-    part, inner_boxes = _range_boxes((inner - slab * volume).T, size[1:])
+    part, inner_boxes = _range_boxes((inner - index * volume).T, size[1:])
     full = np.broadcast_to(np.array([[0, length] for length in size[1:]]), (len(whole), len(size) - 1, 2))
-    slabs = np.concatenate([np.stack([slab, slab + 1], axis=1)[part], np.stack([first, last], axis=1)[whole]])
-    boxes = np.concatenate([slabs[:, None], np.concatenate([inner_boxes, full])], axis=1)
+    outer_boxes = np.concatenate([np.stack([index, index + 1], axis=1)[part], np.stack([first, last], axis=1)[whole]])
+    boxes = np.concatenate([outer_boxes[:, None], np.concatenate([inner_boxes, full])], axis=1)
     owner = np.concatenate([owner[part], whole])
-    order = np.lexsort((slabs[:, 0], owner))
+    order = np.lexsort((outer_boxes[:, 0], owner))
     return owner[order], boxes[order]
 
 
 class Rect:
-    """A box of cells: half-open ranges, one per dimension. Immutable, hashable, equal by ranges.
+    """A box of grid elements: half-open ranges, one per dimension. Immutable, hashable, equal by ranges.
 
     Takes flat (lo, hi) pairs or nested ranges.
 
@@ -401,7 +401,7 @@ class Rect:
 
     @property
     def volume(self) -> int:
-        """Number of cells."""
+        """Number of elements."""
         return math.prod(high - low for low, high in self.ranges)
 
     def _bound(self, name: str, axis: int, end: int) -> int:
@@ -444,34 +444,34 @@ def _rect_from_ranges(ranges: tuple[tuple[int, int], ...]) -> Rect:
     return Rect(ranges=ranges)
 
 
-def _merge_equal_slabs(cells: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Keeps one of each run of equal neighbouring slabs along every axis; returns the cells left and their edges."""
-    edges = []
-    for axis, length in enumerate(cells.shape):
-        rows = np.moveaxis(cells, axis, 0).reshape(length, -1)
+def _merge_equal_planes(grid: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Merges equal neighbouring hyperplanes along every axis; returns the remaining grid and its bounds."""
+    axis_bounds = []
+    for axis, length in enumerate(grid.shape):
+        rows = np.moveaxis(grid, axis, 0).reshape(length, -1)
         starts = np.concatenate([[0], np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1)) + 1])
-        cells = np.take(cells, starts, axis=axis)
-        edges.append(np.append(starts, length).astype(np.int64))
-    return cells, edges
+        grid = np.take(grid, starts, axis=axis)
+        axis_bounds.append(np.append(starts, length).astype(np.int64))
+    return grid, axis_bounds
 
 
-def _runs(cells: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Length, in original cells, of the run of True cells that starts at each cell and goes up the last axis."""
-    stops = np.where(cells, edges[-1], edges[:-1])
+def _runs(grid: np.ndarray, axis_bounds: np.ndarray) -> np.ndarray:
+    """Returns the length, in original elements, of the run of True that starts at each element along the last axis."""
+    stops = np.where(grid, axis_bounds[-1], axis_bounds[:-1])
     next_false = np.minimum.accumulate(stops[..., ::-1], axis=-1)[..., ::-1]
-    return np.where(cells, next_false - edges[:-1], 0)
+    return np.where(grid, next_false - axis_bounds[:-1], 0)
 
 
 def rect_cover(mask: torch.Tensor, min_area: int = 4) -> list[Rect]:
-    """Covers the True cells of a mask by disjoint boxes, greedily, largest first.
+    """Covers the True elements of a mask by disjoint boxes, greedily, largest first.
 
     Args:
         mask: bool, any number of dimensions from 1 up.
-        min_area: once no box of this many cells is left, the rest is covered by runs along the last dimension.
+        min_area: smaller boxes are covered by runs along the last dimension.
 
     Returns:
-        Boxes that cover every True cell exactly once and no other. Equal boxes are taken in row-major order of their
-        first corner, so the result is deterministic.
+        Boxes that cover every True element exactly once and no other. Boxes of equal size are ordered by their first
+        corner, so that the result is deterministic.
 
     Raises:
         ValueError: a mask of other values than bools, or without dimensions, or a min_area below 1.
@@ -480,25 +480,25 @@ def rect_cover(mask: torch.Tensor, min_area: int = 4) -> list[Rect]:
     [Rect(0, 2, 0, 2), Rect(1, 2, 2, 3)]
     """
     try:
-        cells = np.array(mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else mask)
+        grid = np.array(mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else mask)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"rect_cover needs a mask of bools with rows of equal length: {error}") from None
-    if cells.dtype != np.bool_:
-        raise ValueError(f"rect_cover needs a mask of bools, got {cells.dtype}: compare it first, as in mask > 0")
-    if cells.ndim == 0:
+    if grid.dtype != np.bool_:
+        raise ValueError(f"rect_cover needs a mask of bools, got {grid.dtype}: compare it first, as in mask > 0")
+    if grid.ndim == 0:
         raise ValueError("rect_cover needs a mask of at least one dimension, got a scalar")
     min_area = checked_int(min_area, "rect_cover", 1, kind="given a min_area of at least 1")
-    if not cells.any():
+    if not grid.any():
         return []
-    # Equal neighbouring slabs always belong to the same boxes, so the search may treat them as one.
-    cells, edges = _merge_equal_slabs(cells)
-    ranges = _take_largest(cells, edges, min_area)
-    shifted = np.concatenate([np.zeros_like(cells[..., :1]), cells[..., :-1]], axis=-1)
-    starts = np.argwhere(cells & ~shifted)
+    # Equal neighbouring hyperplanes always belong to the same boxes, so the search may treat them as one.
+    grid, axis_bounds = _merge_equal_planes(grid)
+    ranges = _remove_largest(grid, axis_bounds, min_area)
+    shifted = np.concatenate([np.zeros_like(grid[..., :1]), grid[..., :-1]], axis=-1)
+    starts = np.argwhere(grid & ~shifted)
     if len(starts):
-        lengths = _runs(cells, edges[-1])[tuple(starts.T)]
-        corners = np.stack([edges[axis][starts[:, axis]] for axis in range(cells.ndim)], axis=1)
-        ends = np.stack([edges[axis][starts[:, axis] + 1] for axis in range(cells.ndim)], axis=1)
+        lengths = _runs(grid, axis_bounds[-1])[tuple(starts.T)]
+        corners = np.stack([axis_bounds[axis][starts[:, axis]] for axis in range(grid.ndim)], axis=1)
+        ends = np.stack([axis_bounds[axis][starts[:, axis] + 1] for axis in range(grid.ndim)], axis=1)
         ends[:, -1] = corners[:, -1] + lengths
         ranges += [
             tuple(zip(low, high, strict=True)) for low, high in zip(corners.tolist(), ends.tolist(), strict=True)
@@ -506,32 +506,31 @@ def rect_cover(mask: torch.Tensor, min_area: int = 4) -> list[Rect]:
     return [Rect(ranges=pairs) for pairs in ranges]
 
 
-def _take_largest(cells: np.ndarray, edges: list[np.ndarray], min_area: int) -> list[tuple[tuple[int, int], ...]]:
-    """Takes the largest box out of ``cells``, in place, while one of ``min_area`` cells is left.
+def _remove_largest(grid: np.ndarray, axis_bounds: list[np.ndarray], min_area: int) -> list[tuple]:
+    """Removes the largest box from ``grid``, in place, while one of ``min_area`` elements is left.
 
-    A heap holds, per cell, an upper bound on the largest box whose first corner it is. Taking cells away only shrinks
-    those boxes, so a bound that proves exact when it comes up is the largest there is, and stale bounds cost nothing
-    until then.
+    A heap holds, per element, an upper bound on the largest box with that first corner. Removing elements only shrinks
+    boxes, so a bound that is exact when popped is the maximum, and stale bounds are updated only then.
     """
-    outer = cells.ndim - 1
-    runs = _runs(cells, edges[-1])
+    outer = grid.ndim - 1
+    runs = _runs(grid, axis_bounds[-1])
     bounds = runs.copy()
-    reach = np.empty((outer, *cells.shape), dtype=np.int64)  # end index of the run up each outer axis, at the start
+    reach = np.empty((outer, *grid.shape), dtype=np.int64)  # end index of the run up each outer axis, at the start
     for axis in range(outer):
-        along = np.moveaxis(cells, axis, -1)
-        lengths = _runs(along, edges[axis])
+        along = np.moveaxis(grid, axis, -1)
+        lengths = _runs(along, axis_bounds[axis])
         bounds *= np.moveaxis(lengths, -1, axis)
-        ends = np.searchsorted(edges[axis], lengths + edges[axis][:-1])
+        ends = np.searchsorted(axis_bounds[axis], lengths + axis_bounds[axis][:-1])
         reach[axis] = np.moveaxis(ends, -1, axis)
 
     corners = np.flatnonzero(bounds >= min_area)
     heap = [(-bound, corner) for bound, corner in zip(bounds.flat[corners].tolist(), corners.tolist(), strict=True)]
     heapq.heapify(heap)
-    taken = []
+    boxes = []
     while heap:
         bound, corner = heap[0]
-        index = np.unravel_index(corner, cells.shape)
-        if not cells[index]:
+        index = np.unravel_index(corner, grid.shape)
+        if not grid[index]:
             heapq.heappop(heap)
             continue
         stops = reach[(slice(None), *index)]
@@ -541,7 +540,7 @@ def _take_largest(cells: np.ndarray, edges: list[np.ndarray], min_area: int) -> 
             low = np.minimum.accumulate(low, axis=axis)
         volume = low
         for axis, part in enumerate(box):
-            extent = edges[axis][part.start + 1 : part.stop + 1] - edges[axis][part.start]
+            extent = axis_bounds[axis][part.start + 1 : part.stop + 1] - axis_bounds[axis][part.start]
             volume = volume * extent.reshape((-1,) + (1,) * (outer - 1 - axis))
         best = int(np.argmax(volume))
         largest = int(volume.reshape(-1)[best])
@@ -552,23 +551,23 @@ def _take_largest(cells: np.ndarray, edges: list[np.ndarray], min_area: int) -> 
         else:
             heapq.heappop(heap)
             reached = np.unravel_index(best, volume.shape)
-            lows = [int(edges[axis][index[axis]]) for axis in range(cells.ndim)]
-            highs = [int(edges[axis][index[axis] + reached[axis] + 1]) for axis in range(outer)]
+            lows = [int(axis_bounds[axis][index[axis]]) for axis in range(grid.ndim)]
+            highs = [int(axis_bounds[axis][index[axis] + reached[axis] + 1]) for axis in range(outer)]
             highs.append(lows[-1] + int(low[reached]))
             rows = tuple(slice(index[axis], index[axis] + int(reached[axis]) + 1) for axis in range(outer))
-            stop = int(np.searchsorted(edges[-1], highs[-1]))
-            cells[(*rows, slice(index[-1], stop))] = False
-            runs[rows] = _runs(cells[rows], edges[-1])
-            taken.append(tuple(zip(lows, highs, strict=True)))
-    return taken
+            stop = int(np.searchsorted(axis_bounds[-1], highs[-1]))
+            grid[(*rows, slice(index[-1], stop))] = False
+            runs[rows] = _runs(grid[rows], axis_bounds[-1])
+            boxes.append(tuple(zip(lows, highs, strict=True)))
+    return boxes
 
 
 def mask_to_index_pairs(
     mask_spec: MaskSpec, layout: CanvasLayout, src: str, dst: str
 ) -> list[tuple[list[int], list[int]]]:
-    """The (queries, keys) pairs of flat canvas indices that a mask makes of a connection that is dense in time.
+    """Returns (queries, keys) lists of flat canvas indices for a mask on a connection that is dense in time.
 
-    Every position of a pair's first list attends over all of its second list. "full" gives one pair; "tile" one pair
+    Every position of the first list attends to all of the second. "full" gives one pair of lists; "tile" one pair
     per tile of src's spatial box, over all timesteps; "sparse" one pair per distinct set of marked keys (none for
     queries without any).
 
@@ -588,8 +587,8 @@ def mask_to_index_pairs(
     queries, keys = layout.region_positions(src), layout.region_positions(dst)
     pattern = np.array(mask_spec.pattern, dtype=bool)
     if not pattern_cover(mask_spec, layout.region_size(src), layout.region_size(dst)).pair:
-        chosen = keys[pattern.reshape(-1)].tolist()
-        return [(queries.tolist(), chosen)] if chosen else []
+        keys = keys[pattern.reshape(-1)].tolist()
+        return [(queries.tolist(), keys)] if keys else []
     rows, first, member = np.unique(pattern, axis=0, return_index=True, return_inverse=True)
     in_order = (row for row in np.argsort(first).tolist() if rows[row].any())
     return [(queries[member.reshape(-1) == row].tolist(), keys[rows[row]].tolist()) for row in in_order]

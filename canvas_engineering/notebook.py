@@ -1,4 +1,4 @@
-"""What notebooks show of a layout, a topology and a plan: small static HTML, a picture and a table.
+"""HTML representations of layouts, topologies and plans in notebooks: a picture and a table.
 
 A page to turn and to search is `canvas_engineering.explore`'s.
 """
@@ -45,7 +45,7 @@ def topology_html(topology: Any) -> str:
 def plan_html(plan: Any) -> str:
     """An AttentionPlan: its rectangles, queries down and keys across, what it costs, and its connections."""
     first, *costs = plan.summary().splitlines()
-    counts = plan.reads.counts(plan.n_connections)
+    counts = plan.attention_sets.counts(plan.n_connections)
     connections = zip(plan.connections[:MAX_ROWS], plan.fns, counts.tolist(), itertools.cycle(PALETTE))
     rows = [(_swatch(colour), *_connection(c), _text(fn), f"{count:,}") for c, fn, count, colour in connections]
     columns = ("", "query region", "key/value region", "frames", "fill", "weight", "function", "attention sets")
@@ -66,7 +66,7 @@ def _plane(bounds: Sequence[int]) -> tuple[int, ...]:
 
 
 def _boxes(size: tuple[int, int, int], boxes: list[tuple[int, ...]]) -> str:
-    """Boxes (t0, t1, row0, row1, column0, column1) on a grid of (frames, rows, columns), as the faces that are seen."""
+    """Boxes (t0, t1, row0, row1, column0, column1) on a grid of (frames, rows, columns), as their visible faces."""
     frames, rows, columns = size
     unit = 200 / max(rows, columns)
     depth = np.array([0.55, -0.35]) * min(16.0, 160 / frames)  # of a frame, in pixels
@@ -118,7 +118,7 @@ def _swatch(colour: str) -> str:
 
 
 def _table(columns: Sequence[str], rows: list[tuple[str, ...]], total: int) -> str:
-    """A table of cells that are HTML already, the first of ``total`` rows."""
+    """Returns a table of HTML entries, the first of ``total`` rows."""
     head = "".join(f'<th style="text-align:left">{name}</th>' for name in columns)
     cells = ("".join(f'<td style="text-align:left">{cell}</td>' for cell in row) for row in rows[:MAX_ROWS])
     body = "".join(f"<tr>{row}</tr>" for row in cells)

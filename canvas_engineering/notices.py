@@ -1,4 +1,4 @@
-"""Warnings that point at the line of whoever uses the package, and name what they are about."""
+"""Warnings that point at the caller's line outside of this package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 
 PACKAGE = __name__.partition(".")[0]
-SHOWN = 6
+MAX_SHOWN = 6
 
 
 def warn(message: str) -> None:
@@ -15,9 +15,9 @@ def warn(message: str) -> None:
 
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
-    ...     warn("there is nothing to read")
+    ...     warn("there are no keys")
     >>> [str(warning.message) for warning in caught]
-    ['there is nothing to read']
+    ['there are no keys']
     """
     frame, level = sys._getframe(1), 2
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
@@ -25,11 +25,11 @@ def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-def some(things: Iterable[str]) -> str:
+def join_truncated(things: Iterable[str]) -> str:
     """The first six of them, separated by commas.
 
-    >>> some("abcdefgh")
+    >>> join_truncated("abcdefgh")
     'a, b, c, d, e, f, ...'
     """
     things = list(things)
-    return ", ".join([*things[:SHOWN], *["..."] * (len(things) > SHOWN)])
+    return ", ".join([*things[:MAX_SHOWN], *["..."] * (len(things) > MAX_SHOWN)])

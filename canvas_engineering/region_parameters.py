@@ -19,7 +19,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn
 
 @dataclass
 class RegionParameters:
-    """What of a module belongs to one region and to no other.
+    """The parts of a module that belong to one region and to no other.
 
     Attributes:
         parameters: by dotted name; a parameter that the module holds twice may be there twice.
@@ -37,16 +37,16 @@ def parameters_by_region(
 ) -> tuple[dict[str, RegionParameters], dict[str, tuple[str, ...]]]:
     """Sorts a module's tensors by region.
 
-    A tensor belongs to a region if a run of components of its dotted name spells the region's name, as ``arm.joints``,
-    ``arm__joints`` or ``vehicles.3.plan`` do, or if ``region_parameters(region)`` of a module above it lists it. Of a
-    region and another inside it, such as ``arm`` and ``arm.joints``, the inner one has it.
+    A tensor belongs to a region if consecutive components of its dotted name spell the region's name, as
+    ``arm.joints``, ``arm__joints`` or ``vehicles.3.plan``, or if ``region_parameters(region)`` of a module above it
+    lists it. For a region inside another, such as ``arm.joints`` in ``arm``, the inner one owns it.
 
     Args:
         module: any module.
         regions: names of the regions to sort by.
 
     Returns:
-        what belongs to each region; and, by name, the regions of each tensor that several regions share.
+        The parts of each region; and, by name, the regions of each tensor that several regions share.
 
     Raises:
         ValueError: ``region_parameters`` lists what its module does not have.
@@ -58,22 +58,22 @@ def parameters_by_region(
     parameters, saved = dict(module.named_parameters(remove_duplicate=False)), module.state_dict(keep_vars=True)
     owners: dict[str, dict[str, str]] = {}  # name of a tensor: region to the submodule in which it has the tensor
     for name, tensor in (*parameters.items(), *module.named_buffers(remove_duplicate=False)):
-        found = spelled.owners(name, modules)
+        owners_of = spelled.owners(name, modules)
         for key in (id(tensor), name, *_above(name)):
-            found.update(listed.get(key, {}))
-        owners[name] = found
+            owners_of.update(listed.get(key, {}))
+        owners[name] = owners_of
     # a tensor under several names belongs to the regions of all of them
     of_tensor: dict[int, dict[str, None]] = {}
     for name, tensor in parameters.items():
         of_tensor.setdefault(id(tensor), {}).update(dict.fromkeys(owners[name]))
     own, shared = {region: RegionParameters() for region in names}, {}
-    for name, found in owners.items():
-        sharing = of_tensor[id(parameters[name])] if name in parameters else found
+    for name, owners_of in owners.items():
+        sharing = of_tensor[id(parameters[name])] if name in parameters else owners_of
         if len(sharing) > 1:
             shared[name] = tuple(sorted(sharing))
             continue
         for region in filter(own.__contains__, sharing):
-            submodule = found.get(region, name.rpartition(".")[0])
+            submodule = owners_of.get(region, name.rpartition(".")[0])
             if submodule not in own[region].submodules:
                 own[region].submodules.append(submodule)
             if name in parameters:
@@ -129,9 +129,11 @@ def _inside(inner: str, outer: str, spans: Mapping[str, tuple[int, int]]) -> boo
 
 
 def _may_spell(components: list[str], modules: Mapping[str, nn.Module]) -> list[bool]:
-    """Of each component of a tensor's name, whether it may be a region's: those that a user gave. Names inside our own
-    modules are none, nor are those of torch's (``weight``, ``layers``); a user's module inside ours has names again,
-    but in what all regions share, such as a dispatcher, ``region_parameters`` alone says what is a region's."""
+    """Returns for each component of a tensor's name whether it may name a region: only names that a user chose may.
+
+    Names inside our own modules or torch's (``weight``, ``layers``) may not; names of a user's module inside ours may,
+    except in modules that all regions share, such as a dispatcher, where ``region_parameters`` decides.
+    """
     holders = [modules[".".join(components[:number])] for number in range(len(components))]
     if any(map(_is_shared, holders)):
         return [False] * len(components)
@@ -152,21 +154,21 @@ def _is_shared(module: nn.Module) -> bool:
 
 
 def _listed(modules: Mapping[str, nn.Module], regions: Iterable[str]) -> dict[int | str, dict[str, str]]:
-    """What modules say by ``region_parameters``: id of a parameter, or name of one or of a submodule, to regions, each
-    with the path of the module that it is in. They are asked for the given regions, and for all that they know."""
-    found: dict[int | str, dict[str, str]] = {}
+    """Collects ``region_parameters`` of modules: id of a parameter, or name of one or of a submodule, to regions, each
+    with the path of its module, for the given regions and for all that the modules know."""
+    owners_of: dict[int | str, dict[str, str]] = {}
     for path, module in modules.items():
-        # of the class: wrappers, such as compiled modules, hand on what they wrap
+        # of the class: wrappers, such as compiled modules, forward attributes
         if not hasattr(type(module), "region_parameters"):
             continue
-        asked: Any = module  # whose class was seen to have the method
+        holder: Any = module
         prefix = f"{path}." if path else ""
-        # what an earlier compile made constant is a buffer now
+        # an earlier compilation may have made parameters constant buffers
         held = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
         names = {name for tensors in held for name, _ in tensors}
         others = (getattr(module, "region_names", ()), getattr(getattr(module, "layout", None), "regions", ()))
         for region in dict.fromkeys([*regions, *others[0], *others[1]]):
-            listed = list(asked.region_parameters(region) or ())
+            listed = list(holder.region_parameters(region) or ())
             unknown = [name for name in listed if isinstance(name, str) and f"{prefix}{name}" not in modules]
             unknown = [name for name in unknown if name not in names]
             if unknown:
@@ -175,8 +177,8 @@ def _listed(modules: Mapping[str, nn.Module], regions: Iterable[str]) -> dict[in
                 )
             for item in listed:
                 if isinstance(item, torch.Tensor):
-                    found.setdefault(id(item), {})[region] = path
+                    owners_of.setdefault(id(item), {})[region] = path
                 else:
                     whole = f"{prefix}{item}"
-                    found.setdefault(whole, {})[region] = whole if whole in modules else whole.rpartition(".")[0]
-    return found
+                    owners_of.setdefault(whole, {})[region] = whole if whole in modules else whole.rpartition(".")[0]
+    return owners_of

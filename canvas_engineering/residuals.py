@@ -27,7 +27,7 @@ _REDUCTIONS = ("max_mean", "mean", "max", "l2")
 
 @dataclass(frozen=True)
 class ResidualSpec:
-    """What is kept of an error.
+    """The summary statistics of an error.
 
     Args:
         kinds: names of the values that are kept for each region.
@@ -201,7 +201,7 @@ class TriggerFlags(CanvasModule):
             for clause, kept in zip(clauses, known)
         ]
         wants = [[op in self._WANTS.get(clause.op, (clause.op,)) for op in self._OPS] for clause in clauses]
-        # place len(clauses) holds True, with which short triggers are filled up
+        # index len(clauses) holds True, the padding of short triggers
         longest = max(map(len, parsed))
         numbers = iter(range(len(clauses)))
         of_trigger = [

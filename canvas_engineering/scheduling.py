@@ -134,13 +134,13 @@ class RegionScheduler:
 class DeviceScheduler(CanvasModule):
     """The clocks of a program as tensors: fires the layout's regions as `RegionScheduler` does, without waiting.
 
-    Summaries are read where the accumulator keeps them, and who fires is a tensor that `AttentionDispatcher` takes as
+    Summaries stay on the accumulator's device, and firing regions are a tensor that `AttentionDispatcher` accepts as
     it is: a loop of both runs ahead of its device, and compiles as a whole. When regions fired last is saved with the
     module, and each process's own, as the averages are.
 
     Args:
         program: every region of its layout is scheduled; programs of others are ignored, with a UserWarning.
-        accumulator: whose summaries event clocks read; those that it does not keep read as 0.
+        accumulator: the source of summaries for event clocks; missing ones are 0.
 
     Raises:
         ValueError: as for `RegionScheduler`.

@@ -16,7 +16,7 @@ from canvas_engineering.checked import checked_depth, checked_kind, checked_numb
 from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
 from canvas_engineering.files import replace_file
 from canvas_engineering.masks import MaskSpec
-from canvas_engineering.notices import some, warn
+from canvas_engineering.notices import join_truncated, warn
 from canvas_engineering.version import WRITTEN_BY
 
 __all__ = ["CanvasSchema"]
@@ -93,13 +93,13 @@ def _metadata(d: dict[str, Any]) -> dict[str, Any]:
     # a program without its behaviour would run, and do something else
     misspelt = {name: near for name, near in meant.items() if near in PROGRAM_ENTRIES}
     if misspelt:
-        told = some(f"{shown(name)} for {near}" for name, near in misspelt.items())
-        raise ValueError(f"a schema has unknown fields, which look like a program's: {told}")
-    taken = [name for name, value in unknown.items() if metadata.get(name, value) != value]
-    if taken:
-        raise ValueError(f"a schema has {shown(taken)} at its top level, and others of that name in its metadata")
-    told = (f"{shown(name)} (did you mean {near}?)" if near else shown(name) for name, near in meant.items())
-    warn(f"a schema has unknown fields, which are kept in its metadata: {some(told)}")
+        names = join_truncated(f"{shown(name)} for {near}" for name, near in misspelt.items())
+        raise ValueError(f"a schema has unknown fields, which look like a program's: {names}")
+    clashes = [name for name, value in unknown.items() if metadata.get(name, value) != value]
+    if clashes:
+        raise ValueError(f"a schema has {shown(clashes)} at its top level, and others of that name in its metadata")
+    names = (f"{shown(name)} (did you mean {near}?)" if near else shown(name) for name, near in meant.items())
+    warn(f"a schema has unknown fields, which are kept in its metadata: {join_truncated(names)}")
     return {**metadata, **unknown}
 
 
@@ -132,7 +132,7 @@ class CanvasSchema:
 
     Args:
         layout: the canvas.
-        topology: who reads whom; None where that is left open.
+        topology: which regions attend to which; None if undecided.
         version: of the JSON form.
         metadata: strings, or other values that JSON has.
 
@@ -183,7 +183,7 @@ class CanvasSchema:
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> CanvasSchema:
         """The schema of a dict as `to_dict` gives it, or as earlier releases wrote it: with a layout of ``H`` and
-        ``W``, or with ``version`` in the place of ``schema_version``.
+        ``W``, or with ``version`` instead of ``schema_version``.
 
         Fields at the top level that no release knows become metadata, with a UserWarning that names them, and the
         entry that was probably meant.
@@ -225,11 +225,11 @@ class CanvasSchema:
         )
         of_program = [name for name in PROGRAM_ENTRIES[1:] if d.get(name) not in (None, {})]
         if of_program:
-            raise ValueError(f"a schema has no {some(of_program)}: this is a program, which CanvasProgram reads")
+            raise ValueError(f"a schema has no {join_truncated(of_program)}: this is a program: use CanvasProgram")
         return schema
 
     def to_json(self, path: str | Path) -> None:
-        """Writes the schema to a file, which is replaced in one step: it is never seen half-written.
+        """Writes the schema to a file, atomically.
 
         Raises:
             ValueError: metadata that JSON has no exact form for; the file stays as it was.
@@ -238,7 +238,7 @@ class CanvasSchema:
 
     @classmethod
     def from_json(cls, path: str | Path) -> CanvasSchema:
-        """Reads a schema from a file.
+        """AttentionSets a schema from a file.
 
         Raises:
             OSError: the file cannot be read.

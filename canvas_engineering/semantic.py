@@ -1,4 +1,4 @@
-"""What regions mean, as vectors: embeddings of their semantic types, distances, and conditioning a canvas on them."""
+"""Semantic embeddings of regions, distances between them, and conditioning of a canvas on them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def auto_semantic_type(path: str) -> str:
 
 
 def program_distance(a_spec: RegionSpec, a_program: Any, b_spec: RegionSpec, b_program: Any) -> float:
-    """What bridging two regions costs with their processes: `transfer_distance`, + 0.3 if the programs' ``family``
-    differ, + 0.2 if their ``carrier`` differ.
+    """Returns the distance of two regions including their programs: `transfer_distance`, + 0.3 if the programs'
+    ``family`` differ, + 0.2 if their ``carrier`` differ.
 
     Raises:
         ValueError: embeddings that are missing or cannot be compared.
@@ -190,7 +190,7 @@ class SemanticConditioner(CanvasModule):
         return list(self._names)
 
     def region_parameters(self, region: str) -> list[str]:
-        """What of the conditioner belongs to a region: its rows of the embeddings and the residuals, each of which is
+        """Returns the parts that belong to a region: its rows of the embeddings and the residuals, each of which is
         one tensor for all regions. For `ProgramCompiler`."""
         held = dict(self.named_parameters(recurse=False)) if region in self._row else {}
         return [name for name in ("_embeddings", "residuals") if name in held]

@@ -150,10 +150,6 @@ PUBLIC_NAMES = {
         "BACKENDS",
         "canvas_attention",
     ),
-    "canvas_engineering.attention.scan": (
-        "decayed_sums",
-        "selective_scan",
-    ),
     "canvas_engineering.canvas": (
         "ATTENTION_TYPES",
         "CanvasLayout",
@@ -234,7 +230,7 @@ PUBLIC_NAMES = {
     "canvas_engineering.connectivity": (
         "CanvasTopology",
         "Connection",
-        "FrameReads",
+        "FrameSets",
         "TemporalFill",
         "connection_frames",
         "resolve_connections",
@@ -305,7 +301,14 @@ PUBLIC_NAMES = {
     ),
     "canvas_engineering.plan": (
         "AttentionPlan",
+        "NORMALIZE",
         "compile_attention",
+    ),
+    "canvas_engineering.plan.compile": (
+        "compile_attention",
+    ),
+    "canvas_engineering.plan.plan": (
+        "AttentionPlan",
     ),
     "canvas_engineering.program": (
         "CARRIERS",

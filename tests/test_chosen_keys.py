@@ -32,9 +32,9 @@ from canvas_engineering import (
     compile_attention,
     create_attention,
 )
-from canvas_engineering.attention.chosen import draw_keys
-from canvas_engineering.attention.windows import BlockGroup
-from canvas_engineering.plan.sets import ReadShape
+from canvas_engineering.attention.local import BlockGroup
+from canvas_engineering.attention.random_fixed import draw_keys
+from canvas_engineering.plan.index_sets import SetShape
 from tests import family_oracle, oracle
 from tests.strategies import canvases
 
@@ -109,7 +109,7 @@ def test_windows_are_the_definition_in_tables_and_in_blocks(n, m, window_size):
     query, key = (torch.from_numpy(a) for a in module.pairs(n, m))
     seen = torch.zeros(n, m, dtype=torch.int64).index_put_((query, key), torch.ones_like(key), accumulate=True)
     assert torch.equal(seen, expected.long())
-    assert torch.equal(pairs_of_blocks(module.cut(ReadShape((1, n), (1, m))), n, m), expected.long())
+    assert torch.equal(pairs_of_blocks(module.blocks(SetShape((1, n), (1, m))), n, m), expected.long())
 
 
 @st.composite
@@ -125,7 +125,7 @@ def grids(draw):
         count = draw(st.integers(1, math.prod(keys)))
         places = np.sort(np.random.default_rng(count).permutation(math.prod(keys))[:count])
     window = draw(st.tuples(*[st.integers(0, 9)] * dims))
-    return ReadShape(queries, keys, places), draw(st.sampled_from([window, None]) if dims > 2 else st.just(window))
+    return SetShape(queries, keys, places), draw(st.sampled_from([window, None]) if dims > 2 else st.just(window))
 
 
 @settings(max_examples=80)
@@ -135,16 +135,16 @@ def test_windows_on_grids_are_the_definition_in_tables_and_in_blocks(drawn):
     module = LocalAttention(4, n_heads=1, window_size=window)
     sizes = window or (1, *[8] * (len(shape.queries) - 1))
     expected = _grid_pairs(shape, sizes)
-    query, key = (torch.from_numpy(a) for a in module.pairs_of(shape))
+    query, key = (torch.from_numpy(a) for a in module.pairs_of_shape(shape))
     seen = torch.zeros(shape.n, shape.m, dtype=torch.int64)
     seen.index_put_((query, key), torch.ones_like(key), accumulate=True)
     assert torch.equal(seen, expected.long())
-    assert torch.equal(pairs_of_blocks(module.cut(shape), shape.n, shape.m), expected.long())
+    assert torch.equal(pairs_of_blocks(module.blocks(shape), shape.n, shape.m), expected.long())
 
 
 def _grid_pairs(shape, sizes):
     """bool (n, m), entry by entry."""
-    places = range(math.prod(shape.keys)) if shape.places is None else shape.places.tolist()
+    places = range(math.prod(shape.keys)) if shape.key_index is None else shape.key_index.tolist()
     i, j = (
         torch.tensor(np.stack(np.unravel_index(list(rows), extent), 1))
         for rows, extent in ((range(shape.n), shape.queries), (places, shape.keys))
@@ -300,7 +300,7 @@ def test_cost_goes_with_the_window_and_not_with_the_square_of_the_grid():
         assert dispatcher.plan.table.pairs == pairs
         (group,) = dispatcher.fn_modules["local_attention"].blocked(dispatcher.plan).groups
         assert group.blocks * group.rows * group.keys <= 4 * pairs
-        assert sum(constant.n_out for _, constant in group.seen) <= 32 * side
+        assert sum(constant.n_out for _, constant in group.mask) <= 32 * side
 
 
 def test_a_window_that_misses_every_key_gives_no_nan():
@@ -428,8 +428,8 @@ def test_layers_with_other_seeds_share_a_plan_without_mixing():
         CanvasLayout(T=1, H=1, W=30, d_model=8, regions={"a": (0, 1, 0, 1, 0, 30)}), CanvasTopology.dense(["a"])
     )
     one, other = (RandomFixedAttention(8, seed=seed) for seed in (1, 2))
-    assert one.chosen(plan) is one.chosen(plan) and one.chosen(plan) is not other.chosen(plan)
-    assert one.chosen(plan).table.key != other.chosen(plan).table.key
+    assert one.with_pattern(plan) is one.with_pattern(plan) and one.with_pattern(plan) is not other.with_pattern(plan)
+    assert one.with_pattern(plan).table.key != other.with_pattern(plan).table.key
 
 
 def test_constructor_arguments_are_checked():

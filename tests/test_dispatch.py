@@ -327,7 +327,7 @@ def test_bad_input_is_named(monkeypatch):
     with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):
         AttentionDispatcher(topology, layout, D_MODEL, backend="cuda")
     monkeypatch.delitem(ATTENTION_REGISTRY, "mamba")
-    with pytest.raises(ValueError, match="connection 'a' reads 'b': attention function 'mamba' is not registered"):
+    with pytest.raises(ValueError, match="connection 'a' attends to 'b': attention function 'mamba' is not registered"):
         AttentionDispatcher(CanvasTopology([Connection("a", "b", fn="mamba")]), layout, D_MODEL)
     with pytest.raises(ValueError, match=r"x must be a floating-point tensor, got torch\.int64"):
         dispatcher(torch.zeros(1, 36, D_MODEL, dtype=torch.int64))

@@ -288,13 +288,13 @@ def two_regions(*connections, width=4):
 @pytest.mark.parametrize("fn", SUMS + CHOSEN)
 def test_a_mask_of_pairs_is_refused_where_keys_are_summed(fn):
     pairs = MaskSpec("sparse", pattern=tuple(tuple(i == j for j in range(8)) for i in range(8)))
-    with pytest.raises(ValueError, match=rf"connection 0, 'a' reads 'b' by '{fn}'.*such as cross_attention"):
+    with pytest.raises(ValueError, match=rf"connection 0, 'a' attends to 'b' by '{fn}'.*such as cross_attention"):
         randomised(*two_regions(Connection("a", "b", fn=fn, mask=pairs)))
 
 
 @pytest.mark.parametrize("fn", SUMS)
 def test_a_named_backend_without_kernels_is_refused(fn):
-    with pytest.raises(ValueError, match=f"backend 'triton' does not run '{fn}': auto, torch, reference do"):
+    with pytest.raises(ValueError, match=f"backend 'triton' does not run '{fn}': use auto, torch, reference"):
         randomised(*two_regions(Connection("a", "b", fn=fn)), backend="triton")
 
 
@@ -408,12 +408,12 @@ def test_the_number_of_calls_does_not_grow_with_edges(fn, monkeypatch):
 
 
 def test_keys_that_many_reads_share_are_summed_once():
-    from canvas_engineering.attention.sums import shared_keys
+    from canvas_engineering.attention.base import shared_keys
 
     layout, topology = two_regions(Connection("a", "b", fn="linear_attention", t_src=0), Connection("b", "b"))
     dispatcher = randomised(layout, topology)
     found = shared_keys(dispatcher._plans["linear_attention"])
-    assert [(s.count, s.length) for s in found.reads] == [(2, 4)]
+    assert [(s.count, s.length) for s in found.sets] == [(2, 4)]
     assert [(s.count, s.length) for s in found.key_sets] == [(1, 8)]
 
 

@@ -22,7 +22,7 @@ from canvas_engineering import (
     TemporalFill,
     register_attention,
 )
-from canvas_engineering.attention.grouped import is_fused, read_groups
+from canvas_engineering.attention.base import is_fused, set_groups
 from tests import family_oracle, oracle
 from tests.strategies import canvases
 
@@ -200,14 +200,14 @@ def test_inherited_attend_does_not_hide_an_overridden_forward():
 def test_what_does_not_fit_is_named():
     layout = CanvasLayout(T=1, H=1, W=4, d_model=D_MODEL, regions={"a": (0, 1, 0, 1, 0, 2), "b": (0, 1, 0, 1, 2, 4)})
     pairs = MaskSpec("sparse", pattern=((True, False), (False, True)))
-    with pytest.raises(ValueError, match=r"connection 1, 'a' reads 'b' by 'ranked'.*pairs.*cross_attention"):
+    with pytest.raises(ValueError, match=r"connection 1, 'a' attends to 'b' by 'ranked'.*pairs.*cross_attention"):
         randomised(layout, CanvasTopology([Connection("a", "a"), Connection("a", "b", fn="ranked", mask=pairs)]))
     plain = CanvasTopology([Connection("a", "b", fn="ranked")])
-    with pytest.raises(ValueError, match="backend 'triton' does not run 'ranked': auto, torch, reference do"):
+    with pytest.raises(ValueError, match="backend 'triton' does not run 'ranked': use auto, torch, reference"):
         randomised(layout, plain, backend="triton")
     dispatcher = randomised(layout, CanvasTopology([Connection("a", "b", fn="ranked")]))
     dispatcher.fn_modules["ranked"].forward = lambda q, k, v: q[:, :1]
-    with pytest.raises(ValueError, match=r"Ranked gave \(1, 1, 6\) for queries \(1, 2, 6\) and keys \(1, 2, 6\)"):
+    with pytest.raises(ValueError, match=r"Ranked returned \(1, 1, 6\) for queries \(1, 2, 6\) and keys \(1, 2, 6\)"):
         dispatcher(torch.zeros(1, 4, D_MODEL, dtype=torch.float64))
 
 
@@ -216,8 +216,8 @@ def test_groups_are_cached_by_plan_and_stand_in_canvas_order():
     boxes = MaskSpec("sparse", pattern=(((True, False), (False, True)), ((False, True), (True, True))))
     dispatcher = randomised(layout, CanvasTopology([Connection("a", "b", fn="ranked", mask=boxes)]))
     plan = dispatcher.plan
-    groups = read_groups(plan)
-    assert groups is read_groups(plan) and [(g.reads, g.n, g.m) for g in groups.groups] == [(1, 8, 5)]
+    groups = set_groups(plan)
+    assert groups is set_groups(plan) and [(g.sets, g.n, g.m) for g in groups.groups] == [(1, 8, 5)]
     order = torch.from_numpy(plan.order.copy())
     assert order[groups.queries.index.copy()].tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
     assert order[groups.keys.index.copy()].tolist() == [1, 5, 8, 10, 11]

@@ -156,9 +156,9 @@ def test_backends_of_the_kernels_know_nothing_of_each_other():
     [
         ("canvas.py", "from canvas_engineering.plan import compile_attention"),
         ("canvas.py", "def f():\n    from .dispatch import AttentionDispatcher"),
-        ("plan/order.py", "from ..attention import canvas_attention"),
-        ("plan/order.py", "import canvas_engineering"),
-        ("plan/order.py", "from canvas_kernels.ops import attend"),
+        ("plan/ordering.py", "from ..attention import canvas_attention"),
+        ("plan/ordering.py", "import canvas_engineering"),
+        ("plan/ordering.py", "from canvas_kernels.ops import attend"),
         ("dispatch.py", "def f():\n    import canvas_kernels"),
         ("dispatch.py", "from canvas_engineering import CanvasLayout"),
         ("graft.py", "from benchmarks.naive import PerEdgeLoop"),
@@ -169,7 +169,7 @@ def test_a_misdirected_import_is_seen(module, source):
 
 
 def test_imports_down_the_layers_are_allowed():
-    source = "from canvas_kernels.block_table import BlockTable\nfrom ..masks import MaskSpec\nfrom .order import pack"
+    source = "from canvas_kernels.block_table import BlockTable\nfrom ..masks import MaskSpec\nfrom .tables import x"
     assert misdirected(ROOT / "canvas_engineering/plan/tables.py", source) == []
 
 

@@ -42,7 +42,7 @@ def test_segments_are_the_reads(canvas):
             expected[row] = expected.get(row, 0.0) + read.weight
     plan = compile_attention(layout, topology)
     table, found = plan.table, {}
-    cells = table.cells()
+    cells = table.query_ranges()
     for c in range(len(cells.segment)):
         rectangles = cells.rectangle[cells.ptr[c] : cells.ptr[c + 1]]
         places = np.concatenate([np.arange(table.k_start[r], table.k_stop[r]) for r in rectangles])
@@ -86,7 +86,7 @@ def test_reads_of_the_multi_rate_canvas():
     # fast frame t at real time t lies between slow frames t // 4 and t // 4 + 1; the last three frames have only a past
     layout, topology = multi_rate()
     plan = compile_attention(layout, topology)
-    weights = [plan.reads.weight[plan.reads.connection == c].tolist() for c in range(4)]
+    weights = [plan.attention_sets.weight[plan.attention_sets.connection == c].tolist() for c in range(4)]
     assert weights[0] == [1.0] * 16 and weights[2] == [1.0] and weights[3] == [1.0] * 4
     assert weights[1] == [1.0, 0.75, 0.25, 0.5, 0.5, 0.25, 0.75] * 3 + [1.0] * 4
     # every frame of either region is one interval of the packed order, and no position is unused
@@ -99,7 +99,7 @@ def test_equal_reads_of_several_reference_frames_are_merged():
         T=8, H=1, W=2, d_model=8, regions={"a": (0, 8, 0, 1, 0, 1), "b": RegionSpec((0, 1, 0, 1, 1, 2), period=8)}
     )
     plan = compile_attention(layout, CanvasTopology([Connection("a", "b", t_src=None, t_dst=0, weight=0.5)]))
-    assert len(plan.reads.weight) == 8 and plan.table.weight.tolist() == [4.0]
+    assert len(plan.attention_sets.weight) == 8 and plan.table.weight.tolist() == [4.0]
     assert plan.to_dense().max() == 0.5
 
 
@@ -153,7 +153,7 @@ def test_a_missing_region_is_skipped_with_one_warning():
     message = r"skipping 2 of 3 connections .* \('ghost', 'spook'\): 'a' -> 'ghost', 'spook' -> 'a'"
     with pytest.warns(UserWarning, match=message) as caught:
         plan = compile_attention(layout, topology)
-    assert len(caught) == 1 and len(plan.reads.weight) == 1
+    assert len(caught) == 1 and len(plan.attention_sets.weight) == 1
     with pytest.warns(UserWarning, match=message) as caught:
         assert compile_attention(layout, topology) is plan
     assert len(caught) == 1
@@ -162,7 +162,7 @@ def test_a_missing_region_is_skipped_with_one_warning():
 def test_a_pattern_that_does_not_fit_names_its_connection():
     layout = CanvasLayout(T=1, H=1, W=2, d_model=8, regions={"a": (0, 1, 0, 1, 0, 2)})
     topology = CanvasTopology([Connection("a", "a", mask=MaskSpec("sparse", pattern=[[True] * 3]))])
-    with pytest.raises(ValueError, match=r"connection 0, 'a' reads 'a': mask pattern of shape \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"connection 0, 'a' attends to 'a': mask pattern of shape \(1, 3\)"):
         compile_attention(layout, topology)
 
 
@@ -192,15 +192,15 @@ def test_regions_that_nothing_joins_are_told_of_once_and_at_the_callers_line():
             Connection("goal", "video", t_src=0, t_dst=-1, weight=0.0),
         ]
     )
-    message = "^1 of 5 connections find nothing to read on this layout: 'video' reads 'goal' at t_src=0, t_dst=-100$"
+    message = "^1 of 5 connections have no keys on this layout: 'video' → 'goal' at t_src=0, t_dst=-100$"
     with pytest.warns(UserWarning, match=message) as caught:
         plan = compile_attention(layout, topology)
     assert [warning.filename for warning in caught] == [__file__]
-    assert plan.reads.counts(5).tolist() == [8, 1, 0, 0, 0]
+    assert plan.attention_sets.counts(5).tolist() == [8, 1, 0, 0, 0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert compile_attention(layout, topology) is plan
-    with pytest.warns(UserWarning, match="find nothing to read") as caught:
+    with pytest.warns(UserWarning, match="have no keys") as caught:
         dispatcher = AttentionDispatcher(CanvasTopology([topology.connections[3]]), layout, 8)
     assert [warning.filename for warning in caught] == [__file__]
     x = torch.randn(1, layout.num_positions, 8)

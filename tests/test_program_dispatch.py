@@ -541,7 +541,7 @@ def test_joint_form_has_no_gates_and_no_triggers():
     ):
         program = program_of(layout, topology, None, {("a", "b"): cp})
         with pytest.raises(
-            ValueError, match=f"connection 0, 'a' reads 'b' with {what}, which belongs to the edge form"
+            ValueError, match=f"connection 0, 'a' attends to 'b' with {what}, which belongs to the edge form"
         ):
             compile_attention(layout, topology, program, normalize="joint")
 
@@ -639,7 +639,7 @@ def test_a_hundred_changes_of_activity_rebuild_nothing(monkeypatch, backend):
     def forbidden(*args, **kwargs):
         raise AssertionError("activity is data: nothing is compiled for it")
 
-    for target in ("edge_table", "pack_positions", "topology_reads", "resolve_edges"):
+    for target in ("edge_table", "pack_positions", "resolve_attention_sets", "resolve_edges"):
         monkeypatch.setattr(f"canvas_engineering.plan.{target}", forbidden)
     monkeypatch.setattr("canvas_kernels.torch_ops.grouping._parts", forbidden)
     monkeypatch.setattr("canvas_kernels.packing.IndexMap.sums", forbidden)

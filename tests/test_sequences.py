@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from canvas_engineering import AttentionDispatcher, CanvasLayout, CanvasTopology, Connection, MaskSpec, create_attention
-from canvas_engineering.attention import scan, topk
+from canvas_engineering.attention import _scan, top_k
+from canvas_engineering.attention._scan import decayed_sums, selective_scan
 from canvas_engineering.attention.hyena import average_to
-from canvas_engineering.attention.scan import decayed_sums, selective_scan
 from tests import family_oracle, oracle
 from tests.strategies import canvases
 
@@ -179,7 +179,7 @@ def test_ties_at_the_threshold_stay():
 
 @pytest.mark.parametrize("m", [20, 100, 300])
 def test_many_queries_go_in_parts_and_give_the_same(m, monkeypatch):
-    monkeypatch.setattr(topk, "MOST_LOGITS", 100)
+    monkeypatch.setattr(top_k, "MAX_LOGITS", 100)
     agrees("sparse_attention", 30, m)
 
 
@@ -189,8 +189,8 @@ def test_a_few_ties_and_many_among_long_keys(copies, monkeypatch):
     x_q = torch.randn(1, 6, D_MODEL, dtype=torch.float64, requires_grad=True)
     x_k = torch.randn(1, 10, D_MODEL, dtype=torch.float64).repeat(1, copies, 1).requires_grad_()
     gathered = []
-    whole = topk._gathered
-    monkeypatch.setattr(topk, "_gathered", lambda *a: gathered.append(a[3].shape[-1]) or whole(*a))
+    whole = top_k._gathered
+    monkeypatch.setattr(top_k, "_gathered", lambda *a: gathered.append(a[3].shape[-1]) or whole(*a))
     out = module(x_q, x_k, x_k)
     assert gathered == ([4] if copies == 4 else [])  # 20 keys are masked, 40 gathered with a tie, 300 tie too often
     expected = family_oracle.oracle("sparse_attention", tensors(module), x_q, x_k, HEADS, top_k=3)
@@ -203,7 +203,7 @@ def test_a_few_ties_and_many_among_long_keys(copies, monkeypatch):
 @given(m=st.integers(1, 700), count=st.integers(1, 4), whole=st.booleans())
 def test_the_largest_values_are_topks(m, count, whole):
     x = torch.randint(0, 50, (3, m)).double() if whole else torch.randn(3, m)
-    values, place = topk.largest(x, min(count, m))
+    values, place = top_k.largest(x, min(count, m))
     assert torch.equal(values, x.topk(min(count, m)).values) and torch.equal(x.gather(-1, place), values)
     assert all(len(set(row)) == len(row) for row in place.tolist())
 
@@ -272,8 +272,8 @@ def test_the_scan_is_a_proper_operator():
 
 @pytest.mark.parametrize("fn", ["mamba", "rwkv"])
 def test_short_wide_sequences_go_in_one_chunk(fn, monkeypatch):
-    monkeypatch.setattr(scan, "_WIDE", 1)
-    assert [scan._chunk(length, 1) for length in (1, 10, 64, 65)] == [1, 10, 64, 16]
+    monkeypatch.setattr(_scan, "_WIDE", 1)
+    assert [_scan._chunk(length, 1) for length in (1, 10, 64, 65)] == [1, 10, 64, 16]
     for m in (1, 10, 64):
         agrees(fn, 12, m)
 
@@ -461,7 +461,7 @@ def test_top_k_takes_masks_of_pairs(canvas):
 def test_masks_of_pairs_are_refused_where_a_read_is_one_thing(fn):
     layout = CanvasLayout(T=1, H=1, W=4, d_model=D_MODEL, regions={"a": (0, 1, 0, 1, 0, 2), "b": (0, 1, 0, 1, 2, 4)})
     mask = MaskSpec("sparse", pattern=((True, False), (False, True)))
-    with pytest.raises(ValueError, match=f"connection 0, 'a' reads 'b' by '{fn}'.*pairs.*such as cross_attention"):
+    with pytest.raises(ValueError, match=f"connection 0, 'a' attends to 'b' by '{fn}'.*pairs.*such as cross_attention"):
         dispatcher_of(layout, CanvasTopology([Connection("a", "b", fn=fn, mask=mask)]))
 
 
@@ -469,7 +469,7 @@ def test_masks_of_pairs_are_refused_where_a_read_is_one_thing(fn):
 def test_kernels_that_there_are_not_are_asked_for_in_vain(fn):
     layout = CanvasLayout(T=1, H=1, W=4, d_model=D_MODEL, regions={"a": (0, 1, 0, 1, 0, 4)})
     topology = CanvasTopology([Connection("a", "a", fn=fn)])
-    with pytest.raises(ValueError, match=f"backend 'triton' does not run '{fn}': auto, torch, reference do"):
+    with pytest.raises(ValueError, match=f"backend 'triton' does not run '{fn}': use auto, torch, reference"):
         AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS, backend="triton")
 
 
@@ -571,7 +571,7 @@ def test_decayed_sums_keep_what_is_small_beside_what_decays(length, backwards):
     x = torch.randn(2, length, 5, generator=torch.Generator().manual_seed(0))
     x[:, ::7] *= 1e6
     given = x.flip(1) if backwards else x
-    found = scan._sums(given, log_keep, backwards, False)
+    found = _scan._sums(given, log_keep, backwards, False)
     found = found.flip(1) if backwards else found
     keep, total = log_keep.double().exp(), torch.zeros(2, 5, dtype=torch.float64)
     largest = total.clone()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from canvas_engineering.attention.windows import LocalAttention
+from canvas_engineering.attention.local import LocalAttention
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.plan import compile_attention
@@ -65,7 +65,7 @@ def test_cells_and_slots_are_the_rectangles(seed):
     table = random_table(seed)
     expected, owners = membership(table), slot_owners(table)
     assert None not in owners, "a slot belongs to no row"
-    cells, seen = table.cells(), np.zeros_like(expected)
+    cells, seen = table.query_ranges(), np.zeros_like(expected)
     for c in range(len(cells.segment)):
         rows = slice(cells.q_start[c], cells.q_stop[c])
         for r in cells.rectangle[cells.ptr[c] : cells.ptr[c + 1]]:

@@ -1,17 +1,18 @@
 """Attention on canvases: the functional door, and the modules that connections name."""
 
-from .chosen import RandomFixedAttention
 from .functional import BACKENDS, canvas_attention
 from .hyena import HyenaAttention
+from .linear import LinearAttention
+from .local import LocalAttention
 from .mamba import MambaAttention
 from .mixture import MixtureAttention
 from .perceiver import PerceiverAttention
+from .pooling import CopyAttention, NoneAttention, PoolingAttention
+from .random_fixed import RandomFixedAttention
 from .registry import ATTENTION_REGISTRY, create_attention, register_attention
 from .rwkv import RWKVAttention
 from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention, SigmoidAttention
-from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
-from .topk import SparseAttention
-from .windows import LocalAttention
+from .top_k import SparseAttention
 
 __all__ = [
     "ATTENTION_REGISTRY",

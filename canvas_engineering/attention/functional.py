@@ -1,4 +1,4 @@
-"""canvas_attention: attention on a canvas from a compiled plan; the one door to canvas_kernels."""
+"""canvas_attention: attention on a canvas from a compiled plan, the single entry point to canvas_kernels."""
 
 from __future__ import annotations
 
@@ -27,32 +27,33 @@ def canvas_attention(
     packed: bool = False,
     activation: str = "softmax",
 ) -> torch.Tensor:
-    """Attention of every read of a plan in one call (docs/semantics.md, sections 3 and 4).
+    """Computes every attention set of a plan in one call (docs/semantics.md, sections 3 and 4).
 
-    Every connection is softmax attention here, or sigmoid by ``activation``: functions that connections name are
-    modules, which :class:`AttentionDispatcher` runs.
+    Every connection is softmax attention here, or sigmoid by ``activation``; :class:`AttentionDispatcher` runs the
+    functions that connections name.
 
     Args:
         q, k, v: (B, heads, N, head_dim), positions in canvas order; with ``packed``, (B, heads, n, head_dim) in the
-            plan's packed order (``plan.pack``), which saves the moves of a caller that stays packed.
-        plan: from :func:`canvas_engineering.plan.compile_attention`; its form ("edge" or "joint") is the form computed.
+            plan's packed order (``plan.pack``), which saves copies.
+        plan: from :func:`canvas_engineering.plan.compile_attention`; its form, "edge" or "joint", is what is computed.
         scale: factor of q·k, by default head_dim^−½.
-        gain: (connections,), a factor on each connection's output, with a gradient. Edge form only, as the next two.
-        active: (connections,), 0 or 1; a connection at 0 is as if it were not declared. Data: another activity
-            rebuilds nothing.
-        row_scale: (2, n) float32, factors of adding and of replacing reads at each packed row; by default
+        gain: (connections,), a factor on each connection's output, with a gradient. Edge form mask_rows, as the next
+            two.
+        active: (connections,), 0 or 1; a connection at 0 is as if it were not declared. Changing it rebuilds
+            nothing.
+        row_scale: (2, n) float32, factors of adding and of replacing attention sets at each packed row; by default
             1 / (sum of the weights in force).
         dropout_p: probability of dropping an attention weight (torch and reference backends).
         backend: "triton", "torch" (grouped rectangles), "reference" (slow, any dtype), or "auto": Triton for tensors
             on a GPU, torch elsewhere. A named backend never falls back.
-        activation: "softmax", or in edge form "sigmoid": σ(scale · q·k) for each pair by itself, without a normaliser.
+        activation: "softmax", or in edge form "sigmoid": σ(scale · q·k) for each pair, without normalisation.
 
     Returns:
-        like q; rows that attend to nothing are 0. Derivatives of any order, forward and reverse, and transforms of
-        ``torch.func`` work, vmap slice by slice.
+        A tensor like q; rows without keys are 0. Derivatives of any order, forward and reverse mode, and transforms of
+        ``torch.func`` are supported; vmap runs slice by slice.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit the plan or the backend, with what would.
+        ValueError: shapes, dtypes, devices or options that do not fit the plan or the backend.
 
     >>> from canvas_engineering import CanvasLayout, CanvasTopology
     >>> from canvas_engineering.plan import compile_attention
@@ -64,8 +65,8 @@ def canvas_attention(
     """
     if not isinstance(plan, AttentionPlan):
         raise ValueError(f"plan must be an AttentionPlan (from compile_attention), got {type(plan).__name__}")
-    for what, value in (("q", q), ("k", k), ("v", v)):
-        checked_tensor(value, what)
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        checked_tensor(value, name)
     packed = checked_bool(packed, "packed")
     shape = q.shape
     if len(shape) != 4 or k.shape != shape or v.shape != shape:
@@ -75,7 +76,7 @@ def canvas_attention(
     if shape[2] != positions:
         order = "packed" if packed else "canvas"
         raise ValueError(f"q {tuple(shape)} holds {shape[2]} positions; the plan has {positions} in {order} order")
-    return block_attention(  # pyright: ignore[reportReturnType] no lse is asked for
+    return block_attention(  # pyright: ignore[reportReturnType] no lse is returned
         q,
         k,
         v,

@@ -17,19 +17,19 @@ from ..derived_buffers import CanvasModule
 
 
 class HyenaAttention(CanvasModule):
-    """``order`` gated convolutions along the keys (Poli et al., 2023), with filters that are learned as spectra.
+    """``order`` gated convolutions along the keys (Poli et al., 2023), with filters parametrised by their spectra.
 
         v, x_1 … = in_proj(x_k);  per order o: v ← irfft(rfft(v · σ(gate_o(x_o))) · filter_o);  out_proj(v)
 
-    The convolution is circular over the next power of two, its spectrum ``filter_o`` from bin 0 up. A read of n queries
-    over m ≠ n keys convolves n rows, row i the mean of keys ⌊i·m/n⌋ … ⌈(i + 1)·m/n⌉ − 1; the queries themselves count
-    for their number only. A power of two beyond ``max_len`` takes the spectrum interpolated linearly in frequency.
+    The convolution is circular over the next power of two, with the spectrum ``filter_o`` from bin 0 up. For n queries
+    and m ≠ n keys it runs over n rows, row i being the mean of keys ⌊i·m/n⌋ … ⌈(i + 1)·m/n⌉ − 1; only the number of
+    queries matters. Beyond ``max_len`` the spectrum is interpolated linearly in frequency.
 
-    Time is O((n log n + m) · d_model) beside the projections, memory O((n + m) · d_model).
+    Time is O((n log n + m) · d_model) plus the projections, memory O((n + m) · d_model).
 
     Args:
         d_model: width of the canvas.
-        n_heads, dropout: taken for the sake of one signature; there are no heads and no attention probabilities.
+        n_heads, dropout: unused, kept for a common signature: there are no heads and no attention probabilities.
         order: number of gated convolutions.
         max_len: rows that the spectra resolve; each has max_len // 2 + 1 bins.
 
@@ -52,19 +52,19 @@ class HyenaAttention(CanvasModule):
         self.out_proj = nn.Linear(d_model, d_model)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """One read: n = queries.shape[1] rows made of keys (B, m, d_model), in order → (B, n, d_model).
+        """Returns n = queries.shape[1] rows from keys (B, m, d_model), in order: (B, n, d_model).
 
-        ``values`` are not used: what is convolved is made of the keys.
+        ``values`` are unused.
         """
         checked_read(queries, keys, values)
         n = queries.shape[1]
         v, *gates = self.in_proj(average_to(keys, n)).chunk(self.order + 1, dim=-1)
         length = 1 << (n - 1).bit_length()
-        wide = torch.promote_types(v.dtype, torch.float32)  # there is no 16-bit FFT on CPUs
+        wide = torch.promote_types(v.dtype, torch.float32)  # CPUs have no 16-bit FFT
         for gate, x, spectrum in zip(self.gates, gates, self.filter_params):
             bins = _resampled(spectrum.to(wide), length // 2 + 1)
             wave = (v * torch.sigmoid(gate(x))).to(wide).transpose(1, 2).contiguous()  # [B, d, n]
-            if wave.numel():  # there is no FFT of an empty batch
+            if wave.numel():  # FFTs of an empty batch are not supported
                 wave = torch.fft.irfft(torch.fft.rfft(wave, n=length) * bins, n=length)
             else:
                 wave = wave * spectrum.sum()
@@ -73,29 +73,29 @@ class HyenaAttention(CanvasModule):
 
 
 def _resampled(spectrum: torch.Tensor, bins: int) -> torch.Tensor:
-    """(d, K, 2) → complex (d, bins): the first bins, or K bins interpolated linearly where more are wanted."""
-    last, wanted = spectrum.shape[1] - 1, bins - 1
-    if wanted <= last:
+    """Maps (d, K, 2) to complex (d, bins): the first bins, or K bins interpolated linearly if more are needed."""
+    last, n_new = spectrum.shape[1] - 1, bins - 1
+    if n_new <= last:
         return torch.view_as_complex(spectrum[:, :bins].contiguous())
-    # Every interval between two bins makes as many new ones as the fullest, and those that there are taken from where
-    # they stand: so nothing is gathered twice, and the gradient is a copy.
+    # Every interval between two bins makes as many new bins as the fullest one, and those needed are selected: so no
+    # bin is gathered twice, and the gradient is a copy.
     interval = torch.arange(last, device=spectrum.device)
-    first = -(-interval * wanted // last)  # the first new bin of each interval
-    room = -(-wanted // last)
-    place = first + torch.arange(room, device=spectrum.device)[:, None]  # [room, intervals]
-    share = ((place * last - interval * wanted) / wanted).to(spectrum.dtype)
+    first = -(-interval * n_new // last)  # the first new bin of each interval
+    per_interval = -(-n_new // last)
+    number = first + torch.arange(per_interval, device=spectrum.device)[:, None]  # [per_interval, intervals]
+    fraction = ((number * last - interval * n_new) / n_new).to(spectrum.dtype)
     parts = spectrum.permute(2, 0, 1).contiguous()  # [2, d, K]
-    between = torch.lerp(parts[..., None, :-1], parts[..., None, 1:], share)  # [2, d, room, intervals]
+    between = torch.lerp(parts[..., None, :-1], parts[..., None, 1:], fraction)  # [2, d, per_interval, intervals]
     between = between.transpose(2, 3).flatten(2)
-    if wanted % last:
-        new = torch.arange(wanted, device=spectrum.device)
-        low = new * last // wanted
-        between = between.index_select(2, low * room + new - first[low])
+    if n_new % last:
+        new = torch.arange(n_new, device=spectrum.device)
+        low = new * last // n_new
+        between = between.index_select(2, low * per_interval + new - first[low])
     return torch.complex(*torch.cat([between, parts[..., -1:]], 2))
 
 
 def average_to(x: torch.Tensor, n: int) -> torch.Tensor:
-    """x (B, m, d) averaged to n rows: row i is the mean of rows ⌊i·m/n⌋ … ⌈(i + 1)·m/n⌉ − 1.
+    """Averages x (B, m, d) to n rows: row i is the mean of rows ⌊i·m/n⌋ … ⌈(i + 1)·m/n⌉ − 1.
 
     >>> average_to(torch.tensor([[[1.0], [2.0], [6.0]]]), 2).flatten().tolist()
     [1.5, 4.0]
@@ -112,7 +112,7 @@ def average_to(x: torch.Tensor, n: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _means(sizes: str) -> IndexMap:
-    """The map of :func:`average_to` for "m n"."""
+    """Returns the map of :func:`average_to` for the string "m n"."""
     m, n = map(int, sizes.split())
     i = np.arange(n)
     start, stop = i * m // n, -(-(i + 1) * m // n)

@@ -1,4 +1,4 @@
-"""mamba: a selective state space along the keys, read by softmax attention."""
+"""mamba: a selective state space model along the keys, which queries attend to by softmax."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import nn
 from canvas_kernels.torch_ops.dense import dense_attention
 
 from ..checked import checked_int, checked_sizes
-from .memories import MemoryAttention
-from .scan import selective_scan
+from ._scan import selective_scan
+from .base import MemoryAttention
 
 
 class MambaAttention(MemoryAttention):
-    """A selective scan along the keys (Gu and Dao, 2023) gives one memory row y_t per key; queries read the rows by
-    softmax(norm(x_q) yᵀ / √d) y, and ``out_proj``.
+    """A selective scan along the keys (Gu and Dao, 2023) gives one memory row y_t per key; queries attend to the rows
+    by softmax(norm(x_q) yᵀ / √d) y, and ``out_proj``.
 
         u, z = in_proj(x_k);  dt, B, C = x_proj(u);  dt = softplus(dt_proj(dt))
         h_t = exp(−exp(A_log) · dt_t) h_{t−1} + dt_t B_t u_t;  y_t = (C_t · h_t + D u_t) · silu(z_t)
 
-    The scan goes one way, from the first key of a read to the last in canvas order (frames, then rows, then columns):
-    y_t is made of the keys up to t. Queries are no part of it: each reads the rows of all keys, later frames' too, so
-    that what is not to be seen must be left out of the read, as by a ``t_dst``.
+    The scan runs from the first key of an attention set to the last in canvas order (frames, then rows, then columns):
+    y_t depends on the keys up to t. Queries are not part of it: each attends to the rows of all keys, later frames
+    included; for causality leave these out of the attention set, as by a ``t_dst``.
 
-    The scan is O(m · d · states) in time; the softmax that reads it is O(n · m · d), with memory O(n + m).
+    The scan takes O(m · d · states) time, the softmax O(n · m · d) time and O(n + m) memory.
 
     Args:
         d_model: width of the canvas.
-        n_heads: taken for the sake of one signature; the memory is read by one head.
+        n_heads: unused, kept for a common signature: the softmax has one head.
         dropout: probability of dropping a weight of the softmax, in training.
         state_size: states per channel.
         dt_rank: width of dt before ``dt_proj``; 0 gives max(1, d_model // 16).
@@ -60,22 +60,22 @@ class MambaAttention(MemoryAttention):
 
     @torch.no_grad()
     def _spread_steps(self) -> None:
-        """dt starts log-uniform in [0.001, 0.1], as in the paper: channels that remember 10 to 1,000 positions."""
+        """Initialises dt log-uniform in [0.001, 0.1], as in the paper: time constants of 10 to 1,000 positions."""
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         dt = torch.exp(torch.empty_like(self.dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)))
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
 
     def key_features(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """u, z and what steps, inputs and outputs of the states are made of, (…, 2 · d_model + dt_rank + 2 ·
-        state_size). ``values`` are not used."""
+        """Returns u, z and the inputs of dt, B and C, (…, 2 · d_model + dt_rank + 2 · state_size). ``values`` are
+        unused."""
         both = self.in_proj(keys)
         return torch.cat([both, self.x_proj(both.chunk(2, dim=-1)[0])], -1)
 
     def summarise(self, features: torch.Tensor, backend: str = "auto") -> torch.Tensor:
-        """(B, m, …) → the memory y (B, m, d_model)."""
+        """Scans features (B, m, …) to the memory y (B, m, d_model)."""
         d = len(self.D)
         u, z, dt, b, c = features.split([d, d, self.dt_rank, self.state_size, self.state_size], dim=-1)
-        wide = torch.promote_types(u.dtype, torch.float32)  # 4,096 steps of a 16-bit state are noise
+        wide = torch.promote_types(u.dtype, torch.float32)  # a 16-bit state is noise after 4,096 steps
         dt = F.softplus(self.dt_proj(dt).to(wide))
         u, b, c = (t.to(wide) for t in (u, b, c))
         y = selective_scan(dt, dt * u, b, c, -torch.exp(self.A_log.to(wide)), backend)
@@ -84,6 +84,6 @@ class MambaAttention(MemoryAttention):
     def query_features(self, queries: torch.Tensor) -> torch.Tensor:
         return self.norm(queries)
 
-    def respond(self, features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    def attend_to_memory(self, features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         q, y = features[:, None].to(memory.dtype), memory[:, None]
         return dense_attention(q, y, y, dropout_p=self.dropout if self.training else 0.0)[:, 0]

@@ -1,4 +1,4 @@
-"""perceiver: keys compressed through learned latents, which the queries read."""
+"""perceiver: keys compressed through learned latents, which the queries attend to."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import nn
 from canvas_kernels.torch_ops.dense import dense_attention
 
 from ..checked import checked_int, checked_sizes
-from .memories import MemoryAttention
+from .base import MemoryAttention
 from .softmax import CrossAttention
 
 
 class PerceiverAttention(MemoryAttention):
-    """``n_latents`` learned rows attend over the keys (``compress``), and the queries over what these found
-    (``readout``), as in Perceiver IO (Jaegle et al., 2021): z = cross(latents → x_k), out = cross(x_q → z).
+    """``n_latents`` learned rows attend to the keys (``compress``), and the queries to the results (``readout``), as in
+    Perceiver IO (Jaegle et al., 2021): z = cross(latents → x_k), out = cross(x_q → z).
 
-    Time and memory are O((n + m) · n_latents): no query meets a key.
+    Time and memory are O((n + m) · n_latents).
 
     Args:
         d_model: width of the canvas; n_heads must divide it.
@@ -33,7 +33,7 @@ class PerceiverAttention(MemoryAttention):
         super().__init__()
         d_model, self.n_heads, self.dropout = checked_sizes(d_model, n_heads, dropout)
         n_latents = checked_int(n_latents, "n_latents", 1)
-        # rows of norm about one, and different: equal latents would stay equal
+        # random rows of norm about one: equal latents would stay equal
         self.latents = nn.Parameter(torch.randn(1, n_latents, d_model) * d_model**-0.5)
         self.compress = CrossAttention(d_model, n_heads, dropout)
         self.readout = CrossAttention(d_model, n_heads, dropout)
@@ -43,19 +43,20 @@ class PerceiverAttention(MemoryAttention):
         return self.readout.out_proj
 
     def key_features(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """What the latents see of each position, (…, 2 · d_model)."""
+        """Returns the keys and values for the latents, (…, 2 · d_model)."""
         return torch.cat([self.compress.k_proj(keys), self.compress.v_proj(values)], -1)
 
     def summarise(self, features: torch.Tensor, backend: str = "auto") -> torch.Tensor:
-        """(B, m, 2 · d_model) → what queries see of the latents' findings, (B, n_latents, 2 · d_model)."""
+        """Runs the latents over features (B, m, 2 · d_model); returns the queries' keys and values (B, n_latents, 2 ·
+        d_model)."""
         latents = self.compress.q_proj(self.latents).expand(features.shape[0], -1, -1)
-        found = self.compress.out_proj(self._attention(latents, features))
-        return torch.cat([self.readout.k_proj(found), self.readout.v_proj(found)], -1)
+        z = self.compress.out_proj(self._attention(latents, features))
+        return torch.cat([self.readout.k_proj(z), self.readout.v_proj(z)], -1)
 
     def query_features(self, queries: torch.Tensor) -> torch.Tensor:
         return self.readout.q_proj(queries)
 
-    def respond(self, features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    def attend_to_memory(self, features: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         return self._attention(features, memory)
 
     def _attention(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from torch import nn
 
 from ..checked import checked_name
-from .chosen import RandomFixedAttention
 from .hyena import HyenaAttention
+from .linear import LinearAttention
+from .local import LocalAttention
 from .mamba import MambaAttention
 from .mixture import MixtureAttention
 from .perceiver import PerceiverAttention
+from .pooling import CopyAttention, NoneAttention, PoolingAttention
+from .random_fixed import RandomFixedAttention
 from .rwkv import RWKVAttention
 from .softmax import CogVideoXAttention, CosineAttention, CrossAttention, GatedAttention, SigmoidAttention
-from .sums import CopyAttention, LinearAttention, NoneAttention, PoolingAttention
-from .topk import SparseAttention
-from .windows import LocalAttention
+from .top_k import SparseAttention
 
 ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
     "cross_attention": CrossAttention,
@@ -40,10 +41,10 @@ ATTENTION_REGISTRY: dict[str, type[nn.Module]] = {
 
 
 def create_attention(fn_name: str, d_model: int, n_heads: int = 4, dropout: float = 0.0, **kwargs) -> nn.Module:
-    """The module of a registered attention function; ``kwargs`` go to its constructor.
+    """Returns a new module of a registered attention function; ``kwargs`` go to its constructor.
 
     Raises:
-        ValueError: a name that is not registered; the message lists those that are.
+        ValueError: a name that is not registered; the message lists the registered ones.
 
     >>> type(create_attention("self_attention", 16)).__name__
     'CrossAttention'
@@ -55,13 +56,13 @@ def create_attention(fn_name: str, d_model: int, n_heads: int = 4, dropout: floa
 
 
 def register_attention(name: str, cls: type[nn.Module]) -> None:
-    """Makes ``cls`` the module of connections with ``fn=name``, in this process.
+    """Registers ``cls`` as the module of connections with ``fn=name``, in this process.
 
-    ``cls(d_model, n_heads=…, dropout=…)`` must be a Module with ``forward(queries, keys, values)``, one read: (B, n,
-    d_model) over (B, m, d_model), keys and values being one tensor, to (B, n, d_model), each batch entry by itself. The
-    dispatcher calls it once for all reads of one shape (:func:`.grouped.attend_grouped`), whatever their write modes,
-    gates and fills. A class with an ``attend`` as :class:`CrossAttention` has it is called with the whole plan instead,
-    once for all of its connections.
+    ``cls(d_model, n_heads=…, dropout=…)`` must be a Module with ``forward(queries, keys, values)``, for one attention
+    set: (B, n, d_model) over (B, m, d_model), keys and values being one tensor, to (B, n, d_model), each batch entry by
+    itself. The dispatcher calls it once for all sets of one shape (:func:`.base.attend_grouped`), whatever their write
+    modes, gates and fills. A class with an ``attend`` like that of :class:`CrossAttention` is called with the whole
+    plan instead, once for all of its connections.
 
     >>> import torch
     >>> class Doubled(nn.Module):
@@ -76,12 +77,12 @@ def register_attention(name: str, cls: type[nn.Module]) -> None:
     >>> _ = ATTENTION_REGISTRY.pop("doubled")
 
     Raises:
-        ValueError: ``cls`` is not such a class, or ``name`` is "none", which stands for no read.
+        ValueError: ``cls`` is not such a class, or ``name`` is "none", which is reserved.
     """
     if checked_name(name, "the name of an attention function") == "none":
-        raise ValueError(f"{name!r} cannot be registered: 'none' declares an edge that does not run")
+        raise ValueError(f"{name!r} cannot be registered: 'none' declares a connection that does not run")
     if "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"{name!r} cannot be registered: a module cannot be stored under that name")
+        raise ValueError(f"{name!r} cannot be registered: no module can be stored under that name")
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"{name!r}: {cls!r} is not a subclass of torch.nn.Module")
     if cls.forward is nn.Module.forward and not callable(getattr(cls, "attend", None)):

@@ -1,15 +1,25 @@
-"""The softmax family: cross attention under each of its names, by cosines, by sigmoids, and behind a gate."""
+"""Softmax attention and its variants: cosine, sigmoid, gated, and softmax over a fixed sparsity pattern."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from canvas_kernels.block_table import BlockTable
+from canvas_kernels.ops import block_attention
+
 from ..checked import checked_read, checked_sizes
 from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
+from ..plan.index_sets import SetShape
+from ..plan.pairs import pair_rectangles, select_pairs
+from .base import output_projection
 from .functional import BACKENDS, canvas_attention
+
+# Tables of single attention sets that a module caches.
+MAX_TABLES = 16
 
 
 class CrossAttention(CanvasModule):
@@ -27,8 +37,8 @@ class CrossAttention(CanvasModule):
     """
 
     backends = BACKENDS
-    takes_pairs = True
-    # of q·k: head_dim^−½ for None
+    supports_pair_masks = True
+    # factor of q·k; None for head_dim^−½
     _scale: float | None = None
     _activation = "softmax"
 
@@ -38,14 +48,14 @@ class CrossAttention(CanvasModule):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
+        """Runs one attention set: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
         checked_read(queries, keys, values)
         q, k, v = (
             self._heads(proj(x)) for proj, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
         )
         q, k = self._logit_factors(q, k)
         dropout = self.dropout if self.training else 0.0
-        out = self._one_read(q, k, v, dropout)
+        out = self._single_set(q, k, v, dropout)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def attend(
@@ -56,23 +66,23 @@ class CrossAttention(CanvasModule):
         gain: torch.Tensor | None = None,
         active: torch.Tensor | None = None,
         row_scale: torch.Tensor | None = None,
-        bias_share: torch.Tensor | None = None,
+        bias_weight: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> torch.Tensor:
-        """Every read of ``plan`` in one fused call.
+        """Runs every attention set of ``plan`` in one fused call.
 
         Args:
             x: (B, n, d_model), the canvas in the plan's packed order; projected once.
-            plan: the reads of this module's connections.
+            plan: the plan of this module's connections.
             gain, active, row_scale, backend: as for :func:`canvas_attention`.
-            bias_share: (n,), how much of out_proj's bias each row gets: Σ a_r / Σ w_r over this module's reads there;
-                all of it when None.
+            bias_weight: (n,), the fraction of out_proj's bias that each row gets, Σ a_r / Σ w_r over this module's sets
+                there; None for all of it.
 
         Returns:
-            (B, n, d_model): the weighted sum of the reads, projected; what rows without reads hold is not specified.
+            (B, n, d_model): the weighted sum over attention sets, projected; unspecified for rows without keys.
         """
         out = self.weighted_values(x, plan, gain=gain, active=active, row_scale=row_scale, backend=backend)
-        return project_out(self.out_proj, out, bias_share)
+        return output_projection(self.out_proj, out, bias_weight)
 
     def weighted_values(
         self,
@@ -84,7 +94,7 @@ class CrossAttention(CanvasModule):
         row_scale: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> torch.Tensor:
-        """What :meth:`attend` gives before ``out_proj``: (B, heads, n, head_dim)."""
+        """Returns the input of ``out_proj`` in :meth:`attend`: (B, heads, n, head_dim)."""
         q, k, v = self._project(x)
         return canvas_attention(
             q,
@@ -102,7 +112,7 @@ class CrossAttention(CanvasModule):
         )
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k, v (B, heads, n, head_dim) of x (B, n, d_model), by one product, as the logits take them."""
+        """Projects x (B, n, d_model) to q, k, v (B, heads, n, head_dim) by one product."""
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
         # (B, n, 3 · heads · head_dim) as three views (B, heads, n, head_dim)
@@ -110,37 +120,20 @@ class CrossAttention(CanvasModule):
         q, k, v = projected.permute(2, 0, 3, 1, 4).unbind()
         return self._logit_factors(q, k) + (v,)
 
-    def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
-        """One read of (B, heads, n, head_dim) over (B, heads, m, head_dim)."""
+    def _single_set(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        """Runs one attention set: (B, heads, n, head_dim) over (B, heads, m, head_dim)."""
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self._scale)
 
     def _logit_factors(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What q and k (B, heads, rows, head_dim) become before their products are scaled by ``_scale``."""
+        """Transforms q and k (B, heads, rows, head_dim) before their products are scaled by ``_scale``."""
         return q, k
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
 
-def project_out(
-    out_proj: nn.Linear, out: torch.Tensor, bias_share: torch.Tensor | None, factor: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``factor`` (a scalar tensor, or None for 1) times ``out_proj`` after the weighted sum over reads: ``out`` (B, n,
-    d) or (B, heads, n, head_dim), with ``bias_share`` (n,) of its bias for each row, or all of it for None."""
-    weight, bias = out_proj.weight, out_proj.bias
-    if factor is not None:
-        # on d² numbers rather than on all rows
-        weight, bias = factor * weight, factor * bias
-    if out.dim() == 4:
-        out = out.transpose(1, 2).flatten(2)
-    if bias_share is None:
-        return F.linear(out, weight, bias)
-    out = F.linear(out, weight)
-    return out + bias_share[:, None].to(out.dtype) * bias
-
-
 class CogVideoXAttention(CrossAttention):
-    """The function of edges declared as "cogvideox": cross attention, in a module of its own.
+    """The function "cogvideox": cross attention, in a separate module.
 
     >>> CogVideoXAttention(8, n_heads=2)(*torch.randn(3, 1, 5, 8)).shape
     torch.Size([1, 5, 8])
@@ -150,9 +143,9 @@ class CogVideoXAttention(CrossAttention):
 class CosineAttention(CrossAttention):
     """softmax(temperature · cos(q, k)) v: q and k of length 1 in each head.
 
-    ``temperature`` is one learned number for all heads and connections, 10 at first: what multiplies the cosines, so a
-    larger one sharpens, and logits lie in ± temperature. Nothing bounds it; below 0 the least similar keys count most.
-    The kernels are those of :class:`CrossAttention`: it is folded into q, so that reading it waits for no device.
+    ``temperature`` is one learned scalar for all heads and connections, initially 10. It multiplies the cosines, so
+    that logits lie in ± temperature and a larger one sharpens. It is not bounded; below 0 the least similar keys count
+    most. It is folded into q, so that the kernels of :class:`CrossAttention` run and no device is synchronised.
 
     >>> CosineAttention(8, n_heads=2).temperature.item()
     10.0
@@ -165,15 +158,15 @@ class CosineAttention(CrossAttention):
         self.temperature = nn.Parameter(torch.tensor(10.0))
 
     def _logit_factors(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # lengths in float32 at least: the squares of 16-bit values overflow or round away
+        # norms in float32 at least: squares of 16-bit values overflow or underflow
         wide_q, wide_k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
         wide_q = F.normalize(wide_q, dim=-1) * self.temperature
         return wide_q.to(q.dtype), F.normalize(wide_k, dim=-1).to(k.dtype)
 
 
 class SigmoidAttention(CrossAttention):
-    """Σ_j σ(q·k_j / √head_dim) v_j: each key counts by itself, with no bias on the logits and no normaliser, so that
-    outputs grow with the number of keys.
+    """Σ_j σ(q·k_j / √head_dim) v_j: no bias on the logits and no normalisation, so that outputs grow with the
+    number of keys.
 
     >>> module = SigmoidAttention(4, n_heads=2)
     >>> module(torch.randn(1, 3, 4), torch.randn(1, 5, 4), torch.randn(1, 5, 4)).shape
@@ -182,20 +175,20 @@ class SigmoidAttention(CrossAttention):
 
     _activation = "sigmoid"
 
-    def _one_read(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    def _single_set(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
         p = torch.sigmoid(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5)
         return F.dropout(p, dropout_p, training=dropout_p > 0) @ v
 
 
 class GatedAttention(CanvasModule):
-    """σ(gate) · cross attention, in ``cross_attn``; ``gate`` (1,) is zero at first, so the gate starts half open.
+    """σ(gate) · cross attention, in ``cross_attn``; ``gate`` (1,) is initially zero, so that the gate starts half open.
 
     >>> torch.sigmoid(GatedAttention(8, n_heads=2).gate).item()
     0.5
     """
 
     backends = BACKENDS
-    takes_pairs = True
+    supports_pair_masks = True
 
     def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
         super().__init__()
@@ -203,7 +196,7 @@ class GatedAttention(CanvasModule):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """One read: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
+        """Runs one attention set: queries (B, n, d_model) over keys and values (B, m, d_model) → (B, n, d_model)."""
         return torch.sigmoid(self.gate) * self.cross_attn(queries, keys, values)
 
     def attend(
@@ -214,9 +207,83 @@ class GatedAttention(CanvasModule):
         gain: torch.Tensor | None = None,
         active: torch.Tensor | None = None,
         row_scale: torch.Tensor | None = None,
-        bias_share: torch.Tensor | None = None,
+        bias_weight: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> torch.Tensor:
-        """Every read of ``plan`` in one fused call; arguments and result as for :meth:`CrossAttention.attend`."""
+        """Runs every attention set of ``plan`` in one fused call; see :meth:`CrossAttention.attend`."""
         out = self.cross_attn.weighted_values(x, plan, gain=gain, active=active, row_scale=row_scale, backend=backend)
-        return project_out(self.cross_attn.out_proj, out, bias_share, torch.sigmoid(self.gate))
+        return output_projection(self.cross_attn.out_proj, out, bias_weight, torch.sigmoid(self.gate))
+
+
+class FixedPatternAttention(CrossAttention):
+    """Cross attention over a fixed subset of the keys of each query's attention set.
+
+    Subclasses define ``pairs``, and ``pattern_key`` to identify their pattern.
+    """
+
+    supports_pair_masks = False
+
+    def __init__(self, d_model: int, n_heads: int = 4, dropout: float = 0.0):
+        super().__init__(d_model, n_heads, dropout)
+        self._tables: dict[tuple, BlockTable] = {}
+
+    def pairs(self, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (query, key), int64: the pairs of the pattern for n queries and m keys, sorted, without repeats."""
+        raise NotImplementedError
+
+    def pairs_of_shape(self, shape: SetShape) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the pairs for an attention set of this shape, in any order; by default its grids are ignored."""
+        return self.pairs(shape.n, shape.m)
+
+    def pattern_key(self) -> tuple:
+        """Returns a key that is equal for equal patterns."""
+        raise NotImplementedError
+
+    def with_pattern(self, plan: AttentionPlan) -> AttentionPlan:
+        """Returns ``plan`` with only the pairs of the pattern, cached on it."""
+        key = ("pattern", *self.pattern_key())
+        if key not in plan.index_sets:
+            plan.index_sets[key] = selected = select_pairs(plan, self.pairs_of_shape)
+            selected.index_sets[key] = selected
+        return plan.index_sets[key]
+
+    def prepare(self, plan: AttentionPlan) -> None:
+        """Builds the table of ``plan``."""
+        self.with_pattern(plan)
+
+    def _single_set(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        n, m = q.shape[2], k.shape[2]
+        # one canvas: the queries, then the keys
+        q, k, v = (F.pad(x, pad) for x, pad in ((q, (0, 0, 0, m)), (k, (0, 0, n, 0)), (v, (0, 0, n, 0))))
+        table = self._table(n, m)
+        out: torch.Tensor = block_attention(q, k, v, table, dropout_p=dropout_p)  # pyright: ignore[reportAssignmentType] no lse is returned
+        return out[:, :, :n]
+
+    def _table(self, n: int, m: int) -> BlockTable:
+        """Returns the table of one attention set, m keys after n queries; the last few are cached."""
+        key = (n, m, *self.pattern_key())
+        if key not in self._tables:
+            query, k_row = self.pairs(n, m)
+            segment, q0, q1, k0, k1 = pair_rectangles(np.zeros(len(query), np.int64), query, n + k_row)
+            spans = {"q_start": q0, "q_stop": q1, "k_start": k0, "k_stop": k1}
+            if len(self._tables) >= MAX_TABLES:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[key] = BlockTable.from_rectangles(
+                "edge", n + m, 1, **spans, segment=segment, weight=np.ones(len(segment)), edge=segment
+            )
+        return self._tables[key]
+
+    def weighted_values(
+        self,
+        x: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        gain: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """Returns :meth:`CrossAttention.weighted_values` over the pairs of the pattern."""
+        return super().weighted_values(
+            x, self.with_pattern(plan), gain=gain, active=active, row_scale=row_scale, backend=backend
+        )

@@ -33,17 +33,17 @@ ATTENTION_TYPES: dict[str, str] = {
     "perceiver": "keys compressed through learned latents, O((N+M)K)",
     "pooling": "projected mean of the keys: scalar conditioning signals, O(N+M)",
     "copy": "direct transfer of latents, O(N)",
-    "mamba": "selective state space along the keys, read by a softmax: ordered streams, O(NM)",
+    "mamba": "selective state space along the keys, and a softmax over its rows: ordered streams, O(NM)",
     "rwkv": "linear recurrence with learned decay, O(N)",
     "hyena": "implicit long convolution by FFT, O(N log N + M)",
     "sparse_attention": "softmax over each query's top-k keys, O(NM)",
     "local_attention": "softmax over a window of neighbouring keys, O((N+M)W)",
-    "none": "edge declared but disabled, O(0)",
+    "none": "declared but disabled, O(0)",
     "random_fixed": "softmax over a fixed random choice of keys: a baseline, O(NK + M)",
-    "mixture": "a router over experts that see chunks of the keys, O(NM)",
+    "mixture": "a router over experts that attend to chunks of the keys, O(NM)",
     "cogvideox": "cross-attention as a CogVideoX block does it, O(NM)",
 }
-"""What each attention function is for, and what one read of N queries over M keys costs in operations: W keys lie in a
+"""Purpose of each attention function, and its operations for one attention set of N queries and M keys: W keys lie in a
 window, and K are latents or drawn keys."""
 
 
@@ -60,10 +60,10 @@ class HashedOnce(tuple):
 
 @dataclass(frozen=True)
 class RegionSpec:
-    """What one region of a canvas is.
+    """The declaration of one region of a canvas.
 
     Args:
-        bounds: ``(t0, t1, s0_lo, s0_hi, ...)``, half-open, in canvas frames and grid cells.
+        bounds: ``(t0, t1, s0_lo, s0_hi, ...)``, half-open, in canvas frames and grid coordinates.
         period: real-time steps per canvas frame: the region's frame ``t`` lies at real time ``t * period``.
         is_output: whether the region's positions take part in the loss.
         loss_weight: relative weight of its positions in the loss.
@@ -177,7 +177,7 @@ _NO_REGIONS: dict = {}
 
 @dataclass(frozen=True, eq=False, init=False)
 class CanvasLayout:
-    """A grid of ``T`` frames of ``spatial_shape`` cells, with named regions on it.
+    """A grid of ``T`` frames of ``spatial_shape`` positions, with named regions on it.
 
     Positions are numbered row-major in (t, s0, s1, ...). Regions are half-open boxes; they may overlap, and positions
     may lie in none. Layouts compare by value; a raw tuple of bounds equals the RegionSpec that it stands for.
@@ -185,7 +185,7 @@ class CanvasLayout:
     Args:
         T: number of canvas frames.
         d_model: channels per position.
-        spatial_shape: cells per spatial dimension; this or ``H`` (and ``W``), never both.
+        spatial_shape: positions per spatial dimension; this or ``H`` (and ``W``), never both.
         regions: name to bounds, or to a RegionSpec.
         t_current: positions of frames from here on are outputs.
         H, W: first and second spatial dimension; None where the canvas has no such dimension.
@@ -310,7 +310,7 @@ class CanvasLayout:
         return key
 
     def flat_index(self, t: int, *spatial_coords: int) -> int:
-        """Number of the position at frame ``t`` and the given cell.
+        """Returns the flat index of the position at frame ``t`` and the given coordinates.
 
         Raises:
             ValueError: the wrong number of coordinates, or one outside the grid.

@@ -24,7 +24,7 @@ __all__ = [
 
 
 class SinusoidalPositionalEncodingND(CanvasModule):
-    """Fixed sinusoids of the frame and of each cell coordinate, side by side in the channels.
+    """Fixed sinusoids of the frame and of each coordinate, concatenated along the channels.
 
     ``d_model`` is split evenly over time and each spatial dimension, the remainder going to the last. Channel ``c`` of
     a part of width ``w`` holds sin (c even) or cos (c odd) of ``position / 10000 ** (2 * (c // 2) / w)``
@@ -73,11 +73,11 @@ class SinusoidalPositionalEncodingND(CanvasModule):
         Raises:
             ValueError: a grid of other dimensions, or larger than the encoding was made for.
         """
-        asked = (checked_int(T, "T"), *checked_ints(spatial_shape, "spatial_shape"))
+        sizes = (checked_int(T, "T"), *checked_ints(spatial_shape, "spatial_shape"))
         available = tuple(self.pe.shape[:-1])
-        if len(asked) != len(available) or not all(0 < size <= most for size, most in zip(asked, available)):
-            raise ValueError(f"positional encoding of a grid {asked} asked of one made for grids up to {available}")
-        return self.pe[tuple(slice(size) for size in asked)]
+        if len(sizes) != len(available) or not all(0 < size <= most for size, most in zip(sizes, available)):
+            raise ValueError(f"a grid {sizes} does not fit an encoding for grids up to {available}")
+        return self.pe[tuple(slice(size) for size in sizes)]
 
 
 class SinusoidalPositionalEncoding3D(SinusoidalPositionalEncodingND):
@@ -258,7 +258,7 @@ class SpatiotemporalCanvas(CanvasModule):
         return region.family, region.carrier
 
     def region_parameters(self, region: str) -> list[str]:
-        """What of the canvas belongs to a region: its modality embedding, and its rows of the period, family and
+        """Returns the parts that belong to a region: its modality embedding, and its rows of the period, family and
         carrier tables, each of which is one tensor for all regions. For `ProgramCompiler`."""
         if region not in self._ranges:
             return []

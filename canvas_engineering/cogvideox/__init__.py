@@ -1,6 +1,6 @@
 """CogVideoX: looped blocks, canvas attention on its tokens, and layouts of its token grid.
 
-``LoopedCogVideoXTransformer3DModel`` lives here too; it is made when it is first asked for, and needs diffusers.
+``LoopedCogVideoXTransformer3DModel`` is defined here on first access; it needs diffusers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def detect_inner_dim(transformer: nn.Module) -> int:
     """Width of a model's token streams.
 
     It is ``num_attention_heads · attention_head_dim``, ``hidden_size`` or ``d_model`` of its config, or, where there is
-    no such config, what its first normalisation layer normalises.
+    no such config, the width of its first normalisation layer.
 
     Raises:
         ValueError: none of these is there.
@@ -69,5 +69,5 @@ def detect_inner_dim(transformer: nn.Module) -> int:
         if shape is not None:
             return int(shape[-1])
     raise ValueError(
-        f"the width of {type(transformer).__name__} cannot be told from its config or its layers: give inner_dim="
+        f"the hidden size of {type(transformer).__name__} cannot be inferred from its config or layers: pass inner_dim="
     )

@@ -79,7 +79,7 @@ class LoopedCogVideoXBlock(CanvasModule):
         before = type(block)
         block.__class__ = LoopedCogVideoXBlock
         assert isinstance(block, LoopedCogVideoXBlock)
-        # The function besides the class, for torch.compile cannot see into the class, which diffusers marks as opaque.
+        # A plain function too: diffusers marks the class as opaque to torch.compile.
         block.block_class, block.block_forward = before, before.forward
         block.loop, block.loops, block.block_idx, block.sharpening = loop, 1, block_idx, None
         block.__dict__.pop("_compiled_call_impl", None)  # compiled from the forward that it had
@@ -151,7 +151,7 @@ class LoopedCogVideoXBlock(CanvasModule):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the block computes, looped.
+        """Runs the block ``loops`` times.
 
         Args:
             hidden_states: (B, video tokens, inner_dim).
@@ -175,7 +175,7 @@ class LoopedCogVideoXBlock(CanvasModule):
         if getattr(self.attn1.processor, "sharpens", False) and attention_kwargs:
             unknown = sorted(set(attention_kwargs) - {"attention_mask", "sharpness"})
             if unknown:  # diffusers would drop them with a log line
-                raise ValueError(f"attention_kwargs {unknown} mean nothing to canvas attention")
+                raise ValueError(f"attention_kwargs {unknown} are unknown to canvas attention")
         video, text = hidden_states, encoder_hidden_states
         for loop in range(self.loops):
             video_embedding, text_embedding, gate = self.loop(loop, video.dtype)

@@ -15,7 +15,7 @@ __all__ = ["PixelBox", "cogvideox_layout", "dense_topology", "tile_topology", "w
 
 TEXT, VIDEO, FIRST_FRAME = "text", "video", "first_frame"
 _OWN = (TEXT, VIDEO, FIRST_FRAME)
-_MOST = 100_000  # frames of a window, each a connection, and tokens of a text, whose divisors are looked for
+_MAX_COUNT = 100_000  # frames of a window, each a connection, and tokens of a text, whose divisors are looked for
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def cogvideox_layout(
     padding = -latent_frames % joined
     T, H, W = (latent_frames + padding) // joined, height // side, width // side
     n_text = config["max_text_seq_length"] if text_tokens is None else text_tokens
-    n_text = checked_int(n_text, "text_tokens", 1, most=_MOST)
+    n_text = checked_int(n_text, "text_tokens", 1, most=_MAX_COUNT)
 
     def tokens(name: str, box: PixelBox) -> tuple[int, ...]:
         bounds = []
@@ -139,22 +139,22 @@ def cogvideox_layout(
     )
 
 
-def _text_reads_all() -> list[Connection]:
+def _text_connections() -> list[Connection]:
     return [Connection(TEXT, TEXT), Connection(TEXT, VIDEO), Connection(VIDEO, TEXT)]
 
 
 def dense_topology() -> CanvasTopology:
-    """Every token reads every token: what the model was trained with.
+    """Returns the topology of dense attention, with which the model was trained.
 
     >>> len(dense_topology().connections)
     4
     """
-    return CanvasTopology([*_text_reads_all(), Connection(VIDEO, VIDEO)])
+    return CanvasTopology([*_text_connections(), Connection(VIDEO, VIDEO)])
 
 
 def window_topology(past: int = 1, future: int = 0) -> CanvasTopology:
-    """The video reads its own frame, ``past`` frames before and ``future`` frames after it; the text reads everything,
-    and everything the text. The default is same frame + previous frame + text.
+    """Returns a topology with a temporal window: the video attends to its own frame, ``past`` previous and ``future``
+    next frames, and the text; the text attends to everything. The default is same frame + previous frame + text.
 
     Raises:
         ValueError: a negative number of frames, or more than 100,000.
@@ -162,19 +162,19 @@ def window_topology(past: int = 1, future: int = 0) -> CanvasTopology:
     >>> [c.t_dst for c in window_topology(past=2).connections if (c.src, c.dst) == ("video", "video")]
     [-2, -1, 0]
     """
-    past, future = checked_int(past, "past", most=_MOST), checked_int(future, "future", most=_MOST)
+    past, future = checked_int(past, "past", most=_MAX_COUNT), checked_int(future, "future", most=_MAX_COUNT)
     if past < 0 or future < 0:
         raise ValueError(f"past and future must be at least 0, got {past} and {future}")
     frames = [
         Connection(VIDEO, VIDEO, t_src=0, t_dst=offset, temporal_fill=TemporalFill.DROP)
         for offset in range(-past, future + 1)
     ]
-    return CanvasTopology([*_text_reads_all(), *frames])
+    return CanvasTopology([*_text_connections(), *frames])
 
 
 def tile_topology(rows: int, columns: int) -> CanvasTopology:
-    """The video reads the same spatial tile (``rows`` × ``columns`` tokens) of all frames; text and first frame read
-    everything, and everything reads them.
+    """Returns a topology of spatial tiles: the video attends to the same tile (``rows`` × ``columns`` tokens) of all
+    frames; text and first frame attend to everything, and everything attends to them.
 
     Raises:
         ValueError: a tile size below 1.
@@ -185,7 +185,7 @@ def tile_topology(rows: int, columns: int) -> CanvasTopology:
     tile = MaskSpec("tile", tile_h=rows, tile_w=columns)
     return CanvasTopology(
         [
-            *_text_reads_all(),
+            *_text_connections(),
             Connection(VIDEO, FIRST_FRAME),
             Connection(FIRST_FRAME, VIDEO),
             Connection(VIDEO, VIDEO, mask=tile),

@@ -1,4 +1,4 @@
-"""What a topology takes away from a model that was trained with dense attention."""
+"""Measures how a topology changes a model that was trained with dense attention."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TopologyMeasure:
 
 @dataclass
 class _Both:
-    """A processor that computes both and goes on with the dense result, so that every layer sees its true input."""
+    """A processor that computes both and returns the dense result, so that every layer gets its true input."""
 
     dense: CanvasAttnProcessor
     sparse: CanvasAttnProcessor
@@ -60,7 +60,7 @@ def measure_topology(
     *,
     backend: str = "auto",
 ) -> TopologyMeasure:
-    """How far a topology moves a model's attention outputs from those of dense attention, on one batch.
+    """Compares a model's attention outputs under a topology with those of dense attention, on one batch.
 
     Args:
         transformer: a CogVideoX transformer, grafted or not; it is left as it was.

@@ -57,7 +57,7 @@ def looped_model_class() -> type[CogVideoXTransformer3DModel]:
         schema = None if canvas is None else CanvasSchema.from_dict(canvas["schema"])
         set_attention(self, sharpening, processor_for(sharpening, schema, max_loops, backend), packed)
 
-    # diffusers reads names and defaults of the config off this signature: the stock ones of whatever version, and ours.
+    # diffusers takes names and defaults of the config from this signature: its version's own, and ours.
     stock = inspect.signature(CogVideoXTransformer3DModel.__init__)
     own = [p for p in inspect.signature(__init__).parameters.values() if p.name in OWN_CONFIG]
     keyword_only = inspect.Parameter.KEYWORD_ONLY
@@ -178,8 +178,11 @@ def canvas_processor(transformer: CogVideoXTransformer3DModel) -> CanvasAttnProc
 def processor_for(
     sharpening: list[float] | None, schema: CanvasSchema | None, max_loops: int, backend: str
 ) -> CanvasAttnProcessor | None:
-    """The processor that a declaration or sharpening needs; None if there is neither. ValueError: see its class, and
-    sharpening that does not hold a positive factor for each loop."""
+    """Returns the processor for a declaration or sharpening; None if there is neither.
+
+    Raises:
+        ValueError: as its class, and sharpening without a positive factor for each loop.
+    """
     factors = [] if sharpening is None else checked_items(sharpening, "sharpening", "numbers")
     factors = [checked_number(beta, "every factor of sharpening", "a positive number") for beta in factors]
     if (sharpening is not None and len(factors) < max_loops) or not all(0.0 < beta < float("inf") for beta in factors):
@@ -231,7 +234,7 @@ def graft_cogvideox(
     backend: str,
     packed: bool,
 ) -> list[LoopedCogVideoXBlock]:
-    """Makes a stock model a looped one, in place; a looped one with equal loops gets the attention asked for."""
+    """Makes a stock model a looped one, in place; a looped one with equal loops gets the given attention."""
     config, blocks = transformer.config, blocks_of(transformer)
     schema = None if layout is None else CanvasSchema(layout, topology)
     # Everything that can be refused is refused before anything is changed.
@@ -239,7 +242,7 @@ def graft_cogvideox(
     if isinstance(transformer, looped_model_class()):
         if (config["max_loops"], config["gate"]) != (max_loops, gate):
             raise ValueError(
-                f"this model is grafted with max_loops={config['max_loops']}, gate={config['gate']!r}; asked for "
+                f"this model is grafted with max_loops={config['max_loops']}, gate={config['gate']!r}; requested "
                 f"max_loops={max_loops}, gate={gate!r}. ungraft it first"
             )
         if processor is None:

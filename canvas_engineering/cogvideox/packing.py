@@ -66,7 +66,7 @@ class PackedOrder(CanvasModule):
     """The packed order of a processor's plan, as tables that move with the model.
 
     Attributes:
-        tokens: int64 (tokens,), the token at each packed place.
+        tokens: int64 (tokens,), the token of each packed row.
         video, canvas: int64 (video tokens,), the same of the video alone, and its inverse.
     """
 

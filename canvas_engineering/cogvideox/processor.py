@@ -25,22 +25,22 @@ class CanvasAttnProcessor:
     """An attention processor for CogVideoX: set it with ``transformer.set_attn_processor``.
 
     It projects, normalises, rotates and splits as diffusers' own processor does; each token attends, in one softmax,
-    over the tokens that the topology lets it read (joint form; docs/semantics.md, section 3). Tokens that nothing
-    covers read themselves.
+    over its keys under the topology (joint form; docs/semantics.md, section 3). Tokens without keys attend to
+    themselves.
 
     A grafted model keeps it when projections are fused. On a stock model ``fuse_qkv_projections`` replaces every
     processor: set ``processor.with_fused()`` after it.
 
     Args:
         layout: of the model's tokens, from :func:`cogvideox_layout`; None for dense attention.
-        topology: who reads whom on it.
+        topology: which regions attend to which.
         backend: see :func:`canvas_attention`.
         packed: the tokens come in the plan's packed order, which the grafted model takes care of.
 
     Attributes:
         plan: the compiled :class:`AttentionPlan` over tokens, or None. ``plan.density`` is the share of pairs.
         counts: text and video tokens of the layout, or None.
-        fused: whether projections are read from ``to_qkv``; ``fuse_qkv_projections`` of a grafted model sees to it.
+        fused: whether projections are those of ``to_qkv``; set by ``fuse_qkv_projections`` of a grafted model.
 
     Raises:
         ValueError: a layout without a topology or the reverse, an unknown backend, or a declaration that the joint
@@ -101,7 +101,7 @@ class CanvasAttnProcessor:
 
         Raises:
             ValueError: an attention mask, a token count other than the layout's, or a kernel or parallelism of
-                diffusers that was asked for.
+                diffusers that was set.
         """
         self._check(hidden_states, encoder_hidden_states, attention_mask)
         n_text = encoder_hidden_states.shape[1]
@@ -127,13 +127,13 @@ class CanvasAttnProcessor:
         return out[:, n_text:], out[:, :n_text]
 
     def with_fused(self, fused: bool = True) -> CanvasAttnProcessor:
-        """This processor reading fused projections (or separate ones); the plan is shared."""
+        """Returns this processor with fused (or separate) projections; the plan is shared."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, fused=fused)
         return other
 
     def declaration(self) -> dict[str, Any] | None:
-        """What it computes, as JSON types: the schema and the form; None for dense attention."""
+        """Returns its declaration as JSON types; None for dense attention."""
         if self.plan is None or self.layout is None:
             return None
         return {"schema": CanvasSchema(self.layout, self.topology).to_dict(), "form": self.plan.normalize}
@@ -156,11 +156,11 @@ class CanvasAttnProcessor:
     def _check(self, hidden_states, encoder_hidden_states, attention_mask) -> None:
         if attention_mask is not None:
             raise ValueError(
-                f"an attention mask {tuple(attention_mask.shape)} was given: declare who reads whom as a topology"
+                f"an attention mask {tuple(attention_mask.shape)} was given: declare the pattern as a topology"
             )
         if self._attention_backend is not None or self._parallel_config is not None:
             raise ValueError(
-                f"diffusers was asked for attention backend {self._attention_backend!r} and parallelism "
+                f"diffusers was set to the attention backend {self._attention_backend!r} and parallelism "
                 f"{self._parallel_config!r}; canvas attention has backends of its own (backend=) and runs on one "
                 "device: reset_attention_backend(), or ungraft"
             )

@@ -15,10 +15,10 @@ _SOFTMAX = ("cross_attention", "self_attention", "cogvideox", "none")
 
 
 def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
-    """The joint-form plan (docs/semantics.md, section 3) whose positions are tokens: all of region "text", then all of
+    """Returns the joint-form plan (docs/semantics.md, section 3) over tokens: all of region "text", then all of
     "video".
 
-    A token that no connection gives a key reads itself.
+    Tokens without keys attend to themselves.
 
     Raises:
         ValueError: no such regions, regions of connections that hold other positions, or what joint form cannot do:
@@ -27,10 +27,10 @@ def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
     for name in (TEXT, VIDEO):
         if name not in layout.regions:
             raise ValueError(f"a layout of tokens has the regions 'text' and 'video'; this one has {[*layout.regions]}")
-    place = np.concatenate([layout.region_positions(name) for name in (TEXT, VIDEO)])
+    positions = np.concatenate([layout.region_positions(name) for name in (TEXT, VIDEO)])
     token = np.full(layout.num_positions, -1, np.int64)
-    token[place] = np.arange(len(place))
-    if (token >= 0).sum() != len(place):
+    token[positions] = np.arange(len(positions))
+    if (token >= 0).sum() != len(positions):
         raise ValueError("the regions 'text' and 'video' overlap: a token lies in one of them")
     for name in topology.regions:
         if name in layout.regions and (token[layout.region_positions(name)] < 0).any():
@@ -39,8 +39,9 @@ def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
     for number, (c, fn) in enumerate(zip(topology.connections, topology.resolve_fns(layout))):
         if fn not in _SOFTMAX or c.write_mode != "add":
             raise ValueError(
-                f"connection {number}, {c.src!r} reads {c.dst!r}, has fn {fn!r} and write mode {c.write_mode!r}: a "
-                "token has one softmax over all that it reads, so only softmax attention that adds is possible"
+                f"connection {number}, {c.src!r} attends to {c.dst!r}, has fn {fn!r} and write mode "
+                f"{c.write_mode!r}: a token has one softmax over all of its keys, so only softmax attention with write "
+                "mode 'add' is possible"
             )
     # Text first and video next, then by name: the packed order keeps the text in front, and a declaration that went
     # through JSON, which sorts names, gives the same one.
@@ -48,15 +49,15 @@ def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
     layout = _with_regions(layout, {name: layout.regions[name] for name in names})
     plan = compile_attention(layout, topology, normalize="joint")
     alone = np.zeros(layout.num_positions, bool)
-    alone[place] = ~plan.rows_with_keys()[place]
+    alone[positions] = ~plan.rows_with_keys()[positions]
     if alone.any():
-        plan = compile_attention(*_with_self_reads(layout, topology, alone), normalize="joint")
-    plan = plan.over(place)
-    _ = plan.in_canvas_order  # found now, in numpy, which a compiler that traces the first step cannot follow
+        plan = compile_attention(*_with_self_connections(layout, topology, alone), normalize="joint")
+    plan = plan.reindex(positions)
+    _ = plan.in_canvas_order  # computed eagerly: torch.compile cannot trace the numpy code
     return plan
 
 
-def _with_self_reads(
+def _with_self_connections(
     layout: CanvasLayout, topology: CanvasTopology, alone: np.ndarray
 ) -> tuple[CanvasLayout, CanvasTopology]:
     """The declaration with a connection of every marked position to itself."""

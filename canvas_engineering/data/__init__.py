@@ -1,4 +1,4 @@
-"""Robot data in LeRobot's format: recorded, and read as clips of a canvas (extra ``data``)."""
+"""Robot data in LeRobot's format: recorded, and loaded as clips of a canvas (extra ``data``)."""
 
 from canvas_engineering.data.dataset import LeRobotCanvasDataset
 from canvas_engineering.data.folder import LeRobotFolder

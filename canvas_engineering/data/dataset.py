@@ -168,7 +168,7 @@ class LeRobotCanvasDataset(Dataset):
         return self._rows[episode.index]
 
     def _loss_weights(self, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """As `CanvasLayout.loss_weight_mask`, without the frames that no sample is there for."""
+        """Returns `CanvasLayout.loss_weight_mask` without frames that have no sample."""
         layout, weights = self.layout, np.zeros(self.layout.num_positions, dtype=np.float32)
         for region in layout.regions:
             spec = layout.region_spec(region)

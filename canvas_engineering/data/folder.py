@@ -1,4 +1,4 @@
-"""LeRobot datasets on disk: what their files say, read by pyarrow and PyAV. Formats v3.0 and v2.1.
+"""LeRobot datasets on disk, loaded by pyarrow and PyAV. Formats v3.0 and v2.1.
 
 https://huggingface.co/docs/lerobot/lerobot-dataset-v3: ``meta/info.json`` names features, rates and where files lie;
 v3.0 has several episodes a file and tables of episodes, v2.1 a file for each episode and lists of JSON lines.
@@ -65,7 +65,7 @@ class LeRobotFolder:
         if self.version not in VERSIONS:
             raise ValueError(
                 f"{self.root}/meta/info.json has the codebase version {shown(self.version)}; {' and '.join(VERSIONS)} "
-                "are read: convert older datasets by lerobot's own converters"
+                "are supported: convert older datasets by lerobot's own converters"
             )
         for name, kind in (("fps", (int, float)), ("features", dict), ("data_path", str)):
             if not isinstance(self.info.get(name), kind):

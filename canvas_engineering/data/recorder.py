@@ -205,7 +205,7 @@ class _Moments:
 
     @classmethod
     def of(cls, values: np.ndarray, video: bool) -> _Moments:
-        """Of (length, …); of videos by channel, scaled to [0, 1], of some frames."""
+        """Returns statistics of (length, …); of videos by channel, scaled to [0, 1], over sampled frames."""
         if video:
             chosen = np.linspace(0, len(values) - 1, min(len(values), SAMPLED_FRAMES)).astype(int)
             values = values[chosen].reshape(-1, 3, 1, 1) / 255.0
@@ -225,7 +225,7 @@ class _Moments:
         )
 
     def stats(self) -> dict[str, list]:
-        """As LeRobot's ``stats.json`` has them."""
+        """Returns statistics in the form of LeRobot's ``stats.json``."""
         named = {"min": self.least, "max": self.most, "mean": self.mean, "std": np.sqrt(self.deviation / self.count)}
         return {**{name: np.atleast_1d(value).tolist() for name, value in named.items()}, "count": [self.count]}
 

@@ -1,4 +1,4 @@
-"""How evenly the passes of a plan occupy a GPU's multiprocessors: simulated, from the plan alone."""
+"""Simulated load balance: how evenly the passes of a plan occupy a GPU's multiprocessors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from canvas_kernels.triton_ops.configs import Config, classes, form_of, lookup
 
 MULTIPROCESSORS = 132
 ARCHITECTURE = "sm_90"
-"""Those of an H200."""
+"""MULTIPROCESSORS and ARCHITECTURE are those of an H200."""
 FIXED_BLOCKS = 2
-"""What a program takes besides its walk, in blocks: its own rows in and out."""
+"""Time of a program besides its key blocks, in blocks: loading and storing its own rows."""
 
 
 class Balance(NamedTuple):
-    """How much of a pass's time multiprocessors are busy, and how much of it they could be."""
+    """The fraction of a pass's time during which multiprocessors are busy, as predicted and as possible."""
 
-    stage: str
+    name: str
     predicted: float
     possible: float
 
@@ -36,28 +36,28 @@ def balance(table: BlockTable, batch_heads: int, head_dim: int, dtype: torch.dty
     pass's launches, one for each size of tile, follow each other.
 
     Args:
-        table: what is attended to.
+        table: the block table.
         batch_heads: batch entries times heads.
         head_dim: of q, k and v.
         dtype: float32, float16 or bfloat16.
 
     Raises:
-        ValueError: a head_dim or dtype that the Triton kernels do not take.
+        ValueError: a head_dim or dtype that the Triton kernels do not support.
     """
-    found, form = [], form_of(table)
-    for stage in ("forward", "dq", "dkv"):
-        sizes = lookup(ARCHITECTURE, head_dim, dtype, stage, form)
+    balances, form = [], form_of(table)
+    for name in ("forward", "dq", "dkv"):
+        sizes = lookup(ARCHITECTURE, head_dim, dtype, name, form)
         config_of = {(config.block_m, config.block_n): config for config in sizes}
-        by_slot = (stage, form) == ("forward", "edge")
+        by_slot = (name, form) == ("forward", "edge")
         times = np.zeros(3)
-        for tiling in table.device_tilings("cpu", classes(sizes), stage == "dkv", by_slot):
+        for tiling in table.device_tilings("cpu", classes(sizes), name == "dkv", by_slot):
             config = config_of[tiling.block_m, tiling.block_n]
             slots = MULTIPROCESSORS * _resident(config)
             times += config.cost * np.array(simulate(tiling.blocks, tiling.n_long, batch_heads, slots))
         if times[0]:
             ideal, predicted, least = times.tolist()
-            found.append(Balance(stage, ideal / predicted, ideal / min(least, predicted)))
-    return found
+            balances.append(Balance(name, ideal / predicted, ideal / min(least, predicted)))
+    return balances
 
 
 def simulate(blocks: np.ndarray, n_long: int, batch_heads: int, slots: int) -> tuple[float, float, float]:
@@ -65,8 +65,8 @@ def simulate(blocks: np.ndarray, n_long: int, batch_heads: int, slots: int) -> t
     of the longest program and whole waves of the mean one.
 
     Args:
-        blocks: int64 (tiles,), what each tile walks, the longest first.
-        n_long: tiles that start first, of all heads.
+        blocks: int64 (tiles,), the key blocks of each tile, the longest first.
+        n_long: number of tiles that start first, for all heads.
         batch_heads: batch entries times heads.
         slots: programs that run at once.
 
@@ -84,6 +84,6 @@ def simulate(blocks: np.ndarray, n_long: int, batch_heads: int, slots: int) -> t
 
 
 def _resident(config: Config) -> int:
-    """Programs that a multiprocessor's registers hold, each thread with as many as it may take."""
+    """Returns how many programs fit a multiprocessor's registers, at the most registers per thread."""
     threads = 32 * config.num_warps
     return max(1, min(65536 // (threads * (config.max_registers or 255)), 2048 // threads, 32))

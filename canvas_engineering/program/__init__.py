@@ -1,6 +1,6 @@
-"""How regions and edges behave: what each region is, when it updates, what its edges do, what deploy makes of it.
+"""Programs: what each region is, when it updates, how its connections behave, and how it is lowered for deployment.
 
-`specs` holds what a program says, `edges` resolves what a connection does, `document` is the whole program and its
+`specs` holds a program's declarations, `edges` resolves connections, `document` is the whole program and its
 JSON, and `checks` refuses or reports what cannot be meant.
 """
 

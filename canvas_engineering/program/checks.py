@@ -1,4 +1,4 @@
-"""What cannot be meant: values that do not exist are refused, constraints that do not hold are reported."""
+"""Validation of programs: unknown values raise errors, violated constraints are reported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from canvas_engineering.checked import checked_choice, checked_kind
 from canvas_engineering.clock_ir import OnEvent
 from canvas_engineering.connectivity import Connection, resolve_connections
-from canvas_engineering.notices import some, warn
+from canvas_engineering.notices import join_truncated, warn
 from canvas_engineering.program.document import CanvasProgram
 from canvas_engineering.program.edges import parse_trigger, resolve_edges
 from canvas_engineering.program.specs import (
@@ -76,17 +76,17 @@ def _warn_of_idle_declarations(program: CanvasProgram, on_layout: bool) -> None:
         (idle, "have clocks with max_inner_steps in another domain than 'internal', which runs none"),
     ):
         if names:
-            warn(f"{len(names)} of {len(program.regions)} region programs {what}: {some(map(repr, names))}")
+            warn(f"{len(names)} of {len(program.regions)} region programs {what}: {join_truncated(map(repr, names))}")
 
 
 def validate_constraints(program: CanvasProgram) -> list[str]:
-    """What the program's constraints are not met by, in words; empty if nothing.
+    """Returns descriptions of violated constraints; empty if none.
 
     Checked are, for each region with constraints: that their values exist; ``equivariance`` against the attention
-    functions of the region's reads; ``conservation`` against replacing writes of its connections; ``causal_direction``
-    "acyclic" against cycles that its reads lead to (reading oneself is one) and "forward_only" against reads of regions
-    that start earlier; ``monotonicity`` against the carriers "diffusive" and "filter". Connections of weight 0 or of
-    the function "none" do not run, and do not count.
+    functions of the region's connections; ``conservation`` against replacing writes of its connections;
+    ``causal_direction`` "acyclic" against cycles of connections (attending to oneself is one) and "forward_only"
+    against connections to regions that start earlier; ``monotonicity`` against the carriers "diffusive" and "filter".
+    Connections of weight 0 or of the function "none" do not run, and do not count.
 
     Returns:
         strings that start with the region's name. Unknown values are reported, never raised.
@@ -102,13 +102,13 @@ def validate_constraints(program: CanvasProgram) -> list[str]:
     if all(region.constraints is None for region in program.regions.values()):
         return []
     edges = _running(program)
-    reads: dict[str, list[str]] = {}
+    keys_of: dict[str, list[str]] = {}
     for connection, _ in edges:
-        reads.setdefault(connection.src, []).append(connection.dst)
+        keys_of.setdefault(connection.src, []).append(connection.dst)
     found = []
     for name, region in program.regions.items():
         if region.constraints is not None:
-            problems = _problems(name, region, region.constraints, program, edges, reads)
+            problems = _problems(name, region, region.constraints, program, edges, keys_of)
             found += [f"{name}: {problem}" for problem in problems]
     return found
 
@@ -137,16 +137,16 @@ def _running(program: CanvasProgram) -> list[tuple[Connection, str]]:
     if schema.topology is None:
         return []
     with warnings.catch_warnings():
-        # a report on constraints: whoever compiles the program hears of what is skipped
+        # only reports constraints: compilers warn of what is skipped
         warnings.simplefilter("ignore", UserWarning)
-        # triggers decide when an edge runs, not what it is: one that cannot be read is the compilers' to refuse
+        # triggers decide when a connection runs, not what it is: compilers refuse malformed ones
         untriggered = {pair: dataclasses.replace(spoken, trigger=None) for pair, spoken in program.connections.items()}
         try:
             topology, _ = resolve_edges(
                 schema.topology, schema.layout, dataclasses.replace(program, connections=untriggered)
             )
         except ValueError:
-            # so are write modes that do not exist; what the constraints ask stays answerable
+            # so do they unknown write modes; constraints can still be checked
             topology = schema.topology
         return [(connection, fn) for _, connection, fn in resolve_connections(topology, schema.layout)]
 
@@ -157,7 +157,7 @@ def _problems(
     constraints: ConstraintSpec,
     program: CanvasProgram,
     edges: list[tuple[Connection, str]],
-    reads: dict[str, list[str]],
+    keys_of: dict[str, list[str]],
 ) -> Iterator[str]:
     for field, known in CONSTRAINT_VALUES.items():
         value = getattr(constraints, field)
@@ -178,12 +178,12 @@ def _problems(
                     f"{connection.src} -> {connection.dst} replaces what it writes to"
                 )
     if constraints.causal_direction == "acyclic":
-        cycle = _cycle(name, reads)
+        cycle = _cycle(name, keys_of)
         if cycle:
             yield f"causal_direction 'acyclic' does not hold: {' -> '.join(cycle)} is a cycle"
     if constraints.causal_direction == "forward_only":
         layout = program.schema.layout
-        for dst in dict.fromkeys(reads.get(name, ())):
+        for dst in dict.fromkeys(keys_of.get(name, ())):
             start, other = (layout.region_spec(region).bounds[0] for region in (name, dst))
             if other < start:
                 yield f"causal_direction 'forward_only' does not hold: {dst!r} starts at frame {other}, before {start}"
@@ -191,11 +191,11 @@ def _problems(
         yield f"monotonicity {constraints.monotonicity!r} does not hold for the carrier {region.carrier!r}"
 
 
-def _cycle(root: str, reads: dict[str, list[str]]) -> list[str]:
+def _cycle(root: str, keys_of: dict[str, list[str]]) -> list[str]:
     """A cycle that can be reached from ``root``, its first region repeated at the end; empty if there is none."""
     done: set[str] = set()
     path: dict[str, None] = {root: None}
-    pending = [iter(reads.get(root, ()))]
+    pending = [iter(keys_of.get(root, ()))]
     while pending:
         following = next(pending[-1], None)
         if following is None:
@@ -206,5 +206,5 @@ def _cycle(root: str, reads: dict[str, list[str]]) -> list[str]:
             return [*names[names.index(following) :], following]
         elif following not in done:
             path[following] = None
-            pending.append(iter(reads.get(following, ())))
+            pending.append(iter(keys_of.get(following, ())))
     return []

@@ -31,7 +31,7 @@ _PARTS = {
 
 @dataclass
 class CanvasProgram:
-    """What a canvas is (the schema), and how it behaves.
+    """The schema of a canvas and its programs.
 
     Args:
         schema: layout and topology.
@@ -125,7 +125,7 @@ class CanvasProgram:
 
     @classmethod
     def from_json(cls, path: str | Path) -> CanvasProgram:
-        """Reads a program from a file.
+        """AttentionSets a program from a file.
 
         Raises:
             OSError: the file cannot be read.
@@ -134,7 +134,7 @@ class CanvasProgram:
         return read_json(path, cls.from_dict)
 
     def summary(self) -> str:
-        """How many regions and connections are programmed, and what they are."""
+        """Returns the number of programmed regions and connections, and their programs, as text."""
         lines = [f"CanvasProgram (v{self.version}, {len(self.regions)} regions programmed):"]
         regions = self.regions.values()
         for title, values in (
@@ -190,7 +190,7 @@ def _escaped(name: str) -> str:
 
 def _pair(key: str, regions: Container[str]) -> tuple[str, str]:
     """(src, dst) of ``"src|dst"``; a backslash keeps a bar, or a backslash, as part of a name. Earlier releases wrote
-    names as they are: where only that reading names regions, it is meant."""
+    names as they are; the interpretation that names known regions wins."""
     plain = key.split("|")
     if len(plain) == 2 and all(name in regions for name in plain):
         escaped = _unescaped(key)

@@ -1,4 +1,4 @@
-"""What an edge does: operator defaults, triggers, and the connections that a program makes of a topology's."""
+"""Connections under a program: operator defaults, triggers, write modes and masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.checked import checked_choice, checked_kind, checked_string
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.cortex import CortexRegistry
-from canvas_engineering.notices import some, warn
+from canvas_engineering.notices import join_truncated, warn
 from canvas_engineering.program.specs import WRITE_MODES, ConnectionProgram
 
 if TYPE_CHECKING:
@@ -105,9 +105,9 @@ def evaluate_trigger(trigger: str | None, summaries: dict[str, dict[str, float]]
 
 
 def resolve_operator_defaults(cp: ConnectionProgram | None, base_fn: str) -> tuple[str, str, str | None]:
-    """(fn, write_mode, trigger) of an edge whose function would be ``base_fn`` without a program.
+    """Returns (fn, write_mode, trigger) of a connection whose function would be ``base_fn`` without a program.
 
-    The operator's function takes the place of "cross_attention" only; its write mode and trigger that of fields at
+    The operator's function replaces "cross_attention" only; its write mode and trigger replace fields at
     their defaults. Operators that are not in OPERATOR_DEFAULTS, and no program at all, change nothing.
 
     >>> resolve_operator_defaults(ConnectionProgram("compress"), "cross_attention")
@@ -147,7 +147,7 @@ def resolve_edge(
         "write_mode": write_mode,
         "mask": connection.mask if cp is None or cp.mask_spec is None else cp.mask_spec,
     }
-    # an edge that a program does not change stays the same object, and so finds the same plan
+    # unchanged connections stay the same objects, and find the same plan
     changes = {name: value for name, value in wanted.items() if value != getattr(connection, name)}
     return dataclasses.replace(connection, **changes) if changes else connection, trigger
 
@@ -158,13 +158,13 @@ def resolve_edges(
     program: CanvasProgram | None = None,
     cortex: CortexRegistry | None = None,
 ) -> tuple[CanvasTopology, dict[int, str]]:
-    """The topology as it runs under a program: functions, write modes and masks resolved, and the edges' triggers.
+    """Returns the topology under a program, with functions, write modes and masks resolved, and the triggers.
 
     Args:
         topology, layout: the declaration.
         program: speaks for every connection of the pairs that it lists; a pair that no connection has gets a
             UserWarning.
-        cortex: gives edges inside one cortex its ``local_backend``.
+        cortex: gives connections inside one cortex its ``local_backend``.
 
     Returns:
         the topology, its connections in the declared order, and trigger by connection number.
@@ -201,5 +201,5 @@ def _warn_of_pairs_without_connection(topology: CanvasTopology, programs) -> Non
     if idle:
         warn(
             f"{len(idle)} of {len(programs)} connection programs are for pairs that no connection of the topology has: "
-            f"{some(f'{src!r} -> {dst!r}' for src, dst in sorted(idle))}"
+            f"{join_truncated(f'{src!r} -> {dst!r}' for src, dst in sorted(idle))}"
         )

@@ -1,4 +1,4 @@
-"""What a program says of one region and of one connection."""
+"""Program declarations of regions and connections."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ClockSpec:
     """When a region updates.
 
     Args:
-        domain: the time in which the mode or the expression is asked: "external" for every step of the environment,
+        domain: the time in which the mode or the expression is evaluated: "external" for every step of the environment,
             "boundary" for steps with a lifecycle event only, of which "periodic" then counts; "internal" is external
             time for a region that also runs inner steps.
         mode: "periodic" fires at every ``period``-th step, "on_event" while a residual summary exceeds a threshold,
@@ -131,13 +131,13 @@ class ClockSpec:
 
 @dataclass(frozen=True)
 class ConstraintSpec:
-    """What a region's dynamics must respect; `validate_constraints` reports what does not.
+    """A constraint on a region's dynamics; `validate_constraints` reports violations.
 
     Args:
         equivariance: "translation", "rotation", "permutation", or None.
         conservation: "capacity", "energy", or None.
-        causal_direction: "acyclic" (no cycle can be reached over the region's reads; a region that reads itself is
-            one, at whatever offset in time), "forward_only" (it reads only regions that start at its own time or
+        causal_direction: "acyclic" (no cycle is reachable over the region's connections; attending to itself is
+            one, at whatever offset in time), "forward_only" (it attends only to regions that start at its own time or
             later), or None.
         monotonicity: "non_decreasing", "non_increasing", or None.
 
@@ -159,7 +159,7 @@ class ConstraintSpec:
 
 @dataclass(frozen=True)
 class RegionProgram:
-    """What a region is, and how it behaves.
+    """The program of a region.
 
     Args:
         family: the kind of state: "observation", "state", "memory", "residual", "action", or another name.
@@ -171,7 +171,7 @@ class RegionProgram:
         compile_mode: what deploy makes of it: "runtime", "freeze", "constant", "export", or "distill", which is
             recorded and does nothing yet.
         constraints: on its dynamics.
-        identity: it is read through a bank of slots.
+        identity: a slot bank stands for its keys.
 
     Raises:
         ValueError: a field of the wrong kind.
@@ -204,7 +204,7 @@ class RegionProgram:
         return default_learning(self.family) if self.learning is None else self.learning
 
     def effective_compile_mode(self, family_defaults: bool = False) -> str:
-        """The region's own mode unless "runtime", else its learning's, else (if asked for) its family's."""
+        """The region's own mode unless "runtime", else its learning's, else (if requested) its family's."""
         if self.compile_mode != "runtime":
             return self.compile_mode
         if self.learning is not None:
@@ -214,14 +214,14 @@ class RegionProgram:
 
 @dataclass(frozen=True)
 class ConnectionProgram:
-    """What the connections of one (src, dst) pair are for, when they run, and how they write.
+    """The program of the connections of one (src, dst) pair.
 
     Args:
         operator: the intent; brings defaults of its own (`OPERATOR_DEFAULTS`). Any string.
-        trigger: the edge runs only while this holds: ``"region.kind < number"`` clauses, joined by ``&&``.
-        write_mode: "add" is averaged by weight, "replace" takes the place of what others add, "gate" is added behind a
+        trigger: the connection runs only while this holds: ``"region.kind < number"`` clauses, joined by ``&&``.
+        write_mode: "add" is averaged by weight, "replace" replaces what others add, "gate" is added behind a
             learned gate.
-        mask_spec: which positions meet, in place of the connection's own mask.
+        mask_spec: which pairs are computed, instead of the connection's own mask.
 
     Raises:
         ValueError: a field of the wrong kind. Unknown write modes and triggers of another form are refused where the

@@ -1,6 +1,6 @@
 """Types of latent space: a tree of objects with Fields becomes a schema.
 
-`declare` holds what a type says, `walk` reads an object into a tree of types, `pack` places its fields, `wire` connects
+`declare` holds declarations, `walk` turns an object into a tree of types, `pack` places its fields, `wire` connects
 them, and `bound` is what comes out.
 """
 
@@ -69,16 +69,16 @@ def compile_schema(
     as ``sensor.rgb`` and ``vehicles[3].plan``. Every nested object also gets a *coarse* field at its own path, which
     stands for it one level up. It is as ``metadata={"coarse": Field(h, w)}`` of the attribute declares, else as
     ``__coarse__`` of its class does, else a scalar. Its period is the declared one, else the mean of all periods
-    below it, weighted by positions per frame. Parents read and are read through it, so a thousand
-    children cost a thousand times what one does. Parts of one object meet through its own fields; where it has none
-    they stay unconnected (below the root they share its coarse field), and one UserWarning names them.
+    below it, weighted by positions per frame. Parents attend to it and it to them, so a thousand
+    children cost a thousand times what one does. Parts of one object are connected through its own fields; where it has
+    none they stay unconnected (below the root they share its coarse field), and one UserWarning names them.
 
     Args:
         root: the object.
         T: frames of the canvas.
-        spatial_shape: cells per spatial dimension; this, or ``H`` and ``W``; what is left open is sized to fit.
+        spatial_shape: positions per spatial dimension; this, or ``H`` and ``W``; what is left open is sized to fit.
         d_model: channels per position.
-        connectivity: who reads whom; by default a type's own fields all read each other, and list elements do not.
+        connectivity: which fields attend to which; by default all fields of one type do, and list elements do not.
         layout_strategy: "packed" (declaration order) or "interleaved" (fields of equal local name side by side).
         t_current: positions of frames from here on are outputs.
         H, W: rows and columns of a two-dimensional canvas.
@@ -167,7 +167,7 @@ def compile_tree(
     H: int | None,
     W: int | None,
 ) -> BoundSchema:
-    """`compile_schema` of a tree that was walked already."""
+    """Runs `compile_schema` on an existing tree."""
     policy = ConnectivityPolicy() if connectivity is None else connectivity
     checked_kind(policy, "connectivity", ConnectivityPolicy)
     strategy = checked_strategy(layout_strategy)

@@ -16,7 +16,7 @@ __all__ = ["BoundField", "BoundSchema"]
 
 
 class BoundField:
-    """A field of a compiled schema: one region, and how to write and read it.
+    """A field of a compiled schema: one region, and methods to write and extract it.
 
     Attributes:
         region_name: the field's path.
@@ -86,7 +86,7 @@ class BoundField:
 
 
 class _Fields(Mapping[str, BoundField]):
-    """Path to BoundField, made when asked for: schemas of some 100,000 fields exist."""
+    """Lazy mapping from path to BoundField: schemas may have 100,000 fields."""
 
     def __init__(self, bound: BoundSchema) -> None:
         self._bound = bound
@@ -130,7 +130,7 @@ class BoundSchema:
 
     @property
     def topology(self) -> CanvasTopology:
-        """Who reads whom."""
+        """The schema's topology."""
         return self.schema.topology  # pyright: ignore[reportReturnType] types are compiled with one
 
     @property
@@ -194,7 +194,7 @@ class BoundSchema:
         return SemanticConditioner(self.layout.d_model, embed_dim, embeddings, freeze_embeddings, learn_residuals)
 
     def summary(self) -> str:
-        """What was compiled, in words: one line, then one per field."""
+        """Returns the compiled schema as text: one line, then one per field."""
         layout = self.layout
         used = sum(layout.region_numel(name) for name in self.region_specs)
         lines = [

@@ -1,4 +1,4 @@
-"""What a type declares: fields, how they are laid out, and who reads whom by default."""
+"""Declarations of types: fields, how they are laid out, and which attend to which by default."""
 
 from __future__ import annotations
 
@@ -135,19 +135,20 @@ _POLICIES = {
 
 @dataclass(frozen=True)
 class ConnectivityPolicy:
-    """Who reads whom in a compiled schema.
+    """Which fields attend to which in a compiled schema.
 
-    Whatever the policy, every coarse field reads itself, and it and its parent's fields, and it and its own type's
-    fields, read each other. Coarse fields of one parent do not read each other: they meet through the parent's fields.
+    Under every policy a coarse field attends to itself, and it and its parent's fields, and it and its own type's
+    fields, attend to each other. Coarse fields of one parent do not: they are connected through the parent's fields.
 
     Args:
-        intra: a type's own fields: "dense" (each reads all, itself included), "isolated" (itself only), "causal_chain"
-            (itself and its predecessor), "star" (itself; the first field reads all others and they read it).
-        array_element: elements of one list: "isolated", "dense" (each element's coarse field reads all others'),
-            "matched_fields" (fields of equal local name read each other), "ring" (coarse fields of neighbours read each
-            other, the last and the first included).
-        temporal: "dense" (all frames), "same_frame", "causal" (a field reads itself at the same and at the previous
-            frame, others at the previous).
+        intra: a type's own fields: "dense" (each attends to all, itself included), "isolated" (itself only),
+            "causal_chain" (itself and its predecessor), "star" (itself; the first field and all others attend to each
+            other).
+        array_element: elements of one list: "isolated", "dense" (each element's coarse field attends to all others'),
+            "matched_fields" (fields of equal local name attend to each other), "ring" (coarse fields of neighbours
+            attend to each other, the last and the first included).
+        temporal: "dense" (all frames), "same_frame", "causal" (a field attends to itself at the same and at the
+            previous frame, others at the previous).
 
     Raises:
         ValueError: an unknown policy; the message lists the choices.

@@ -1,4 +1,4 @@
-"""Fields → places on a grid, and how large a grid they need."""
+"""Packing of fields on a grid, and the size of grid that they need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ SLACK = 1.15
 
 
 def spatial_dims(fields: Sequence[Field]) -> int:
-    """Spatial dimensions that the fields ask for: the most of any of them; a plain scalar fits all; at least 1."""
+    """Returns the number of spatial dimensions of the fields, the largest of any of them; a plain scalar fits all; at
+    least 1."""
     return max((len(f.shape) for f in fields if f.shape != (1, 1)), default=2)
 
 

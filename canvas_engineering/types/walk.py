@@ -30,7 +30,7 @@ class TypeNode:
 
     Attributes:
         path: where it stands, such as ``vehicles[3]``; empty for the root.
-        coarse: the field at that path: what the parent sees of the object; None for the root. An array element that is
+        coarse: the field at that path: the parent's view of the object; None for the root. An array element that is
             itself a Field has that here, and nothing below.
         own: local name to Field, of the object's own attributes.
         nested: objects among its attributes.
@@ -147,7 +147,7 @@ class _Walker:
             elif not isinstance(value, _OPAQUE):
                 nested.append((name, value, size))
         for name, value, size in nested:
-            node.nested += self.kept(node, self.visit(value, node.child_path(name), size, depth))
+            node.nested += self.keep(node, self.visit(value, node.child_path(name), size, depth))
         for name, values, size in arrays:
             self.array(node, node.child_path(name), values, size, depth)
         del self.open[id(obj)]
@@ -169,17 +169,17 @@ class _Walker:
             if isinstance(value, Field):
                 leaf = TypeNode(element_path, value)
                 leaf.count(value)
-                elements += self.kept(node, leaf)
+                elements += self.keep(node, leaf)
             elif isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
                 self.array(node, element_path, value, size, depth)
             elif isinstance(value, Mapping):
                 self.refuse_mapping(element_path, value, depth)
             elif not isinstance(value, _OPAQUE):
-                elements += self.kept(node, self.visit(value, element_path, size, depth))
+                elements += self.keep(node, self.visit(value, element_path, size, depth))
         if elements:
             node.arrays.append(elements)
 
-    def kept(self, node: TypeNode, child: TypeNode | None) -> list[TypeNode]:
+    def keep(self, node: TypeNode, child: TypeNode | None) -> list[TypeNode]:
         if child is None:
             return []
         node.positions += child.positions

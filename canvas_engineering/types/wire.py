@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import pairwise, permutations
 
 from canvas_engineering.connectivity import CanvasTopology, Connection
-from canvas_engineering.notices import some, warn
+from canvas_engineering.notices import join_truncated, warn
 from canvas_engineering.types.declare import ConnectivityPolicy
 from canvas_engineering.types.walk import TypeNode
 
@@ -46,10 +46,10 @@ def wire(root: TypeNode, policy: ConnectivityPolicy) -> CanvasTopology:
 def warn_of_parts_apart(root: TypeNode, policy: ConnectivityPolicy) -> None:
     """One UserWarning that names all objects without a field of their own, and the parts they leave unconnected.
 
-    Parts of a nested object still meet at the few positions of its coarse field; the root has none.
+    Parts of a nested object are still connected at the few positions of its coarse field; the root has none.
     """
     parents, parts, split, nodes = [], [], False, [root]
-    for node in nodes:  # grows while it is walked
+    for node in nodes:  # grows during iteration
         nodes += node.children()
         if node.own:
             continue
@@ -62,8 +62,8 @@ def warn_of_parts_apart(root: TypeNode, policy: ConnectivityPolicy) -> None:
     if parents:
         several = len(parents) > 1
         warn(
-            f"{some(parents)} {'have no field of their own' if several else 'has no field of its own'}, through which "
-            f"{len(parts)} parts could meet; unconnected to each other stay {some(map(repr, parts))}"
+            f"{join_truncated(parents)} {'have no field of their own' if several else 'has no field of its own'}, "
+            f"through which {len(parts)} parts could be connected; unconnected are {join_truncated(map(repr, parts))}"
             + " (parts of a nested object share its coarse field only)" * (parents != ["the root"])
             + f". Give {'each' if several else 'it'} a field"
             + ", or connect the elements of a list by the array_element policy 'dense' or 'ring'" * split

@@ -25,7 +25,7 @@ _LIVE: weakref.WeakValueDictionary[str, BlockTable] = weakref.WeakValueDictionar
 
 
 @dataclass(frozen=True)
-class Cells:
+class QueryRanges:
     """Dense pieces of a table: query rows that see the same keys in one segment.
 
     Cell c holds query rows ``q_start[c] … q_stop[c] − 1`` of segment ``segment[c]``, whose first row has slot
@@ -272,7 +272,7 @@ class BlockTable:
     # -- derived structures --------------------------------------------------------------------------------------------
 
     @derived(limit=1)
-    def cells(self) -> Cells:
+    def query_ranges(self) -> QueryRanges:
         """Maximal query ranges with equal keys, per segment."""
         stride = self.n_positions + 1
         base = self.segment.astype(np.int64) * stride
@@ -288,7 +288,7 @@ class BlockTable:
         q_start = marks[runs] - base[lead] if len(runs) else marks
         q_stop = marks[runs + 1] - base[lead] if len(runs) else marks
         slot = self.slot[lead] + (q_start - self.q_start[lead])
-        return Cells(self.segment[lead].astype(np.int64), q_start, q_stop, slot, ptr, owner)
+        return QueryRanges(self.segment[lead].astype(np.int64), q_start, q_stop, slot, ptr, owner)
 
     def has_keys(self) -> np.ndarray:
         """bool [n]: rows that some rectangle lets see a key."""
@@ -301,11 +301,11 @@ class BlockTable:
     def _runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(marks, reading, run): runs of rows with the same segments begin at ``marks``; segments' first rectangles and
         the runs that they lie in, in order of the runs."""
-        cells = self.cells()
-        lead = cells.rectangle[cells.ptr[:-1]]
-        marks = np.unique(np.concatenate([[0, self.n_positions], cells.q_start, cells.q_stop]))
-        low = np.searchsorted(marks, cells.q_start)
-        owner, run = expand_ranges(low, np.searchsorted(marks, cells.q_stop) - low)
+        ranges = self.query_ranges()
+        lead = ranges.rectangle[ranges.ptr[:-1]]
+        marks = np.unique(np.concatenate([[0, self.n_positions], ranges.q_start, ranges.q_stop]))
+        low = np.searchsorted(marks, ranges.q_start)
+        owner, run = expand_ranges(low, np.searchsorted(marks, ranges.q_stop) - low)
         order = np.argsort(run, kind="stable")
         return marks, lead[owner[order]], run[order]
 
@@ -356,10 +356,10 @@ class BlockTable:
     def row_scale(self, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """(2, n): the factors of :func:`row_scale` with every connection active, on a device."""
         sums = np.zeros((2, self.n_positions + 1))
-        cells = self.cells()
-        lead = cells.rectangle[cells.ptr[:-1]]
+        ranges = self.query_ranges()
+        lead = ranges.rectangle[ranges.ptr[:-1]]
         kind, weight = self.replace[lead].astype(np.int64), self.weight[lead].astype(np.float64)
-        owner, position = expand_ranges(cells.q_start, cells.q_stop - cells.q_start)
+        owner, position = expand_ranges(ranges.q_start, ranges.q_stop - ranges.q_start)
         np.add.at(sums, (kind[owner], position), weight[owner])
         return normalise_row_sums(torch.from_numpy(sums[:, :-1].copy())).to(device, dtype)
 
@@ -371,10 +371,10 @@ class BlockTable:
     @derived(limit=4)
     def slot_layout(self, device: torch.device) -> SlotLayout:
         """Slots as device tensors (edge form)."""
-        cells = self.cells()
-        lead = cells.rectangle[cells.ptr[:-1]]
-        owner, position = expand_ranges(cells.q_start, cells.q_stop - cells.q_start)
-        order = np.argsort(cells.slot[owner] + position - cells.q_start[owner])
+        ranges = self.query_ranges()
+        lead = ranges.rectangle[ranges.ptr[:-1]]
+        owner, position = expand_ranges(ranges.q_start, ranges.q_stop - ranges.q_start)
+        order = np.argsort(ranges.slot[owner] + position - ranges.q_start[owner])
         owner, position = lead[owner[order]], position[order]
         arrays = (position, self.weight[owner], self.replace[owner].astype(np.int64))
         arrays += (np.bincount(self.edge[owner], minlength=self.n_edges),)

@@ -45,8 +45,8 @@ def attention(
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     queries, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)
-    cells = table.cells()
-    lead = cells.rectangle[cells.ptr[:-1]]
+    ranges = table.query_ranges()
+    lead = ranges.rectangle[ranges.ptr[:-1]]
     is_active = [True] * table.n_edges if active is None else (active.detach() != 0).tolist()
     if table.form == "edge":
         if row_scale is None:
@@ -58,11 +58,11 @@ def attention(
     rows, pieces = [torch.arange(0, device=q.device)], [queries[:, :, :0] + keys[:, :, :0] + values[:, :, :0]]
     if gain is not None:
         pieces[0] = pieces[0] + gain[:0].sum().to(dtype)
-    for c, (start, stop) in enumerate(zip(cells.q_start.tolist(), cells.q_stop.tolist())):
+    for c, (start, stop) in enumerate(zip(ranges.q_start.tolist(), ranges.q_stop.tolist())):
         edge = int(table.edge[lead[c]])
         if table.form == "edge" and not is_active[edge]:
             continue
-        columns, weights = cell_keys(table, c)
+        columns, weights = range_keys(table, c)
         index = torch.from_numpy(columns).to(q.device)
         own = slice(start, stop)
         if table.form == "edge":
@@ -75,7 +75,7 @@ def attention(
         if activation == "sigmoid":
             probabilities = torch.sigmoid(logits)
         else:
-            slot = int(cells.slot[c])
+            slot = int(ranges.slot[c])
             slots = slice(slot, slot + stop - start) if table.form == "joint" else slot + own - start
             lse[:, :, slots] = torch.logsumexp(logits.detach(), -1) / math.log(2)
             probabilities = torch.softmax(logits, -1)
@@ -93,9 +93,9 @@ def attention(
     return out.index_add(2, torch.cat(rows), torch.cat(pieces, 2)).to(q.dtype), lse
 
 
-def cell_keys(table: BlockTable, cell: int) -> tuple[np.ndarray, np.ndarray]:
+def range_keys(table: BlockTable, number: int) -> tuple[np.ndarray, np.ndarray]:
     """(columns int64 [C], weights float64 [C]): the key rows of one cell, ascending, and their rectangles' weights."""
-    cells = table.cells()
-    members = cells.rectangle[cells.ptr[cell] : cells.ptr[cell + 1]]
+    ranges = table.query_ranges()
+    members = ranges.rectangle[ranges.ptr[number] : ranges.ptr[number + 1]]
     owner, columns = expand_ranges(table.k_start[members], table.k_stop[members] - table.k_start[members])
     return columns, table.weight[members[owner]].astype(np.float64)

@@ -46,7 +46,7 @@ BATCH_PAIRS = 1 << 21
 def group(table: BlockTable) -> Grouping:
     """Returns the table's grouping."""
     weight, edge, replace = _segments(table)
-    if not len(table.cells().segment):
+    if not len(table.query_ranges().segment):
         return Grouping((), (), (), (), weight, edge, replace)
     slabs, batches = _parts(_Pieces(table), replace)
     slabs, stale_rows, stale_keys = _mark_fresh(slabs, table.n_positions)
@@ -79,7 +79,7 @@ class _Pieces:
     distinct key set (``key_set``, weights included) and per distinct sequence of lengths (``lengths``)."""
 
     def __init__(self, table: BlockTable):
-        cells = table.cells()
+        cells = table.query_ranges()
         self.table = table
         start = table.k_start[cells.rectangle].astype(np.int64)
         stop = table.k_stop[cells.rectangle].astype(np.int64)
@@ -114,7 +114,7 @@ class _Pieces:
 def _slabs(pieces: _Pieces, replace: np.ndarray, least_pairs: int) -> tuple[list[Slab], np.ndarray]:
     """Slabs of at least ``least_pairs`` pairs, and which cells, bool [cells], they take. Rows that attend to the same
     keys become one taller cell of up to ``MAX_PIECES`` pieces of rows beside the first."""
-    cells = pieces.table.cells()
+    cells = pieces.table.query_ranges()
     kind, taken = replace[cells.segment], np.zeros(len(pieces.keys), bool)
     # a block is one cell, or several joined
     order = np.lexsort((cells.q_start, pieces.key_set, kind))
@@ -222,7 +222,7 @@ def _range_steps(candidates, lead, pieces) -> tuple[np.ndarray, np.ndarray]:
 
 def _slab(pieces: _Pieces, order: np.ndarray, first: np.ndarray, count: np.ndarray) -> Slab:
     """The slab of the blocks whose cells are ``order[first[b] : first[b] + count[b]]``."""
-    cells = pieces.table.cells()
+    cells = pieces.table.query_ranges()
     lead = order[first]
     low, high = int(pieces.ptr[lead[0]]), int(pieces.ptr[lead[0] + 1])
     n_ranges = high - low
@@ -291,7 +291,7 @@ def _stretches(flags: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 def _batches(table: BlockTable, members: np.ndarray, replace: np.ndarray) -> list[Batch]:
     """Batches of the cells ``members``."""
-    cells = table.cells()
+    cells = table.query_ranges()
     owner, keys = expand_ranges(table.k_start[cells.rectangle], (table.k_stop - table.k_start)[cells.rectangle])
     per_rectangle = (table.k_stop - table.k_start).astype(np.int64)[cells.rectangle]
     width = np.add.reduceat(per_rectangle, cells.ptr[:-1])

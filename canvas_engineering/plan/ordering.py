@@ -1,4 +1,4 @@
-"""A packed order of positions in which reads are rectangles."""
+"""A packed order of positions in which attention sets are few rectangles."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from canvas_kernels.ranges import expand_ranges
 
 from ..canvas import CanvasLayout
-from .reads import Bank, Reads
+from .attention_sets import AttentionSets, SlotBank
 
 
 @dataclass(frozen=True, eq=False)
 class PackedOrder:
-    """The n positions that reads use, in packed order, and each box of the reads as intervals of it.
+    """The n positions that attention sets use, in packed order, and each of their boxes as intervals of it.
 
     Attributes:
-        order: int64 [n], the canvas position at each packed place. Slots of banks count on from N, and stand last, in
-            their declared order.
+        order: int64 [n], the canvas position of each packed row. Slots are numbered from N on and come last, in their
+            declared order.
         interval_start, interval_stop: int64 [I], half-open packed ranges, ascending within a box.
         ptr: int64 [U + 1], box u has the intervals ``ptr[u] … ptr[u + 1] − 1``.
     """
@@ -30,70 +30,70 @@ class PackedOrder:
     ptr: np.ndarray
 
 
-def pack_positions(layout: CanvasLayout, reads: Reads, banks: Sequence[Bank] = ()) -> PackedOrder:
-    """Orders positions so that every box of the reads is as few intervals as can be found.
+def pack_positions(layout: CanvasLayout, sets: AttentionSets, banks: Sequence[SlotBank] = ()) -> PackedOrder:
+    """Orders positions so that every box of the attention sets is as few intervals as this heuristic finds.
 
-    Positions that no read uses are left out: nothing is projected, loaded or written for them. Positions that lie in
-    the same boxes are interchangeable; they stand together. Within the region that claims them first they go by time
-    and then by place, or by place and then by time (spatial tiles read over all frames want that), whichever gives
-    fewer intervals. Regions stand one after another, or side by side in every frame, smallest first, where boxes stay
-    whole by that and what reads one box lies in fewer intervals (then such rows make one taller rectangle).
+    Positions that no set uses are left out: nothing is projected, loaded or written for them. Positions that lie in the
+    same boxes are interchangeable and come together. Within the first declared region that holds them they are sorted
+    by time and then by space, or by space and then by time (for spatial tiles over all frames), whichever gives fewer
+    intervals. Regions follow one another, or are interleaved frame by frame, smallest first, where that splits no box
+    and the queries of equal keys lie in fewer intervals (such rows make one taller rectangle).
     """
-    box, position = _box_positions(layout, reads.boxes)
+    box, position = _box_positions(layout, sets.boxes)
     n = layout.num_positions + sum(bank.size for bank in banks)
     frame_size = layout.num_positions // layout.T
-    # A bank is claimed after all regions, each by itself, and stands in a frame of its own after the canvas's: no
-    # nesting may part banks or change their order.
+    # A slot bank follows all regions, in a frame of its own after the canvas's: no order may split banks or permute
+    # them.
     own = np.repeat(np.arange(len(banks)), np.array([bank.size for bank in banks], dtype=np.int64))
     claim = np.concatenate([_first_claims(layout), len(layout.regions) + 1 + own])
     time = np.concatenate([np.arange(layout.num_positions) // frame_size, layout.T + own])
-    # Positions with equal sums lie in the same boxes: 64 random bits a box make a false match a matter of 1e-12.
-    mark = np.random.default_rng(0).integers(1, 2**63, size=len(reads.boxes), dtype=np.uint64)
+    # Positions with equal sums lie in the same boxes: with 64 random bits per box a false match has probability 1e-12.
+    mark = np.random.default_rng(0).integers(1, 2**63, size=len(sets.boxes), dtype=np.uint64)
     signature = np.zeros(n, np.uint64)
     np.add.at(signature, position, mark[box])
-    spatial, place_mark = _unique_places(reads.boxes)
-    place = np.zeros(n, np.uint64)
-    np.add.at(place, position, place_mark[spatial][box])
+    spatial, spatial_mark = _unique_spatial_boxes(sets.boxes)
+    spatial_key = np.zeros(n, np.uint64)
+    np.add.at(spatial_key, position, spatial_mark[spatial][box])
     unused = signature == 0
     canvas = np.arange(n)
     by_time = np.lexsort((canvas, signature, time, claim, unused))
     rank = np.empty(n, np.int64)
     rank[by_time] = canvas
-    intervals = _intervals(box, position, rank, len(reads.boxes))
+    intervals = _intervals(box, position, rank, len(sets.boxes))
     used = ~unused
-    if len(np.unique(place[used])) > len(np.unique(claim[used])):
-        # more than one spatial class within some region: the other nesting may need fewer intervals
-        by_place = np.lexsort((canvas, signature, time, _by_first_seen(place), claim, unused))
+    if len(np.unique(spatial_key[used])) > len(np.unique(claim[used])):
+        # some region has more than one spatial class: the other order may need fewer intervals
+        by_space = np.lexsort((canvas, signature, time, _by_first_seen(spatial_key), claim, unused))
         other_rank = np.empty(n, np.int64)
-        other_rank[by_place] = canvas
-        other = _intervals(box, position, other_rank, len(reads.boxes))
+        other_rank[by_space] = canvas
+        other = _intervals(box, position, other_rank, len(sets.boxes))
         if len(other[0]) < len(intervals[0]):
-            by_time, intervals = by_place, other
+            by_time, intervals = by_space, other
     size = np.bincount(claim[used], minlength=int(claim.max(initial=0)) + 1)
     if np.count_nonzero(size) > 1:
         by_frame = np.lexsort((canvas, signature, claim, size[claim], time, unused))
         other_rank = np.empty(n, np.int64)
         other_rank[by_frame] = canvas
-        other = _intervals(box, position, other_rank, len(reads.boxes))
-        if len(other[0]) <= len(intervals[0]) and _readers(reads, *other) < _readers(reads, *intervals):
+        other = _intervals(box, position, other_rank, len(sets.boxes))
+        if len(other[0]) <= len(intervals[0]) and _query_intervals(sets, *other) < _query_intervals(sets, *intervals):
             by_time, intervals = by_frame, other
     return PackedOrder(by_time[: int(used.sum())], *intervals)
 
 
-def _readers(reads: Reads, start: np.ndarray, stop: np.ndarray, ptr: np.ndarray) -> int:
-    """In how many intervals those positions lie that read the same box, summed over the boxes that are read."""
-    key, query = np.unique(np.stack([reads.part_k, reads.part_q]), axis=1)
+def _query_intervals(sets: AttentionSets, start: np.ndarray, stop: np.ndarray, ptr: np.ndarray) -> int:
+    """Counts the intervals of the queries that attend to the same box, summed over the boxes of keys."""
+    key, query = np.unique(np.stack([sets.part_k, sets.part_q]), axis=1)
     owner, interval = expand_ranges(ptr[query], np.diff(ptr)[query])
     key, start, stop = key[owner], start[interval], stop[interval]
     by_key = np.lexsort((start, key))
-    # keys apart from one another on one line, so that one running maximum serves all
+    # offsets keep the keys' ranges disjoint, so that one running maximum serves all
     base = key[by_key] * (int(stop.max(initial=0)) + 2)
     start, reach = base + start[by_key], np.maximum.accumulate(base + stop[by_key])
     return int(len(start) and 1 + np.count_nonzero(start[1:] > reach[:-1]))
 
 
 def _box_positions(layout: CanvasLayout, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(box, position) of every position of every box, positions ascending within a box."""
+    """Returns (box, position) of every position of every box, positions ascending within a box."""
     if not len(boxes):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     shape = boxes[:, :, 1] - boxes[:, :, 0]
@@ -104,13 +104,13 @@ def _box_positions(layout: CanvasLayout, boxes: np.ndarray) -> tuple[np.ndarray,
         rest, offset = np.divmod(rest, size)
         position += (boxes[:, axis, 0][owner] + offset) * stride
         stride *= (layout.T, *layout.spatial_shape)[axis]
-    # slots are boxes of one place in frames beyond the canvas (see Bank): one position a frame there
+    # slots are the first position of frames after the canvas (see SlotBank): one position per frame there
     n = layout.num_positions
     return owner, np.where(position < n, position, n + position * layout.T // max(n, 1) - layout.T)
 
 
 def _first_claims(layout: CanvasLayout) -> np.ndarray:
-    """int64 [N]: the first declared region that holds each position; the number of regions where none does."""
+    """Returns int64 [N]: the first declared region that holds each position; the number of regions where none does."""
     grid = np.full((layout.T, *layout.spatial_shape), len(layout.regions), np.int64)
     for number, name in reversed(list(enumerate(layout.regions))):
         bounds = layout.region_spec(name).bounds
@@ -118,15 +118,15 @@ def _first_claims(layout: CanvasLayout) -> np.ndarray:
     return grid.ravel()
 
 
-def _unique_places(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes without their time: a number for each box, and a random mark for each number."""
+def _unique_spatial_boxes(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a number for each box without its time axis, and a random mark for each number."""
     _, inverse = np.unique(boxes[:, 1:].reshape(len(boxes), boxes.shape[1] * 2 - 2), axis=0, return_inverse=True)
     marks = np.random.default_rng(1).integers(1, 2**63, size=int(inverse.max(initial=-1)) + 1, dtype=np.uint64)
     return inverse.reshape(-1), marks
 
 
 def _by_first_seen(values: np.ndarray) -> np.ndarray:
-    """Equal values as equal numbers, in the order in which they first stand on the canvas."""
+    """Numbers equal values equally, in the order of their first occurrence on the canvas."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
@@ -134,7 +134,7 @@ def _by_first_seen(values: np.ndarray) -> np.ndarray:
 
 
 def _intervals(box: np.ndarray, position: np.ndarray, rank: np.ndarray, n_boxes: int):
-    """Packed intervals (start, stop, ptr) of boxes given as (box, position) lists."""
+    """Returns the packed intervals (start, stop, ptr) of boxes given as (box, position) lists."""
     packed = rank[position]
     same_box = box[1:] == box[:-1]
     if (same_box & (packed[1:] <= packed[:-1])).any():

@@ -1,4 +1,4 @@
-"""Connections → reads, as boxes: who attends over whom, in one softmax each, never as pairs of positions."""
+"""Connections → attention sets, as boxes of positions: the queries and keys of each softmax, never single pairs."""
 
 from __future__ import annotations
 
@@ -8,60 +8,61 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..canvas import CanvasLayout
-from ..connectivity import CanvasTopology, FrameReads, resolve_connections, resolve_frames
+from ..connectivity import CanvasTopology, FrameSets, resolve_connections, resolve_frames
 from ..masks import MaskSpec, mask_parts
-from ..notices import some, warn
+from ..notices import join_truncated, warn
 
 
 @dataclass(frozen=True)
-class Bank:
-    """The slots through which a region is read: positions N + start … N + start + size − 1, beyond the canvas."""
+class SlotBank:
+    """The learned slots that stand for a region's keys: positions N + start … N + start + size − 1, after the
+    canvas."""
 
     region: str
     start: int
     size: int
 
     def box(self, layout: CanvasLayout) -> np.ndarray:
-        """int64 [D, 2]: the slots as the first place of as many frames, after the canvas's own."""
+        """Returns int64 [D, 2]: the slots as the first position of as many frames, after the canvas's own."""
         frames = (layout.T + self.start, layout.T + self.start + self.size)
         return np.array([frames, *[(0, 1)] * layout.n_spatial_dims], dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
-class Reads:
-    """Every read of a topology on a layout. R reads, P parts, U distinct boxes, D = 1 + spatial dimensions.
+class AttentionSets:
+    """Every attention set of a topology on a layout. R sets, P parts, U distinct boxes, D = 1 + spatial dimensions.
 
-    A part lets the queries of box ``part_q`` see the keys of box ``part_k`` within read ``part_read``; the parts of a
-    read that hold one query row have disjoint keys, and together they are that row's softmax. Almost every read has one
+    A part lets the queries of box ``part_q`` attend to the keys of box ``part_k`` within set ``part_set``; the parts of
+    a set that hold one query row have disjoint keys, and together they are that row's softmax. Almost every set has one
     part; sparse masks make more.
 
     Attributes:
         boxes: int64 [U, D, 2], half-open, in (t, s0, …).
-        part_read: int64 [P], non-decreasing.
+        part_set: int64 [P], non-decreasing.
         part_q, part_k: int64 [P], rows of ``boxes``.
         weight: float64 [R], > 0.
-        connection: int64 [R], non-decreasing, the connection's place in the topology.
+        connection: int64 [R], non-decreasing, the connection's number in the topology.
     """
 
     boxes: np.ndarray
-    part_read: np.ndarray
+    part_set: np.ndarray
     part_q: np.ndarray
     part_k: np.ndarray
     weight: np.ndarray
     connection: np.ndarray
 
     def counts(self, connections: int) -> np.ndarray:
-        """int64 [connections]: how many reads each connection has."""
+        """Returns int64 [connections]: how many attention sets each connection has."""
         return np.bincount(self.connection, minlength=connections)
 
-    def of(self, connections: np.ndarray) -> Reads:
-        """Only the reads of the connections marked in ``connections`` (bool [number of connections])."""
+    def of(self, connections: np.ndarray) -> AttentionSets:
+        """Returns the sets of the connections marked in ``connections`` (bool [number of connections])."""
         keep = connections[self.connection]
         number = np.cumsum(keep) - 1
-        parts = keep[self.part_read]
-        return Reads(
+        parts = keep[self.part_set]
+        return AttentionSets(
             self.boxes,
-            number[self.part_read[parts]],
+            number[self.part_set[parts]],
             self.part_q[parts],
             self.part_k[parts],
             self.weight[keep],
@@ -69,17 +70,18 @@ class Reads:
         )
 
 
-def topology_reads(
-    layout: CanvasLayout, topology: CanvasTopology, dense_in_time: bool = False, banks: Sequence[Bank] = ()
-) -> Reads:
+def resolve_attention_sets(
+    layout: CanvasLayout, topology: CanvasTopology, dense_in_time: bool = False, banks: Sequence[SlotBank] = ()
+) -> AttentionSets:
     """Resolves every connection (docs/semantics.md, section 2).
 
     Args:
-        layout, topology: the declaration. A connection that names a region missing from the layout makes no read, and
-            one UserWarning tells of all of them; another of those whose offsets or mask leave two
-            regions without any read.
-        dense_in_time: take every connection as if it had no temporal offsets.
-        banks: every read of a bank's region has the whole bank as its keys, whatever frame or tile it names.
+        layout, topology: the declaration. A connection that names a region missing from the layout makes no set, and
+            one UserWarning names all of them; another names those whose offsets or mask leave two regions without any
+            set.
+        dense_in_time: whether to ignore the temporal offsets of every connection.
+        banks: every set whose dst is the region of a slot bank has the whole bank as its keys, whatever its frame or
+            tile.
 
     Raises:
         ValueError: a mask that does not fit its regions, named with its connection.
@@ -90,7 +92,7 @@ def topology_reads(
     periods = [layout.region_spec(name).period for name in names]
     bank_of = {names[bank.region]: number for number, bank in enumerate(banks)}
     collect = _Collector(regions, np.array([bank.box(layout) for bank in banks]), bank_of)
-    # Columns of numbers, for a tuple per connection would be an object to collect.
+    # Columns of numbers: a tuple per connection would be an object for the garbage collector.
     whole_number, whole_src, whole_dst, whole_weight = collect.whole
     for number, connection, _ in resolve_connections(topology, layout):
         src, dst, mask = names[connection.src], names[connection.dst], connection.mask
@@ -118,40 +120,44 @@ def topology_reads(
         try:
             collect.masked(number, src, dst, connection.weight, frames, mask)
         except ValueError as error:
-            raise ValueError(f"connection {number}, {connection.src!r} reads {connection.dst!r}: {error}") from None
-    reads = collect.reads()
-    _warn_of_idle_connections(topology, reads, [number for number, *_ in (*collect.framed, *collect.split)])
-    return reads
+            raise ValueError(
+                f"connection {number}, {connection.src!r} attends to {connection.dst!r}: {error}"
+            ) from None
+    sets = collect.attention_sets()
+    _warn_of_empty_connections(topology, sets, [number for number, *_ in (*collect.framed, *collect.split)])
+    return sets
 
 
-def _warn_of_idle_connections(topology: CanvasTopology, reads: Reads, numbers: list[int]) -> None:
-    """Says which of the connections ``numbers``, which offsets or a mask restrict, leave their pair of regions without
-    a read. One of several may well find none: the frame before, of a region that has one frame."""
-    count = reads.counts(len(topology.connections)).tolist()
+def _warn_of_empty_connections(topology: CanvasTopology, sets: AttentionSets, numbers: list[int]) -> None:
+    """Warns of the connections ``numbers``, which offsets or a mask restrict, that leave their pair of regions without
+    a set. One of several may well have none, as the previous frame of a region with one frame."""
+    count = sets.counts(len(topology.connections)).tolist()
     if all(count[number] for number in numbers):
         return
-    reading = {(c.src, c.dst) for number, c in enumerate(topology.connections) if count[number]}
+    connected = {(c.src, c.dst) for number, c in enumerate(topology.connections) if count[number]}
     named = (topology.connections[number] for number in sorted(numbers))
-    idle = [c for c in named if (c.src, c.dst) not in reading]
-    if idle:
-        shown = some(f"{c.src!r} reads {c.dst!r} at t_src={c.t_src}, t_dst={c.t_dst}" for c in idle)
-        warn(f"{len(idle)} of {len(topology.connections)} connections find nothing to read on this layout: {shown}")
+    empty = [c for c in named if (c.src, c.dst) not in connected]
+    if empty:
+        shown = join_truncated(f"{c.src!r} → {c.dst!r} at t_src={c.t_src}, t_dst={c.t_dst}" for c in empty)
+        warn(f"{len(empty)} of {len(topology.connections)} connections have no keys on this layout: {shown}")
 
 
 class _Collector:
-    """Gathers reads of the three kinds and numbers them in declaration order at the end."""
+    """Collects sets of the three kinds and numbers them in declaration order at the end."""
 
     def __init__(self, regions: np.ndarray, banks: np.ndarray, bank_of: dict[int, int]):
-        """``regions``, ``banks``: boxes [n, D, 2]; ``bank_of``: region number to that of its bank."""
+        """Takes boxes [n, D, 2] of ``regions`` and ``banks``; ``bank_of`` maps region numbers to those of their
+        banks."""
         self.regions, self.banks, self.bank_of = regions, banks, bank_of
-        # of each read between whole regions: its connection, src and dst region, and weight
+        # sets between whole regions: connection, src and dst region, and weight
         self.whole: tuple[list[int], list[int], list[int], list[float]] = ([], [], [], [])
         self.framed: list[tuple] = []
-        # of each masked connection: its number, the weights of its reads, and the read and the boxes of their parts
+        # masked connections: number, the weights of the sets, and the set and the boxes of their parts
         self.split: list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def keys(self, dst: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes [n, D, 2] of what is read in regions ``dst``, their banks where they have one; and where those are."""
+        """Returns the boxes [n, D, 2] of the keys of regions ``dst``, their slot banks where they have one, and bool
+        [n]: which are banks."""
         if not self.bank_of:
             return self.regions[dst], np.zeros(len(dst), bool)
         bank = np.array([self.bank_of.get(region, -1) for region in np.asarray(dst).tolist()])
@@ -159,15 +165,15 @@ class _Collector:
         boxes[bank >= 0] = self.banks[bank[bank >= 0]]
         return boxes, bank >= 0
 
-    def masked(self, number, src, dst, weight, frames: FrameReads, mask: MaskSpec) -> None:
+    def masked(self, number, src, dst, weight, frames: FrameSets, mask: MaskSpec) -> None:
         bank = self.bank_of.get(dst)
         regions = self.regions[src], self.regions[dst]
-        row, read, q, k = mask_parts(mask, *regions, frames.queries, frames.keys, whole_keys=bank is not None)
+        row, part_set, q, k = mask_parts(mask, *regions, frames.queries, frames.keys, whole_keys=bank is not None)
         if bank is not None:
             k[:] = self.banks[bank]
-        self.split.append((number, weight * frames.fraction[row], read, q, k))
+        self.split.append((number, weight * frames.fraction[row], part_set, q, k))
 
-    def reads(self) -> Reads:
+    def attention_sets(self) -> AttentionSets:
         numbers, weights, q_boxes, k_boxes, owner = [], [], [], [], []
         count = 0
 
@@ -195,23 +201,23 @@ class _Collector:
             weight = np.repeat(np.array(weight, dtype=np.float64), lengths)
             weight *= np.concatenate([f.fraction for f in frames])
             add(np.repeat(np.array(number), lengths), weight, q, k, np.arange(len(weight)))
-        for number, weight, read, q, k in self.split:
-            add(np.full(len(weight), number), weight, q, k, read)
+        for number, weight, part_set, q, k in self.split:
+            add(np.full(len(weight), number), weight, q, k, part_set)
         shape = (0, *self.regions.shape[1:])
         number = np.concatenate([np.zeros(0, np.int64), *numbers])
         order = np.argsort(number, kind="stable")
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
-        part_read = rank[np.concatenate([np.zeros(0, np.int64), *owner])]
-        by_read = np.argsort(part_read, kind="stable")
+        part_set = rank[np.concatenate([np.zeros(0, np.int64), *owner])]
+        by_set = np.argsort(part_set, kind="stable")
         boxes, inverse = _unique_boxes(np.concatenate([np.zeros(shape, np.int64), *q_boxes, *k_boxes]))
-        part_q, part_k = inverse[: len(part_read)], inverse[len(part_read) :]
+        part_q, part_k = inverse[: len(part_set)], inverse[len(part_set) :]
         weight = np.concatenate([np.zeros(0), *weights])[order]
-        return Reads(boxes, part_read[by_read], part_q[by_read], part_k[by_read], weight, number[order])
+        return AttentionSets(boxes, part_set[by_set], part_q[by_set], part_k[by_set], weight, number[order])
 
 
 def _unique_boxes(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct boxes and, for each given one, its number among them."""
+    """Returns the distinct boxes and the number of each given box among them."""
     flat = np.ascontiguousarray(boxes.reshape(len(boxes), boxes.shape[1] * 2))
     # one opaque value per row: np.unique(axis=0) compares field by field and is ten times slower
     rows = flat.view(np.dtype((np.void, flat.dtype.itemsize * flat.shape[1]))).ravel()
