@@ -16,6 +16,7 @@ from .checked import checked_bool, checked_int, checked_kind, checked_number, ch
 __all__ = ["LoopParameters", "LoopedBlockWrapper", "checked_loops"]
 
 GATES = ("tanh", "sigmoid")
+HALVES = (torch.float16, torch.bfloat16)
 LOOP_PARAMETER_NAMES = ("loop_emb", "loop_emb_enc", "loop_gate")
 
 
@@ -34,7 +35,10 @@ def checked_loops(n: int, max_loops: int) -> int:
 class LoopParameters(CanvasModule):
     """The parameters of looping: an embedding per loop and stream, and a gate per loop.
 
-    A module of its own, for what moves parameters between devices (offloading, sharding) does so around a forward.
+    A module of its own, for what moves parameters between devices (offloading, sharding) does so around a forward. Its
+    parameters are float32 beside a backbone of half precision, whatever the model is cast to: a bfloat16 gate cannot
+    move by AdamW's steps once it is a few hundred of them large. They are cast where they are used. A sharding that
+    groups parameters of one dtype (FSDP2) makes each block's ``loop`` a group of its own.
 
     Args:
         max_loops: rows of every parameter.
@@ -61,7 +65,7 @@ class LoopParameters(CanvasModule):
             raise ValueError(f"max_loops must be an int of at least 1, got {shown(max_loops)}") from None
         dim, gate_init = checked_int(dim, "the width of a block", 1), checked_number(gate_init, "what gates start at")
         self.max_loops, self.gate = max_loops, gate
-        zeros = {"device": device, "dtype": dtype}
+        zeros = {"device": device, "dtype": torch.float32 if dtype in HALVES else dtype}
         self.loop_emb = nn.Parameter(torch.zeros(max_loops, dim, **zeros))
         self.loop_emb_enc = nn.Parameter(torch.zeros(max_loops, dim, **zeros)) if streams == 2 else None
         self.loop_gate = nn.Parameter(torch.full((max_loops, 1), gate_init, **zeros))
@@ -82,6 +86,13 @@ class LoopParameters(CanvasModule):
             return gate * after + (1 - gate) * before
         base = after if loop == 0 else before
         return base + gate * (after - before)
+
+    def _apply(self, fn, recurse=True):
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.float().to(moved.device) if moved.dtype in HALVES else moved
+
+        return super()._apply(keep, recurse)
 
     def numel(self) -> int:
         """Number of loop parameters."""
@@ -218,17 +229,20 @@ class LoopedBlockWrapper(CanvasModule):
             )
         saves = self.use_gradient_checkpointing and self.training and torch.is_grad_enabled() and self.loops > 1
         for loop in range(self.loops):
-            embedding, _, gate = self.loop(loop, hidden_states.dtype)
-            shifted = hidden_states + embedding
             if saves:
-                out = checkpoint(self.original, shifted, *args, use_reentrant=False, **kwargs)
+                hidden_states = checkpoint(self._run, loop, hidden_states, *args, use_reentrant=False, **kwargs)
             else:
-                out = self.original(shifted, *args, **kwargs)
-            if isinstance(out, tuple):
-                self._check_one_stream(hidden_states, out, (*args, *kwargs.values()))
-                out = out[0]
-            hidden_states = self.loop.mix(hidden_states, out, gate, loop)
+                hidden_states = self._run(loop, hidden_states, *args, **kwargs)
         return hidden_states
+
+    def _run(self, loop: int, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """One loop, from its input to the next one's: all that checkpointing keeps of it is ``hidden_states``."""
+        embedding, _, gate = self.loop(loop, hidden_states.dtype)
+        out = self.original(hidden_states + embedding, *args, **kwargs)
+        if isinstance(out, tuple):
+            self._check_one_stream(hidden_states, out, (*args, *kwargs.values()))
+            out = out[0]
+        return self.loop.mix(hidden_states, out, gate, loop)
 
     def _check_one_stream(self, hidden_states: torch.Tensor, out: tuple, further: tuple) -> None:
         """ValueError where dropping all but the first item would lose a stream: an item shaped like an argument."""

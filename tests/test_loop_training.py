@@ -286,3 +286,48 @@ def test_metadata_that_json_has_no_form_for_leaves_the_file_alone(metadata, tmp_
     with pytest.raises(ValueError, match="metadata must be of the kinds that JSON holds"):
         save_loop_checkpoint(looped(), None, tmp_path / "a.pt", metadata)
     assert load_loop_checkpoint(looped(), None, tmp_path / "a.pt")["metadata"] == {"step": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loop_parameters_stay_float32_beside_halves(dtype):
+    block = LoopedBlockWrapper(nn.Linear(4, 4).to(dtype), max_loops=2, embed_dim=4)
+    assert {p.dtype for p in block.loop.parameters()} == {torch.float32} and block.original.weight.dtype == dtype
+    with torch.no_grad():
+        block.loop.loop_gate.fill_(1 / 3)
+    for cast in (lambda b: b.to(dtype), lambda b: b.half(), lambda b: b.bfloat16(), lambda b: b.to("cpu", dtype)):
+        cast(block)
+        assert torch.equal(block.loop_gate, torch.full((2, 1), 1 / 3)) and block.loop_gate.dtype == torch.float32
+    block.to(dtype).set_loops(2)
+    out = block(torch.randn(2, 3, 4, dtype=dtype))
+    out.float().square().mean().backward()
+    assert out.dtype == dtype and block.loop_gate.grad.dtype == torch.float32
+    assert block.double().loop_gate.dtype == torch.float64
+    assert LoopedBlockWrapper(nn.Linear(4, 4).double(), embed_dim=4).loop_gate.dtype == torch.float64
+
+
+def test_a_gate_of_a_bfloat16_backbone_goes_on_moving():
+    block = LoopedBlockWrapper(nn.Linear(4, 4).bfloat16(), embed_dim=4)
+    optimizer = torch.optim.AdamW([block.loop_gate], lr=1e-4, weight_decay=0.0)
+    for _ in range(1500):
+        block.loop_gate.grad = -torch.ones_like(block.loop_gate)
+        optimizer.step()
+    assert float(block.loop_gate.detach().min()) > 0.14  # in bfloat16 it stands still at 1/16
+
+
+def test_each_further_loop_keeps_one_copy_of_its_input():
+    from benchmarks.measure import peak_bytes
+
+    def peak(loops: int, saves: bool) -> int:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 2, 128, batch_first=True, dropout=0.0)
+        block = LoopedBlockWrapper(layer, max_loops=4, embed_dim=32, use_gradient_checkpointing=saves)
+        block.train().set_loops(loops)
+        nn.init.constant_(block.loop.loop_gate, 0.3)
+        x = torch.randn(2, 400, 32)
+        block(x).square().mean().backward()  # gradients are there, and autograd is warm
+        return peak_bytes(lambda: block(x).square().mean().backward())
+
+    copy = 2 * 400 * 32 * 4
+    further = [(peak(loops + 1, True) - peak(loops, True)) / copy for loops in (2, 3)]
+    assert max(further) <= 1.15, further
+    assert (peak(4, False) - peak(3, False)) / copy > 10

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..checked import checked_int, checked_kind
 from ..derived_buffers import CanvasModule, refuse_inference_tensors
@@ -36,6 +37,8 @@ class LoopedCogVideoXBlock(CanvasModule):
         loop_emb_enc: (max_loops, inner_dim), added to the text stream.
         loop_gate: (max_loops, 1).
         sharpening: None, or a factor on the attention scale for each loop; needs a :class:`CanvasAttnProcessor`.
+        gradient_checkpointing: in training, keep only each loop's input for backward; the model's
+            ``enable_gradient_checkpointing`` sets it.
 
     Raises:
         ValueError: the block is offloaded or hooked already, it loops already, or it holds inference tensors.
@@ -53,6 +56,7 @@ class LoopedCogVideoXBlock(CanvasModule):
     sharpening: list[float] | None
     block_class: Any
     block_forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    gradient_checkpointing = False
     attn1: Any  # of diffusers' block
 
     def __init__(
@@ -104,7 +108,8 @@ class LoopedCogVideoXBlock(CanvasModule):
         plain = self.block_class
         for name in ("loop", "loops", "block_idx", "sharpening", "block_class", "block_forward"):
             delattr(self, name)
-        self.__dict__.pop("_compiled_call_impl", None)
+        for name in ("gradient_checkpointing", "_gradient_checkpointing_func", "_compiled_call_impl"):
+            self.__dict__.pop(name, None)
         self.__class__ = plain
         return self
 
@@ -177,22 +182,26 @@ class LoopedCogVideoXBlock(CanvasModule):
             if unknown:  # diffusers would drop them with a log line
                 raise ValueError(f"attention_kwargs {unknown} are unknown to canvas attention")
         video, text = hidden_states, encoder_hidden_states
+        saves = self.gradient_checkpointing and torch.is_grad_enabled() and self.loops > 1
         for loop in range(self.loops):
-            video_embedding, text_embedding, gate = self.loop(loop, video.dtype)
-            kwargs = attention_kwargs
-            if self.sharpening is not None:
-                kwargs = {**(attention_kwargs or {}), "sharpness": self.sharpening[loop]}
-            new_video, new_text = self.block_forward(
-                self,
-                hidden_states=video + video_embedding,
-                encoder_hidden_states=text + text_embedding,
-                temb=temb,
-                image_rotary_emb=image_rotary_emb,
-                **({} if kwargs is None else {"attention_kwargs": kwargs}),
-            )
-            video = self.loop.mix(video, new_video, gate, loop)
-            text = self.loop.mix(text, new_text, gate, loop)
+            arguments = (loop, video, text, temb, image_rotary_emb, attention_kwargs)
+            video, text = checkpoint(self._run, *arguments, use_reentrant=False) if saves else self._run(*arguments)
         return video, text
+
+    def _run(self, loop, video, text, temb, image_rotary_emb, attention_kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """One loop, from its input to the next one's: all that checkpointing keeps of it is both streams."""
+        video_embedding, text_embedding, gate = self.loop(loop, video.dtype)
+        if self.sharpening is not None:
+            attention_kwargs = {**(attention_kwargs or {}), "sharpness": self.sharpening[loop]}
+        new_video, new_text = self.block_forward(
+            self,
+            hidden_states=video + video_embedding,
+            encoder_hidden_states=text + text_embedding,
+            temb=temb,
+            image_rotary_emb=image_rotary_emb,
+            **({} if attention_kwargs is None else {"attention_kwargs": attention_kwargs}),
+        )
+        return self.loop.mix(video, new_video, gate, loop), self.loop.mix(text, new_text, gate, loop)
 
     def trainable_params(self) -> int:
         """Number of loop parameters."""

@@ -75,6 +75,7 @@ def looped_model_class() -> type[CogVideoXTransformer3DModel]:
 
         _no_split_modules = [*CogVideoXTransformer3DModel._no_split_modules, "LoopedCogVideoXBlock"]
         _repeated_blocks = ["LoopedCogVideoXBlock"]
+        _keep_in_fp32_modules = ["loop"]  # also where from_pretrained or `to` is given another dtype
 
         def set_loops(self, n: int) -> None:
             """Run ``n`` loops in every block from now on, at most max_loops. ValueError below 1."""
@@ -252,7 +253,8 @@ def graft_cogvideox(
             LoopedCogVideoXBlock.check(block, number)
         processors = transformer.attn_processors
         for number, block in enumerate(blocks):
-            LoopedCogVideoXBlock.graft(block, number, max_loops, inner_dim, gate)
+            looped = LoopedCogVideoXBlock.graft(block, number, max_loops, inner_dim, gate)
+            looped.gradient_checkpointing = transformer.gradient_checkpointing
         transformer.__class__ = looped_model_class()
         transformer.__dict__["_processors_before_graft"] = processors
         transformer.register_to_config(max_loops=max_loops, gate=gate)
