@@ -126,6 +126,7 @@ def train(settings: Settings) -> dict:
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.accumulate,
+        cpu=not torch.accelerator.is_available(),  # else torchrun's processes do not find each other on CPUs
         log_with=None if settings.log == "none" else settings.log,
         project_dir=settings.out,
     )

@@ -5,8 +5,9 @@ THUDM/CogVideoX-2b`` (or a folder of one) the same command grafts onto its weigh
 The data is simulated: clips of a gymnasium environment with the actions that were taken, or ``--latents`` from a file.
 
 The loss is v-prediction on noised latents plus the squared error of an ActionHead that reads the mean action of a clip
-off the prediction. Loops follow a curriculum. What a run writes: ``metrics.jsonl``, ``loss.png``, ``samples.png``,
-``loops.safetensors``, and ``checkpoint/``, from which ``--resume`` goes on as if nothing had happened.
+off the prediction. Loops follow a curriculum. ``torchrun --nproc-per-node 2 examples/train_robot.py`` trains on the
+same samples, to the same losses, as one process does. What a run writes: ``metrics.jsonl``, ``loss.png``,
+``samples.png``, ``loops.safetensors``, and ``checkpoint/``, from which ``--resume`` goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-embeds", type=Path, help="torch file, (text tokens, text width); default: zeros")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=2, help="samples of a batch, over all processes")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--loops", type=int, default=3, help="loops at the end of the curriculum")
     parser.add_argument("--freeze", choices=["full", "half", "none"], default="none", help="of the backbone")
@@ -186,10 +187,22 @@ def rotary_tables(config, T: int, h: int, w: int) -> tuple[Tensor, Tensor] | Non
     return get_3d_rotary_pos_embed(config.attention_head_dim, None, grid, frames, grid_type="slice", max_size=base)
 
 
-def loss_of(model, head, conditions, scheduler, clean: Tensor, actions: Tensor, generator, action_weight: float):
-    """(v-prediction error, action error) of a batch at random noise levels."""
-    noise = torch.randn(clean.shape, generator=generator).to(clean)
-    steps = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=generator).to(clean.device)
+def drawn(numbers: range, seed: int, clips: int, shape: torch.Size, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Clip (n,), noise (n, *shape) and noise level (n,) of the samples with these numbers.
+
+    A sample follows from its own number, so that neither the number of processes nor a resumption changes it.
+    """
+    parts = []
+    for number in numbers:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+        clip, level = (torch.randint(most, (), generator=generator) for most in (clips, levels))
+        parts.append((clip, torch.randn(shape, generator=generator), level))
+    index, noise, steps = map(torch.stack, zip(*parts))
+    return index, noise, steps
+
+
+def loss_of(model, head, conditions, scheduler, clean: Tensor, actions: Tensor, noise: Tensor, steps: Tensor):
+    """(v-prediction error, action error) of a batch under noise at these levels."""
     noisy = scheduler.add_noise(clean, noise, steps)
     predicted = model(**conditions(noisy, steps))[0]
     diffusion = (predicted.float() - scheduler.get_velocity(clean, noise, steps)).square().mean()
@@ -265,27 +278,29 @@ def train(options, accelerator, model, blocks, head, conditions, scheduler, data
     log = checkpoint.log
     model, head, optimizer = accelerator.prepare(model, head, optimizer)
     latents, actions = data
+    n_levels = scheduler.config.num_train_timesteps
     last = options.steps if options.stop_after is None else min(options.steps, options.stop_after)
     with progress(console, "training", last - first, "loss {task.fields[loss]:.3f}", loss=float("nan")) as advance:
         for step in range(first, last):
             loops, sums = curriculum.step(blocks, step), [0.0, 0.0]
             for part in range(options.accumulate):
-                # Batches follow from the step alone, so that a resumed run sees what an uninterrupted one does.
-                seed = ((options.seed * 1_000_003 + step) * 4_099 + part) * 65_537 + accelerator.process_index
-                generator = torch.Generator().manual_seed(seed % 2**63)
-                index = torch.randint(len(latents), (options.batch,), generator=generator)
-                clean, target = latents[index].to(accelerator.device), actions[index].to(accelerator.device)
+                begin = (step * options.accumulate + part) * options.batch
+                numbers = range(begin, begin + options.batch)[accelerator.process_index :: accelerator.num_processes]
+                index, noise, levels = drawn(numbers, options.seed, len(latents), latents.shape[1:], n_levels)
+                clean, target, noise, levels = (
+                    x.to(accelerator.device) for x in (latents[index], actions[index], noise, levels)
+                )
                 with accelerator.accumulate(model, head):
                     with accelerator.autocast():
-                        losses = loss_of(
-                            model, head, conditions, scheduler, clean, target, generator, options.action_weight
-                        )
+                        losses = loss_of(model, head, conditions, scheduler, clean, target, noise, levels)
                     accelerator.backward(losses[0] + options.action_weight * losses[1])
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(parameters, 1.0)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                sums = [total + loss.item() / options.accumulate for total, loss in zip(sums, losses)]
+                # all processes have equally many samples: the mean of their means is that of the batch
+                means = accelerator.reduce(torch.stack([loss.detach() for loss in losses]), "mean").tolist()
+                sums = [total + mean / options.accumulate for total, mean in zip(sums, means)]
             log.append({"step": step, "loops": loops, "diffusion": sums[0], "action": sums[1]})
             advance(loss=statistics.fmean(entry["diffusion"] for entry in log[-20:]))
             if accelerator.is_main_process and ((step + 1) % options.save_every == 0 or step + 1 == last):
@@ -331,10 +346,19 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if Console().is_terminal else 110)
     options.out.mkdir(parents=True, exist_ok=True)
     precision = options.mixed_precision
-    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=options.accumulate)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=options.accumulate,
+        cpu=not torch.accelerator.is_available(),  # else torchrun's processes do not find each other on CPUs
+    )
+    if options.batch % accelerator.num_processes:
+        console.print(f"--batch {options.batch} cannot be shared by {accelerator.num_processes} processes alike")
+        return 2
+    console.quiet = not accelerator.is_main_process
     torch.manual_seed(options.seed)
     model, vae = load_model(options, accelerator.device)
-    latents, actions = load_data(options, vae, console)
+    with accelerator.main_process_first():  # who records, and the others read
+        latents, actions = load_data(options, vae, console)
     latents = fitted(latents, model.config)
     blocks, head = build(options, model, latents, actions.shape[1])
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

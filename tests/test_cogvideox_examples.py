@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +188,31 @@ def test_the_tour_holds(tmp_path, capsys):
     assert graft_cogvideox.main(["--out", str(tmp_path), "--size", "9", "32", "48", "--steps", "6"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("holds") == 6 and "FAILS" not in shown and "same + previous frame" in shown
+
+
+TORCHRUN = """
+import sys
+from examples import train_robot
+train_robot.TINY.update(num_layers=1, num_attention_heads=2, attention_head_dim=16)
+sys.exit(train_robot.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_samples_and_losses_do_not_depend_on_the_number_of_processes(tmp_path, latents):
+    (tmp_path / "run.py").write_text(TORCHRUN)
+    options = ["--latents", str(latents), "--batch", "4", "--steps", "4", "--save-every", "2", "--freeze", "none"]
+
+    def losses(processes, name, *further):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += [str(tmp_path / "run.py"), "--out", str(tmp_path / name), *options, *further]
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("wrote") == 1  # the main process alone speaks
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return np.array([[row["diffusion"], row["action"]] for row in rows])
+
+    one = losses(1, "one")
+    np.testing.assert_allclose(losses(2, "two"), one, rtol=1e-4)
+    losses(2, "cut", "--stop-after", "2")
+    np.testing.assert_allclose(losses(1, "cut", "--resume"), one, rtol=1e-4)
