@@ -8,7 +8,7 @@ is predicted: by regression, or, in regions of the carrier "diffusive", by flow 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class Coder(nn.Module):
         else:
             size = math.prod(shape)
             self.into, self.out = nn.Linear(size, self.cells * width), nn.Linear(self.cells * width, size)
-        # at first nothing is added to what is known
+        # at first zero: of a held region the last known frame
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         self.unknown = nn.Parameter(0.02 * torch.randn(width))
@@ -76,12 +76,14 @@ class Coder(nn.Module):
 
 
 class CanvasModel(nn.Module):
-    """Predicts what of a clip is not known, as a change from the last known frame.
+    """Predicts what of a clip is not known.
 
     Args:
         layout, topology: the canvas.
         shapes: region to the shape of one frame's value: (3, height, width) of a camera, (n,) of numbers.
         known: region to the real steps up to which its frames are known, inclusive.
+        held: regions that are predicted as a change from their last known frame, as what moves slowly is; others are
+            predicted as they are.
         depth, n_heads: of the transformer.
     """
 
@@ -91,11 +93,12 @@ class CanvasModel(nn.Module):
         topology: CanvasTopology,
         shapes: Mapping[str, tuple[int, ...]],
         known: Mapping[str, int],
+        held: Collection[str] = (),
         depth: int = 4,
         n_heads: int = 4,
     ):
         super().__init__()
-        self.layout = layout
+        self.layout, self.held = layout, frozenset(held)
         self.canvas = SpatiotemporalCanvas(layout)
         self.coders = nn.ModuleDict({name: Coder(name, layout, tuple(shape)) for name, shape in shapes.items()})
         self.blocks = nn.Sequential(*(Block(layout, topology, n_heads) for _ in range(depth)))
@@ -125,13 +128,12 @@ class CanvasModel(nn.Module):
             other = coder.encode(noisy[name]) + time if name in noisy else coder.unknown
             x = self.canvas.place(x, torch.where(known, coder.encode(clip[name]), other).flatten(1, 2), name)
         x = self.norm(self.blocks(x))
-        found = {name: coder.decode(self.canvas.extract(x, name)) for name, coder in self.coders.items()}
-        return {
-            name: change if name in noisy else change + self.last_known(name, clip) for name, change in found.items()
-        }
+        decoded = {name: coder.decode(self.canvas.extract(x, name)) for name, coder in self.coders.items()}
+        changes = self.held - noisy.keys()
+        return {name: y + self.last_known(name, clip) if name in changes else y for name, y in decoded.items()}
 
     def last_known(self, name: str, clip: Mapping[str, Tensor]) -> Tensor:
-        """(B, 1, *shape): a region's last known frame, to which changes are predicted; 0 where none is known."""
+        """(B, 1, *shape): a region's last known frame; 0 where none is known."""
         count = int(self.known(name).sum())
         return clip[name][:, count - 1 : count] if count else torch.zeros_like(clip[name][:, :1])
 

@@ -9,7 +9,6 @@ of LeRobot v3.0 (extra ``data``, and ``mujoco`` for its robots).
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,22 +20,14 @@ if not __package__:  # run as a file, whose folder has no package `examples`
 
 from canvas_engineering.data import LeRobotRecorder
 from examples.cartpole_data import exploring_policy
-from examples.robot_data import shrink
+from examples.robot_data import offscreen, shrink
 
 CARTPOLE_NAMES = ["cart position", "cart velocity", "pole angle", "pole velocity"]
 
 
 def make(environment: str):
-    """A gymnasium environment that draws into memory."""
-    for variable, value in (("SDL_VIDEODRIVER", "dummy"), ("SDL_AUDIODRIVER", "dummy"), ("MUJOCO_GL", "egl")):
-        os.environ.setdefault(variable, value)
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    import gymnasium
-
-    mujoco = gymnasium.spec(environment).entry_point.startswith("gymnasium.envs.mujoco")
-    # drawn by software, a frame of 240 × 240 takes half the time of the default size
-    size = {"width": 240, "height": 240} if mujoco else {}
-    return gymnasium.make(environment, render_mode="rgb_array", **size)
+    """A gymnasium environment that draws into memory, small where it is drawn by software."""
+    return offscreen(environment, 240)
 
 
 def controller_of(environment: str, space, rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray | int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -42,6 +43,39 @@ def shrink(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return cut.reshape(height, cell, width, cell, 3).mean(axis=(1, 3)).round().astype(np.uint8)
 
 
+def offscreen(environment: str, side: int | None = None):
+    """A gymnasium environment that draws into memory; MuJoCo's draw squares of ``side`` pixels where that is given.
+
+    Raises:
+        RuntimeError: the environment cannot be made or drawn on this machine, with what it may want.
+    """
+    for variable, value in (("SDL_VIDEODRIVER", "dummy"), ("SDL_AUDIODRIVER", "dummy"), ("MUJOCO_GL", "egl")):
+        os.environ.setdefault(variable, value)
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    import gymnasium
+
+    mujoco = "mujoco" in str(gymnasium.spec(environment).entry_point)
+    if mujoco:
+        with contextlib.suppress(ImportError):
+            import triton  # noqa: F401  its LLVM crashes where Mesa's, which EGL draws with, is loaded first
+    try:
+        size = {"width": side, "height": side} if mujoco and side else {}
+        world = gymnasium.make(environment, render_mode="rgb_array", **size)
+        world.reset(seed=0)
+        world.render()
+    except Exception as error:  # an import, a missing library of the system, a display
+        wanted = (
+            "canvas-engineering[mujoco], and EGL (on Debian: libegl1, libgl1-mesa-dri) or another MUJOCO_GL than "
+            f"{os.environ['MUJOCO_GL']}"
+            if mujoco
+            else "what gymnasium's documentation lists for it"
+        )
+        raise RuntimeError(
+            f"{environment} cannot be drawn here ({type(error).__name__}: {error}): it wants {wanted}"
+        ) from error
+    return world
+
+
 def record(
     environment: str,
     clips: int,
@@ -59,27 +93,9 @@ def record(
     Raises:
         RuntimeError: the environment cannot be made or drawn on this machine, with what it may want.
     """
-    for variable, value in (("SDL_VIDEODRIVER", "dummy"), ("SDL_AUDIODRIVER", "dummy"), ("MUJOCO_GL", "egl")):
-        os.environ.setdefault(variable, value)
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    import gymnasium
-
     rng = np.random.default_rng(seed)
-    kind = str(gymnasium.spec(environment).entry_point)
-    try:
-        world = gymnasium.make(environment, render_mode="rgb_array")
-        state, _ = world.reset(seed=seed)
-        world.render()
-    except Exception as error:  # an import, a missing library of the system, a display
-        wanted = (
-            "canvas-engineering[mujoco], and EGL (on Debian: libegl1, libgl1-mesa-dri) or another MUJOCO_GL than "
-            f"{os.environ['MUJOCO_GL']}"
-            if "mujoco" in kind
-            else "what gymnasium's documentation lists for it"
-        )
-        raise RuntimeError(
-            f"{environment} cannot be drawn here ({type(error).__name__}: {error}): it wants {wanted}"
-        ) from error
+    world = offscreen(environment)
+    state, _ = world.reset(seed=seed)
     discrete = hasattr(world.action_space, "n")
     size = 1 if discrete else int(np.prod(world.action_space.shape))
     pictures = np.empty((clips, frames, height, width, 3), np.uint8)

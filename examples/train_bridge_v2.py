@@ -58,7 +58,7 @@ class Settings:
     out: Path = setting(OUT, "folder for data, checkpoints, losses and results")  # noqa: RUF009
     observed: int = setting(4, "frames that are known")
     future: int = setting(4, "frames that are predicted")
-    patch: int = setting(10, "pixels of a camera's cell, each way")
+    patch: int = setting(20, "pixels of a camera's cell, each way")
     width: int = setting(96, "channels of a position")
     depth: int = setting(3, "transformer blocks")
     diffusive: bool = setting(False, "predict the camera by flow matching in place of regression")
@@ -148,7 +148,8 @@ def train(settings: Settings) -> dict:
     shapes = {name: tuple(trained[0][name].shape[1:]) for name in trained.regions}
     now = settings.observed - 1
     known = {name: now - (name == "action") for name in shapes}
-    model = CanvasModel(layout, topology, shapes, known, depth=settings.depth)
+    # what is done next does not follow what was done before
+    model = CanvasModel(layout, topology, shapes, known, shapes.keys() - {"action"}, settings.depth)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
