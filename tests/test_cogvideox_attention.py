@@ -370,7 +370,7 @@ def test_a_packed_model_names_a_wrong_size():
 @pytest.mark.parametrize(
     ("connections", "message"),
     [
-        ([Connection("video", "video", write_mode="gate")], "connection 0, 'video' attends to 'video', has fn .* 'gate'"),
+        ([Connection("video", "video", write_mode="gate")], "'video' attends to 'video', has fn .* 'gate'"),
         ([Connection("text", "text"), Connection("video", "text", fn="linear_attention")], "connection 1.*'linear_att"),
         ([Connection("video", "margin")], r"region 'margin' at \(1, 2, 4, 5, 0, 1\) holds positions that are neither"),
     ],

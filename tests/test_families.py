@@ -390,7 +390,7 @@ def test_functions_with_kernels_mix_on_triton():
 @pytest.mark.parametrize("fn", sorted(set(EVERY) - {"none"}))
 def test_the_number_of_calls_does_not_grow_with_edges(fn, monkeypatch):
     # whatever this machine's rates say of few and of many edges
-    monkeypatch.setattr(grouping, "STRIDED_CELLS", 0)
+    monkeypatch.setattr(grouping, "STRIDED_RANGES", 0)
     monkeypatch.setattr(grouping, "STRIDED_PAIRS", 1 << 60)
     counts = []
     for edges in (3, 40):

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from canvas_engineering import CanvasTopology, MaskSpec, TemporalFill, compile_attention
-from canvas_kernels.torch_ops.grouping import group
 from tests import oracle, program_oracle, random_canvases
 from tests.random_canvases import Sample, sample
 
@@ -100,9 +99,9 @@ def reached(drawn: Sample) -> set[str]:
     if len({c.fn for c in live}) > 1:
         found.add("several functions")
     plan = compile_attention(layout, drawn.topology, drawn.program, cortex=drawn.cortex)
-    grouping = group(plan.table)
-    found |= {"strided groups"} if grouping.slabs else set()
-    found |= {"gathered groups"} if grouping.batches else set()
+    grouping = group_table(plan.table)
+    found |= {"strided groups"} if grouping.strided else set()
+    found |= {"gathered groups"} if grouping.gathered else set()
     return found
 
 

@@ -17,8 +17,8 @@ def dense_attention(
 ) -> torch.Tensor:
     """Returns softmax(q kᵀ / √head_dim) v: q (batch, heads, n, head_dim), k and v (batch, heads, m, head_dim).
 
-    It is ``scaled_dot_product_attention``, whose kernel for CPUs has neither second derivatives nor tangents: there
-    they come from plain torch. On GPUs wrap the step in ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` for these.
+    It is ``scaled_dot_product_attention``, whose CPU kernel has neither second derivatives nor tangents: these are
+    composed of plain torch. On GPUs wrap the step in ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` for these.
 
     Args:
         q, k, v: queries, keys and values of one floating dtype.
