@@ -123,7 +123,7 @@ def test_the_published_constructor_shares_the_blocks_modules():
 def test_inner_dim_is_found():
     assert detect_inner_dim(tiny_model()) == 32
     assert detect_inner_dim(nn.Sequential(nn.LayerNorm(24))) == 24
-    with pytest.raises(ValueError, match="width of Linear cannot be told"):
+    with pytest.raises(ValueError, match="hidden size of Linear cannot be inferred"):
         detect_inner_dim(nn.Linear(2, 2))
 
 
@@ -189,7 +189,7 @@ def test_grafting_twice_is_grafting_once():
     first, _ = graft_looped_blocks(model, 3, loops=2)
     again, _ = graft_looped_blocks(model, 3, loops=3)
     assert all(a is b for a, b in zip(first, again)) and again[0].loops == 3
-    with pytest.raises(ValueError, match=r"grafted with max_loops=3, gate='tanh'; asked for max_loops=4"):
+    with pytest.raises(ValueError, match=r"grafted with max_loops=3, gate='tanh'; requested max_loops=4"):
         graft_looped_blocks(model, 4, loops=3)
 
 

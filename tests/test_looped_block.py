@@ -229,7 +229,7 @@ def test_a_graft_is_undone_and_done_once():
     assert [a is b for a, b in zip(first, again)] == [True, True] and again[0].loops == 2
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {f"layers.{i}.loop.{name}" for i in (0, 1) for name in ("loop_emb", "loop_gate")}
-    with pytest.raises(ValueError, match=r"grafted with max_loops=2.*asked for max_loops=3"):
+    with pytest.raises(ValueError, match=r"grafted with max_loops=2.*requested max_loops=3"):
         graft_looped_blocks(model, 3, "layers", loops=1)
     ungraft(model, "layers")
     ungraft(model, "layers")
@@ -255,7 +255,7 @@ def test_grafts_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="give layout= and topology= too"):
         graft_looped_blocks(encoder(), block_attr="layers", measure_on={})
     bare = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(3, 3)])})
-    with pytest.raises(ValueError, match="give inner_dim="):
+    with pytest.raises(ValueError, match="pass inner_dim="):
         graft_looped_blocks(bare, block_attr="layers")
 
 

@@ -154,7 +154,7 @@ def members(ranges, g: int) -> list[int]:
     return [first + g * step + j for first, length, step in ranges for j in range(length)]
 
 
-def pairs_of_shape(table) -> dict:
+def pairs_of(table) -> dict:
     """{(segment, row): keys} from the rectangles."""
     found: dict = {}
     for i in range(len(table.weight)):
@@ -185,7 +185,7 @@ def test_grouping_holds_every_pair_once(form, mode):
                 for row in batch.rows[g][batch.row_valid[g]].tolist():
                     assert (int(batch.segment[g, s]), row) not in found
                     found[int(batch.segment[g, s]), row] = keys
-        assert found == pairs_of_shape(table)
+        assert found == pairs_of(table)
 
 
 def test_calls_grow_with_shapes_not_with_edges():

@@ -14,7 +14,7 @@ from canvas_kernels.packing import IndexMap, gather_rows, scatter_rows
 from ..checked import checked_read, checked_sizes
 from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
-from .base import QueryIndex, coefficients, mask_rows, query_index, shared_keys, to_canvas, to_rows
+from .base import QueryIndex, coefficients, mask_rows, query_index, to_canvas, to_rows
 
 
 class PoolingAttention(CanvasModule):
@@ -34,7 +34,7 @@ class PoolingAttention(CanvasModule):
 
     def prepare(self, plan: AttentionPlan) -> None:
         """Builds the index sets of ``plan``."""
-        shared_keys(plan)
+        pooled_keys(plan)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Returns the projected mean of ``values`` (B, m, d_model) for each of the queries (B, n, d_model)."""
@@ -57,7 +57,7 @@ class PoolingAttention(CanvasModule):
         The projection runs once for each distinct set of keys; ``bias_weight`` is unused, since its bias is weighted
         with the rest.
         """
-        index = shared_keys(plan)
+        index = pooled_keys(plan)
         (batch, _, width), weights = x.shape, coefficients(index.query_index, plan, x, gain, active, row_scale)
         means = gather_rows(to_rows(x), index.means)
         # [sets, B, d]
@@ -65,6 +65,38 @@ class PoolingAttention(CanvasModule):
         by_set = mask_rows(gather_rows(pooled.flatten(1), index.key_set_of), weights.live_sets)
         results = weights.weigh(gather_rows(by_set, index.query_index.sets))
         return to_canvas(scatter_rows(results, index.queries), batch, width)
+
+
+@dataclass(frozen=True, eq=False)
+class PooledKeys:
+    """Maps from packed rows to the mean of each distinct key set, from these to attention sets, and to the queries."""
+
+    means: IndexMap
+    key_set_of: IndexMap
+    queries: IndexMap
+    query_index: QueryIndex
+
+
+def pooled_keys(plan: AttentionPlan) -> PooledKeys:
+    """Returns the pooled keys of a plan, cached on it.
+
+    Raises:
+        ValueError: the queries of a set attend to different keys.
+    """
+    if "pooled keys" not in plan.index_sets:
+        sets = plan.row_sets()
+        used, key_set = np.unique(sets.keys, return_inverse=True)
+        owner, k_rows = sets.rows_of(used)
+        length = sets.lengths(used)
+        offset = np.concatenate([[0], np.cumsum(length)])
+        number, q_rows = sets.rows_of(sets.queries)
+        plan.index_sets["pooled keys"] = PooledKeys(
+            IndexMap.sums(k_rows, offset, plan.n_packed, 1.0 / length[owner]),
+            IndexMap.gather(key_set.reshape(-1), len(used)),
+            IndexMap.gather(q_rows, plan.n_packed),
+            query_index(plan, sets, number, q_rows, number),
+        )
+    return plan.index_sets["pooled keys"]
 
 
 class CopyAttention(CanvasModule):

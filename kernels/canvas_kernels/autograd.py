@@ -157,9 +157,9 @@ OPERATIONS: dict[str, Operation] = {}
 def _tangent(function: Callable, primals: list[torch.Tensor], tangents: list[torch.Tensor | None]):
     """Returns the derivative of ``function`` along ``tangents`` by two reverse passes: dual numbers cannot be
     nested."""
-    result, pull = torch.func.vjp(function, *primals)
+    result, pull = torch.func.vjp(function, *primals)[:2]
     cotangent = torch.zeros_like(result) if isinstance(result, torch.Tensor) else tuple(map(torch.zeros_like, result))
-    _, push = torch.func.vjp(pull, cotangent)
+    push = torch.func.vjp(pull, cotangent)[1]
     filled = (torch.zeros_like(x) if t is None else t for x, t in zip(primals, tangents))
     return push(tuple(filled))[0]
 
@@ -168,8 +168,8 @@ def _slices(function: type[Function], info, in_dims, args):
     """Implements vmap by one call for each slice."""
     results = []
     for i in range(info.batch_size):
-        some = (x if at is None else x.select(at, i) for x, at in zip(args, in_dims))
-        results.append(function.call(*some))
+        inputs = (x if at is None else x.select(at, i) for x, at in zip(args, in_dims))
+        results.append(function.call(*inputs))
     stacked = tuple(None if part[0] is None else torch.stack(part) for part in zip(*results))
     return stacked, tuple(None if part is None else 0 for part in stacked)
 
@@ -262,7 +262,7 @@ class _Differentiate(Function):
     @staticmethod
     def backward(ctx, *grads):
         primals, indices, gradients, n_tensors = _Differentiate._function(ctx)
-        results, pull = torch.func.vjp(gradients, *primals)
+        results, pull = torch.func.vjp(gradients, *primals)[:2]
         by_index = pull(tuple(torch.zeros_like(r) if g is None else g for r, g in zip(results, grads)))
         count = 4 + ctx.n_saved + n_tensors + len(ctx.constants)
         by_input = dict(zip(indices, by_index))

@@ -11,6 +11,7 @@ import hashlib
 import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,12 +172,13 @@ class BlockTable:
             slot, n_slots = ranges[0].copy(), int(n_positions)
         if n_slots >= 2**31:
             raise ValueError(f"{n_slots} (segment, query row) pairs: the kernels address fewer than 2^31")
-        arrays = [a.astype(np.int32) for a in ranges]
-        arrays += [segment_sorted.astype(np.int32), weight, edge.astype(np.int32), replace, slot]
-        for array in arrays:
+        names = ("q_start", "q_stop", "k_start", "k_stop", "segment", "edge")
+        arrays: dict[str, Any] = {name: a.astype(np.int32) for name, a in zip(names, (*ranges, segment_sorted, edge))}
+        arrays |= {"weight": weight, "replace": replace, "slot": slot}
+        for array in arrays.values():
             array.setflags(write=False)
         mark_for_compilers()
-        table = cls(form, int(n_positions), int(n_edges), int(n_slots), *arrays)
+        table = cls(form, int(n_positions), int(n_edges), int(n_slots), **arrays)
         return _LIVE.setdefault(table.key, table)
 
     # Equal content is one object, so that derived values are shared; `lookup` works while the object is alive.

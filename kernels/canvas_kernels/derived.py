@@ -11,7 +11,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -87,7 +87,7 @@ def derived(limit: int = 16) -> Callable[[Maker], Maker]:
                     values.popitem(last=False)
                 return value
 
-        return get
+        return cast(Maker, get)
 
     return decorate
 

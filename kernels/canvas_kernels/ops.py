@@ -49,7 +49,7 @@ _SOURCES += [
 
 
 def _executor_name(name: str) -> str:
-    code = b"".join(pkgutil.get_data(__package__, source) or b"" for source in _SOURCES)
+    code = b"".join(pkgutil.get_data(__package__ or "", source) or b"" for source in _SOURCES)
     return f"{name} {hashlib.sha1(code, usedforsecurity=False).hexdigest()[:12]}"
 
 
@@ -543,8 +543,8 @@ def _differentiate(grad, needs, saved_tensors, *args):
 
 
 def _compose(*args):
-    *tensors_and_table, _executor, activation, _need_lse = args
-    return composition.attention(*tensors_and_table, activation)[0]
+    # the last three are executor, activation and need_lse
+    return composition.attention(*args[:-3], activation=args[-2])[0]
 
 
 OPERATIONS["attention"] = Operation(

@@ -226,7 +226,7 @@ def apply_now(x: torch.Tensor, rows: IndexMap, transposed: bool = False, dim: in
 def take_rows(x: torch.Tensor, rows: IndexMap, dim: int, order: Sequence[int]) -> torch.Tensor:
     """Gathers rows of ``x`` along ``dim`` into a dense tensor with dimensions in memory in ``order``, outermost first;
     whole rows are copied if ``x`` has that order."""
-    return put_back(x.permute(order).index_select(order.index(dim), rows.rows(x.device)), order)
+    return put_back(x.permute(*order).index_select(order.index(dim), rows.rows(x.device)), order)
 
 
 def put_rows(y: torch.Tensor, rows: IndexMap, dim: int, order: Sequence[int]) -> torch.Tensor:
@@ -235,7 +235,7 @@ def put_rows(y: torch.Tensor, rows: IndexMap, dim: int, order: Sequence[int]) ->
 
     It gathers from ``y`` and a row of zeros, which writes every row once.
     """
-    source, at = y.permute(order), order.index(dim)
+    source, at = y.permute(*order), order.index(dim)
     if rows.n_out < rows.n_in:
         nothing = source.new_zeros((*source.shape[:at], 1, *source.shape[at + 1 :]))
         source = torch.cat((source, nothing), at)

@@ -66,10 +66,10 @@ def attention(
             continue
         columns, weights = range_keys(table, c)
         index = torch.from_numpy(columns).to(q.device)
-        own = slice(start, stop)
-        if table.form == "edge":
+        own = torch.arange(start, stop, device=q.device)
+        if row_scale is not None:
             # rows scaled by 0 are skipped: NaN and inf times 0 would remain
-            own = start + (row_scale[int(table.replace[lead[c]]), start:stop] != 0).nonzero()[:, 0]
+            own = own[row_scale[int(table.replace[lead[c]]), start:stop] != 0]
         # [B, H, rows, keys]
         logits = scale * (queries[:, :, own] @ keys.index_select(2, index).transpose(-1, -2))
         if table.form == "joint":
@@ -78,18 +78,17 @@ def attention(
             probabilities = torch.sigmoid(logits)
         else:
             slot = int(ranges.slot[c])
-            slots = slice(slot, slot + stop - start) if table.form == "joint" else slot + own - start
-            lse[:, :, slots] = torch.logsumexp(logits.detach(), -1) / math.log(2)
+            lse[:, :, slot + own - start] = torch.logsumexp(logits.detach(), -1) / math.log(2)
             probabilities = torch.softmax(logits, -1)
         if dropout_p:
             probabilities = F.dropout(probabilities, dropout_p)
         result = probabilities @ values.index_select(2, index)
-        if table.form == "edge":
+        if row_scale is not None:
             coefficient = float(table.weight[lead[c]]) * row_scale[int(table.replace[lead[c]]), own]
             if gain is not None:
                 coefficient = coefficient * gain[edge].to(dtype)
             result = coefficient[:, None] * result
-        rows.append(torch.arange(start, stop, device=q.device) if table.form == "joint" else own)
+        rows.append(own)
         results.append(result)
     out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
     return out.index_add(2, torch.cat(rows), torch.cat(results, 2)).to(q.dtype), lse

@@ -43,8 +43,9 @@ def _forward(keep, q, k, v, mask, scale):
     return flash_forward(q, k, v, scale, mask)
 
 
-def _backward(grad, needs, kept, q, k, v, mask, scale):
-    return *flash_backward(grad, q, k, v, *kept, scale, mask), None
+def _backward(grad, needs, saved, q, k, v, mask, scale):
+    out, lse = saved
+    return *flash_backward(grad, q, k, v, out, lse, scale, mask), None
 
 
 OPERATIONS["dense_attention"] = Operation(

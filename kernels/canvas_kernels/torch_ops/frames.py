@@ -63,15 +63,16 @@ def is_profitable(rows: int, n: int, head_dim: int, heads_first: bool) -> bool:
 def forward(q, k, v, rows: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns attention of (B, H, n, D) within each frame of ``rows`` positions: (out, natural log-sum-exp (B, H, n)),
     both with positions before heads in memory."""
-    out, lse = flash_forward(*(_split_heads(_frames(x, rows)) for x in (q, k, v)), scale)
+    queries, keys, values = (_split_heads(_frames(x, rows)) for x in (q, k, v))
+    out, lse = flash_forward(queries, keys, values, scale)
     return _canvas(out, q), _canvas(lse, q)
 
 
 def backward(grad_out, q, k, v, out, lse, rows: int, scale: float) -> tuple[torch.Tensor, ...]:
     """Returns the gradients of q, k and v from the results of :func:`forward`; positions before heads in memory."""
-    inputs = (_split_heads(_frames(x, rows)) for x in (grad_out, q, k, v))
-    results = (_frames(x, rows) for x in (out, lse))
-    return tuple(_canvas(x, q) for x in flash_backward(*inputs, *results, scale))
+    grad, queries, keys, values = (_split_heads(_frames(x, rows)) for x in (grad_out, q, k, v))
+    out, lse = _frames(out, rows), _frames(lse, rows)
+    return tuple(_canvas(x, q) for x in flash_backward(grad, queries, keys, values, out, lse, scale))
 
 
 def _frames(x: torch.Tensor, rows: int) -> torch.Tensor:

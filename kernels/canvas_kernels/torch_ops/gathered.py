@@ -71,7 +71,7 @@ def backward_bundle(
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
     probs: list[torch.Tensor] | None,
-    totals: tuple[torch.Tensor, ...],
+    totals: list[torch.Tensor],
     per_segment: torch.Tensor | None,
 ) -> None:
     """Adds bundle ``number`` to ``totals``, dq, dk, dv (n, X, D), or writes it if there is no other group, from

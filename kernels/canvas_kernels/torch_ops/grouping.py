@@ -375,5 +375,7 @@ def _bundles(gathered: list[GatheredGroup]) -> tuple[tuple[GatheredGroup, ...], 
 
 
 def _slice(group: GatheredGroup, low: int, high: int) -> GatheredGroup:
-    fields = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
-    return GatheredGroup(**{name: None if array is None else array[low:high] for name, array in fields.items()})
+    arrays = (group.rows, group.row_valid, group.keys, group.key_valid, group.segment, group.slot)
+    rows, row_valid, keys, key_valid, segment, slot = (array[low:high] for array in arrays)
+    bias = None if group.bias is None else group.bias[low:high]
+    return GatheredGroup(rows, row_valid, keys, key_valid, segment, slot, bias, group.offset[low:high])

@@ -168,7 +168,8 @@ class Indices:
     @derived(MAX_INDICES)
     def strided_rows(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns :meth:`strided_entries` as tensors [G · R]."""
-        return tuple(self.tensor(part.reshape(-1)) for part in self.strided_entries(number))
+        segment, entry = self.strided_entries(number)
+        return self.tensor(segment.reshape(-1)), self.tensor(entry.reshape(-1))
 
     @derived(MAX_INDICES)
     def own_strided_rows(self, number: int) -> torch.Tensor | float:
@@ -245,15 +246,14 @@ def strided_coefficient(
 
 
 class StridedCall(NamedTuple):
-    """One call for a strided group, on views of the canvas, or on copies of the positions ``rows`` and ``keys``.
-    ``entries`` [G · R] selects its rows among those of the whole group, None for all."""
+    """One call for a strided group, on views of the canvas, or on copies of the rows and keys at the positions
+    ``copies``. ``entries`` [G · R] selects its rows among those of the whole group, None for all."""
 
     group: StridedGroup
     bias: torch.Tensor | None
     coefficient: torch.Tensor | float
     entries: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
+    copies: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def is_whole(calls: list[StridedCall]) -> bool:
@@ -365,5 +365,5 @@ class Step:
                 entries = tensor(np.arange(live.size).reshape(live.shape)[selection].reshape(-1))
                 own = coefficient.view(-1).index_select(0, entries).view(int(members.sum()), -1, 1)
                 copies = (tensor(positions[selection].reshape(-1)), tensor(keys[members].reshape(-1)))
-                calls.append(StridedCall(compact(group, members, rows), None, own, entries, *copies))
+                calls.append(StridedCall(compact(group, members, rows), None, own, entries, copies))
         return calls

@@ -121,19 +121,19 @@ class _Step:
         if gain is not None:
             padded = F.pad(gain.detach().to(self.dtype), (0, 1))[:, None]
             self.factor = self.scale * apply_now(padded, self.index.edges)[:, 0]
-        sizes = [math.prod(part.entries) for part in self.index.parts]
-        live = [x.view(part.entries) for part, x in zip(self.index.parts, (self.scale != 0).split(sizes))]
+        sizes = [math.prod(group.entries) for group in self.index.groups]
+        live = [x.view(group.entries) for group, x in zip(self.index.groups, (self.scale != 0).split(sizes))]
         # [1, G, R, 1] and [1, G, S · W, 1]
         self.inactive_rows = [~x.any(2)[None, :, :, None] for x in live]
         self.inactive_keys = [
-            ~x.any(1).repeat_interleave(part.shape[3], 1)[None, :, :, None] for part, x in zip(self.index.parts, live)
+            ~x.any(1).repeat_interleave(group.shape[3], 1)[None, :, :, None] for group, x in zip(self.index.groups, live)
         ]
 
     def gather(self, x: torch.Tensor, queries: bool, scale: float = 1.0) -> list[torch.Tensor]:
         """Gathers x (B, H, n, D) times ``scale`` by group: [X, G, R or S·W, D], contiguous."""
         x, side = x.to(self.dtype), self._side(queries)
         rows = apply_now((x if scale == 1.0 else scale * x).permute(2, 0, 1, 3).flatten(1), side)
-        units = [(part.shape[0], part.shape[1] if queries else part.width) for part in self.index.parts]
+        units = [(group.shape[0], group.shape[1] if queries else group.width) for group in self.index.groups]
         gathered = [
             x.unflatten(0, shape).unflatten(2, (self.batch_heads, self.dim)).permute(2, 0, 1, 3).contiguous()
             for shape, x in zip(units, rows.split([math.prod(shape) for shape in units]))
@@ -157,11 +157,11 @@ class _Step:
 
     def chunks(self) -> Iterator[_Chunk]:
         """Yields chunks of at most MAX_PAIRS pairs: rows of one member and head, members of one head, or heads."""
-        sizes = [math.prod(part.entries) for part in self.index.parts]
-        for number, (part, factor) in enumerate(zip(self.index.parts, self.factor.split(sizes))):
-            units, rows, segments = part.entries
-            factor, width = factor.view(units, rows, segments), part.width
-            bias = None if part.bias is None else part.bias.view(units, 1, width)
+        sizes = [math.prod(group.entries) for group in self.index.groups]
+        for number, (group, factor) in enumerate(zip(self.index.groups, self.factor.split(sizes))):
+            units, rows, segments = group.entries
+            factor, width = factor.view(units, rows, segments), group.width
+            bias = None if group.bias is None else group.bias.view(units, 1, width)
             r = max(1, min(rows, MAX_PAIRS // width))
             g = 1 if r < rows else max(1, min(units, MAX_PAIRS // (width * rows)))
             x = 1 if g < units else max(1, min(self.batch_heads, MAX_PAIRS // (width * rows * units)))
@@ -173,8 +173,8 @@ class _Step:
 
     def buffer(self) -> torch.Tensor:
         """Returns a flat buffer for the pairs of any chunk, reused to avoid page faults."""
-        sizes = [self.batch_heads * math.prod(part.shape) for part in self.index.parts]
-        widest = max(part.width for part in self.index.parts)
+        sizes = [self.batch_heads * math.prod(group.shape) for group in self.index.groups]
+        widest = max(group.width for group in self.index.groups)
         return torch.empty(max(widest, min(MAX_PAIRS, max(sizes))), dtype=self.dtype, device=self.factor.device)
 
 
@@ -238,7 +238,7 @@ def backward(
     keys, values = (step.gather(x, False) for x in (k, v))
     dq = [torch.empty_like(x) for x in queries]
     dk, dv = ([torch.zeros_like(x) for x in keys] for _ in range(2))
-    entry_grads = [dq[0].new_zeros(part.entries) for part in index.parts]
+    entry_grads = [dq[0].new_zeros(group.entries) for group in index.groups]
     buffer, other = step.buffer(), step.buffer()
     for chunk in step.chunks():
         part, factor = chunk.part, chunk.factor

@@ -23,7 +23,7 @@ MIN_INPLACE_NUMEL, MIN_INPLACE_K = 1 << 12, 32
 MAX_LAYOUTS = 32
 
 _softmax_out = torch.softmax
-_softmax_backward_out = torch._softmax_backward_data
+_softmax_backward_out = torch._softmax_backward_data  # pyright: ignore[reportPrivateImportUsage] it has no public name
 
 
 def saved_sizes(group: StridedGroup, flash: bool, heads: int, dim: int) -> tuple[int, ...]:
@@ -46,19 +46,20 @@ def forward_strided(
     """Adds group ``number`` to ``total`` (n, X, D), or writes it there if ``overwrite``. Fills ``saved``, flat tensors
     of :func:`saved_sizes`, unless it is None, and base-2 log-sum-exp ``lse`` (X, n_slots) unless that has no slots."""
     forward = _forward_flash if flash else _forward_products
-    lse = lse if lse.shape[1] else None
+    slots = lse if lse.shape[1] else None
     calls = step.calls[number]
     if not is_whole(calls):
         # saved tensors are deterministic too
         for part in saved or ():
             part.zero_()
     for call, part in zip(calls, _saved_of_calls(saved, calls, flash, inputs[0])):
-        if call.rows is None:
-            forward(call, step.indices, inputs, scale, part, lse, total, overwrite)
+        if call.copies is None:
+            forward(call, step.indices, inputs, scale, part, slots, total, overwrite)
             continue
-        result = total.new_empty(len(call.rows), *total.shape[1:])
-        forward(call, step.indices, _copies(inputs, call), scale, part, lse, result, True)
-        total.index_add_(0, call.rows, result)
+        rows, _ = call.copies
+        result = total.new_empty(len(rows), *total.shape[1:])
+        forward(call, step.indices, _copies(inputs, *call.copies), scale, part, slots, result, True)
+        total.index_add_(0, rows, result)
 
 
 def backward_strided(
@@ -77,16 +78,17 @@ def backward_strided(
     backward = _backward_flash if flash else _backward_products
     need_delta, calls = per_segment is not None, step.calls[number]
     for call, part in zip(calls, _saved_of_calls(saved, calls, flash, inputs[0])):
-        if call.rows is None:
+        if call.copies is None:
             # [G, R]: Σ over heads and elements of dO ∘ f
             delta = backward(call, inputs, scale, part, totals, need_delta, overwrite)
         else:
-            sides = (call.rows, call.keys, call.keys)
+            rows, keys = call.copies
+            sides = (rows, keys, keys)
             results = [total.new_empty(len(side), *total.shape[1:]) for total, side in zip(totals, sides)]
-            delta = backward(call, _copies(inputs, call), scale, part, results, need_delta, (True, True))
+            delta = backward(call, _copies(inputs, *call.copies), scale, part, results, need_delta, (True, True))
             for total, side, result in zip(totals, sides, results):
                 total.index_add_(0, side, result)
-        if need_delta:
+        if per_segment is not None and delta is not None:
             segment, entry = step.indices.strided_rows(number)
             if call.entries is not None:
                 segment, entry = segment[call.entries], entry[call.entries]
@@ -106,15 +108,15 @@ def _saved_of_calls(saved: tuple[torch.Tensor, ...] | None, calls: list[StridedC
     return parts
 
 
-def _copies(inputs: tuple[torch.Tensor, ...], call: StridedCall) -> tuple[torch.Tensor, ...]:
-    """Copies the rows of q, and of grad_out if given, and the keys of k and v that a call selects."""
-    sides = (call.rows, call.keys, call.keys, call.rows)
+def _copies(inputs: tuple[torch.Tensor, ...], rows: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Copies the rows of q, and of grad_out if given, and the keys of k and v."""
+    sides = (rows, keys, keys, rows)
     return tuple(x.index_select(0, side) for x, side in zip(inputs, sides))
 
 
 def _coefficient(call: StridedCall) -> torch.Tensor | float:
     """Returns the coefficient of a call's rows: [G, 1, R, 1], or one number for all."""
-    return call.coefficient if isinstance(call.coefficient, float) else call.coefficient[:, None]
+    return call.coefficient[:, None] if isinstance(call.coefficient, torch.Tensor) else call.coefficient
 
 
 def _write_lse(lse: torch.Tensor, natural_lse: torch.Tensor, indices: Indices, group: StridedGroup) -> None:
@@ -163,10 +165,10 @@ def _add(view: torch.Tensor, x: torch.Tensor, coefficient: torch.Tensor | float,
     """Adds coefficient · x to ``view``, or writes it if ``overwrite``."""
     if overwrite:
         torch.mul(x, coefficient, out=view)
-    elif isinstance(coefficient, float):
-        view.add_(x, alpha=coefficient)
-    else:
+    elif isinstance(coefficient, torch.Tensor):
         view.addcmul_(x, coefficient)
+    else:
+        view.add_(x, alpha=coefficient)
 
 
 def _add_ranges(total, group: StridedGroup, ranges, x, coefficient: torch.Tensor | float, overwrite: bool) -> None:
@@ -176,7 +178,7 @@ def _add_ranges(total, group: StridedGroup, ranges, x, coefficient: torch.Tensor
         part, factor = x, coefficient
         if len(ranges) > 1:
             part = x[:, :, begin : begin + length]
-            if not isinstance(coefficient, float):
+            if isinstance(coefficient, torch.Tensor):
                 factor = coefficient[:, :, begin : begin + length]
         begin += length
         if group.members > 1 and move == 0:
@@ -314,9 +316,9 @@ def _add_product(views, group: StridedGroup, heads: int, ranges, left, right, co
 def _coefficient_slices(call: StridedCall, heads: int) -> Sequence[torch.Tensor | float]:
     """Returns the coefficient of each slice, [Y, R, 1] or a number."""
     coefficient = _coefficient(call)
-    if isinstance(coefficient, float):
-        return (coefficient,) * _slice_count(call.group, heads)
-    return _split_slices(coefficient.expand(-1, heads, -1, -1), call.group)
+    if isinstance(coefficient, torch.Tensor):
+        return _split_slices(coefficient.expand(-1, heads, -1, -1), call.group)
+    return (coefficient,) * _slice_count(call.group, heads)
 
 
 def _forward_products(call: StridedCall, indices: Indices, inputs, scale, saved, lse, total, overwrite) -> None:
