@@ -28,7 +28,7 @@ _SHORT.maxstring = _SHORT.maxother = 200
 
 
 def shown(value: Any) -> str:
-    """A value for an error message: its repr, shortened where it is long or deep, whatever it is.
+    """Returns a value's repr for an error message, shortened if long or deep.
 
     >>> shown("eye"), shown([[[[[1]]]]]), shown(10**5000)
     ("'eye'", '[[[[[...]]]]]', 'an int of 16610 bits')

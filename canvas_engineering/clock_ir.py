@@ -123,15 +123,15 @@ class ClockExpr:
             ValueError: an unknown type, listing those there are; a field that is missing, unknown or wrong.
         """
         checked_depth(d, "a clock expression")
-        found = d.get("type") if isinstance(d, dict) else d
-        if not isinstance(found, str) or not isinstance(d, dict) or found not in _NODES:
-            raise ValueError(f"unknown clock expression type {shown(found)}: choose one of {', '.join(_NODES)}")
-        kind = _NODES[found]
+        kind_name = d.get("type") if isinstance(d, dict) else d
+        if not isinstance(kind_name, str) or not isinstance(d, dict) or kind_name not in _NODES:
+            raise ValueError(f"unknown clock expression type {shown(kind_name)}: choose one of {', '.join(_NODES)}")
+        kind = _NODES[kind_name]
         given = {name: value for name, value in d.items() if name != "type"}
         known = [f.name for f in fields(kind)]
         unknown = [name for name in given if name not in known]
         if unknown:
-            raise ValueError(f"clock expression {found!r} has unknown fields {shown(unknown)}; known are {known}")
+            raise ValueError(f"clock expression {kind_name!r} has unknown fields {shown(unknown)}; known are {known}")
         for name in ("left", "right", "child"):
             if name in given:
                 given[name] = ClockExpr.from_dict(given[name])

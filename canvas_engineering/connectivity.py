@@ -47,7 +47,7 @@ _SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-18, 1e18
 
 
 class TemporalFill(enum.Enum):
-    """How dst's frames are chosen where dst has no frame at the target time.
+    """The choice of dst's frames where dst has no frame at the target time.
 
     >>> [fill.value for fill in TemporalFill]
     ['drop', 'hold', 'interpolate']

@@ -1,4 +1,4 @@
-"""What this machine can run: versions, devices, extras, and every backend's numbers against float64.
+"""Reports what this machine can run: versions, devices, extras, and every backend's numbers against float64.
 
 ``python -m canvas_engineering doctor`` prints it. It needs nothing but the package itself, for it says what is missing.
 """
@@ -73,18 +73,18 @@ def _extras() -> dict[str, list[tuple[str, str, bool]]]:
         names = importlib.metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
     except importlib.metadata.PackageNotFoundError:  # run from its source
         return {}
-    found = {}
+    extras = {}
     for extra in sorted(names):
-        found[extra] = []
+        extras[extra] = []
         for wanted in dict.fromkeys(_requirements(PACKAGE, extra)):
             name, _, least = wanted.partition(">=")
             version = _version_of(name)
-            found[extra].append((wanted, version, bool(version) and _numbers(version) >= _numbers(least)))
-    return found
+            extras[extra].append((wanted, version, bool(version) and _numbers(version) >= _numbers(least)))
+    return extras
 
 
 def _requirements(package: str, extra: str) -> Iterator[str]:
-    """What an extra of a package wants, as "name>=version", and what the extras want that it names."""
+    """Yields the requirements of a package's extra as "name>=version", including those of extras that it names."""
     try:
         listed = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -154,10 +154,10 @@ def doctor() -> int:
 
 
 def _print_extras() -> None:
-    found = _extras()
-    if not found:
+    extras = _extras()
+    if not extras:
         print("  not installed, run from its source: what is needed is in pyproject.toml")
-    for extra, packages in found.items():
+    for extra, packages in extras.items():
         lacking = ", ".join(
             f"{wanted} (not {here})" if here else wanted for wanted, here, enough in packages if not enough
         )

@@ -242,7 +242,7 @@ def plan_figure(plan: AttentionPlan) -> Figure:
         ],
         axis=2,
     )
-    # In joint form rectangles belong to no single connection: the table's edge is 0 for all.
+    # In joint form rectangles belong to no single connection: all have number 0.
     faces = [colours[pairs[edge]] for edge in table.edge.tolist()]
     figure = _figure(width=10.0, height=7.0)
     axes = figure.subplots()
@@ -283,14 +283,14 @@ def plan_figure(plan: AttentionPlan) -> Figure:
 
 def _name_regions(axes: Axes, plan: AttentionPlan, pairs: list[tuple[str, str]]) -> None:
     """Ticks at the regions' first positions, with their names, where the regions lie in a few runs."""
-    table, found = plan.table, {}
+    table, ends = plan.table, {}
     for edge, *bounds in zip(table.edge.tolist(), *(getattr(table, name).tolist() for name in BOUNDS)):
         for region, start, stop in zip(pairs[edge], bounds[::2], bounds[1::2]):
-            found[start] = max(found.get(start, (0, "")), (stop, region))
-    starts = sorted(found)
-    runs = [next(run) for _, run in groupby(starts, key=lambda start: found[start][1])]
+            ends[start] = max(ends.get(start, (0, "")), (stop, region))
+    starts = sorted(ends)
+    runs = [next(run) for _, run in groupby(starts, key=lambda start: ends[start][1])]
     if len(runs) <= MAX_LABELS // 2:
-        names = [found[start][1] for start in runs]
+        names = [ends[start][1] for start in runs]
         axes.set_xticks(runs, names, rotation=60, ha="right", fontsize=8)
         axes.set_yticks(runs, names, fontsize=8)
 

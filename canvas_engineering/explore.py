@@ -1,8 +1,8 @@
-"""A page to look around a canvas in: boxes that turn, who attends to whom at which time, and the table behind it.
+"""A page to explore a canvas: rotatable regions, connections over time, and the block table.
 
-:func:`explore_page` returns one HTML document that needs no network and no package, with the declaration as JSON. What
-it holds goes with regions and connections, not with positions: a connection names the pattern of its frames, which all
-connections of equal frames, periods, offsets and fill share.
+:func:`explore_page` returns one HTML document that needs no network and no package, with the declaration as JSON. Its
+size depends on regions and connections, not on positions: connections with equal frames, periods, offsets and fill
+share one pattern of frames.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def _checked_pattern(pattern: Any) -> tuple:
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """How a connection's attention sets are split or masked.
+    """Splits or masks the attention sets of a connection.
 
     Args:
         kind: "full" (every query attends to every key of its set), "tile" (one set per tile of src's spatial grid, with

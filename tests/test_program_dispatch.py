@@ -639,7 +639,7 @@ def test_a_hundred_changes_of_activity_rebuild_nothing(monkeypatch, backend):
     def forbidden(*args, **kwargs):
         raise AssertionError("activity is data: nothing is compiled for it")
 
-    for target in ("edge_table", "pack_positions", "resolve_attention_sets", "resolve_edges"):
+    for target in ("edge_table", "pack_positions", "resolve_attention_sets", "apply_program"):
         monkeypatch.setattr(f"canvas_engineering.plan.compile.{target}", forbidden)
     monkeypatch.setattr("canvas_kernels.torch_ops.grouping._parts", forbidden)
     monkeypatch.setattr("canvas_kernels.packing.IndexMap.sums", forbidden)

@@ -1,4 +1,4 @@
-"""Where regions lie on a canvas."""
+"""Layouts: regions of a canvas."""
 
 from __future__ import annotations
 

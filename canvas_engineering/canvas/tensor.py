@@ -262,10 +262,10 @@ class SpatiotemporalCanvas(CanvasModule):
         carrier tables, each of which is one tensor for all regions. For `ProgramCompiler`."""
         if region not in self._ranges:
             return []
-        found = ["period_embedding"]
+        names = ["period_embedding"]
         if self.modality_embeddings is not None:
-            found.append(f"modality_embeddings.{parameter_key(region)}")
-        return [*found, *["family_carrier_embedding"] * (self.family_carrier_embedding is not None)]
+            names.append(f"modality_embeddings.{parameter_key(region)}")
+        return [*names, *["family_carrier_embedding"] * (self.family_carrier_embedding is not None)]
 
     def _conditioning(self) -> torch.Tensor:
         """Each region's semantic conditioning, ``[regions, d_model]``; in one go where all can be had at once."""

@@ -168,9 +168,9 @@ def canvas_processor(transformer: CogVideoXTransformer3DModel) -> CanvasAttnProc
     Raises:
         ValueError: blocks with different processors, which the config has no form for.
     """
-    found = [block.attn1.processor for block in blocks_of(transformer)]
-    canvas = [processor for processor in found if isinstance(processor, CanvasAttnProcessor)]
-    if canvas and (len(canvas) < len(found) or any(p.declaration() != canvas[0].declaration() for p in canvas)):
+    processors = [block.attn1.processor for block in blocks_of(transformer)]
+    canvas = [processor for processor in processors if isinstance(processor, CanvasAttnProcessor)]
+    if canvas and (len(canvas) < len(processors) or any(p.declaration() != canvas[0].declaration() for p in canvas)):
         raise ValueError("the blocks have different attention processors; a config can name one for all of them")
     return canvas[0] if canvas else None
 

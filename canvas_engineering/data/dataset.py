@@ -210,10 +210,10 @@ class LeRobotCanvasDataset(Dataset):
 
 
 def _layout_of(layout: Any) -> CanvasLayout:
-    found = layout if isinstance(layout, CanvasLayout) else getattr(layout, "layout", None)
-    if not isinstance(found, CanvasLayout):
+    canvas_layout = layout if isinstance(layout, CanvasLayout) else getattr(layout, "layout", None)
+    if not isinstance(canvas_layout, CanvasLayout):
         raise ValueError(f"layout must be a CanvasLayout, or a schema that has one, got {shown(layout)}")
-    return found
+    return canvas_layout
 
 
 def _local(path_or_repo_id: str | Path) -> Path:
@@ -231,10 +231,10 @@ def _regions(source: LeRobotFolder, layout: CanvasLayout, features: Mapping[str,
     known = [name for name in source.features if name not in DEFAULT_COLUMNS]
     if features is None:
         named = {region: [f for f in known if region in (f, f.rpartition(".")[2])] for region in layout.regions}
-        several = {region: found for region, found in named.items() if len(found) > 1}
+        several = {region: names for region, names in named.items() if len(names) > 1}
         if several:
             raise ValueError(f"features= must say which of these a region takes: {several}")
-        regions = {region: found[0] for region, found in named.items() if found}
+        regions = {region: names[0] for region, names in named.items() if names}
     else:
         regions = {region: feature for feature, region in features.items()}
         if len(regions) < len(features):

@@ -122,8 +122,8 @@ def row_sets(sets: AttentionSets, packed: PackedOrder, n_canvas: int) -> RowSets
     connection, queries, keys = triple.T
     used, numbers = np.unique(np.concatenate([queries, keys]), return_inverse=True)
     member_set, member_box = members
-    kept = np.isin(member_set, used)
-    member_set, member_box = np.searchsorted(used, member_set[kept]), member_box[kept]
+    selection = np.isin(member_set, used)
+    member_set, member_box = np.searchsorted(used, member_set[selection]), member_box[selection]
     # members → intervals → rows
     owner, interval = expand_ranges(packed.ptr[member_box], np.diff(packed.ptr)[member_box])
     owner = member_set[owner]

@@ -125,7 +125,7 @@ class BoundSchema:
 
     @property
     def layout(self) -> CanvasLayout:
-        """Where the fields lie."""
+        """The layout of the fields."""
         return self.schema.layout
 
     @property

@@ -35,16 +35,16 @@ def field_shapes(fields: dict[str, Field], n_dims: int) -> list[tuple[int, ...]]
             shape = (1,) * (n_dims - len(shape)) + shape
         elif len(shape) > n_dims:
             spare = len(shape) - n_dims
-            kept = [size for axis, size in enumerate(shape) if size > 1 or shape[: axis + 1].count(1) > spare]
-            if len(kept) != n_dims:
+            sizes = [size for axis, size in enumerate(shape) if size > 1 or shape[: axis + 1].count(1) > spare]
+            if len(sizes) != n_dims:
                 raise ValueError(f"field {path!r} of shape {shape} does not fit a grid of {n_dims} spatial dimensions")
-            shape = tuple(kept)
+            shape = tuple(sizes)
         shapes.append(shape)
     return shapes
 
 
 def pack(paths: Sequence[str], shapes: Sequence[tuple[int, ...]], grid: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Where each field starts on the grid.
+    """Returns the first coordinates of each field on the grid.
 
     One dimension: end to end. Two: in strips, left to right and then the next strip, each as high as its highest field.
     More: stacked along the first.

@@ -81,14 +81,14 @@ def _groups(elements: list[TypeNode], policy: str) -> list[list[str]]:
     for path in names:
         for name in names[path]:
             having.setdefault(name, []).append(path)
-    groups, seen = [], set()
+    groups, done = [], set()
     for path in names:
         group, pending = [], [path]
         while pending:
             one = pending.pop()
-            if one in seen:
+            if one in done:
                 continue
-            seen.add(one)
+            done.add(one)
             group.append(one)
             for name in names[one]:
                 pending += having.pop(name, ())

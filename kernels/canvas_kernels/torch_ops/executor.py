@@ -137,7 +137,7 @@ def order_of_results(x: torch.Tensor) -> tuple[int, ...]:
 
 
 class ExecutionPlan(NamedTuple):
-    """How a table runs for a head_dim.
+    """The execution of a table for a head_dim.
 
     Attributes:
         flash: for each strided group, whether it runs by the flash kernel.

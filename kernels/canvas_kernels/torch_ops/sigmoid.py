@@ -126,7 +126,8 @@ class _Step:
         # [1, G, R, 1] and [1, G, S · W, 1]
         self.inactive_rows = [~x.any(2)[None, :, :, None] for x in live]
         self.inactive_keys = [
-            ~x.any(1).repeat_interleave(group.shape[3], 1)[None, :, :, None] for group, x in zip(self.index.groups, live)
+            ~x.any(1).repeat_interleave(group.shape[3], 1)[None, :, :, None]
+            for group, x in zip(self.index.groups, live)
         ]
 
     def gather(self, x: torch.Tensor, queries: bool, scale: float = 1.0) -> list[torch.Tensor]:
