@@ -28,7 +28,7 @@ RETIRED = {
     r"\bwho (asks|reads|answers|attends)\b|\breads? whom\b": "which regions attend to which",
     r"\b(an?|each|every|one|no|all|its|of) reads?\b|\breads? (of|nothing|everything|itself|themselves)\b": "set",
     r"\b(quer(y|ies)|positions?|regions?|tokens?|fields?|rows?) (that )?(reads?|sees?|asks?)\b": "attends to",
-    r"\b(sees?|seen) (the |no |all |every |its |their |some )?(same )?(keys?|quer(y|ies)|positions?|rows?)\b": "attends to",
+    r"\b(sees?|seen) (the |no |all |every |its |their )?(same )?(keys?|quer(y|ies)|positions?|rows?)\b": "attends to",
     r"\bask(s|ed|ing)?\b|\banswer(s|ed)?\b": "request",
     r"\bbanks? of slots\b": "slot bank",
     r"\bwhoever\b|\bwhatever it\b": "say which",
