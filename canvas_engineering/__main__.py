@@ -76,8 +76,7 @@ def region_table(layout):
 
 
 def connection_table(layout, topology, plan):
-    """Returns a table with one row per connection: regions, frames, fill, weight, function, number of attention
-    sets."""
+    """Returns a table with one row per connection: regions, frames, fill, weight, function, sets."""
     from rich.table import Table
 
     table = Table(title=f"{len(topology.connections)} connections")

@@ -215,8 +215,7 @@ def checked_tensor(value: Any, what: str, floating: bool = True) -> torch.Tensor
 
 
 def checked_read(queries: Any, keys: Any, values: Any) -> None:
-    """Checks the inputs of one attention set; ValueError: an input that is no floating-point tensor (B, rows,
-    d_model)."""
+    """Checks the inputs of one attention set; ValueError: no floating-point tensor (B, rows, d_model)."""
     for what, value in (("queries", queries), ("keys", keys), ("values", values)):
         if checked_tensor(value, what).dim() != 3:
             raise ValueError(f"{what} must be (batch, rows, d_model), got {tuple(value.shape)}")

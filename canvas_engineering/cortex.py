@@ -1,5 +1,4 @@
-"""Cortices: named groups of regions whose connections among themselves run one attention function, shared or their
-own."""
+"""Cortices: named groups of regions whose connections run one attention function, shared or their own."""
 
 from __future__ import annotations
 

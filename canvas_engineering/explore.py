@@ -83,8 +83,7 @@ def _page_data(program: CanvasProgram, normalize: str) -> dict[str, Any]:
 
 
 def _regions(layout: CanvasLayout, program: CanvasProgram) -> dict[str, list]:
-    """Columns over regions: names, bounds, periods, badges and facts, (name, value) each, and slots of a slot bank or
-    0."""
+    """Columns over regions: names, bounds, periods, badges and facts, (name, value) each, and slots or 0."""
     specs = [layout.region_spec(name) for name in layout.regions]
     programs = [program.regions.get(name) for name in layout.regions]
     return {

@@ -292,8 +292,7 @@ def from_chunks(steps: torch.Tensor, batch: int, length: int) -> torch.Tensor:
 
 
 def inter_chunk_scan(added: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
-    """Returns the state before each chunk: H_k = kept_{k−1} H_{k−1} + added_{k−1}, (batch, chunks, states, width), by
-    doubling."""
+    """Returns states H_k = decay_{k−1} H_{k−1} + added_{k−1} before chunks k, (batch, chunks, states, width)."""
     shift, count = 1, added.shape[1]
     while shift < count:
         joined = torch.addcmul(added[:, shift:], decay[:, shift:], added[:, :-shift])

@@ -14,7 +14,7 @@ from canvas_kernels.packing import IndexMap, gather_rows, scatter_rows
 from ..checked import checked_read, checked_sizes
 from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
-from .base import QueryIndex, coefficients, mask_rows, query_index, to_canvas, to_rows
+from .base import QueryIndex, Scales, coefficients, mask_rows, query_index, to_canvas, to_rows
 
 
 class PoolingAttention(CanvasModule):
@@ -42,15 +42,7 @@ class PoolingAttention(CanvasModule):
         return self.proj(values.mean(1, keepdim=True)).expand(-1, queries.shape[1], -1)
 
     def attend(
-        self,
-        x: torch.Tensor,
-        plan: AttentionPlan,
-        *,
-        gain: torch.Tensor | None = None,
-        active: torch.Tensor | None = None,
-        row_scale: torch.Tensor | None = None,
-        bias_weight: torch.Tensor | None = None,
-        backend: str = "auto",
+        self, x: torch.Tensor, plan: AttentionPlan, scales: Scales, bias_weight: torch.Tensor | None, backend: str
     ) -> torch.Tensor:
         """Runs every attention set of ``plan``; arguments and result are those of :meth:`CrossAttention.attend`.
 
@@ -58,7 +50,7 @@ class PoolingAttention(CanvasModule):
         with the rest.
         """
         index = pooled_keys(plan)
-        (batch, _, width), weights = x.shape, coefficients(index.query_index, plan, x, gain, active, row_scale)
+        (batch, _, width), weights = x.shape, coefficients(index.query_index, plan, x, scales)
         means = gather_rows(to_rows(x), index.means)
         # [sets, B, d]
         pooled = self.proj(means.unflatten(1, (batch, width)))
@@ -124,19 +116,11 @@ class CopyAttention(CanvasModule):
         return F.pad(values[:, :n], (0, 0, 0, max(0, n - values.shape[1])))
 
     def attend(
-        self,
-        x: torch.Tensor,
-        plan: AttentionPlan,
-        *,
-        gain: torch.Tensor | None = None,
-        active: torch.Tensor | None = None,
-        row_scale: torch.Tensor | None = None,
-        bias_weight: torch.Tensor | None = None,
-        backend: str = "auto",
+        self, x: torch.Tensor, plan: AttentionPlan, scales: Scales, bias_weight: torch.Tensor | None, backend: str
     ) -> torch.Tensor:
         """Runs every attention set of ``plan``; arguments and result are those of :meth:`CrossAttention.attend`."""
         index = copies(plan)
-        weights = coefficients(index.query_index, plan, x, gain, active, row_scale)
+        weights = coefficients(index.query_index, plan, x, scales)
         results = weights.weigh(gather_rows(to_rows(x), index.sources))
         return to_canvas(scatter_rows(results, index.targets), x.shape[0], x.shape[2])
 

@@ -15,8 +15,7 @@ _SOFTMAX = ("cross_attention", "self_attention", "cogvideox", "none")
 
 
 def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
-    """Returns the joint-form plan (docs/semantics.md, section 3) over tokens: all of region "text", then all of
-    "video".
+    """Returns the joint-form plan (docs/semantics.md, section 3) over tokens: region "text", then "video".
 
     Tokens without keys attend to themselves.
 

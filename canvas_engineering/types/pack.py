@@ -12,8 +12,7 @@ SLACK = 1.15
 
 
 def spatial_dims(fields: Sequence[Field]) -> int:
-    """Returns the number of spatial dimensions of the fields, the largest of any of them; a plain scalar fits all; at
-    least 1."""
+    """Returns the largest number of spatial dimensions of any field, at least 1; a plain scalar fits all."""
     return max((len(f.shape) for f in fields if f.shape != (1, 1)), default=2)
 
 

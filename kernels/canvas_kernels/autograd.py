@@ -155,8 +155,7 @@ OPERATIONS: dict[str, Operation] = {}
 
 
 def _tangent(function: Callable, primals: list[torch.Tensor], tangents: list[torch.Tensor | None]):
-    """Returns the derivative of ``function`` along ``tangents`` by two reverse passes: dual numbers cannot be
-    nested."""
+    """Returns the derivative of ``function`` along ``tangents`` by two reverse passes."""
     result, pull = torch.func.vjp(function, *primals)[:2]
     cotangent = torch.zeros_like(result) if isinstance(result, torch.Tensor) else tuple(map(torch.zeros_like, result))
     push = torch.func.vjp(pull, cotangent)[1]
@@ -321,8 +320,7 @@ _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 def own_products(kernel: Callable) -> Callable:
-    """Decorates the kernel of an operator: no autocast inside, and results are no views, which dual numbers do not
-    support."""
+    """Decorates the kernel of an operator: no autocast inside, and results that dual numbers accept (no views)."""
 
     @functools.wraps(kernel)
     def call(*args):

@@ -1,8 +1,7 @@
 """BlockTable: which query rows attend to which key rows, in which softmax, with which weight.
 
 The format suits attention whose pattern is a modest number of rectangles in a good order of positions: memory is
-proportional to rectangles, never to pairs, and every executor derives its own tables from it (``kernels/README.md`` is
-the contract).
+proportional to rectangles, never to pairs. ``kernels/README.md`` is the contract.
 """
 
 from __future__ import annotations
@@ -242,8 +241,7 @@ class BlockTable:
         return self.pairs * head_dim * batch_heads * (10 if backward else 4)
 
     def to_dense(self) -> np.ndarray:
-        """Returns float64 (n, n): the largest weight over all rectangles that hold (i, j), 0 if none does. For tests:
-        memory is n²."""
+        """Returns float64 (n, n): the largest weight over rectangles that hold (i, j), 0 if none does. For tests."""
         dense = np.zeros((self.n_positions, self.n_positions))
         for q0, q1, k0, k1, w in zip(self.q_start, self.q_stop, self.k_start, self.k_stop, self.weight, strict=True):
             block = dense[q0:q1, k0:k1]
@@ -475,8 +473,7 @@ def normalise_row_sums(sums: torch.Tensor) -> torch.Tensor:
 
 
 def _assign_slots(segment: np.ndarray, q_start: np.ndarray, q_stop: np.ndarray) -> tuple[np.ndarray, int]:
-    """Assigns slots to rectangles sorted by (segment, q_start), consecutive along each contiguous range of query
-    rows."""
+    """Assigns slots to rectangles sorted by (segment, q_start), consecutive along contiguous query rows."""
     if not len(segment):
         return np.zeros(0, np.int64), 0
     # running maximum of query rows per segment; offsets keep segments disjoint

@@ -136,8 +136,7 @@ class IndexMap:
 
     @derived(limit=8)
     def bags(self, transposed: bool, device: torch.device, dtype: torch.dtype) -> _Bags:
-        """Returns the entries by output row, or by row of x if ``transposed``; entries of one row in ascending
-        order."""
+        """Returns the entries by output row, or by row of x if ``transposed``, in ascending order."""
         index, offset, weight = self.index, self.offset, self.weight
         if transposed:
             order = np.argsort(index, kind="stable")

@@ -24,8 +24,7 @@ from .groups import GatheredGroup, StridedGroup
 
 
 class GroupMaps(NamedTuple):
-    """G members of R rows that attend to S segments of W keys, as maps to G · R rows, G · S · W keys, G · R · S
-    entries.
+    """A group of shape (G, R, S, W) as maps to G · R rows, G · S · W keys and G · R · S (row, segment) entries.
 
     Attributes:
         rows, keys: from positions.

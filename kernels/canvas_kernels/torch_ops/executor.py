@@ -21,8 +21,7 @@ from .groups import Grouping
 from .indices import Step, indices_of
 from .strided import backward_strided, forward_strided, saved_sizes
 
-# Orders of (B, H, n, D) in memory, outermost first: positions before heads, as linear layers write them, or batch
-# first.
+# Orders of (B, H, n, D) in memory, outermost first: positions before heads, or batch first.
 POSITIONS, BATCH = (2, 0, 1, 3), (0, 1, 2, 3)
 
 

@@ -54,8 +54,7 @@ def use_frames(q: torch.Tensor, rows: int) -> bool:
 
 
 def is_profitable(rows: int, n: int, head_dim: int, heads_first: bool) -> bool:
-    """Whether frames of ``rows`` of n rows are faster by the kernel; ``heads_first`` in memory, or one head. One frame
-    always is."""
+    """Whether frames of ``rows`` of n rows are faster by the kernel; one frame always is."""
     side = 1 if heads_first else 0
     return rows == n or rows >= MIN_ROWS[side] or rows * head_dim <= MAX_ELEMENTS[side]
 

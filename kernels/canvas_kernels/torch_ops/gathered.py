@@ -142,8 +142,7 @@ def _gather(x: torch.Tensor, indices: Indices, number: int, side: int) -> torch.
 
 
 def _flat_rows(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Views the memory of x (n, X, D) as rows of D elements; returns it and the strides of positions and heads in
-    rows."""
+    """Views the memory of x (n, X, D) as rows of D elements; returns it and the strides (position, head) in rows."""
     n, heads, dim = x.shape
     strides = (x.stride(0) // dim, x.stride(1) // dim)
     count = 1 + (n - 1) * strides[0] + (heads - 1) * strides[1]

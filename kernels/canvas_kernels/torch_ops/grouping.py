@@ -26,8 +26,7 @@ STRIDED_PAIRS = 2048
 MAX_SHAPES = 8
 # Row ranges of one member where rows that attend to the same keys are merged.
 MAX_ROW_RANGES = 4
-# Strided groups whose members have at least this many pairs, rows and keys run by the flash kernel, which saves no
-# probabilities.
+# Members with at least this many pairs, rows and keys run by the flash kernel, which saves no probabilities.
 FLASH_PAIRS, FLASH_SIDE = 160_000, 192
 # If strided groups would save more probabilities per head than this, 64 MiB, all run by the flash kernel.
 MAX_SAVED_PROBS = 1 << 24

@@ -1,7 +1,6 @@
 """Index tensors and coefficients of the torch executor for a table on a device, cached.
 
-The executor works on rows (n, X, D), X being batch · heads. Gathered rows of a bundle are [group][x][member][row or
-key].
+The executor works on rows (n, X, D), X being batch · heads. Rows of a bundle are [group][x][member][row or key].
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ class Indices:
         return to_device(array, self.device)
 
     def _spread(self, parts: list[np.ndarray], by_head: int = 0, by_position: int = 1) -> torch.Tensor:
-        """Returns by_head · x + by_position · part per group, flattened [group][x][row]: int32 unless that
-        overflows."""
+        """Returns by_head · x + by_position · part per group, as [group][x][row]: int32 unless that overflows."""
         base = by_head * np.arange(self.heads)[:, None]
         flat = np.concatenate([(base + by_position * part).reshape(-1) for part in parts])
         return self.tensor(flat if flat.max() >= 2**31 else flat.astype(np.int32))

@@ -290,8 +290,7 @@ def _pair_slices(flat: torch.Tensor, group: StridedGroup, heads: int) -> Sequenc
 def _add_product(views, group: StridedGroup, heads: int, ranges, left, right, coefficient, overwrite: bool) -> None:
     """Adds coefficient · left right to the rows of ``ranges`` in one slice, or writes it if ``overwrite``.
 
-    ``views``: one per range, from :func:`_slices`. ``left`` [Y, lengths, …]; coefficient [Y, lengths, 1], or
-    a number.
+    ``views``: one per range, from :func:`_slices`. ``left`` [Y, lengths, …]; coefficient [Y, lengths, 1] or float.
     """
     constant, begin = isinstance(coefficient, float), 0
     for view, (_, length, move) in zip(views, ranges):
