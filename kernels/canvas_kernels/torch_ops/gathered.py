@@ -243,7 +243,7 @@ class LseWriter:
 
 def _add_gain(per_segment: torch.Tensor, group: GatheredGroup, values: torch.Tensor, gradient: torch.Tensor) -> None:
     members, _, segments, width = group.shape
-    # Σ V ∘ Pᵀ dO' over group, heads and keys: [G · S]
+    # Σ V ∘ Pᵀ dO' over batch, heads and keys: [G · S]
     sums = (values * gradient).view(-1, members * segments, width * values.shape[2]).sum((0, 2))
     valid = (group.segment >= 0).reshape(-1).nonzero()[0]
     if len(valid) < len(sums):
