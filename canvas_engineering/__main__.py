@@ -126,7 +126,7 @@ def _caption_truncated(table, total: int) -> None:
 
 
 def build_app():
-    """The command-line application, a ``typer.Typer``."""
+    """Returns the command-line application, a ``typer.Typer``."""
     import typer
     from rich.console import Console
 

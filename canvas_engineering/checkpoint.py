@@ -138,7 +138,7 @@ def _checked_loops(description: dict[str, Any], n_blocks: int) -> list[int]:
 def _compared(
     blocks: _Tensors, head: dict[str, torch.Tensor] | None, description: dict[str, Any], looped_blocks, action_head
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[str]]:
-    """The copies to make, and in words what keeps them from being made."""
+    """Returns the copies to make, and the differences that forbid them."""
     differences = [] if len(blocks) == len(looped_blocks) else [f"{len(blocks)} blocks, the model {len(looped_blocks)}"]
     if description:
         own = _describe(looped_blocks, action_head)

@@ -186,7 +186,7 @@ class ProgramCompiler:
         return compiled
 
     def _modes(self, family_defaults: bool, keep_exported: bool) -> dict[str, str]:
-        """Region to its compile mode."""
+        """Returns a dict from region to its compile mode."""
         modes, names = dict.fromkeys(self.program.schema.layout.regions, "runtime"), []
         for name, region in self.program.regions.items():
             if name in modes:
@@ -259,7 +259,7 @@ class ProgramCompiler:
 
 
 def load_exported(path: str | Path, submodule: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of an exported region, as a state dict.
+    """Returns the tensors of an exported region, as a state dict.
 
     Where all of them came from one submodule, such as ``heads.memory``, names are those of its state dict: it is what
     they load into, with ``strict=False`` where it holds other regions' tensors too. Where they came from several,
@@ -316,7 +316,7 @@ def load_exported(path: str | Path, submodule: str | None = None) -> dict[str, t
 def _state_dict_of(
     tensors: dict[str, torch.Tensor], manifest: dict[str, Any], submodule: str | None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a submodule by their names in it."""
+    """Returns the tensors of a submodule by their names in it."""
     submodules = manifest.get("submodules", [])
     if submodule is None:
         submodule = submodules[0] if len(submodules) == 1 else ""
@@ -380,7 +380,7 @@ def _export(folder: Path, region: str, tensors: dict[str, torch.Tensor], submodu
 
 
 def _restricted(program: CanvasProgram, active: set[str], connections: list[Connection]) -> CanvasProgram:
-    """The program with its active regions and connections; the canvas and its positions stay."""
+    """Returns the program with its active regions and connections; the canvas and its positions stay."""
     schema, layout = program.schema, program.schema.layout
     regions = {name: spec for name, spec in layout.regions.items() if name in active}
     pairs = {(c.src, c.dst) for c in connections}

@@ -296,7 +296,7 @@ def _name_regions(axes: Axes, plan: AttentionPlan, pairs: list[tuple[str, str]])
 
 
 def _in_words(offsets: list[tuple[int | None, int | None]]) -> str:
-    """Which frames connections of these (t_src, t_dst) attend to: "same frame, 1 to 3 frames back"."""
+    """Describes the frames of connections with these (t_src, t_dst): "same frame, 1 to 3 frames back"."""
     words = []
     steps = [dst - src for src, dst in offsets if src is not None and dst is not None]
     if 0 in steps:
@@ -312,14 +312,14 @@ def _in_words(offsets: list[tuple[int | None, int | None]]) -> str:
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    """First and last of each run of consecutive numbers."""
+    """Returns the first and last of each run of consecutive numbers."""
     firsts = [n for n in numbers if n - 1 not in numbers]
     lasts = [n for n in numbers if n + 1 not in numbers]
     return list(zip(firsts, lasts))
 
 
 def _frame_runs(frames: int, specs: dict[str, RegionSpec]) -> list[tuple[int, int, tuple[str, ...]]]:
-    """Maximal runs of frames that hold the same regions: (first, last, names)."""
+    """Returns the maximal runs of frames that hold the same regions: (first, last, names)."""
     cuts = sorted({0, frames, *(bound for spec in specs.values() for bound in spec.bounds[:2])})
     spans = [
         (start, stop - 1, tuple(n for n, s in specs.items() if s.bounds[0] <= start and stop <= s.bounds[1]))

@@ -108,7 +108,7 @@ def _facts(spec) -> list[tuple[str, str]]:
 
 
 def _badges(region: RegionProgram) -> list[tuple[str, str]]:
-    """A region's program as (what, value)."""
+    """Returns a region's program as (what, value)."""
     learning, mode = region.learning, region.effective_compile_mode()
     badges = [
         ("family", region.family),
@@ -227,7 +227,7 @@ class _Patterns:
         self.layout, self.number, self.rows = layout, {}, []
 
     def of(self, c: Connection) -> int:
-        """The number of a connection's pattern; -1 where the layout lacks one of its regions."""
+        """Returns the number of a connection's pattern; -1 where the layout lacks one of its regions."""
         if c.src not in self.layout.regions or c.dst not in self.layout.regions:
             return -1
         key = _times(c, self.layout)
@@ -256,7 +256,8 @@ def _masked_boxes(c: Connection, layout: CanvasLayout) -> list[tuple]:
 
 
 def _table(plan: AttentionPlan) -> dict[str, Any]:
-    """The block table: its largest rectangles as rows (q_start, q_stop, k_start, k_stop, connection), and its sums."""
+    """Returns the block table: its largest rectangles as rows (q_start, q_stop, k_start, k_stop, connection), and its
+    sums."""
     table = plan.table
     area = (table.q_stop - table.q_start) * (table.k_stop - table.k_start)
     # among equals, spread over the table: multiples of the golden ratio fill a circle evenly

@@ -104,7 +104,7 @@ class ResidualAccumulator(CanvasModule):
         return list(self._names)
 
     def row(self, region: str) -> int:
-        """The region's row. KeyError: its errors are not kept."""
+        """Returns the region's row. KeyError: its errors are not kept."""
         if region not in self._row:
             raise KeyError(f"no residuals are kept for region {region!r}, only for {self._names}")
         return self._row[region]
@@ -152,12 +152,12 @@ class ResidualAccumulator(CanvasModule):
         self.values.div_(dist.get_world_size(group))
 
     def summaries(self) -> dict[str, dict[str, float]]:
-        """Region to kind to value, as plain floats: waits for the device."""
+        """Returns a dict from region to kind to value, as plain floats: waits for the device."""
         kinds = self.spec.kinds
         return {name: dict(zip(kinds, row)) for name, row in zip(self._names, self.values.tolist())}
 
     def summary_tensor(self) -> torch.Tensor:
-        """A copy of the averages, (regions, kinds), by sorted name; on the device, without waiting."""
+        """Returns a copy of the averages, (regions, kinds), by sorted name; on the device, without waiting."""
         return self.values.clone()
 
     def reset(self) -> None:
@@ -227,7 +227,7 @@ class TriggerFlags(CanvasModule):
             )
 
     def forward(self, summaries: torch.Tensor | None) -> torch.Tensor:
-        """(connections,) float32, 1 where the connection has no trigger or one that holds.
+        """Returns (connections,) float32, 1 where the connection has no trigger or one that holds.
 
         ``summaries``: (regions, kinds) of the accumulator, or None.
         """

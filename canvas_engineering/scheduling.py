@@ -175,7 +175,7 @@ class DeviceScheduler(CanvasModule):
 
     @torch.no_grad()
     def step(self, external_t: int | torch.Tensor, boundary: str | None = None) -> torch.Tensor:
-        """Which regions update at this step: (regions,) float32 of 0 and 1 in the layout's order.
+        """Returns which regions update at this step: (regions,) float32 of 0 and 1 in the layout's order.
 
         Args:
             external_t: the step; under ``torch.compile`` an int64 tensor on the device, so that one graph serves all.

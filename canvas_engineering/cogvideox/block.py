@@ -195,7 +195,7 @@ class LoopedCogVideoXBlock(CanvasModule):
         return video, text
 
     def trainable_params(self) -> int:
-        """Number of loop parameters."""
+        """Returns the number of loop parameters."""
         return self.loop.numel()
 
     def extra_repr(self) -> str:

@@ -80,7 +80,7 @@ class LeRobotFolder:
         return {**self.__dict__, "_reader": VideoReader()}
 
     def columns(self, episode: Episode) -> dict[str, np.ndarray]:
-        """The episode's rows: each column but videos, (length, …).
+        """Returns the episode's rows: each column but videos, (length, …).
 
         Raises:
             ValueError: fewer rows than the episode has frames; the message names the file.

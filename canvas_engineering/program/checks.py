@@ -114,7 +114,7 @@ def validate_constraints(program: CanvasProgram) -> list[str]:
 
 
 def clock_problems(program: CanvasProgram) -> list[str]:
-    """The summaries that clocks of a program's regions name and no region of the layout can have, in words."""
+    """Returns the summaries that clocks of a program's regions name and no region of the layout can have, in words."""
     results = []
     for name, region in program.regions.items():
         for source in () if region.clock is None else dict.fromkeys(_sources(region.clock)):
@@ -124,7 +124,7 @@ def clock_problems(program: CanvasProgram) -> list[str]:
 
 
 def _sources(clock: ClockSpec) -> Iterator[str]:
-    """The summaries that a clock looks at."""
+    """Returns the summaries that a clock looks at."""
     if clock.expr is not None:
         yield from (node.source for node in clock.expr.nodes() if isinstance(node, OnEvent))
     elif clock.mode == "on_event" and clock.event_source is not None:
@@ -192,7 +192,8 @@ def _problems(
 
 
 def _cycle(root: str, keys_of: dict[str, list[str]]) -> list[str]:
-    """A cycle that can be reached from ``root``, its first region repeated at the end; empty if there is none."""
+    """Returns a cycle that can be reached from ``root``, its first region repeated at the end; empty if there is
+    none."""
     done: set[str] = set()
     path: dict[str, None] = {root: None}
     pending = [iter(keys_of.get(root, ()))]

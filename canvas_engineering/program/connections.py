@@ -60,7 +60,7 @@ class Clause:
 
 
 def parse_trigger(trigger: str | None) -> tuple[Clause, ...]:
-    """The clauses that must all hold; none for None.
+    """Returns the clauses that must all hold; none for None.
 
     Raises:
         ValueError: a clause of another form than ``"<region>.<kind> <op> <number>"``.
@@ -131,7 +131,7 @@ def resolve_connection(
     cp: ConnectionProgram | None,
     local_backend: str | None,
 ) -> tuple[Connection, str | None]:
-    """The connection as it runs, and its trigger (docs/semantics.md, section 5).
+    """Returns the connection as it runs, and its trigger (docs/semantics.md, section 5).
 
     Args:
         connection: as declared.

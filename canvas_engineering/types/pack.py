@@ -17,7 +17,7 @@ def spatial_dims(fields: Sequence[Field]) -> int:
 
 
 def field_shapes(fields: dict[str, Field], n_dims: int) -> list[tuple[int, ...]]:
-    """The fields' sizes in ``n_dims`` dimensions.
+    """Returns the fields' sizes in ``n_dims`` dimensions.
 
     With one dimension, a field is as long as it has positions. Otherwise dimensions of size 1 are put in front, or left
     out from the front, until the number is right.
@@ -98,7 +98,7 @@ def _stack(shapes: Sequence[tuple[int, ...]], n_dims: int) -> tuple[list[tuple[i
 def auto_shape(
     shapes: Sequence[tuple[int, ...]], n_dims: int, H: int | None = None, W: int | None = None
 ) -> tuple[int, ...]:
-    """A grid on which `pack` places the fields, with some room to spare.
+    """Returns a grid on which `pack` places the fields, with some room to spare.
 
     One dimension: 1.15 times the total. Two: W is the root of 1.15 times the area, at least the widest field; H is 1.15
     times the height of the strips at that width. More: every side is the n-th root of 1.15 times the volume, at least

@@ -29,7 +29,8 @@ class _Pairs:
 
 
 def wire(root: TypeNode, policy: ConnectivityPolicy) -> CanvasTopology:
-    """The connections of a tree, none of them twice; from each type on down: its own fields, then child by child."""
+    """Returns the connections of a tree, none of them twice; from each type on down: its own fields, then child by
+    child."""
     pairs = _Pairs()
     _collect(root, policy, pairs)
     if policy.temporal == "dense":
