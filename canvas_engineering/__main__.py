@@ -76,8 +76,7 @@ def region_table(layout):
 
 
 def connection_table(layout, topology, plan):
-    """Returns a table with one row per connection: regions, frames, fill, weight, function, number of attention
-    sets."""
+    """Returns a table with one row per connection: regions, frames, fill, weight, function, sets."""
     from rich.table import Table
 
     table = Table(title=f"{len(topology.connections)} connections")
@@ -127,7 +126,7 @@ def _caption_truncated(table, total: int) -> None:
 
 
 def build_app():
-    """The command-line application, a ``typer.Typer``."""
+    """Returns the command-line application, a ``typer.Typer``."""
     import typer
     from rich.console import Console
 

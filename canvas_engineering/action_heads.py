@@ -31,7 +31,7 @@ class ActionHead(CanvasModule):
         self.net = nn.Sequential(nn.Linear(latent_channels, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, action_dim))
 
     def forward(self, noise_pred: torch.Tensor) -> torch.Tensor:
-        """(B, T, C, *spatial), averaged over T and space, or (B, N, C), averaged over N → (B, action_dim).
+        """Maps (B, T, C, *spatial), averaged over T and space, or (B, N, C), averaged over N, to (B, action_dim).
 
         Raises:
             ValueError: fewer than three dimensions, or another number of channels.

@@ -28,7 +28,7 @@ _SHORT.maxstring = _SHORT.maxother = 200
 
 
 def shown(value: Any) -> str:
-    """A value for an error message: its repr, shortened where it is long or deep, whatever it is.
+    """Returns a value's repr for an error message, shortened if long or deep.
 
     >>> shown("eye"), shown([[[[[1]]]]]), shown(10**5000)
     ("'eye'", '[[[[[...]]]]]', 'an int of 16610 bits')
@@ -49,7 +49,7 @@ def _is_bool(value: Any) -> bool:
 def checked_int(
     value: Any, what: str, least: int | None = None, most: int = LARGEST_INT, kind: str | None = None
 ) -> int:
-    """The int that is given, numpy's and tensors' integers included.
+    """Returns the int that is given, numpy's and tensors' integers included.
 
     Raises:
         ValueError: no int, or one below ``least`` or above ``most`` (in magnitude, where there is no least); the
@@ -75,7 +75,7 @@ def checked_int(
 def checked_ints(
     values: Any, what: str, least: int | None = None, each: str | None = None, kind: str | None = None
 ) -> tuple[int, ...]:
-    """A tuple of ints; ``each`` is what one of them is called, ``kind`` what it must be.
+    """Returns a tuple of ints; ``each`` is what one of them is called, ``kind`` what it must be.
 
     Raises:
         ValueError: not several values in an order, or one that is no int or too small.
@@ -84,7 +84,7 @@ def checked_ints(
 
 
 def checked_number(value: Any, what: str, kind: str = "a finite number") -> float:
-    """A float of the number that is given; of tensors and arrays, those without dimensions and gradient.
+    """Returns a float of the number that is given; of tensors and arrays, those without dimensions and gradient.
 
     Raises:
         ValueError: none, or one that is not finite; the message names ``kind``.
@@ -100,28 +100,29 @@ def checked_number(value: Any, what: str, kind: str = "a finite number") -> floa
 
 
 def checked_bool(value: Any, what: str) -> bool:
-    """The bool that is given; ValueError: anything else, numbers included."""
+    """Returns the bool that is given; ValueError: anything else, numbers included."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{what} must be a bool, got {shown(value)}")
     return bool(value)
 
 
 def checked_string(value: Any, what: str, optional: bool = False) -> Any:
-    """The string that is given (or None where that is allowed); ValueError: anything else."""
+    """Returns the string that is given (or None where that is allowed); ValueError: anything else."""
     if not isinstance(value, str) and not (optional and value is None):
         raise ValueError(f"{what} must be a string{', or None' if optional else ''}, got {shown(value)}")
     return value
 
 
 def checked_name(value: Any, what: str, kind: str = "be a string of at least one character") -> str:
-    """The string that is given; ValueError: an empty one, or anything else; the message says it must ``kind``."""
+    """Returns the string that is given; ValueError: an empty one, or anything else; the message says it must
+    ``kind``."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"{what} must {kind}, got {shown(value)}")
     return value
 
 
 def checked_strings(values: Any, what: str) -> tuple[str, ...]:
-    """A tuple of the strings that are given; ValueError: one string, or anything else."""
+    """Returns a tuple of the strings that are given; ValueError: one string, or anything else."""
     items = checked_items(values, what, "strings")
     if not all(isinstance(item, str) for item in items):
         raise ValueError(f"{what} must be a tuple of strings, got {shown(values)}")
@@ -129,13 +130,13 @@ def checked_strings(values: Any, what: str) -> tuple[str, ...]:
 
 
 def checked_names(values: Any, what: str) -> tuple[str, ...]:
-    """`checked_strings`, none of them empty; also the names that a dict or a set holds."""
+    """Returns `checked_strings`, none of them empty; also the names that a dict or a set holds."""
     strings = checked_strings(tuple(values) if isinstance(values, (Mapping, Set)) else values, what)
     return tuple(checked_name(item, f"every name of {what}") for item in strings)
 
 
 def checked_items(values: Any, what: str, of: str) -> tuple[Any, ...]:
-    """A tuple of several values in an order; ValueError: a string, a dict, a set, or one value."""
+    """Returns a tuple of several values in an order; ValueError: a string, a dict, a set, or one value."""
     # a tensor or an array without dimensions has the method, and cannot be iterated over
     several = isinstance(values, Iterable) and getattr(values, "ndim", 1) != 0
     if not several or isinstance(values, (str, bytes, bytearray, Mapping, Set)):
@@ -144,14 +145,14 @@ def checked_items(values: Any, what: str, of: str) -> tuple[Any, ...]:
 
 
 def checked_path(value: Any, what: str) -> Path:
-    """A path; ValueError: an empty one, or anything else (a number would be an open file to `open`)."""
+    """Returns a path; ValueError: an empty one, or anything else (a number would be an open file to `open`)."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ValueError(f"{what} must be a path, got {shown(value)}")
     return Path(value)
 
 
 def checked_choice(value: Any, what: str, known: Iterable[str]) -> str:
-    """The value, if it is one of the known strings; ValueError lists them otherwise."""
+    """Returns the value, if it is one of the known strings; ValueError lists them otherwise."""
     if not isinstance(value, str) or value not in known:
         listed = ", ".join(known if isinstance(known, tuple) else sorted(known))
         raise ValueError(f"unknown {what} {shown(value)}: choose one of {listed}")
@@ -163,7 +164,7 @@ def checked_kind(value: Any, what: str, kind: type[_Kind]) -> _Kind: ...
 @overload
 def checked_kind(value: Any, what: str, kind: type[_Kind], optional: bool) -> _Kind | None: ...
 def checked_kind(value: Any, what: str, kind: type, optional: bool = False) -> Any:
-    """The value, if it is of a class of ours (or None where that is allowed); ValueError otherwise."""
+    """Returns the value, if it is of a class of ours (or None where that is allowed); ValueError otherwise."""
     if not isinstance(value, kind) and not (optional and value is None):
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         raise ValueError(
@@ -173,7 +174,7 @@ def checked_kind(value: Any, what: str, kind: type, optional: bool = False) -> A
 
 
 def checked_heads(n_heads: Any, d_model: int, what: str = "n_heads") -> int:
-    """A number of heads that divides the width; ValueError otherwise."""
+    """Returns a number of heads that divides the width; ValueError otherwise."""
     heads = checked_int(n_heads, what, 1)
     if d_model % heads:
         raise ValueError(f"{what} {heads} must divide d_model {d_model}")
@@ -181,7 +182,7 @@ def checked_heads(n_heads: Any, d_model: int, what: str = "n_heads") -> int:
 
 
 def checked_dropout(value: Any, what: str = "dropout") -> float:
-    """A probability below 1; ValueError otherwise."""
+    """Returns a probability below 1; ValueError otherwise."""
     p = checked_number(value, what, "a number in [0, 1)")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{what} must lie in [0, 1), got {p}")
@@ -189,7 +190,7 @@ def checked_dropout(value: Any, what: str = "dropout") -> float:
 
 
 def checked_sizes(d_model: Any, n_heads: Any, dropout: Any, divides: bool = True) -> tuple[int, int, float]:
-    """The three arguments that every attention function takes.
+    """Checks the three arguments of every attention function.
 
     Args:
         d_model: width of the canvas, at least 1.
@@ -206,7 +207,7 @@ def checked_sizes(d_model: Any, n_heads: Any, dropout: Any, divides: bool = True
 
 
 def checked_tensor(value: Any, what: str, floating: bool = True) -> torch.Tensor:
-    """The tensor that is given; ValueError: anything else, arrays included, or integers where ``floating``."""
+    """Returns the tensor that is given; ValueError: anything else, arrays included, or integers where ``floating``."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{what} must be a tensor, got a {type(value).__name__}: {shown(value)}")
     if floating and not value.is_floating_point():
@@ -215,8 +216,7 @@ def checked_tensor(value: Any, what: str, floating: bool = True) -> torch.Tensor
 
 
 def checked_read(queries: Any, keys: Any, values: Any) -> None:
-    """Checks the inputs of one attention set; ValueError: an input that is no floating-point tensor (B, rows,
-    d_model)."""
+    """Checks the inputs of one attention set; ValueError: no floating-point tensor (B, rows, d_model)."""
     for what, value in (("queries", queries), ("keys", keys), ("values", values)):
         if checked_tensor(value, what).dim() != 3:
             raise ValueError(f"{what} must be (batch, rows, d_model), got {tuple(value.shape)}")
@@ -247,7 +247,7 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def parsed_json(text: str | bytes) -> Any:
-    """The value of a JSON text, which nothing that recurses need fear.
+    """Returns the value of a JSON text, which is not nested too deeply for recursion.
 
     Raises:
         ValueError: no JSON (NaN is none), or more levels of it than a program of the deepest parts has.

@@ -138,7 +138,7 @@ def _checked_loops(description: dict[str, Any], n_blocks: int) -> list[int]:
 def _compared(
     blocks: _Tensors, head: dict[str, torch.Tensor] | None, description: dict[str, Any], looped_blocks, action_head
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[str]]:
-    """The copies to make, and in words what keeps them from being made."""
+    """Returns the copies to make, and the differences that forbid them."""
     differences = [] if len(blocks) == len(looped_blocks) else [f"{len(blocks)} blocks, the model {len(looped_blocks)}"]
     if description:
         own = _describe(looped_blocks, action_head)
@@ -193,13 +193,13 @@ def _describe(blocks: Sequence[Loops], action_head: nn.Module | None) -> dict[st
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"torch": str(torch.__version__)}
+    versions = {"torch": str(torch.__version__)}
     for package in ("canvas-engineering", "diffusers"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
 
 
 def _read(path: Path) -> tuple[_Tensors, dict[str, torch.Tensor] | None, dict[str, Any]]:
@@ -208,8 +208,8 @@ def _read(path: Path) -> tuple[_Tensors, dict[str, torch.Tensor] | None, dict[st
         is_zip = file.read(2) == b"PK"
     blocks, head, description = _read_zip(path) if is_zip else _read_safetensors(path)
     for where, group in {**blocks, "action_head": {} if head is None else head}.items():
-        kept = isinstance(group, dict) and all(isinstance(name, str) and _is_plain(t) for name, t in group.items())
-        if not kept:
+        is_valid = isinstance(group, dict) and all(isinstance(name, str) and _is_plain(t) for name, t in group.items())
+        if not is_valid:
             raise ValueError(f"its {where} holds something else than plain tensors by name")
     return blocks, head, checked_kind(description, "its description", dict)
 

@@ -69,7 +69,8 @@ class ClockFormulas(CanvasModule):
         boundary_t: torch.Tensor,
         summaries: torch.Tensor | None,
     ) -> torch.Tensor:
-        """bool (regions,). ``last_fired`` (regions,), ``boundary_t`` (): int64; ``summaries`` (regions, kinds)."""
+        """Returns bool (regions,). ``last_fired`` (regions,), ``boundary_t`` (): int64; ``summaries`` (regions,
+        kinds)."""
         last = last_fired[self.region]
         never, since = last < 0, external_t - last
         always = torch.ones_like(never)

@@ -62,7 +62,8 @@ class ClockContext:
     boundary_t: int = 0
 
     def time(self, domain: str) -> int | None:
-        """The time of a domain: ``external_t``, or, at steps with a lifecycle event, how many there were before.
+        """Returns the time of a domain: ``external_t``, or, at steps with a lifecycle event, how many there were
+        before.
 
         Raises:
             ValueError: another domain than "external" and "boundary".
@@ -82,7 +83,7 @@ class ClockContext:
         return self.last_fired < 0 or self.external_t - self.last_fired >= steps
 
     def summary(self, source: str) -> float:
-        """The summary ``region.kind``, split at the last dot; 0 where there is none."""
+        """Returns the summary ``region.kind``, split at the last dot; 0 where there is none."""
         region, _, kind = source.rpartition(".")
         return float((self.summaries or {}).get(region, {}).get(kind, 0.0))
 
@@ -107,7 +108,7 @@ class ClockExpr:
         raise NotImplementedError(f"{type(self).__name__} is no node of its own: use one of {', '.join(_NODES)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The node in JSON types, with its ``type`` and the fields that are not None."""
+        """Returns the node in JSON types, with its ``type`` and the fields that are not None."""
         form: dict[str, Any] = {"type": _TYPE_OF[type(self)]}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -117,21 +118,21 @@ class ClockExpr:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> ClockExpr:
-        """The node of a dict as `to_dict` gives it.
+        """Returns the node of a dict as `to_dict` gives it.
 
         Raises:
             ValueError: an unknown type, listing those there are; a field that is missing, unknown or wrong.
         """
         checked_depth(d, "a clock expression")
-        found = d.get("type") if isinstance(d, dict) else d
-        if not isinstance(found, str) or not isinstance(d, dict) or found not in _NODES:
-            raise ValueError(f"unknown clock expression type {shown(found)}: choose one of {', '.join(_NODES)}")
-        kind = _NODES[found]
+        kind_name = d.get("type") if isinstance(d, dict) else d
+        if not isinstance(kind_name, str) or not isinstance(d, dict) or kind_name not in _NODES:
+            raise ValueError(f"unknown clock expression type {shown(kind_name)}: choose one of {', '.join(_NODES)}")
+        kind = _NODES[kind_name]
         given = {name: value for name, value in d.items() if name != "type"}
         known = [f.name for f in fields(kind)]
         unknown = [name for name in given if name not in known]
         if unknown:
-            raise ValueError(f"clock expression {found!r} has unknown fields {shown(unknown)}; known are {known}")
+            raise ValueError(f"clock expression {kind_name!r} has unknown fields {shown(unknown)}; known are {known}")
         for name in ("left", "right", "child"):
             if name in given:
                 given[name] = ClockExpr.from_dict(given[name])
@@ -141,7 +142,7 @@ class ClockExpr:
             raise ValueError(f"clock expression {shown(d)} is incomplete: {error}") from None
 
     def nodes(self) -> Iterator[ClockExpr]:
-        """The node and everything below it."""
+        """Returns the node and everything below it."""
         yield self
         for f in fields(self):
             if isinstance(getattr(self, f.name), ClockExpr):

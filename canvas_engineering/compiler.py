@@ -21,7 +21,7 @@ from canvas_engineering.files import alone_in, replace_file
 from canvas_engineering.notices import join_truncated, warn
 from canvas_engineering.program import CanvasProgram, RegionProgram
 from canvas_engineering.program.checks import check_program
-from canvas_engineering.program.edges import resolve_edges
+from canvas_engineering.program.connections import apply_program
 from canvas_engineering.region_parameters import RegionParameters, parameters_by_region
 from canvas_engineering.schema import CanvasSchema
 
@@ -186,16 +186,16 @@ class ProgramCompiler:
         return compiled
 
     def _modes(self, family_defaults: bool, keep_exported: bool) -> dict[str, str]:
-        """Region to its compile mode."""
-        modes, kept = dict.fromkeys(self.program.schema.layout.regions, "runtime"), []
+        """Returns a dict from region to its compile mode."""
+        modes, names = dict.fromkeys(self.program.schema.layout.regions, "runtime"), []
         for name, region in self.program.regions.items():
             if name in modes:
                 modes[name] = region.effective_compile_mode(family_defaults)
                 if keep_exported and modes[name] == "export" and region.effective_compile_mode() != "export":
-                    kept.append(name)
-        if kept:
-            warn(f"{_names(kept)} would be exported, by the default of their family: without export_dir they are kept")
-        return {**modes, **dict.fromkeys(kept, "runtime")}
+                    names.append(name)
+        if names:
+            warn(f"{_names(names)} would be exported, by the default of their family: without export_dir they are kept")
+        return {**modes, **dict.fromkeys(names, "runtime")}
 
     def _decide(self, modes: dict[str, str], keep_constant: bool) -> CompiledProgram:
         program, schema = self.program, self.program.schema
@@ -204,9 +204,9 @@ class ProgramCompiler:
         left = running | (by_mode.get("constant", set()) if keep_constant else set())
         topology = CanvasTopology() if schema.topology is None else schema.topology
         runs = [c.src in running and c.dst in left for c in topology.connections]
-        kept = [c for c, on in zip(topology.connections, runs) if on]
-        resolved, _ = resolve_edges(topology, schema.layout, program)
-        restricted = _restricted(program, left, kept)
+        connections = [c for c, on in zip(topology.connections, runs) if on]
+        resolved, _ = apply_program(topology, schema.layout, program)
+        restricted = _restricted(program, left, connections)
         frozen, constant, exported = (by_mode.get(mode, set()) for mode in _ACTING)
         return CompiledProgram(
             restricted.schema,
@@ -214,7 +214,7 @@ class ProgramCompiler:
             frozen,
             constant,
             exported,
-            kept,
+            connections,
             set(modes),
             by_mode.get("distill", set()),
             program=restricted,
@@ -238,11 +238,11 @@ class ProgramCompiler:
         if exported and export_dir is None:
             raise ValueError(f"regions {sorted(exported)} are to be exported: export_dir must say where to")
         if compiled.untouched_regions:
-            found = (f"{region!r} ({modes[region]})" for region in sorted(compiled.untouched_regions))
+            untouched = (f"{region!r} ({modes[region]})" for region in sorted(compiled.untouched_regions))
             warn(
                 f"nothing in the module belongs to these regions alone, and their compile modes change none of its "
-                f"tensors: {join_truncated(found)}. Attention functions are shared by all regions; a submodule belongs "
-                "to a region under its name, as in self.camera, and by region_parameters(region) of its owner"
+                f"tensors: {join_truncated(untouched)}. Attention functions are shared by all regions; a submodule "
+                "belongs to a region under its name, as in self.camera, and by region_parameters(region) of its owner"
             )
         if compiled.shared_tensors:
             warn(f"tensors that several regions share are left as they are: {join_truncated(compiled._shared())}")
@@ -259,7 +259,7 @@ class ProgramCompiler:
 
 
 def load_exported(path: str | Path, submodule: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of an exported region, as a state dict.
+    """Returns the tensors of an exported region, as a state dict.
 
     Where all of them came from one submodule, such as ``heads.memory``, names are those of its state dict: it is what
     they load into, with ``strict=False`` where it holds other regions' tensors too. Where they came from several,
@@ -301,9 +301,9 @@ def load_exported(path: str | Path, submodule: str | None = None) -> dict[str, t
             if _read_manifest(manifest_path) == manifest:
                 raise
             # else another export replaced it in between, and the file that it names exists
-    found = hashlib.sha256(content).hexdigest()
-    if found != manifest["sha256"]:
-        raise ValueError(f"{path} has the checksum {found}, its manifest says {manifest['sha256']}")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != manifest["sha256"]:
+        raise ValueError(f"{path} has the checksum {digest}, its manifest says {manifest['sha256']}")
     try:
         tensors = load(content)
     except SafetensorError as error:
@@ -316,7 +316,7 @@ def load_exported(path: str | Path, submodule: str | None = None) -> dict[str, t
 def _state_dict_of(
     tensors: dict[str, torch.Tensor], manifest: dict[str, Any], submodule: str | None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a submodule by their names in it."""
+    """Returns the tensors of a submodule by their names in it."""
     submodules = manifest.get("submodules", [])
     if submodule is None:
         submodule = submodules[0] if len(submodules) == 1 else ""
@@ -380,7 +380,7 @@ def _export(folder: Path, region: str, tensors: dict[str, torch.Tensor], submodu
 
 
 def _restricted(program: CanvasProgram, active: set[str], connections: list[Connection]) -> CanvasProgram:
-    """The program with its active regions and connections; the canvas and its positions stay."""
+    """Returns the program with its active regions and connections; the canvas and its positions stay."""
     schema, layout = program.schema, program.schema.layout
     regions = {name: spec for name, spec in layout.regions.items() if name in active}
     pairs = {(c.src, c.dst) for c in connections}

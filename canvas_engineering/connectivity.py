@@ -47,7 +47,7 @@ _SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-18, 1e18
 
 
 class TemporalFill(enum.Enum):
-    """How dst's frames are chosen where dst has no frame at the target time.
+    """The choice of dst's frames where dst has no frame at the target time.
 
     >>> [fill.value for fill in TemporalFill]
     ['drop', 'hold', 'interpolate']
@@ -386,8 +386,7 @@ class CanvasTopology:
         layout: CanvasLayout | None = None,
         temporal_fill: TemporalFill = TemporalFill.HOLD,
     ) -> CanvasTopology:
-        """Returns a topology in which each region attends to itself at the same frame and to all regions at the
-        previous one.
+        """Returns a topology of each region attending to itself at the same frame and to all at the previous one.
 
         Raises:
             KeyError: a layout is given and has no such region.
@@ -451,8 +450,7 @@ class CanvasTopology:
         return adjacency
 
     def to_attention_mask(self, layout: CanvasLayout, device: str | torch.device = "cpu") -> torch.Tensor:
-        """Returns the joint mask: ``M[i, j]`` is the largest weight of all attention sets in which ``i`` attends to
-        ``j``.
+        """Returns the joint mask: ``M[i, j]`` is the largest weight over attention sets that pair i with j.
 
         Args:
             layout: the canvas. Connections to regions that it lacks are skipped, with one warning.
@@ -487,8 +485,7 @@ class CanvasTopology:
         return torch.from_numpy(matrix).to(device)
 
     def summary(self) -> str:
-        """Returns the number of connections, temporal ones by fill and all by operator, then one line per
-        connection."""
+        """Returns counts of connections, temporal ones by fill and all by operator, and one line each."""
         lines = [f"CanvasTopology: {len(self.connections)} connections among {len(self.regions)} regions"]
         fills = [c.temporal_fill.value for c in self.connections if (c.t_src, c.t_dst) != (None, None)]
         operators = [c.operator for c in self.connections]

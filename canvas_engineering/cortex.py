@@ -1,5 +1,4 @@
-"""Cortices: named groups of regions whose connections among themselves run one attention function, shared or their
-own."""
+"""Cortices: named groups of regions whose connections run one attention function, shared or their own."""
 
 from __future__ import annotations
 
@@ -129,7 +128,7 @@ class CortexRegistry:
         del self._assigned[region]
 
     def cortex_for(self, region: str) -> CortexSpec | None:
-        """The cortex of a region; None where it is in none."""
+        """Returns the cortex of a region; None where it is in none."""
         name = self._assigned.get(region)
         return None if name is None else self._cortices[name]
 
@@ -192,7 +191,7 @@ class CortexRegistry:
                     )
 
     def summary(self) -> str:
-        """The cortices, one a line."""
+        """Returns the cortices, one a line."""
         lines = [f"CortexRegistry: {self.n_cortices} cortices, {self.n_assigned} regions assigned"]
         for name in self.cortex_names:
             spec, regions = self._cortices[name], self.regions_in(name)

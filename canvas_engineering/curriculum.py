@@ -36,7 +36,7 @@ class CurriculumScheduler:
             raise ValueError(f"warmup_fraction must lie in [0, 1), got {warmup_fraction}")
 
     def get_loops(self, step: int) -> int:
-        """Number of loops at training step ``step`` (from 0)."""
+        """Returns the number of loops at training step ``step`` (from 0)."""
         step = checked_int(step, "step", 0, most=2**63 - 1)
         warmup = int(self.warmup_fraction * self.total_steps)
         phase = (step - warmup) * self.max_loops // (self.total_steps - warmup)

@@ -117,7 +117,7 @@ class CanvasModule(nn.Module):
 
     @contextlib.contextmanager
     def _states_as_buffers(self) -> Iterator[None]:
-        """Where torch's own rules for buffers are to hold for state."""
+        """A module whose buffers are state, under torch's own rules."""
         for name in self._own_states:
             self._buffers[name] = self.__dict__.pop(name)
         try:

@@ -15,7 +15,7 @@ from canvas_kernels.derived import real_tensors
 from canvas_kernels.packing import IndexMap, gather_rows, replace_rows
 
 from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
-from .attention.base import attend_grouped, bind_plan, is_fused
+from .attention.base import Scales, attend_grouped, bind_plan, is_fused
 from .canvas import ATTENTION_TYPES, CanvasLayout, SpatiotemporalCanvas
 from .canvas.tensor import parameter_key
 from .checked import checked_bool, checked_names, checked_sizes, checked_tensor
@@ -269,7 +269,7 @@ class AttentionDispatcher(CanvasModule):
                 assert own_scale is not None
                 # NaN and inf there would reach the gradients of its projections
                 used = torch.where(touched(own.table, active, own_scale)[:, None], rows, rows.new_zeros(()))
-            part = self._attend(module, used, own, gain, active, own_scale, share)
+            part = self._attend(module, used, own, Scales(gain, active, own_scale), share)
             written = part if written is None else written + part
         assert written is not None  # forward returns early without functions
         return written
@@ -286,11 +286,10 @@ class AttentionDispatcher(CanvasModule):
                 f"x.to({first.dtype}), or run under torch.autocast"
             )
 
-    def _attend(self, module, rows, plan, gain=None, active=None, row_scale=None, bias_weight=None) -> torch.Tensor:
-        options = {"gain": gain, "active": active, "row_scale": row_scale}
+    def _attend(self, module, rows, plan, scales: Scales, bias_weight=None) -> torch.Tensor:
         if not is_fused(type(module)):
-            return attend_grouped(module, rows, plan, **options)
-        return module.attend(rows, plan, **options, bias_weight=bias_weight, backend=self.backend)
+            return attend_grouped(module, rows, plan, scales)
+        return module.attend(rows, plan, scales, bias_weight, self.backend)
 
     def microsteps(self, x: torch.Tensor, plan: Iterable[Iterable[str] | torch.Tensor | None]) -> torch.Tensor:
         """Runs consecutive steps, each with its own active regions, as from ``RegionScheduler.step_plan``."""
@@ -366,7 +365,7 @@ class AttentionDispatcher(CanvasModule):
             on = torch.ones(self.plan.n_connections, device=x.device) if active is None else (active != 0).float()
             rows = self._rows(x, active, row_sums(self.plan.table, on))
         for errors in self._errors:
-            attended = self._attend(self.fn_modules[errors.fn], rows, errors.plan)
+            attended = self._attend(self.fn_modules[errors.fn], rows, errors.plan, Scales())
             error = gather_rows(attended, errors.attending, 1) - gather_rows(rows, errors.attending, 1)
             if not error.shape[0]:
                 continue

@@ -1,4 +1,4 @@
-"""What this machine can run: versions, devices, extras, and every backend's numbers against float64.
+"""Reports what this machine can run: versions, devices, extras, and every backend's numbers against float64.
 
 ``python -m canvas_engineering doctor`` prints it. It needs nothing but the package itself, for it says what is missing.
 """
@@ -68,23 +68,23 @@ def _devices() -> list[str]:
 
 
 def _extras() -> dict[str, list[tuple[str, str, bool]]]:
-    """The installed package's extras: (requirement, version that is here or "", whether that suffices) each."""
+    """Returns the installed package's extras: (requirement, version that is here or "", whether that suffices) each."""
     try:
         names = importlib.metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
     except importlib.metadata.PackageNotFoundError:  # run from its source
         return {}
-    found = {}
+    extras = {}
     for extra in sorted(names):
-        found[extra] = []
+        extras[extra] = []
         for wanted in dict.fromkeys(_requirements(PACKAGE, extra)):
             name, _, least = wanted.partition(">=")
             version = _version_of(name)
-            found[extra].append((wanted, version, bool(version) and _numbers(version) >= _numbers(least)))
-    return found
+            extras[extra].append((wanted, version, bool(version) and _numbers(version) >= _numbers(least)))
+    return extras
 
 
 def _requirements(package: str, extra: str) -> Iterator[str]:
-    """What an extra of a package wants, as "name>=version", and what the extras want that it names."""
+    """Yields the requirements of a package's extra as "name>=version", including those of extras that it names."""
     try:
         listed = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -154,10 +154,10 @@ def doctor() -> int:
 
 
 def _print_extras() -> None:
-    found = _extras()
-    if not found:
+    extras = _extras()
+    if not extras:
         print("  not installed, run from its source: what is needed is in pyproject.toml")
-    for extra, packages in found.items():
+    for extra, packages in extras.items():
         lacking = ", ".join(
             f"{wanted} (not {here})" if here else wanted for wanted, here, enough in packages if not enough
         )
@@ -174,7 +174,7 @@ def _version_of(name: str) -> str:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, without zeros at the end: (2, 13) of "2.13.0+cpu"."""
+    """Returns the leading numbers of a version, without zeros at the end: (2, 13) of "2.13.0+cpu"."""
     leading = re.match(r"[\d.]*", version)
     numbers = [int(part) for part in leading[0].split(".") if part] if leading else []
     while numbers and not numbers[-1]:
@@ -186,7 +186,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _canvas() -> tuple[CanvasLayout, CanvasTopology, list[tuple[list[int], list[int], float]]]:
-    """A layout, a topology on it, and its attention sets written out: (query positions, key positions, weight)."""
+    """Returns a layout, a topology on it, and its attention sets written out: (query positions, key positions,
+    weight)."""
     regions = {"video": (0, 2, 0, 3, 0, 4), "plan": RegionSpec((0, 1, 3, 4, 0, 4), period=2)}
     layout = CanvasLayout(T=2, d_model=8, spatial_shape=(4, 4), regions=regions)
     connections = [
@@ -201,7 +202,8 @@ def _canvas() -> tuple[CanvasLayout, CanvasTopology, list[tuple[list[int], list[
 
 
 def _expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sets: Sequence, form: str) -> torch.Tensor:
-    """The formulas of docs/semantics.md, sections 3 and 4, written out: (batch, heads, positions, head_dim)."""
+    """Computes the formulas of docs/semantics.md, sections 3 and 4, written out: (batch, heads, positions,
+    head_dim)."""
     scale, out = q.shape[-1] ** -0.5, torch.zeros_like(v)
     if form == "joint":
         largest = q.new_zeros(q.shape[-2], q.shape[-2])
@@ -238,7 +240,7 @@ def _check(backend: str, device: str, dtype: torch.dtype, form: str) -> Check:
 
 
 def _with_gradients(run: Callable[..., torch.Tensor], given: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The output of ``run`` on q, k and v, and their gradients by the fourth tensor."""
+    """Returns the output of ``run`` on q, k and v, and their gradients by the fourth tensor."""
     *inputs, cotangent = given
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in inputs]

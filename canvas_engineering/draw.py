@@ -242,7 +242,7 @@ def plan_figure(plan: AttentionPlan) -> Figure:
         ],
         axis=2,
     )
-    # In joint form rectangles belong to no single connection: the table's edge is 0 for all.
+    # In joint form rectangles belong to no single connection: all have number 0.
     faces = [colours[pairs[edge]] for edge in table.edge.tolist()]
     figure = _figure(width=10.0, height=7.0)
     axes = figure.subplots()
@@ -283,20 +283,20 @@ def plan_figure(plan: AttentionPlan) -> Figure:
 
 def _name_regions(axes: Axes, plan: AttentionPlan, pairs: list[tuple[str, str]]) -> None:
     """Ticks at the regions' first positions, with their names, where the regions lie in a few runs."""
-    table, found = plan.table, {}
+    table, ends = plan.table, {}
     for edge, *bounds in zip(table.edge.tolist(), *(getattr(table, name).tolist() for name in BOUNDS)):
         for region, start, stop in zip(pairs[edge], bounds[::2], bounds[1::2]):
-            found[start] = max(found.get(start, (0, "")), (stop, region))
-    starts = sorted(found)
-    runs = [next(run) for _, run in groupby(starts, key=lambda start: found[start][1])]
+            ends[start] = max(ends.get(start, (0, "")), (stop, region))
+    starts = sorted(ends)
+    runs = [next(run) for _, run in groupby(starts, key=lambda start: ends[start][1])]
     if len(runs) <= MAX_LABELS // 2:
-        names = [found[start][1] for start in runs]
+        names = [ends[start][1] for start in runs]
         axes.set_xticks(runs, names, rotation=60, ha="right", fontsize=8)
         axes.set_yticks(runs, names, fontsize=8)
 
 
 def _in_words(offsets: list[tuple[int | None, int | None]]) -> str:
-    """Which frames connections of these (t_src, t_dst) attend to: "same frame, 1 to 3 frames back"."""
+    """Describes the frames of connections with these (t_src, t_dst): "same frame, 1 to 3 frames back"."""
     words = []
     steps = [dst - src for src, dst in offsets if src is not None and dst is not None]
     if 0 in steps:
@@ -312,14 +312,14 @@ def _in_words(offsets: list[tuple[int | None, int | None]]) -> str:
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    """First and last of each run of consecutive numbers."""
+    """Returns the first and last of each run of consecutive numbers."""
     firsts = [n for n in numbers if n - 1 not in numbers]
     lasts = [n for n in numbers if n + 1 not in numbers]
     return list(zip(firsts, lasts))
 
 
 def _frame_runs(frames: int, specs: dict[str, RegionSpec]) -> list[tuple[int, int, tuple[str, ...]]]:
-    """Maximal runs of frames that hold the same regions: (first, last, names)."""
+    """Returns the maximal runs of frames that hold the same regions: (first, last, names)."""
     cuts = sorted({0, frames, *(bound for spec in specs.values() for bound in spec.bounds[:2])})
     spans = [
         (start, stop - 1, tuple(n for n, s in specs.items() if s.bounds[0] <= start and stop <= s.bounds[1]))

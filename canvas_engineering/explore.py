@@ -1,8 +1,8 @@
-"""A page to look around a canvas in: boxes that turn, who attends to whom at which time, and the table behind it.
+"""A page to explore a canvas: rotatable regions, connections over time, and the block table.
 
-:func:`explore_page` returns one HTML document that needs no network and no package, with the declaration as JSON. What
-it holds goes with regions and connections, not with positions: a connection names the pattern of its frames, which all
-connections of equal frames, periods, offsets and fill share.
+:func:`explore_page` returns one HTML document that needs no network and no package, with the declaration as JSON. Its
+size depends on regions and connections, not on positions: connections with equal frames, periods, offsets and fill
+share one pattern of frames.
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ def _page_data(program: CanvasProgram, normalize: str) -> dict[str, Any]:
 
 
 def _regions(layout: CanvasLayout, program: CanvasProgram) -> dict[str, list]:
-    """Columns over regions: names, bounds, periods, badges and facts, (name, value) each, and slots of a slot bank or
-    0."""
+    """Columns over regions: names, bounds, periods, badges and facts, (name, value) each, and slots or 0."""
     specs = [layout.region_spec(name) for name in layout.regions]
     programs = [program.regions.get(name) for name in layout.regions]
     return {
@@ -109,7 +108,7 @@ def _facts(spec) -> list[tuple[str, str]]:
 
 
 def _badges(region: RegionProgram) -> list[tuple[str, str]]:
-    """A region's program as (what, value)."""
+    """Returns a region's program as (what, value)."""
     learning, mode = region.learning, region.effective_compile_mode()
     badges = [
         ("family", region.family),
@@ -228,7 +227,7 @@ class _Patterns:
         self.layout, self.number, self.rows = layout, {}, []
 
     def of(self, c: Connection) -> int:
-        """The number of a connection's pattern; -1 where the layout lacks one of its regions."""
+        """Returns the number of a connection's pattern; -1 where the layout lacks one of its regions."""
         if c.src not in self.layout.regions or c.dst not in self.layout.regions:
             return -1
         key = _times(c, self.layout)
@@ -257,7 +256,8 @@ def _masked_boxes(c: Connection, layout: CanvasLayout) -> list[tuple]:
 
 
 def _table(plan: AttentionPlan) -> dict[str, Any]:
-    """The block table: its largest rectangles as rows (q_start, q_stop, k_start, k_stop, connection), and its sums."""
+    """Returns the block table: its largest rectangles as rows (q_start, q_stop, k_start, k_stop, connection), and its
+    sums."""
     table = plan.table
     area = (table.q_stop - table.q_start) * (table.k_stop - table.k_start)
     # among equals, spread over the table: multiples of the golden ratio fill a circle evenly

@@ -75,7 +75,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def _take_rights(handle: int, temporary: Path, target: Path, before: os.stat_result) -> None:
-    """Owner and group as far as the process may give them, then mode, access lists and attributes."""
+    """Copies owner and group as far as the process may set them, then mode, access lists and attributes."""
     if hasattr(os, "fchown"):
         for owner in (before.st_uid, -1):
             with contextlib.suppress(PermissionError):
@@ -87,7 +87,7 @@ def _take_rights(handle: int, temporary: Path, target: Path, before: os.stat_res
 
 
 def _unfinished(folder: Path, mode: int) -> tuple[int, Path]:
-    """A new temporary file: its descriptor, which holds its lock, and its path."""
+    """Returns a new temporary file: its descriptor, which holds its lock, and its path."""
     while True:
         # a new name each time: another process may still remove the last one by name
         temporary = folder / f".canvas_engineering-{secrets.token_hex(8)}.tmp"

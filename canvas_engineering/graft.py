@@ -238,7 +238,7 @@ def _blocks(transformer: nn.Module, block_attr: str) -> nn.ModuleList:
 
 
 def _owner(transformer: nn.Module, block_attr: str) -> nn.Module:
-    """The module that holds the list of blocks."""
+    """Returns the module that holds the list of blocks."""
     return transformer.get_submodule(block_attr.rpartition(".")[0])
 
 

@@ -106,12 +106,12 @@ class SlotBindingModule(CanvasModule):
             self.life_gate = nn.Sequential(nn.Linear(d_model, hidden), nn.GELU(), nn.Linear(hidden, 1), nn.Sigmoid())
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        """The bound slots (B, n_slots, d_model) of observations (B, m, d_model)."""
+        """Returns the bound slots (B, n_slots, d_model) of observations (B, m, d_model)."""
         bound = self._bound(observations)
         return bound if self.life_gate is None else bound * self.life_gate(bound)
 
     def alive_mask(self, observations: torch.Tensor) -> torch.Tensor:
-        """bool (B, n_slots): slots whose life gate is above one half; all of them without a gate."""
+        """Returns bool (B, n_slots): slots whose life gate is above one half; all of them without a gate."""
         if self.life_gate is None:
             size = (checked_tensor(observations, "observations").shape[0], self.slots.shape[0])
             return torch.ones(size, dtype=torch.bool, device=observations.device)

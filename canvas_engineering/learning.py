@@ -48,7 +48,7 @@ FAMILY_DEFAULTS: dict[str, LearningSpec] = {
 
 
 def default_learning(family: str) -> LearningSpec:
-    """The recipe of a family; a plain LearningSpec for a family that is not among the five.
+    """Returns the recipe of a family; a plain LearningSpec for a family that is not among the five.
 
     >>> default_learning("memory").compile_mode
     'export'

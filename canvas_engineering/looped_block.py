@@ -21,7 +21,7 @@ LOOP_PARAMETER_NAMES = ("loop_emb", "loop_emb_enc", "loop_gate")
 
 
 def checked_loops(n: int, max_loops: int) -> int:
-    """``n`` loops, at most ``max_loops``.
+    """Returns ``n``, at most ``max_loops``.
 
     Raises:
         ValueError: n below 1, or no int.
@@ -71,7 +71,7 @@ class LoopParameters(CanvasModule):
         self.loop_gate = nn.Parameter(torch.full((max_loops, 1), gate_init, **zeros))
 
     def forward(self, loop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """(e_l, e_l of the encoder stream or None, gate value (1,)) of loop ``loop``, cast to ``dtype``.
+        """Returns (e_l, e_l of the encoder stream or None, gate value (1,)) of loop ``loop``, cast to ``dtype``.
 
         The gate value is tanh(g_l) or σ(g_l): :func:`mix` adds the 1 of loop 0 where no rounding can lose tanh(g_0).
         """
@@ -81,7 +81,7 @@ class LoopParameters(CanvasModule):
         return self.loop_emb[loop].to(dtype), encoder, value.to(dtype)
 
     def mix(self, before: torch.Tensor, after: torch.Tensor, gate: torch.Tensor, loop: int) -> torch.Tensor:
-        """lerp(before, after, c_l), which for a zero gate gives the very bits of ``after`` (loop 0) or ``before``."""
+        """Returns lerp(before, after, c_l), which for a zero gate is exactly ``after`` (loop 0) or ``before``."""
         if self.gate == "sigmoid":
             return gate * after + (1 - gate) * before
         base = after if loop == 0 else before
@@ -95,7 +95,7 @@ class LoopParameters(CanvasModule):
         return super()._apply(keep, recurse)
 
     def numel(self) -> int:
-        """Number of loop parameters."""
+        """Returns the number of loop parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
@@ -217,7 +217,7 @@ class LoopedBlockWrapper(CanvasModule):
         self.loops = checked_loops(n, self.max_loops)
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """(…, embed_dim) → the same shape and dtype.
+        """Runs the block on (…, embed_dim); returns the same shape and dtype.
 
         Raises:
             ValueError: another width, or a block that returns a second stream.
@@ -257,7 +257,7 @@ class LoopedBlockWrapper(CanvasModule):
             )
 
     def trainable_params(self) -> int:
-        """Number of loop parameters."""
+        """Returns the number of loop parameters."""
         return self.loop.numel()
 
     def extra_repr(self) -> str:
@@ -265,7 +265,7 @@ class LoopedBlockWrapper(CanvasModule):
 
 
 def parameter_home(block: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device and dtype for new parameters of a block: those of its first one that arithmetic is done in, else None."""
+    """Returns the device and dtype for new parameters of a block: those of its first floating one, else None."""
     for parameter in block.parameters():
         if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             return parameter.device, parameter.dtype

@@ -54,7 +54,7 @@ def _checked_pattern(pattern: Any) -> tuple:
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """How a connection's attention sets are split or masked.
+    """Splits or masks the attention sets of a connection.
 
     Args:
         kind: "full" (every query attends to every key of its set), "tile" (one set per tile of src's spatial grid, with
@@ -114,7 +114,7 @@ class MaskSpec:
         return "full" if self.kind == "sparse" and self.pattern is None else self.kind
 
     def tiles(self, n_spatial: int) -> tuple[int, ...]:
-        """Tile size along each of the layout's ``n_spatial`` spatial dimensions.
+        """Returns the tile size along each of the layout's ``n_spatial`` spatial dimensions.
 
         ``tile_shape``, if given. Otherwise ``tile_h`` and ``tile_w`` belong to the first two spatial
         dimensions, as H and W do, and any further dimension has tiles of size 1.

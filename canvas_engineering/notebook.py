@@ -61,7 +61,7 @@ def _connection(c: Any) -> tuple[str, ...]:
 
 
 def _plane(bounds: Sequence[int]) -> tuple[int, ...]:
-    """(t0, t1, row0, row1, column0, column1): the last two spatial dimensions; one dimension is one row."""
+    """Returns (t0, t1, row0, row1, column0, column1): the last two spatial dimensions; one dimension is one row."""
     return (*bounds[:2], *(0, 1, 0, 1, *bounds[2:])[-4:])
 
 

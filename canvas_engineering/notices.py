@@ -26,7 +26,7 @@ def warn(message: str) -> None:
 
 
 def join_truncated(things: Iterable[str]) -> str:
-    """The first six of them, separated by commas.
+    """Returns the first six things, separated by commas.
 
     >>> join_truncated("abcdefgh")
     'a, b, c, d, e, f, ...'

@@ -18,7 +18,7 @@ from canvas_engineering.checked import (
 )
 from canvas_engineering.derived_buffers import CanvasModule
 from canvas_engineering.notices import warn
-from canvas_engineering.program.edges import parse_trigger
+from canvas_engineering.program.connections import parse_trigger
 
 __all__ = ["ResidualAccumulator", "ResidualSpec"]
 
@@ -104,7 +104,7 @@ class ResidualAccumulator(CanvasModule):
         return list(self._names)
 
     def row(self, region: str) -> int:
-        """The region's row. KeyError: its errors are not kept."""
+        """Returns the region's row. KeyError: its errors are not kept."""
         if region not in self._row:
             raise KeyError(f"no residuals are kept for region {region!r}, only for {self._names}")
         return self._row[region]
@@ -127,12 +127,12 @@ class ResidualAccumulator(CanvasModule):
             raise ValueError(f"the error of region {region!r} is empty: {tuple(error.shape)}")
         size = error.detach().abs().to(torch.promote_types(error.dtype, torch.float32))
         if self.spec.reduce == "l2":
-            found = [size.square().sum().sqrt()]
+            values = [size.square().sum().sqrt()]
         elif self.spec.reduce == "max_mean":
-            found = [size.amax(), size.mean()] if len(self.spec.kinds) > 1 else [size.mean()]
+            values = [size.amax(), size.mean()] if len(self.spec.kinds) > 1 else [size.mean()]
         else:
-            found = [size.amax() if self.spec.reduce == "max" else size.mean()]
-        new = torch.stack([found[i % len(found)] for i in range(len(self.spec.kinds))]).to(self.values)
+            values = [size.amax() if self.spec.reduce == "max" else size.mean()]
+        new = torch.stack([values[i % len(values)] for i in range(len(self.spec.kinds))]).to(self.values)
         old = self.values[row]
         mixed = self.spec.decay * old + (1.0 - self.spec.decay) * new
         takes = mixed.isfinite() if active is None else mixed.isfinite() & (active.to(old.device) > 0)
@@ -152,12 +152,12 @@ class ResidualAccumulator(CanvasModule):
         self.values.div_(dist.get_world_size(group))
 
     def summaries(self) -> dict[str, dict[str, float]]:
-        """Region to kind to value, as plain floats: waits for the device."""
+        """Returns a dict from region to kind to value, as plain floats: waits for the device."""
         kinds = self.spec.kinds
         return {name: dict(zip(kinds, row)) for name, row in zip(self._names, self.values.tolist())}
 
     def summary_tensor(self) -> torch.Tensor:
-        """A copy of the averages, (regions, kinds), by sorted name; on the device, without waiting."""
+        """Returns a copy of the averages, (regions, kinds), by sorted name; on the device, without waiting."""
         return self.values.clone()
 
     def reset(self) -> None:
@@ -195,10 +195,10 @@ class TriggerFlags(CanvasModule):
         parsed = [parse_trigger(trigger) for trigger in triggers.values()]
         clauses = [clause for trigger in parsed for clause in trigger]
         known = [clause.region in rows and clause.kind in kinds for clause in clauses]
-        self._warn_of_unkept([clause for clause, kept in zip(clauses, known) if not kept], rows, kinds)
+        self._warn_of_unkept([clause for clause, is_known in zip(clauses, known) if not is_known], rows, kinds)
         column = [
-            rows[clause.region] * len(kinds) + kinds.index(clause.kind) if kept else 0
-            for clause, kept in zip(clauses, known)
+            rows[clause.region] * len(kinds) + kinds.index(clause.kind) if is_known else 0
+            for clause, is_known in zip(clauses, known)
         ]
         wants = [[op in self._WANTS.get(clause.op, (clause.op,)) for op in self._OPS] for clause in clauses]
         # index len(clauses) holds True, the padding of short triggers
@@ -227,7 +227,7 @@ class TriggerFlags(CanvasModule):
             )
 
     def forward(self, summaries: torch.Tensor | None) -> torch.Tensor:
-        """(connections,) float32, 1 where the connection has no trigger or one that holds.
+        """Returns (connections,) float32, 1 where the connection has no trigger or one that holds.
 
         ``summaries``: (regions, kinds) of the accumulator, or None.
         """

@@ -175,7 +175,7 @@ class DeviceScheduler(CanvasModule):
 
     @torch.no_grad()
     def step(self, external_t: int | torch.Tensor, boundary: str | None = None) -> torch.Tensor:
-        """Which regions update at this step: (regions,) float32 of 0 and 1 in the layout's order.
+        """Returns which regions update at this step: (regions,) float32 of 0 and 1 in the layout's order.
 
         Args:
             external_t: the step; under ``torch.compile`` an int64 tensor on the device, so that one graph serves all.
@@ -282,8 +282,8 @@ class LearnedScheduler(CanvasModule):
         if self.training:
             noise = torch.rand_like(scores).clamp_min(torch.finfo(scores.dtype).tiny)
             noisy = scores - torch.log(-torch.log(noise))
-        taken = noisy.detach().topk(self.max_active).indices.tolist()
-        return set(taken), torch.log_softmax(scores, dim=-1)
+        selection = noisy.detach().topk(self.max_active).indices.tolist()
+        return set(selection), torch.log_softmax(scores, dim=-1)
 
 
 class HybridScheduler(CanvasModule):
@@ -341,13 +341,13 @@ class HybridScheduler(CanvasModule):
             ValueError: another number of summaries than before.
         """
         fired = self.declared.step(external_t, summaries, boundary)
-        found = summaries or {}
-        flat = [found[region][kind] for region in sorted(found) for kind in sorted(found[region])]
+        values = summaries or {}
+        flat = [values[region][kind] for region in sorted(values) for kind in sorted(values[region])]
         _, _, last = self.learned._layers
         weight = last.weight
         with torch.no_grad():
-            taken, _ = self.learned(torch.tensor(flat, dtype=weight.dtype, device=weight.device))
-        return fired.difference(self.learned_regions) | {self.learned_regions[number] for number in taken}
+            selection, _ = self.learned(torch.tensor(flat, dtype=weight.dtype, device=weight.device))
+        return fired.difference(self.learned_regions) | {self.learned_regions[number] for number in selection}
 
     def reset(self) -> None:
         """Forgets what has fired."""

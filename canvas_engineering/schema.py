@@ -37,13 +37,13 @@ def _plain(value: Any) -> Any:
 
 
 def declared_fields(declaration: Any) -> dict[str, Any]:
-    """The fields of a dataclass that have no default or another value than it, as JSON types."""
+    """Returns the fields of a dataclass that have no default or another value than it, as JSON types."""
     values = ((f, getattr(declaration, f.name)) for f in fields(declaration))
     return {f.name: _plain(value) for f, value in values if f.default is MISSING or value != f.default}
 
 
 def built(cls: type, given: Any, what: str) -> Any:
-    """The dataclass from its `declared_fields` form.
+    """Returns the dataclass from its `declared_fields` form.
 
     Raises:
         ValueError: not a dict, or a field that is missing or unknown.
@@ -67,7 +67,7 @@ def _refuse_unknown(given: Iterable[str], known: tuple[str, ...], what: str) -> 
 
 
 def _version(d: dict[str, Any]) -> Any:
-    """The form's version; files of earlier releases call it "version"."""
+    """Returns the form's version; files of earlier releases call it "version"."""
     given = [d[name] for name in ("schema_version", "version") if d.get(name) is not None]
     if given[1:] and given[0] != given[1]:
         raise ValueError(f"a schema has schema_version {shown(given[0])}, and version, its old name, {shown(given[1])}")
@@ -75,12 +75,12 @@ def _version(d: dict[str, Any]) -> Any:
 
 
 def _near(name: str) -> str | None:
-    """The top-level field that a misspelt name probably means."""
+    """Returns the top-level field that a misspelt name probably means."""
     return next(iter(difflib.get_close_matches(name.lower(), (*_ENTRIES, *_NAMED_ELSEWHERE), 1, 0.8)), None)
 
 
 def _metadata(d: dict[str, Any]) -> dict[str, Any]:
-    """The form's metadata, with the top-level fields that no release knows, of which a UserWarning tells.
+    """Returns the form's metadata, with the top-level fields that no release knows, of which a UserWarning tells.
 
     Raises:
         ValueError: a field that is nearly one of a program's, or that metadata has another value for.
@@ -111,7 +111,7 @@ def _connection_from_dict(given: Any, index: int) -> Connection:
 
 
 def dumped(form: dict[str, Any], metadata: dict[str, Any]) -> bytes:
-    """JSON text of a schema's dict, and which version of the package wrote it.
+    """Returns JSON text of a schema's dict, and which version of the package wrote it.
 
     Raises:
         ValueError: metadata that JSON has no exact form for.
@@ -160,7 +160,7 @@ class CanvasSchema:
         checked_depth(self.metadata, "CanvasSchema metadata")
 
     def to_dict(self) -> dict[str, Any]:
-        """The schema in JSON types: regions and connections with the fields that differ from their defaults.
+        """Returns the schema in JSON types: regions and connections with the fields that differ from their defaults.
 
         A schema without a topology has no "topology" entry; one with an empty topology has an empty one.
         """
@@ -182,8 +182,8 @@ class CanvasSchema:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> CanvasSchema:
-        """The schema of a dict as `to_dict` gives it, or as earlier releases wrote it: with a layout of ``H`` and
-        ``W``, or with ``version`` instead of ``schema_version``.
+        """Returns the schema of a dict as `to_dict` gives it, or as earlier releases wrote it: with a layout of ``H``
+        and ``W``, or with ``version`` instead of ``schema_version``.
 
         Fields at the top level that no release knows become metadata, with a UserWarning that names them, and the
         entry that was probably meant.
@@ -238,7 +238,7 @@ class CanvasSchema:
 
     @classmethod
     def from_json(cls, path: str | Path) -> CanvasSchema:
-        """AttentionSets a schema from a file.
+        """Loads a schema from a file.
 
         Raises:
             OSError: the file cannot be read.
@@ -247,7 +247,7 @@ class CanvasSchema:
         return read_json(path, cls.from_dict)
 
     def compatible_regions(self, other: CanvasSchema, threshold: float = 0.3) -> list[tuple[str, str, float]]:
-        """(own region, other's region, distance) of all pairs within a transfer distance, nearest first.
+        """Returns (own region, other's region, distance) of all pairs within a transfer distance, nearest first.
 
         Pairs that cannot be compared, for want of an embedding or with embeddings of different models or lengths, are
         left out.

@@ -29,7 +29,7 @@ _OTHER_FAMILY, _OTHER_CARRIER = 0.3, 0.2
 
 
 def auto_semantic_type(path: str) -> str:
-    """The semantic type of a field that declares none: its path, in words.
+    """Returns the semantic type of a field that declares none: its path, in words.
 
     >>> auto_semantic_type("vehicles[3].front_camera")
     'vehicles 3 / front camera'
@@ -62,7 +62,7 @@ def compute_semantic_embeddings(
     embed_fn: Callable[[list[str]], Sequence[Sequence[float]]],
     semantic_types: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[float, ...]]:
-    """Path to embedding of its semantic type.
+    """Returns a dict from path to the embedding of its semantic type.
 
     Args:
         field_paths: which fields.
@@ -196,7 +196,7 @@ class SemanticConditioner(CanvasModule):
         return [name for name in ("_embeddings", "residuals") if name in held]
 
     def get_conditioning(self, region_name: str) -> torch.Tensor:
-        """The region's vector, ``(d_model,)``.
+        """Returns the region's vector, ``(d_model,)``.
 
         Raises:
             KeyError: no such region.
@@ -209,12 +209,12 @@ class SemanticConditioner(CanvasModule):
         return vector if self.residuals is None else vector + self.residuals[row]
 
     def get_all_conditioning(self) -> torch.Tensor:
-        """All vectors, ``(n_regions, d_model)``, in the order of `region_names`."""
+        """Returns all vectors, ``(n_regions, d_model)``, in the order of `region_names`."""
         vectors = self.projector(self._embeddings)
         return vectors if self.residuals is None else vectors + self.residuals
 
     def condition_canvas(self, canvas: torch.Tensor, layout: CanvasLayout) -> torch.Tensor:
-        """A copy of the canvas with each region's vector added at its positions.
+        """Returns a copy of the canvas with each region's vector added at its positions.
 
         Regions of the layout that the conditioner does not know stay as they are; where regions overlap, their vectors
         add up.

@@ -98,10 +98,10 @@ class Run:
     def silenced(self) -> set[tuple[int, int]]:
         """(number in ``reads``, query) where a replacing read silences the read."""
         replaces = [self.edges[read.connection].connection.write_mode == "replace" for read in self.reads]
-        replaced = {query for read, own in zip(self.attention_sets, replaces) if own for query in read.keys}
+        replaced = {query for read, own in zip(self.reads, replaces) if own for query in read.keys}
         return {
             (number, query)
-            for number, (read, own) in enumerate(zip(self.attention_sets, replaces))
+            for number, (read, own) in enumerate(zip(self.reads, replaces))
             if not own
             for query in read.keys
             if query in replaced
@@ -110,7 +110,7 @@ class Run:
     def attention_sets(self, with_silenced=False) -> dict[int, set[int]]:
         """Query to all rows that it attends to, in every read that counts there, or in every read that runs."""
         silenced, sets = set() if with_silenced else self.silenced(), {}
-        for number, read in enumerate(self.attention_sets):
+        for number, read in enumerate(self.reads):
             for query, keys in read.keys.items():
                 if (number, query) not in silenced:
                     sets.setdefault(query, set()).update(keys)
@@ -152,7 +152,7 @@ def step(
     """
     run = running(layout, topology, program, cortex, active_regions, summaries)
     rows = x
-    for name in run.slot_banks:
+    for name in run.banks:
         module = dispatcher.slot_modules[name.replace(".", "__").replace("[", "_").replace("]", "_")]
         slots, _ = bound_slots(dict(module.named_parameters()), heads, x[:, observed(layout, name)])
         rows = torch.cat([rows, slots], 1)

@@ -330,13 +330,13 @@ PUBLIC_NAMES = {
     "canvas_engineering.program.checks": (
         "validate_constraints",
     ),
-    "canvas_engineering.program.document": (
-        "CanvasProgram",
-    ),
-    "canvas_engineering.program.edges": (
+    "canvas_engineering.program.connections": (
         "OPERATOR_DEFAULTS",
         "evaluate_trigger",
         "resolve_operator_defaults",
+    ),
+    "canvas_engineering.program.document": (
+        "CanvasProgram",
     ),
     "canvas_engineering.program.specs": (
         "CARRIERS",

@@ -407,7 +407,7 @@ def unused_positions(drawn: Sample, run: program_oracle.Run) -> set[int]:
         if program is not None and program.carrier == "residual":
             # what a replacing read silences still has an error
             used.update(read.keys, *read.keys.values())
-    for name, slots in run.slot_banks.items():
+    for name, slots in run.banks.items():
         if used.intersection(slots):
             used.update(program_oracle.observed(drawn.layout, name))
     return set(range(drawn.layout.num_positions)) - used

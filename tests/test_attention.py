@@ -112,14 +112,14 @@ def test_joint_form_is_the_oracle(backend, dtype, tolerance, canvas, seed):
 @pytest.mark.parametrize("form", ["edge", "joint"])
 @settings(max_examples=60)
 @given(canvas=st.one_of(canvases(write_modes=("add", "replace")), videos()), seed=st.integers(0, 2**16))
-def test_slabs_of_whatever_can_be_one_are_the_oracle(form, canvas, seed):
-    """Small canvases run in batches where time decides; here all that lies at equal distances becomes a slab."""
+def test_everything_strided_is_the_oracle(form, canvas, seed):
+    """Small canvases are gathered by default; here all query ranges at equal distances are strided."""
     layout, topology = canvas
     inputs, grad = tensors(layout, torch.float64, seed)
     plan = compile_attention(layout, topology, normalize=form)
     plan = dataclasses.replace(plan, table=dataclasses.replace(plan.table, store=Store()))
     with mock.patch.object(grouping, "MAX_STRIDED", 1 << 60):
-        assert not grouping.group(plan.table).batches
+        assert not grouping.group_table(plan.table).gathered
     if form == "edge":
         reads, classes = oracle.reads(layout, topology), [c.write_mode == "replace" for c in topology.connections]
         expected = functools.partial(oracle.edge_attention, reads=reads, scale=HEAD_DIM**-0.5, classes=classes)

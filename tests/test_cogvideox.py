@@ -123,7 +123,7 @@ def test_the_published_constructor_shares_the_blocks_modules():
 def test_inner_dim_is_found():
     assert detect_inner_dim(tiny_model()) == 32
     assert detect_inner_dim(nn.Sequential(nn.LayerNorm(24))) == 24
-    with pytest.raises(ValueError, match="hidden size of Linear"):
+    with pytest.raises(ValueError, match="hidden size of Linear cannot be inferred"):
         detect_inner_dim(nn.Linear(2, 2))
 
 

@@ -348,7 +348,7 @@ def test_what_it_cannot_honour_is_refused():
     given = inputs()
     with pytest.raises(ValueError, match=rf"an attention mask \(2, {tokens}\) was given: declare"):
         model(**given, attention_kwargs={"attention_mask": torch.ones(2, tokens)})
-    with pytest.raises(ValueError, match=r"attention_kwargs \['ip_scale'\] mean nothing"):
+    with pytest.raises(ValueError, match=r"attention_kwargs \['ip_scale'\] are unknown"):
         model(**given, attention_kwargs={"ip_scale": 1.0})
     short = {**given, "encoder_hidden_states": given["encoder_hidden_states"][:, :3]}
     model.patch_embed.use_positional_embeddings = False
@@ -370,7 +370,7 @@ def test_a_packed_model_names_a_wrong_size():
 @pytest.mark.parametrize(
     ("connections", "message"),
     [
-        ([Connection("video", "video", write_mode="gate")], "connection 0, .video. attends to .video., has .*gate"),
+        ([Connection("video", "video", write_mode="gate")], "'video' attends to 'video', has fn .* 'gate'"),
         ([Connection("text", "text"), Connection("video", "text", fn="linear_attention")], "connection 1.*'linear_att"),
         ([Connection("video", "margin")], r"region 'margin' at \(1, 2, 4, 5, 0, 1\) holds positions that are neither"),
     ],

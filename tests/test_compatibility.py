@@ -174,7 +174,7 @@ def test_errors_that_code_matches_on():
 
 
 def test_sparse_masks_without_a_pattern_are_full():
-    with pytest.warns(UserWarning, match="without a pattern leaves nothing out"):
+    with pytest.warns(UserWarning, match="without a pattern masks nothing"):
         mask = ce.MaskSpec(kind="sparse")
     assert mask.kind == "sparse"
     assert ce.mask_to_index_pairs(mask, LAYOUT, "a", "b") == ce.mask_to_index_pairs(ce.MaskSpec(), LAYOUT, "a", "b")

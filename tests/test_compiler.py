@@ -107,7 +107,7 @@ def test_modes_go_by_region_learning_and_family(tmp_path):
         "CompiledProgram: 3 of 5 regions and 9 of 25 connections active",
         "  frozen: eye.left", "  constant: act", "  exported: memory[0]",
         "  to be distilled, which does nothing yet: they run as before: belief",
-        "  read less, as regions left: belief, eye.left, goal",
+        "  fewer keys, as regions left: belief, eye.left, goal",
     ]  # fmt: skip
 
 
@@ -597,7 +597,7 @@ def test_constant_regions_can_stay_readable():
     without = compiler.compile()
     assert without.active_regions == {"eye.left", "belief", "act"} == set(without.schema.layout.regions)
     assert without.active_connections == connections[2:3] and without.summary().splitlines()[1:] == [
-        "  constant: goal", "  exported: memory[0]", "  read less, as regions left: act, belief",
+        "  constant: goal", "  exported: memory[0]", "  fewer keys, as regions left: act, belief",
     ]  # fmt: skip
     kept = compiler.compile(keep_constant=True)
     assert kept.active_regions == {"eye.left", "belief", "act", "goal"} == set(kept.schema.layout.regions)
@@ -605,7 +605,7 @@ def test_constant_regions_can_stay_readable():
     assert kept.active_connections == [connections[0], connections[2], connections[5]]
     assert kept.constant_regions == {"goal"} and kept.n_eliminated == 1 and kept.gates == (True, False)
     assert kept.summary().splitlines()[1:] == [
-        "  constant, and still read: goal", "  exported: memory[0]", "  read less, as regions left: act",
+        "  constant, and still keys: goal", "  exported: memory[0]", "  fewer keys, as regions left: act",
     ]  # fmt: skip
     torch.manual_seed(0)
     full = AttentionDispatcher(whole.schema.topology, LAYOUT, 8, program=whole)

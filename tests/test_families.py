@@ -390,7 +390,7 @@ def test_functions_with_kernels_mix_on_triton():
 @pytest.mark.parametrize("fn", sorted(set(EVERY) - {"none"}))
 def test_the_number_of_calls_does_not_grow_with_edges(fn, monkeypatch):
     # whatever this machine's rates say of few and of many edges
-    monkeypatch.setattr(grouping, "STRIDED_CELLS", 0)
+    monkeypatch.setattr(grouping, "STRIDED_RANGES", 0)
     monkeypatch.setattr(grouping, "STRIDED_PAIRS", 1 << 60)
     counts = []
     for edges in (3, 40):
@@ -408,13 +408,13 @@ def test_the_number_of_calls_does_not_grow_with_edges(fn, monkeypatch):
 
 
 def test_keys_that_many_reads_share_are_summed_once():
-    from canvas_engineering.attention.base import shared_keys
+    from canvas_engineering.attention.base import shared_memories
 
     layout, topology = two_regions(Connection("a", "b", fn="linear_attention", t_src=0), Connection("b", "b"))
     dispatcher = randomised(layout, topology)
-    found = shared_keys(dispatcher._plans["linear_attention"])
-    assert [(s.count, s.length) for s in found.sets] == [(2, 4)]
-    assert [(s.count, s.length) for s in found.key_sets] == [(1, 8)]
+    memories = shared_memories(dispatcher._plans["linear_attention"])
+    (group,) = memories.groups
+    assert (group.sets, group.m) == (1, 8) and [(part.sets, part.n) for part in group.parts] == [(2, 4)]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -89,7 +89,7 @@ def test_weights_that_differ_within_a_frame_are_no_plain_frames():
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 3), (2, 1), (2, 3)])
 @pytest.mark.parametrize(("form", "count", "rows", "weight"), [("edge", 5, 7, 0.3), ("joint", 2, 260, 0.3)])
 def test_numbers_are_the_references(form, count, rows, weight, batch, heads, heads_first, apart, taken, monkeypatch):
-    monkeypatch.setattr(frames, "APART_KEYS", 1 if apart else 1 << 30)
+    monkeypatch.setattr(frames, "SPLIT_HEADS_KEYS", 1 if apart else 1 << 30)
     own = equal(count, rows, form, weight)
     leaves, upstream = inputs(batch, heads, own.n_positions, 16, heads_first)
     are_the_references(own, leaves, upstream)

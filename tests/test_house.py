@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import graphlib
 import importlib
 import importlib.resources
 import importlib.util
@@ -166,6 +167,32 @@ def test_backends_of_the_kernels_know_nothing_of_each_other():
 )
 def test_a_misdirected_import_is_seen(module, source):
     assert len(misdirected(ROOT / "canvas_engineering" / module, source)) == 1
+
+
+def module_graph(paths: list[Path]) -> dict[str, set[str]]:
+    """Modules and what they import when they are imported: imports inside of functions do not count."""
+    graph = {module_name(path): set() for path in paths}
+    for path in paths:
+        imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        for _, name in imports_of(path, ast.unparse(ast.Module(imports, []))):
+            target = name if name in graph else name.rpartition(".")[0]
+            if target in graph and target != module_name(path):
+                graph[module_name(path)].add(target)
+    return graph
+
+
+def test_the_house_has_no_circle():
+    graph = module_graph(modules_of(*PACKAGES))
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(graph) > 100
+    graph["canvas_kernels.block_table"].add("canvas_engineering.dispatch")
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("package", ["attention", "canvas", "data", "plan", "program"])
+def test_packages_only_export(package):
+    body = ast.parse((ROOT / "canvas_engineering" / package / "__init__.py").read_text()).body
+    assert all(isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)) for node in body)
 
 
 def test_imports_down_the_layers_are_allowed():

@@ -107,9 +107,9 @@ def test_inspect_prints_flops_bytes_and_fill_of_what_it_is_asked_for(path):
 def test_the_key_explains_what_is_printed(schema):
     columns = [column.header for column in connections_of(schema).columns]
     explained = {line.split(":")[0] for line in KEY.replace("; ", "\n").splitlines()}
-    assert {"asks", "answers", "frames", "between frames"} == explained & set(columns)
+    assert {"src", "dst", "frames", "fill", "attention set"} == explained & {*columns, "attention set"}
     printed = compile_attention(schema.layout, schema.topology).summary()
-    for word in ("read", "rectangle", "density", "tile fill", "log-sum-exp slots"):
+    for word in ("attention set", "rectangle", "density", "tile fill", "log-sum-exp rows"):
         assert word in explained and word in printed
 
 
@@ -175,7 +175,7 @@ def test_inspect_without_a_topology(schema, tmp_path):
     CanvasSchema(schema.layout).to_json(tmp_path / "bare.json")
     done = run("inspect", tmp_path / "bare.json")
     assert done.exit_code == 0, done.output
-    assert "nothing reads anything" in done.output
+    assert "no region attends to any" in done.output
 
 
 def test_draw_writes_three_pictures(path, tmp_path):

@@ -42,12 +42,12 @@ def test_segments_are_the_reads(canvas):
             expected[row] = expected.get(row, 0.0) + read.weight
     plan = compile_attention(layout, topology)
     table, found = plan.table, {}
-    cells = table.query_ranges()
-    for c in range(len(cells.segment)):
-        rectangles = cells.rectangle[cells.ptr[c] : cells.ptr[c + 1]]
+    ranges = table.query_ranges()
+    for c in range(len(ranges.segment)):
+        rectangles = ranges.rectangle[ranges.ptr[c] : ranges.ptr[c + 1]]
         places = np.concatenate([np.arange(table.k_start[r], table.k_stop[r]) for r in rectangles])
         keys = tuple(sorted(plan.order[places].tolist()))
-        for place in range(cells.q_start[c], cells.q_stop[c]):
+        for place in range(ranges.q_start[c], ranges.q_stop[c]):
             row = (int(table.edge[rectangles[0]]), int(plan.order[place]), keys)
             found[row] = found.get(row, 0.0) + float(table.weight[rectangles[0]])
     assert found.keys() == expected.keys()
@@ -232,7 +232,7 @@ def test_an_empty_topology_has_an_empty_plan():
     for normalize in ("edge", "joint"):
         plan = compile_attention(layout, CanvasTopology([]), normalize=normalize)
         assert plan.n_packed == 0 and plan.fill_by_tile == {} and not plan.to_dense().any() and plan.density == 0
-        assert "0 read something" in str(plan)
+        assert "0 with keys" in str(plan)
 
 
 def causal_video(frames: int, size: int = 64):

@@ -46,7 +46,7 @@ from canvas_engineering.program import (
     resolve_operator_defaults,
 )
 from canvas_engineering.program.checks import check_program
-from canvas_engineering.program.edges import resolve_edges
+from canvas_engineering.program.connections import apply_program
 from tests.test_clock_ir import expressions
 
 LAYOUT = CanvasLayout(
@@ -338,7 +338,7 @@ def run(connection, cp=None, default_attn="cross_attention", backend=None):
         cortex.assign("b", "c")
     topology = CanvasTopology([connection])
     program = CanvasProgram(CanvasSchema(layout, topology), {}, {} if cp is None else {("a", "b"): cp})
-    resolved, triggers = resolve_edges(topology, layout, program, cortex)
+    resolved, triggers = apply_program(topology, layout, program, cortex)
     (found,) = resolved.connections
     return resolved.resolve_fn(found, layout), found.write_mode, triggers.get(0), found.mask
 
@@ -393,7 +393,7 @@ def test_the_programs_mask_wins_and_its_trigger_is_found():
 def test_programs_of_pairs_without_a_connection_are_told_of():
     program = CanvasProgram(schema(AB), {}, {("b", "a"): ConnectionProgram(), ("a", "b"): ConnectionProgram()})
     with pytest.warns(UserWarning, match=r"1 of 2 connection programs are for pairs .* 'b' -> 'a'"):
-        resolve_edges(program.schema.topology, LAYOUT, program)
+        apply_program(program.schema.topology, LAYOUT, program)
 
 
 @pytest.mark.parametrize(

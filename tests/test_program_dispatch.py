@@ -477,7 +477,7 @@ def test_regions_of_the_family_residual_have_the_carrier_residual():
     )
     assert dispatcher.summaries["b"]["prediction"] > 0
     # another carrier was asked for: nothing is kept, and that is said
-    with pytest.warns(UserWarning, match="region 'b' is of the family 'residual', and of the carrier 'filter'"):
+    with pytest.warns(UserWarning, match="region 'b' is of the family 'residual', but of the carrier 'filter'"):
         _, _, dispatcher = ran(
             layout, topology, {"b": RegionProgram("residual", carrier="filter")},
             residual_accumulator=ResidualAccumulator(["b"]),
@@ -559,7 +559,7 @@ def test_programs_that_cannot_be_run_are_refused():
         AttentionDispatcher(topology, layout, D_MODEL, program={})
     clash = CanvasLayout(T=1, spatial_shape=(2,), d_model=12, regions={"keys": (0, 1, 0, 1)})
     program = program_of(clash, CanvasTopology(), {"keys": RegionProgram(identity=IdentitySpec())})
-    with pytest.raises(ValueError, match="region 'keys' cannot have a slot bank: the name 'keys' is taken"):
+    with pytest.raises(ValueError, match="region 'keys' cannot have a slot bank: the module name 'keys'"):
         AttentionDispatcher(CanvasTopology(), clash, 12, program=program)
 
 
@@ -639,8 +639,8 @@ def test_a_hundred_changes_of_activity_rebuild_nothing(monkeypatch, backend):
     def forbidden(*args, **kwargs):
         raise AssertionError("activity is data: nothing is compiled for it")
 
-    for target in ("edge_table", "pack_positions", "resolve_attention_sets", "resolve_edges"):
-        monkeypatch.setattr(f"canvas_engineering.plan.{target}", forbidden)
+    for target in ("edge_table", "pack_positions", "resolve_attention_sets", "apply_program"):
+        monkeypatch.setattr(f"canvas_engineering.plan.compile.{target}", forbidden)
     monkeypatch.setattr("canvas_kernels.torch_ops.grouping._parts", forbidden)
     monkeypatch.setattr("canvas_kernels.packing.IndexMap.sums", forbidden)
     pending = step(first)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from canvas_engineering import CanvasTopology, MaskSpec, TemporalFill, compile_attention
-from canvas_kernels.torch_ops.grouping import group
+from canvas_kernels.torch_ops.grouping import group_table
 from tests import oracle, program_oracle, random_canvases
 from tests.random_canvases import Sample, sample
 
@@ -100,9 +100,9 @@ def reached(drawn: Sample) -> set[str]:
     if len({c.fn for c in live}) > 1:
         found.add("several functions")
     plan = compile_attention(layout, drawn.topology, drawn.program, cortex=drawn.cortex)
-    grouping = group(plan.table)
-    found |= {"strided groups"} if grouping.slabs else set()
-    found |= {"gathered groups"} if grouping.batches else set()
+    grouping = group_table(plan.table)
+    found |= {"strided groups"} if grouping.strided else set()
+    found |= {"gathered groups"} if grouping.gathered else set()
     return found
 
 
@@ -111,7 +111,7 @@ def _of_connection(c, own, layout, run) -> set[str]:
     given = ("None" if c.t_src is None else "int", "None" if c.t_dst is None else "int")
     found = {f"t_src {given[0]}, t_dst {given[1]}", c.write_mode, c.fn}
     keys = {read.keys[query] for read in own for query in read.keys}
-    if c.dst in run.slot_banks:
+    if c.dst in run.banks:
         found.add("a bank by frame" if given != ("None", "None") else "a bank as a whole")
     elif c.src == c.dst and c.mask is None and len(keys) > 1:
         found |= {"a softmax per frame of itself"} if given == ("None", "int") else set()
@@ -139,8 +139,8 @@ def _mask_kind(mask: MaskSpec, dst_shape) -> str:
 def _of_banks(live, run) -> set[str]:
     found = set()
     for how, framed in (("by frame", True), ("as a whole", False)):
-        regions = {c.dst for c in live if c.dst in run.slot_banks and ((c.t_src, c.t_dst) != (None, None)) == framed}
-        if len({len(run.slot_banks[region]) for region in regions}) > 1:
+        regions = {c.dst for c in live if c.dst in run.banks and ((c.t_src, c.t_dst) != (None, None)) == framed}
+        if len({len(run.banks[region]) for region in regions}) > 1:
             found.add(f"banks of two sizes {how}")
     return found
 
@@ -161,7 +161,7 @@ def _of_positions(drawn, run, live) -> set[str]:
         found.add("replace over add")
     everyone = program_oracle.running(drawn.layout, drawn.topology, drawn.program, drawn.cortex)
     topology = CanvasTopology([edge.connection for edge in everyone.edges])
-    every_read = oracle.reads(drawn.layout, topology, everyone.slot_banks)
+    every_read = oracle.reads(drawn.layout, topology, everyone.banks)
     idle = [read for read in every_read if read.connection not in {other.connection for other in run.reads}]
     found |= {"connections that do not run"} if idle else set()
     spoilt = random_canvases.unused_positions(drawn, run) if drawn.poisoned else set()

@@ -22,7 +22,7 @@ from canvas_engineering import (
 )
 
 
-def pairs_of_shape(bound) -> set[tuple[str, str]]:
+def pairs_of(bound) -> set[tuple[str, str]]:
     return {(c.src, c.dst) for c in bound.topology.connections}
 
 
@@ -338,7 +338,7 @@ def test_surgical_robot():
     assert (size("sensor"), size("left_arm"), size("right_arm")) == ((1, 2, 4), (1, 2, 4), (1, 1, 1))
     assert bound["safety"].spec.loss_weight == 5.0
     assert bound["left_arm.gripper"].spec.loss_weight == 2.0
-    pairs = pairs_of_shape(bound)
+    pairs = pairs_of(bound)
     assert each_reads_the_other(pairs, "sensor", "sensor.rgb", "sensor.depth", "sensor.lidar")
     for arm in ("left_arm", "right_arm"):
         assert each_reads_the_other(pairs, arm, f"{arm}.joints", f"{arm}.force_torque", f"{arm}.gripper")
@@ -368,7 +368,7 @@ def test_fleet_of_fifty():
     bound = compile_schema(Fleet(vehicles=[Vehicle() for _ in range(50)]), d_model=256)
     assert len(bound.field_names) == 1 + 50 * 5
     assert len(bound.topology.connections) == 1_351
-    pairs = pairs_of_shape(bound)
+    pairs = pairs_of(bound)
     assert len(pairs) == 1_351
     for i in range(50):
         vehicle = f"vehicles[{i}]"
@@ -409,7 +409,7 @@ def test_world_model():
     bound = compile_schema(World(), d_model=64)
     size = bound.layout.region_size
     assert (size("us"), size("us.macro"), size("cn"), size("cn.macro")) == ((1, 4, 4), (1, 2, 4)) * 2
-    pairs = pairs_of_shape(bound)
+    pairs = pairs_of(bound)
     path = ["us.macro.gdp", "us.macro", "us", "regime", "cn", "cn.macro", "cn.macro.inflation"]
     assert all(each_reads_the_other(pairs, here, following) for here, following in pairwise(path))
     assert ("us.macro.gdp", "cn.macro.inflation") not in pairs

@@ -46,41 +46,41 @@ def inputs_for(table, dtype=torch.float64, batch=1, heads=2, head_dim=8, gain=Fa
 
 @pytest.fixture(
     params=[
-        "slabs of products",
-        "slabs of products in lanes",
-        "slabs of flash",
-        "batches",
-        "batches computed again",
-        "many stages",
+        "strided products",
+        "strided products in slices",
+        "strided flash",
+        "gathered",
+        "gathered, recomputed",
+        "gathered, many bundles",
     ]
 )
 def mode(request, monkeypatch):
     """Each way of executing, forced."""
-    if "slabs" in request.param:
+    if "strided" in request.param:
         monkeypatch.setattr(grouping, "MAX_STRIDED", ENDLESS)
     else:
-        monkeypatch.setattr(grouping, "STRIDED_CELLS", 0)
+        monkeypatch.setattr(grouping, "STRIDED_RANGES", 0)
         monkeypatch.setattr(grouping, "STRIDED_PAIRS", ENDLESS)
-    if request.param == "slabs of products in lanes":
+    if request.param == "strided products in slices":
         monkeypatch.setattr(groups, "THIN_SIDE", 1)
-    if request.param == "slabs of flash":
+    if request.param == "strided flash":
         monkeypatch.setattr(grouping, "FLASH_SIDE", 1)
         monkeypatch.setattr(grouping, "FLASH_PAIRS", 1)
-    if request.param == "batches computed again":
-        monkeypatch.setattr(grouping, "KEPT_PAIRS", 0)
-    if request.param == "many stages":
-        monkeypatch.setattr(grouping, "STAGE_ROWS", 8)
+    if request.param == "gathered, recomputed":
+        monkeypatch.setattr(grouping, "SAVED_PROBS_RATIO", 0)
+    if request.param == "gathered, many bundles":
+        monkeypatch.setattr(grouping, "BUNDLE_ROWS", 8)
     return request.param
 
 
 def test_modes_execute_what_they_say(mode):
     table = frames([6, 3], 5, [(0, 0, 0), (0, 1, 0), (1, 0, -1)])
-    built = grouping.group(table)
-    assert bool(built.slabs) == ("slabs" in mode) and bool(built.batches) == ("slabs" not in mode)
-    assert (len(built.stages) > 1) == (mode == "many stages")
-    choices = executor.choices(table, 8)
-    assert all(choices.flash) == (mode == "slabs of flash" or "slabs" not in mode)
-    assert choices.keeps == (mode != "batches computed again")
+    built = grouping.group_table(table)
+    assert bool(built.strided) == ("strided" in mode) and bool(built.gathered) == ("strided" not in mode)
+    assert (len(built.bundles) > 1) == (mode == "gathered, many bundles")
+    plan = executor.execution_plan(table, 8)
+    assert all(plan.flash) == (mode == "strided flash" or "strided" not in mode)
+    assert plan.saves_probs == (mode != "gathered, recomputed")
 
 
 @pytest.mark.parametrize("form", ["edge", "joint"])
@@ -97,7 +97,7 @@ def test_random_tables_meet_the_oracle_in_float32(form, mode):
 
 @pytest.mark.parametrize("heads", [1, 9])
 def test_frames_at_equal_distances_meet_the_oracle(mode, heads):
-    # more heads than cells, and fewer: the lanes of products run along the other dimension
+    # more heads than members, and fewer: the slices of products run along the other dimension
     reads = [(0, 0, 0), (0, 0, -1), (0, 1, 0), (1, 0, -1), (1, 1, 0), (1, 1, 1)]
     table = frames([6, 3], 5, reads, weight=lambda edge, t: 1.0 + 0.25 * ((edge + t) % 3))
     check(table, inputs_for(table, heads=heads), {}, 1e-12)
@@ -117,8 +117,8 @@ def test_rows_in_pieces_that_read_the_same_keys(mode):
         check(table, inputs_for(table, heads=heads), {"active": torch.tensor([1, 1, 0])}, 1e-12)
 
 
-def test_cells_that_all_read_the_same_keys(mode):
-    # five cells, rows apart so that they cannot be joined, under fewer heads, as many, more
+def test_query_ranges_that_all_attend_to_the_same_keys(mode):
+    # five query ranges, rows apart so that they cannot be merged, under fewer heads, as many, more
     rows = np.arange(0, 40, 8)
     table = BlockTable.from_rectangles(
         "edge", 44, 2, q_start=rows, q_stop=rows + 5, k_start=[40] * 5, k_stop=[43] * 5, segment=range(5),
@@ -128,7 +128,7 @@ def test_cells_that_all_read_the_same_keys(mode):
         check(table, inputs_for(table, heads=heads, gain=True), {}, 1e-12)
 
 
-def test_wide_joint_cells_with_weights_and_several_ranges(mode):
+def test_wide_joint_query_ranges_with_weights_and_several_ranges(mode):
     q0, q1 = [0, 0, 20, 20, 0], [20, 20, 40, 40, 40]
     k0, k1 = [0, 25, 10, 30, 41], [20, 40, 30, 41, 45]
     weight = [1.0, 0.5, 1.0, 0.5, 2.0]
@@ -143,18 +143,18 @@ def test_key_ranges_that_move_onto_each_other(mode):
         "joint", 40, 0, q_start=[*now, *now], q_stop=[*(now + 6), *(now + 6)], k_start=[*now, *(now - 8)],
         k_stop=[*(now + 6), *(now - 2)], weight=np.ones(8),
     )  # fmt: skip
-    if "slabs" in mode:
-        (slab,) = grouping.group(table).slabs
-        assert slab.cells == 4 and slab.key_ranges == ((0, 6, 8), (8, 6, 8)) and not slab.fresh_keys
+    if "strided" in mode:
+        (group,) = grouping.group_table(table).strided
+        assert group.members == 4 and group.key_ranges == ((0, 6, 8), (8, 6, 8)) and not group.overwrites_keys
     check(table, inputs_for(table, batch=2), {}, 1e-12)
 
 
 def members(ranges, g: int) -> list[int]:
-    """Positions of cell ``g``."""
+    """Positions of member ``g``."""
     return [first + g * step + j for first, length, step in ranges for j in range(length)]
 
 
-def pairs_of_shape(table) -> dict:
+def pairs_of(table) -> dict:
     """{(segment, row): keys} from the rectangles."""
     found: dict = {}
     for i in range(len(table.weight)):
@@ -170,22 +170,22 @@ def test_grouping_holds_every_pair_once(form, mode):
     if form == "edge":
         tables.append(frames([6, 3], 9, [(0, 0, 0), (0, 0, -1), (0, 1, 0), (1, 0, -1)]))
     for table in tables:
-        built, found = grouping.group(table), {}
-        for slab in built.slabs:
-            for g in range(slab.cells):
-                keys, rows = members(slab.key_ranges, g), members(slab.row_ranges, g)
-                assert (len(keys), len(rows)) == (slab.keys, slab.rows)
+        built, found = grouping.group_table(table), {}
+        for group in built.strided:
+            for g in range(group.members):
+                keys, rows = members(group.key_ranges, g), members(group.row_ranges, g)
+                assert (len(keys), len(rows)) == (group.keys, group.rows)
                 for r, row in enumerate(rows):
-                    key = (int(slab.segment[g, r]), row)
+                    key = (int(group.segment[g, r]), row)
                     assert key not in found
                     found[key] = keys
-        for batch in built.batches:
+        for batch in built.gathered:
             for g, s in np.argwhere(batch.segment >= 0):
                 keys = batch.keys[g, s][batch.key_valid[g, s]].tolist()
                 for row in batch.rows[g][batch.row_valid[g]].tolist():
                     assert (int(batch.segment[g, s]), row) not in found
                     found[int(batch.segment[g, s]), row] = keys
-        assert found == pairs_of_shape(table)
+        assert found == pairs_of(table)
 
 
 def test_calls_grow_with_shapes_not_with_edges():
@@ -215,21 +215,21 @@ def test_calls_grow_with_shapes_not_with_edges():
             weight=[1.0] * edge,
             edge=edges,
         )
-        built = grouping.group(table)
-        return len(built.slabs) + len(built.batches)
+        built = grouping.group_table(table)
+        return len(built.strided) + len(built.gathered)
 
     assert parts(200) <= parts(25) <= grouping.MAX_STRIDED
 
 
 def test_every_row_and_key_that_is_written_first_is_written_once():
     table = frames([6, 3], 9, [(0, 0, 0), (0, 0, -1), (0, 1, 0), (1, 1, 0), (1, 0, 0)])
-    built = grouping.group(table)
-    for name, stale in (("row", built.stale_rows), ("key", built.stale_keys)):
+    built = grouping.group_table(table)
+    for name, stale in (("row", built.rows_to_zero), ("key", built.keys_to_zero)):
         seen: set = set()
         written: set = set()
-        for slab in built.slabs:
-            touched = [p for g in range(slab.cells) for p in members(getattr(slab, f"{name}_ranges"), g)]
-            if getattr(slab, f"fresh_{name}s"):
+        for group in built.strided:
+            touched = [p for g in range(group.members) for p in members(getattr(group, f"{name}_ranges"), g)]
+            if getattr(group, f"overwrites_{name}s"):
                 assert len(set(touched)) == len(touched) and not seen & set(touched)
                 written |= set(touched)
             seen |= set(touched)
@@ -363,8 +363,8 @@ def test_where_lanes_lie_is_kept_for_each_layout():
                 torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
                 found, wanted = (torch.autograd.grad(result, parts, upstream) for result in (out, expected))
                 torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
-    slabs_ = grouping.group(table).slabs
-    assert slabs_ and all(len({key[2] for key in slab.places}) >= 3 for slab in slabs_)
+    strided = grouping.group_table(table).strided
+    assert strided and all(len({key[2] for key in group.layout_cache}) >= 3 for group in strided)
 
 
 def test_what_is_kept_does_not_grow_with_the_square_of_the_canvas():
@@ -380,13 +380,13 @@ def test_what_is_kept_does_not_grow_with_the_square_of_the_canvas():
 
 
 def test_inactive_rows_of_a_joined_slab_are_not_computed(monkeypatch):
-    # two connections read the same keys, so that their rows stand in one slab
+    # two connections attend to the same keys, so that their rows are in one group
     table = BlockTable.from_rectangles(
         "edge", 96, 2,
         q_start=[0, 40], q_stop=[40, 64], k_start=[64, 64], k_stop=[96, 96], segment=[0, 1],
         weight=[1.0, 2.0], edge=[0, 1],
     )  # fmt: skip
-    assert len(grouping.group(table).slabs) == 1
+    assert len(grouping.group_table(table).strided) == 1
     seen, softmax = [], strided._softmax_out
     monkeypatch.setattr(strided, "_softmax_out", lambda x, *a, **k: seen.append(x.numel()) or softmax(x, *a, **k))
     q, k, v = (torch.randn(1, 2, 96, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -429,7 +429,7 @@ def test_any_layout_in_memory_gives_the_same_numbers(mode, batch):
 
 
 def scattered(sizes, keys=3, seed=0) -> BlockTable:
-    """Cells of ``sizes`` rows at uneven distances, a connection each, that attend to ``keys`` keys somewhere."""
+    """Query ranges of ``sizes`` rows at uneven distances, a connection each, that attend to ``keys`` keys somewhere."""
     rng, at, rows = np.random.default_rng(seed), 0, []
     for size in sizes:
         at += int(rng.integers(1, 9))
@@ -445,22 +445,22 @@ def scattered(sizes, keys=3, seed=0) -> BlockTable:
 
 
 def test_three_constants_choose_the_grouping():
-    few = grouping.group(frames([6, 3], 5, [(0, 0, 0), (0, 1, 0), (1, 0, -1)]))
-    assert few.slabs and not few.batches
+    few = grouping.group_table(frames([6, 3], 5, [(0, 0, 0), (0, 1, 0), (1, 0, -1)]))
+    assert few.strided and not few.gathered
     rng = np.random.default_rng(1)
     many = scattered(rng.integers(1, 40, 300))
-    built = grouping.group(many)
+    built = grouping.group_table(many)
     # more strided groups than are allowed: those of few pairs are gathered, and shapes rounded up to a ladder
-    assert all(slab.pairs >= grouping.STRIDED_PAIRS for slab in built.slabs) and built.batches
-    assert len({batch.shape[1:] for batch in built.batches}) <= 12
+    assert all(group.pairs >= grouping.STRIDED_PAIRS for group in built.strided) and built.gathered
+    assert len({batch.shape[1:] for batch in built.gathered}) <= 12
     check(many, inputs_for(many, gain=True), {}, 1e-12)
-    large = grouping.group(frames([512], 3, [(0, 0, 0)]))
-    assert [(slab.cells, slab.rows, slab.keys) for slab in large.slabs] == [(3, 512, 512)] and not large.batches
+    large = grouping.group_table(frames([512], 3, [(0, 0, 0)]))
+    assert [(g.members, g.rows, g.keys) for g in large.strided] == [(3, 512, 512)] and not large.gathered
 
 
 def test_grouping_is_a_function_of_the_table_alone(monkeypatch):
-    built = [grouping.group(scattered([5] * 100 + [9] * 50)) for _ in range(2)]
-    shapes = [([s.row_ranges for s in g.slabs], [b.shape for b in g.batches]) for g in built]
+    built = [grouping.group_table(scattered([5] * 100 + [9] * 50)) for _ in range(2)]
+    shapes = [([s.row_ranges for s in g.strided], [b.shape for b in g.gathered]) for g in built]
     assert shapes[0] == shapes[1]
 
 

@@ -1,4 +1,4 @@
-"""BlockTable and Tiling: every walk, cell and slot of a random table is exactly its rectangles, row by row."""
+"""BlockTable and Tiling: every walk, query range and slot of a random table is exactly its rectangles, row by row."""
 
 from __future__ import annotations
 
@@ -61,20 +61,20 @@ def slot_owners(table: BlockTable) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_cells_and_slots_are_the_rectangles(seed):
+def test_query_ranges_and_slots_are_the_rectangles(seed):
     table = random_table(seed)
     expected, owners = membership(table), slot_owners(table)
     assert None not in owners, "a slot belongs to no row"
-    cells, seen = table.query_ranges(), np.zeros_like(expected)
-    for c in range(len(cells.segment)):
-        rows = slice(cells.q_start[c], cells.q_stop[c])
-        for r in cells.rectangle[cells.ptr[c] : cells.ptr[c + 1]]:
-            assert not seen[cells.segment[c], rows, table.k_start[r] : table.k_stop[r]].any(), (
-                "a pair stands in two cells"
+    ranges, seen = table.query_ranges(), np.zeros_like(expected)
+    for c in range(len(ranges.segment)):
+        rows = slice(ranges.q_start[c], ranges.q_stop[c])
+        for r in ranges.rectangle[ranges.ptr[c] : ranges.ptr[c + 1]]:
+            assert not seen[ranges.segment[c], rows, table.k_start[r] : table.k_stop[r]].any(), (
+                "a pair is in two query ranges"
             )
-            seen[cells.segment[c], rows, table.k_start[r] : table.k_stop[r]] = True
-        for offset, row in enumerate(range(cells.q_start[c], cells.q_stop[c])):
-            assert owners[cells.slot[c] + offset] == (cells.segment[c], row)
+            seen[ranges.segment[c], rows, table.k_start[r] : table.k_stop[r]] = True
+        for offset, row in enumerate(range(ranges.q_start[c], ranges.q_stop[c])):
+            assert owners[ranges.slot[c] + offset] == (ranges.segment[c], row)
     assert (seen == expected).all()
     layout = table.slot_layout(torch.device("cpu"))
     assert layout.position.tolist() == [row for _, row in owners]
@@ -239,7 +239,7 @@ def test_local_attention_walks_little_more_than_the_blocks_that_hold_its_band(fr
     box = (0, frames, *(bound for size in shape for bound in (0, size)))
     layout = CanvasLayout(T=frames, d_model=32, spatial_shape=shape, regions={"video": box})
     plan = compile_attention(layout, CanvasTopology([Connection("video", "video", fn="local_attention")]))
-    table = LocalAttention(32, window_size=window).chosen(plan).table
+    table = LocalAttention(32, window_size=window).with_pattern(plan).table
     count = -(-table.n_positions // 64)
     holds = np.zeros((count, count), bool)
     for q0, q1, k0, k1 in zip(table.q_start, table.q_stop, table.k_start, table.k_stop):

@@ -52,7 +52,7 @@ class Robot:
     plan: Field = Field(1, 4)
 
 
-def pairs_of_shape(bound) -> list[tuple[str, str]]:
+def pairs_of(bound) -> list[tuple[str, str]]:
     return [(c.src, c.dst) for c in bound.topology.connections]
 
 
@@ -67,7 +67,7 @@ def list_of(n, policy_name, element=Arm):
 
 def extra_pairs(n, policy_name, element=Arm) -> set[tuple[str, str]]:
     """What an array policy adds to isolated elements; fails on a pair that comes twice."""
-    pairs, isolated = pairs_of_shape(list_of(n, policy_name, element)), pairs_of_shape(list_of(n, "isolated", element))
+    pairs, isolated = pairs_of(list_of(n, policy_name, element)), pairs_of(list_of(n, "isolated", element))
     assert len(set(pairs)) == len(pairs)
     assert set(isolated) <= set(pairs)
     return set(pairs) - set(isolated)
@@ -244,7 +244,7 @@ def test_lists_of_fields_and_of_lists():
     assert bound.layout.region_spec("cells[1][0]").semantic_type == "cells 1 0"
     own = {(name, name) for name in bound.field_names}
     with_task = {pair for name in bound.field_names[1:] for pair in (("task", name), (name, "task"))}
-    assert set(pairs_of_shape(bound)) == own | with_task
+    assert set(pairs_of(bound)) == own | with_task
     ring = compile_schema(
         SimpleNamespace(cells=[Field(), Field(), Field()]), connectivity=policy(array_element="matched_fields")
     )
@@ -444,17 +444,17 @@ def test_parents_read_children_through_their_coarse_field_only():
     expected = {(name, name) for name in ("top", "mid", "mid.m", "mid.leaf", "mid.leaf.x")}
     levels = [("top", "mid"), ("mid", "mid.m"), ("mid.m", "mid.leaf"), ("mid", "mid.leaf"), ("mid.leaf", "mid.leaf.x")]
     expected |= {pair for a, b in levels for pair in ((a, b), (b, a))}
-    assert set(pairs_of_shape(bound)) == expected
-    assert len(pairs_of_shape(bound)) == len(expected)
+    assert set(pairs_of(bound)) == expected
+    assert len(pairs_of(bound)) == len(expected)
 
 
 def test_coarse_siblings_are_not_connected():
-    pairs = set(pairs_of_shape(compile_schema(SimpleNamespace(task=Field(), left=Arm(), right=Arm()))))
+    pairs = set(pairs_of(compile_schema(SimpleNamespace(task=Field(), left=Arm(), right=Arm()))))
     assert {("left", "task"), ("task", "right")} <= pairs
     assert not {("left", "right"), ("right", "left"), ("left", "right.grip"), ("left.grip", "right.grip")} & pairs
 
 
-APART = r"the root has no field of its own, through which \d+ parts could meet; unconnected to each other stay "
+APART = r"the root has no field of its own, through which \d+ parts could be connected; unconnected are "
 
 
 def apart_of(root, array_element="isolated"):
@@ -472,7 +472,7 @@ def test_parts_of_a_root_without_a_field_are_named_once():
     assert re.match(APART + r"'left', 'right'. Give it a field$", message)
     # the topology stays as published
     with pytest.warns(UserWarning, match=APART):
-        pairs = set(pairs_of_shape(compile_schema(two)))
+        pairs = set(pairs_of(compile_schema(two)))
     assert not {(src, dst) for src, dst in pairs if src[:4] != dst[:4]}
     with pytest.warns(UserWarning, match=APART) as caught:
         compile_program(two)
@@ -486,7 +486,7 @@ def test_parts_of_a_root_without_a_field_are_named_once():
 def test_parts_of_nested_objects_without_a_field_are_named_in_the_same_warning():
     two = SimpleNamespace(left=Arm(), right=Arm())
     message = apart_of(SimpleNamespace(body=two))
-    assert "'body' has no field of its own" in message and "stay 'body.left', 'body.right' (" in message
+    assert "'body' has no field of its own" in message and "unconnected are 'body.left', 'body.right' (" in message
     message = apart_of(SimpleNamespace(here=two, there=two))
     assert "the root, 'here', 'there' have no field of their own, through which 6 parts" in message
     assert apart_of(SimpleNamespace(body=SimpleNamespace(pose=Field(), left=Arm(), right=Arm()))) is None
@@ -519,10 +519,10 @@ INTRA = {
 @pytest.mark.parametrize("name", INTRA)
 def test_intra_policies(name):
     root = SimpleNamespace(a=Field(), b=Field(), c=Field())
-    pairs = pairs_of_shape(compile_schema(root, connectivity=policy(intra=name)))
+    pairs = pairs_of(compile_schema(root, connectivity=policy(intra=name)))
     assert set(pairs) == INTRA[name]
     assert len(pairs) == len(INTRA[name])
-    nested = pairs_of_shape(compile_schema(SimpleNamespace(part=root), connectivity=policy(intra=name)))
+    nested = pairs_of(compile_schema(SimpleNamespace(part=root), connectivity=policy(intra=name)))
     inner = {("part." + a, "part." + b) for a, b in INTRA[name]}
     coarse = {("part", "part")} | {pair for x in "abc" for pair in (("part", "part." + x), ("part." + x, "part"))}
     assert set(nested) == inner | coarse
@@ -551,7 +551,7 @@ def test_matched_fields_of_arrays():
     mixed_list = SimpleNamespace(x=[Arm(), Sensor(), Arm()])
     with pytest.warns(UserWarning, match=APART + r"'x\[0\]', 'x\[2\]', 'x\[1\]'"):
         mixed = compile_schema(mixed_list, connectivity=policy(array_element="matched_fields"))
-    across = {pair for pair in pairs_of_shape(mixed) if pair[0][:4] != pair[1][:4]}
+    across = {pair for pair in pairs_of(mixed) if pair[0][:4] != pair[1][:4]}
     assert across == {
         *(("x[0].joints", "x[2].joints"), ("x[2].joints", "x[0].joints")),
         *(("x[0].grip", "x[2].grip"), ("x[2].grip", "x[0].grip")),
@@ -560,7 +560,7 @@ def test_matched_fields_of_arrays():
 
 def test_arrays_are_wired_one_by_one():
     root = SimpleNamespace(task=Field(), left=[Arm(), Arm()], right=[Arm(), Arm()])
-    pairs = set(pairs_of_shape(compile_schema(root, connectivity=policy(array_element="dense"))))
+    pairs = set(pairs_of(compile_schema(root, connectivity=policy(array_element="dense"))))
     assert ("left[0]", "left[1]") in pairs
     assert not {(src, dst) for src, dst in pairs if "task" not in (src, dst) and src[0] != dst[0]}
 
@@ -660,7 +660,7 @@ def test_random_types(tree, strategy):
     layout = bound.layout
     found = {name: (*layout.region_size(name)[1:], layout.region_spec(name).period) for name in bound.fields}
     assert list(found.items()) == list(regions.items())
-    assert sorted(pairs_of_shape(bound)) == sorted(pairs)
+    assert sorted(pairs_of(bound)) == sorted(pairs)
     assert int(disjoint_cover(bound).sum()) == sum(h * w for h, w, _ in regions.values())
     assert CanvasSchema.from_dict(bound.schema.to_dict()) == bound.schema
 

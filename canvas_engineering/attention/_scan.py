@@ -203,8 +203,8 @@ def _contiguous(x: torch.Tensor) -> torch.Tensor:
 def _compose_scan(dt, x, b, c, rate, kernels):
     """Computes the scan by doubling, in differentiable torch."""
     added = x[:, :, None] * b[..., None]  # [batch, length, states, width]
-    kept = torch.exp(rate.t() * dt[:, :, None])
-    return ((inter_chunk_scan(added, kept) * kept + added) * c[..., None]).sum(2)
+    decay = torch.exp(rate.t() * dt[:, :, None])
+    return ((inter_chunk_scan(added, decay) * decay + added) * c[..., None]).sum(2)
 
 
 # -- constant decay ----------------------------------------------------------------------------------------------------
@@ -259,8 +259,8 @@ def _sums_fake(x, log_keep, backwards, kernels):
     return _contiguous(x)
 
 
-def _sums_backward(grad, needs, kept, x, log_keep, backwards, kernels):
-    (sums,) = kept
+def _sums_backward(grad, needs, saved, x, log_keep, backwards, kernels):
+    (sums,) = saved
     # d_x is the reverse sum; S' = w S + x gives dL/dw = Σ S · d_x
     d_x = torch.ops.canvas_engineering.decayed_sums.default(grad.contiguous(), log_keep, not backwards, kernels)
     return d_x, (d_x * sums).sum((0, 1)) * torch.exp(log_keep)
@@ -291,14 +291,13 @@ def from_chunks(steps: torch.Tensor, batch: int, length: int) -> torch.Tensor:
     return steps.reshape(batch, -1, steps.shape[2])[:, :length].contiguous()
 
 
-def inter_chunk_scan(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Returns the state before each chunk: H_k = kept_{k−1} H_{k−1} + added_{k−1}, (batch, chunks, states, width), by
-    doubling."""
+def inter_chunk_scan(added: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    """Returns states H_k = decay_{k−1} H_{k−1} + added_{k−1} before chunks k, (batch, chunks, states, width)."""
     shift, count = 1, added.shape[1]
     while shift < count:
-        joined = torch.addcmul(added[:, shift:], kept[:, shift:], added[:, :-shift])
+        joined = torch.addcmul(added[:, shift:], decay[:, shift:], added[:, :-shift])
         added = torch.cat([added[:, :shift], joined], 1)
-        kept = torch.cat([kept[:, :shift], kept[:, shift:] * kept[:, :-shift]], 1)
+        decay = torch.cat([decay[:, :shift], decay[:, shift:] * decay[:, :-shift]], 1)
         shift *= 2
     return F.pad(added[:, :-1], (0, 0, 0, 0, 1, 0))
 
@@ -343,8 +342,8 @@ def _fla_recurrence(kernel, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     x, g = to_chunks(x, FLA_CHUNK), to_chunks(g, FLA_CHUNK)
     _, ends = kernel(x, g, output_final_state=True)
     # [batch, chunks, 1, channels]
-    ends, kept = (t.unflatten(0, (batch, -1))[:, :, None] for t in (ends, g.sum(1).exp()))
-    out, _ = kernel(x, g, initial_state=inter_chunk_scan(ends, kept).reshape(len(x), -1))
+    ends, decay = (t.unflatten(0, (batch, -1))[:, :, None] for t in (ends, g.sum(1).exp()))
+    out, _ = kernel(x, g, initial_state=inter_chunk_scan(ends, decay).reshape(len(x), -1))
     return from_chunks(out, batch, length)
 
 
@@ -388,8 +387,8 @@ def fla_scan_backward(
         d_x[..., channels] = (adjoint * b[:, :, None]).sum(-1)
         d_b += (adjoint * x[..., channels, None]).sum(2)
         # dh_t/d(dt_t)
-        kept = decay.exp_().mul_(_shift_right(states)).mul_(rate[channels])
-        d_dt[..., channels] = (adjoint * kept).sum(-1)
+        d_state = decay.exp_().mul_(_shift_right(states)).mul_(rate[channels])
+        d_dt[..., channels] = (adjoint * d_state).sum(-1)
     return d_dt, d_x, d_b, d_c
 
 
@@ -435,8 +434,8 @@ for _name, _signature, _kernel, _fake in (
 _OPS = torch.ops.canvas_engineering
 OPERATIONS["selective_scan"] = Operation(
     forward=lambda keep, *args: _OPS.selective_scan.default(*args),
-    backward=lambda grad, needs, kept, *args: (
-        *_OPS.selective_scan_backward.default(grad.contiguous(), *args[:5], kept[1], args[5]),
+    backward=lambda grad, needs, saved, *args: (
+        *_OPS.selective_scan_backward.default(grad.contiguous(), *args[:5], saved[1], args[5]),
         None,
     ),
     composition=_compose_scan,

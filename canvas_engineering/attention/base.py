@@ -86,6 +86,14 @@ def query_index(
     )
 
 
+class Scales(NamedTuple):
+    """The factors of one step, arguments of :func:`canvas_attention`."""
+
+    gain: torch.Tensor | None = None
+    active: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None
+
+
 class Coefficients(NamedTuple):
     """Factors of queries and sets.
 
@@ -109,19 +117,12 @@ def mask_rows(x: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
     return x if live is None else torch.where(live, x, x.new_zeros(()))
 
 
-def coefficients(
-    index: QueryIndex,
-    plan: AttentionPlan,
-    x: torch.Tensor,
-    gain: torch.Tensor | None,
-    active: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-) -> Coefficients:
+def coefficients(index: QueryIndex, plan: AttentionPlan, x: torch.Tensor, scales: Scales) -> Coefficients:
     """Returns w_r · gain · active · row_scale at every query, in float32, or float64 for such ``x``.
 
-    ``active`` (connections,) and ``row_scale`` (2, n) and their defaults are those of :func:`canvas_attention`; the
-    result is differentiable in ``gain`` (connections,).
+    The result is differentiable in ``gain``.
     """
+    gain, active, row_scale = scales
     dtype = torch.promote_types(x.dtype, torch.float32)
     everything = active is None and row_scale is None and not (plan.replaces or index.partial)
     if row_scale is None:
@@ -186,15 +187,7 @@ def set_groups(plan: AttentionPlan) -> SetGroups:
     return plan.index_sets["set groups"]
 
 
-def attend_grouped(
-    module: nn.Module,
-    x: torch.Tensor,
-    plan: AttentionPlan,
-    *,
-    gain: torch.Tensor | None = None,
-    active: torch.Tensor | None = None,
-    row_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
+def attend_grouped(module: nn.Module, x: torch.Tensor, plan: AttentionPlan, scales: Scales) -> torch.Tensor:
     """Runs every attention set of ``plan`` through ``module(queries, keys, values)``, one call for all sets of a shape.
 
     Args:
@@ -202,7 +195,7 @@ def attend_grouped(
             order; it must return (G·B, n, d_model), each batch entry by itself.
         x: (B, rows, d_model), the canvas in the plan's packed order.
         plan: the plan of the module's connections.
-        gain, active, row_scale: as for :func:`canvas_attention`.
+        scales: the factors of the step.
 
     Returns:
         (B, rows, d_model): the weighted sums of the sets' outputs; 0 for rows without keys.
@@ -212,7 +205,7 @@ def attend_grouped(
     """
     batch, _, width = x.shape
     index = set_groups(plan)
-    flat, weights = to_rows(x), coefficients(index.query_index, plan, x, gain, active, row_scale)
+    flat, weights = to_rows(x), coefficients(index.query_index, plan, x, scales)
     q_all, k_all = mask_rows(gather_rows(flat, index.queries), weights.live), gather_rows(flat, index.keys)
     if weights.live_sets is not None:
         k_all = mask_rows(k_all, gather_rows(weights.live_sets.to(x.dtype), index.set_of_key) > 0)
@@ -331,8 +324,7 @@ def bind_plan(fn: str, module: nn.Module, plan: AttentionPlan, layout: CanvasLay
 
 
 def prepare(module: nn.Module, plan: AttentionPlan) -> None:
-    """Builds the index sets that ``plan`` needs ahead of the first step: a fused class by its own ``prepare(plan)``, if
-    it has one."""
+    """Builds the index sets that ``plan`` needs ahead of the first step, by the module's ``prepare(plan)`` if fused."""
     own_prepare = getattr(module, "prepare", None)
     if not is_fused(type(module)):
         set_groups(plan)
@@ -347,8 +339,7 @@ class MemoryAttention(CanvasModule):
     """out_projection(attend_to_memory(query_features(x_q), summarise(key_features(x_k)))); subclasses define the four.
 
     Features depend on one position and are computed once per position, however many attention sets hold it;
-    ``summarise`` runs once for each distinct set of keys; the output projection once per position, after the weighted
-    sum.
+    ``summarise`` runs once for each distinct set of keys; the output projection once per position, at the end.
 
     Class attributes:
         supports_pair_masks: each query is served by itself and the order of keys does not count, so that masks of
@@ -400,22 +391,14 @@ class MemoryAttention(CanvasModule):
         shared_memories(plan)
 
     def attend(
-        self,
-        x: torch.Tensor,
-        plan: AttentionPlan,
-        *,
-        gain: torch.Tensor | None = None,
-        active: torch.Tensor | None = None,
-        row_scale: torch.Tensor | None = None,
-        bias_weight: torch.Tensor | None = None,
-        backend: str = "auto",
+        self, x: torch.Tensor, plan: AttentionPlan, scales: Scales, bias_weight: torch.Tensor | None, backend: str
     ) -> torch.Tensor:
         """Runs every attention set of ``plan``, one call for all memories of a length and one for all sets of a shape.
 
         Arguments and result are those of :meth:`CrossAttention.attend`.
         """
         index = shared_memories(plan)
-        weights = coefficients(index.query_index, plan, x, gain, active, row_scale)
+        weights = coefficients(index.query_index, plan, x, scales)
         (batch, _, width), rows = x.shape, to_rows(x)
         own = gather_rows(rows, index.key_rows).unflatten(1, (batch, width))
         key_features = self.key_features(own, own)
@@ -518,8 +501,7 @@ def shared_memories(plan: AttentionPlan) -> SharedMemories:
 
 
 def _groups(m: np.ndarray, n: np.ndarray, key_set_of: np.ndarray) -> tuple[MemoryGroup, ...]:
-    """Groups key sets of ascending lengths m, and attention sets of n queries over key set ``key_set_of``, in order of
-    (m, n)."""
+    """Groups key sets of ascending lengths m, and sets of n queries over ``key_set_of`` in order of (m, n)."""
     k_start, q_start = np.cumsum(m) - m, np.cumsum(n) - n
     set_m = m[key_set_of]
     groups = []
@@ -540,78 +522,3 @@ def _distinct(rows: np.ndarray, size: int) -> tuple[IndexMap, IndexMap]:
     """Returns maps from ``size`` rows to the distinct ones among ``rows``, and from these to ``rows``."""
     distinct, number = np.unique(rows, return_inverse=True)
     return IndexMap.gather(distinct, size), IndexMap.gather(number.reshape(-1), len(distinct))
-
-
-# -- shared sets of keys -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class SetRange:
-    """``count`` sets of ``length`` rows each, one after another from entry ``start``."""
-
-    count: int
-    length: int
-    start: int
-
-    def of(self, rows: torch.Tensor) -> torch.Tensor:
-        """Returns its entries among gathered ``rows`` (S, …): (count, length, …)."""
-        return rows[self.start : self.start + self.count * self.length].unflatten(0, (self.count, self.length))
-
-
-@dataclass(frozen=True, eq=False)
-class SharedKeys:
-    """A plan's attention sets, with each distinct set of keys once.
-
-    Attributes:
-        key_sets: ranges of the K keys with sets of equal length.
-        keys: map from packed rows to the K keys.
-        means: map from packed rows to the mean of each key set, in the same order.
-        sets: ranges of the S queries with sets of equal length.
-        queries: map from packed rows to the S queries.
-        key_set_of: map from key sets to attention sets.
-        query_index: index of the queries.
-    """
-
-    key_sets: tuple[SetRange, ...]
-    keys: IndexMap
-    means: IndexMap
-    sets: tuple[SetRange, ...]
-    queries: IndexMap
-    key_set_of: IndexMap
-    query_index: QueryIndex
-
-
-def shared_keys(plan: AttentionPlan) -> SharedKeys:
-    """Returns the shared key sets of a plan, cached on it.
-
-    Raises:
-        ValueError: the queries of a set attend to different keys.
-    """
-    if "shared keys" not in plan.index_sets:
-        sets = plan.row_sets()
-        used = np.unique(sets.keys)
-        used = used[np.argsort(sets.lengths(used), kind="stable")]
-        rank = np.empty(len(sets.ptr) - 1, np.int64)
-        rank[used] = np.arange(len(used))
-        _, k_rows = sets.rows_of(used)
-        length = sets.lengths(used)
-        order = np.argsort(sets.lengths(sets.queries), kind="stable")
-        number, q_rows = sets.rows_of(sets.queries[order])
-        offset = np.concatenate([[0], np.cumsum(length)])
-        plan.index_sets["shared keys"] = SharedKeys(
-            _set_ranges(length),
-            IndexMap.gather(k_rows, plan.n_packed),
-            IndexMap.sums(k_rows, offset, plan.n_packed, np.repeat(1.0 / length, length)),
-            _set_ranges(sets.lengths(sets.queries[order])),
-            IndexMap.gather(q_rows, plan.n_packed),
-            IndexMap.gather(rank[sets.keys[order]], len(used)),
-            query_index(plan, sets, order[number], q_rows, number),
-        )
-    return plan.index_sets["shared keys"]
-
-
-def _set_ranges(lengths: np.ndarray) -> tuple[SetRange, ...]:
-    """Groups equal (sorted) lengths into ranges."""
-    values, counts = np.unique(lengths, return_counts=True)
-    starts = np.cumsum(values * counts) - values * counts
-    return tuple(SetRange(*numbers) for numbers in zip(counts.tolist(), values.tolist(), starts.tolist()))

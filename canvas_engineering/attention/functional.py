@@ -37,10 +37,8 @@ def canvas_attention(
             plan's packed order (``plan.pack``), which saves copies.
         plan: from :func:`canvas_engineering.plan.compile_attention`; its form, "edge" or "joint", is what is computed.
         scale: factor of q·k, by default head_dim^−½.
-        gain: (connections,), a factor on each connection's output, with a gradient. Edge form mask_rows, as the next
-            two.
-        active: (connections,), 0 or 1; a connection at 0 is as if it were not declared. Changing it rebuilds
-            nothing.
+        gain: (connections,), trainable factors of connections. Edge form only, as the next two.
+        active: (connections,), 0 or 1; a connection at 0 is as if it were not declared.
         row_scale: (2, n) float32, factors of adding and of replacing attention sets at each packed row; by default
             1 / (sum of the weights in force).
         dropout_p: probability of dropping an attention weight (torch and reference backends).

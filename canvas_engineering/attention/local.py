@@ -22,7 +22,7 @@ from canvas_kernels.ranges import expand_ranges
 from ..checked import checked_int, checked_ints, checked_read
 from ..plan import AttentionPlan
 from ..plan.index_sets import SetShape
-from .base import Coefficients, QueryIndex, coefficients, mask_rows, query_index
+from .base import Coefficients, QueryIndex, Scales, coefficients, mask_rows, query_index
 from .softmax import MAX_TABLES, CrossAttention, FixedPatternAttention
 
 # Default window along one spatial dimension.
@@ -121,8 +121,7 @@ class Blocks:
 
 
 def _product(a: np.ndarray, b: np.ndarray, join) -> np.ndarray:
-    """Returns ``join(a, b)`` of every pair of entries: [A_0 · B_0, A_1 · B_1, …], ``a`` varying slowest on each
-    axis."""
+    """Returns ``join(a, b)`` of all pairs of entries: [A_0 · B_0, A_1 · B_1, …], ``a`` varying slowest."""
     shape = [size for pair in zip(a.shape, b.shape) for size in pair]
     left, right = ([size if i % 2 == side else 1 for i, size in enumerate(shape)] for side in (0, 1))
     return join(a.reshape(left), b.reshape(right)).reshape([x * y for x, y in zip(a.shape, b.shape)])
@@ -365,23 +364,14 @@ class LocalAttention(FixedPatternAttention):
         super().prepare(plan)
         self.blocked(self.with_pattern(plan))
 
-    def weighted_values(
-        self,
-        x: torch.Tensor,
-        plan: AttentionPlan,
-        *,
-        gain: torch.Tensor | None = None,
-        active: torch.Tensor | None = None,
-        row_scale: torch.Tensor | None = None,
-        backend: str = "auto",
-    ) -> torch.Tensor:
+    def weighted_values(self, x: torch.Tensor, plan: AttentionPlan, scales: Scales, backend: str) -> torch.Tensor:
         """Returns :meth:`CrossAttention.weighted_values`; "auto" is the torch path on every device."""
         if backend not in ("auto", "torch"):
-            return super().weighted_values(x, plan, gain=gain, active=active, row_scale=row_scale, backend=backend)
+            return super().weighted_values(x, plan, scales, backend)
         selected = self.with_pattern(plan)
         index = self.blocked(selected)
         q, k, v = self._project(x)
-        weights = coefficients(index.query_index, selected, q, gain, active, row_scale)
+        weights = coefficients(index.query_index, selected, q, scales)
         dropout_p = self.dropout if self.training else 0.0
         out = attend_blocks(q, k, v, index, weights, q.shape[-1] ** -0.5, dropout_p)
         # (n, B, heads, D) → (B, heads, n, D)

@@ -66,8 +66,7 @@ class MambaAttention(MemoryAttention):
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
 
     def key_features(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Returns u, z and the inputs of dt, B and C, (…, 2 · d_model + dt_rank + 2 · state_size). ``values`` are
-        unused."""
+        """Returns u, z and the inputs of dt, B and C, (…, 2 · d_model + dt_rank + 2 · state_size)."""
         both = self.in_proj(keys)
         return torch.cat([both, self.x_proj(both.chunk(2, dim=-1)[0])], -1)
 

@@ -47,8 +47,7 @@ class PerceiverAttention(MemoryAttention):
         return torch.cat([self.compress.k_proj(keys), self.compress.v_proj(values)], -1)
 
     def summarise(self, features: torch.Tensor, backend: str = "auto") -> torch.Tensor:
-        """Runs the latents over features (B, m, 2 · d_model); returns the queries' keys and values (B, n_latents, 2 ·
-        d_model)."""
+        """Runs the latents over features (B, m, 2 · d_model) to keys and values (B, n_latents, 2 · d_model)."""
         latents = self.compress.q_proj(self.latents).expand(features.shape[0], -1, -1)
         z = self.compress.out_proj(self._attention(latents, features))
         return torch.cat([self.readout.k_proj(z), self.readout.v_proj(z)], -1)

@@ -14,7 +14,7 @@ from canvas_kernels.packing import IndexMap, gather_rows, scatter_rows
 from ..checked import checked_read, checked_sizes
 from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
-from .base import QueryIndex, coefficients, mask_rows, query_index, shared_keys, to_canvas, to_rows
+from .base import QueryIndex, Scales, coefficients, mask_rows, query_index, to_canvas, to_rows
 
 
 class PoolingAttention(CanvasModule):
@@ -34,7 +34,7 @@ class PoolingAttention(CanvasModule):
 
     def prepare(self, plan: AttentionPlan) -> None:
         """Builds the index sets of ``plan``."""
-        shared_keys(plan)
+        pooled_keys(plan)
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Returns the projected mean of ``values`` (B, m, d_model) for each of the queries (B, n, d_model)."""
@@ -42,29 +42,53 @@ class PoolingAttention(CanvasModule):
         return self.proj(values.mean(1, keepdim=True)).expand(-1, queries.shape[1], -1)
 
     def attend(
-        self,
-        x: torch.Tensor,
-        plan: AttentionPlan,
-        *,
-        gain: torch.Tensor | None = None,
-        active: torch.Tensor | None = None,
-        row_scale: torch.Tensor | None = None,
-        bias_weight: torch.Tensor | None = None,
-        backend: str = "auto",
+        self, x: torch.Tensor, plan: AttentionPlan, scales: Scales, bias_weight: torch.Tensor | None, backend: str
     ) -> torch.Tensor:
         """Runs every attention set of ``plan``; arguments and result are those of :meth:`CrossAttention.attend`.
 
         The projection runs once for each distinct set of keys; ``bias_weight`` is unused, since its bias is weighted
         with the rest.
         """
-        index = shared_keys(plan)
-        (batch, _, width), weights = x.shape, coefficients(index.query_index, plan, x, gain, active, row_scale)
+        index = pooled_keys(plan)
+        (batch, _, width), weights = x.shape, coefficients(index.query_index, plan, x, scales)
         means = gather_rows(to_rows(x), index.means)
         # [sets, B, d]
         pooled = self.proj(means.unflatten(1, (batch, width)))
         by_set = mask_rows(gather_rows(pooled.flatten(1), index.key_set_of), weights.live_sets)
         results = weights.weigh(gather_rows(by_set, index.query_index.sets))
         return to_canvas(scatter_rows(results, index.queries), batch, width)
+
+
+@dataclass(frozen=True, eq=False)
+class PooledKeys:
+    """Maps from packed rows to the mean of each distinct key set, from these to attention sets, and to the queries."""
+
+    means: IndexMap
+    key_set_of: IndexMap
+    queries: IndexMap
+    query_index: QueryIndex
+
+
+def pooled_keys(plan: AttentionPlan) -> PooledKeys:
+    """Returns the pooled keys of a plan, cached on it.
+
+    Raises:
+        ValueError: the queries of a set attend to different keys.
+    """
+    if "pooled keys" not in plan.index_sets:
+        sets = plan.row_sets()
+        used, key_set = np.unique(sets.keys, return_inverse=True)
+        owner, k_rows = sets.rows_of(used)
+        length = sets.lengths(used)
+        offset = np.concatenate([[0], np.cumsum(length)])
+        number, q_rows = sets.rows_of(sets.queries)
+        plan.index_sets["pooled keys"] = PooledKeys(
+            IndexMap.sums(k_rows, offset, plan.n_packed, 1.0 / length[owner]),
+            IndexMap.gather(key_set.reshape(-1), len(used)),
+            IndexMap.gather(q_rows, plan.n_packed),
+            query_index(plan, sets, number, q_rows, number),
+        )
+    return plan.index_sets["pooled keys"]
 
 
 class CopyAttention(CanvasModule):
@@ -92,19 +116,11 @@ class CopyAttention(CanvasModule):
         return F.pad(values[:, :n], (0, 0, 0, max(0, n - values.shape[1])))
 
     def attend(
-        self,
-        x: torch.Tensor,
-        plan: AttentionPlan,
-        *,
-        gain: torch.Tensor | None = None,
-        active: torch.Tensor | None = None,
-        row_scale: torch.Tensor | None = None,
-        bias_weight: torch.Tensor | None = None,
-        backend: str = "auto",
+        self, x: torch.Tensor, plan: AttentionPlan, scales: Scales, bias_weight: torch.Tensor | None, backend: str
     ) -> torch.Tensor:
         """Runs every attention set of ``plan``; arguments and result are those of :meth:`CrossAttention.attend`."""
         index = copies(plan)
-        weights = coefficients(index.query_index, plan, x, gain, active, row_scale)
+        weights = coefficients(index.query_index, plan, x, scales)
         results = weights.weigh(gather_rows(to_rows(x), index.sources))
         return to_canvas(scatter_rows(results, index.targets), x.shape[0], x.shape[2])
 

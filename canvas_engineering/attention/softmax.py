@@ -15,7 +15,7 @@ from ..derived_buffers import CanvasModule
 from ..plan import AttentionPlan
 from ..plan.index_sets import SetShape
 from ..plan.pairs import pair_rectangles, select_pairs
-from .base import output_projection
+from .base import Scales, output_projection
 from .functional import BACKENDS, canvas_attention
 
 # Tables of single attention sets that a module caches.
@@ -59,41 +59,24 @@ class CrossAttention(CanvasModule):
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def attend(
-        self,
-        x: torch.Tensor,
-        plan: AttentionPlan,
-        *,
-        gain: torch.Tensor | None = None,
-        active: torch.Tensor | None = None,
-        row_scale: torch.Tensor | None = None,
-        bias_weight: torch.Tensor | None = None,
-        backend: str = "auto",
+        self, x: torch.Tensor, plan: AttentionPlan, scales: Scales, bias_weight: torch.Tensor | None, backend: str
     ) -> torch.Tensor:
         """Runs every attention set of ``plan`` in one fused call.
 
         Args:
             x: (B, n, d_model), the canvas in the plan's packed order; projected once.
             plan: the plan of this module's connections.
-            gain, active, row_scale, backend: as for :func:`canvas_attention`.
+            scales, backend: as for :func:`canvas_attention`.
             bias_weight: (n,), the fraction of out_proj's bias that each row gets, Σ a_r / Σ w_r over this module's sets
                 there; None for all of it.
 
         Returns:
             (B, n, d_model): the weighted sum over attention sets, projected; unspecified for rows without keys.
         """
-        out = self.weighted_values(x, plan, gain=gain, active=active, row_scale=row_scale, backend=backend)
+        out = self.weighted_values(x, plan, scales, backend)
         return output_projection(self.out_proj, out, bias_weight)
 
-    def weighted_values(
-        self,
-        x: torch.Tensor,
-        plan: AttentionPlan,
-        *,
-        gain: torch.Tensor | None = None,
-        active: torch.Tensor | None = None,
-        row_scale: torch.Tensor | None = None,
-        backend: str = "auto",
-    ) -> torch.Tensor:
+    def weighted_values(self, x: torch.Tensor, plan: AttentionPlan, scales: Scales, backend: str) -> torch.Tensor:
         """Returns the input of ``out_proj`` in :meth:`attend`: (B, heads, n, head_dim)."""
         q, k, v = self._project(x)
         return canvas_attention(
@@ -102,9 +85,9 @@ class CrossAttention(CanvasModule):
             v,
             plan,
             scale=self._scale,
-            gain=gain,
-            active=active,
-            row_scale=row_scale,
+            gain=scales.gain,
+            active=scales.active,
+            row_scale=scales.row_scale,
             dropout_p=self.dropout if self.training else 0.0,
             backend=backend,
             packed=True,
@@ -200,18 +183,10 @@ class GatedAttention(CanvasModule):
         return torch.sigmoid(self.gate) * self.cross_attn(queries, keys, values)
 
     def attend(
-        self,
-        x: torch.Tensor,
-        plan: AttentionPlan,
-        *,
-        gain: torch.Tensor | None = None,
-        active: torch.Tensor | None = None,
-        row_scale: torch.Tensor | None = None,
-        bias_weight: torch.Tensor | None = None,
-        backend: str = "auto",
+        self, x: torch.Tensor, plan: AttentionPlan, scales: Scales, bias_weight: torch.Tensor | None, backend: str
     ) -> torch.Tensor:
         """Runs every attention set of ``plan`` in one fused call; see :meth:`CrossAttention.attend`."""
-        out = self.cross_attn.weighted_values(x, plan, gain=gain, active=active, row_scale=row_scale, backend=backend)
+        out = self.cross_attn.weighted_values(x, plan, scales, backend)
         return output_projection(self.cross_attn.out_proj, out, bias_weight, torch.sigmoid(self.gate))
 
 
@@ -273,17 +248,6 @@ class FixedPatternAttention(CrossAttention):
             )
         return self._tables[key]
 
-    def weighted_values(
-        self,
-        x: torch.Tensor,
-        plan: AttentionPlan,
-        *,
-        gain: torch.Tensor | None = None,
-        active: torch.Tensor | None = None,
-        row_scale: torch.Tensor | None = None,
-        backend: str = "auto",
-    ) -> torch.Tensor:
+    def weighted_values(self, x: torch.Tensor, plan: AttentionPlan, scales: Scales, backend: str) -> torch.Tensor:
         """Returns :meth:`CrossAttention.weighted_values` over the pairs of the pattern."""
-        return super().weighted_values(
-            x, self.with_pattern(plan), gain=gain, active=active, row_scale=row_scale, backend=backend
-        )
+        return super().weighted_values(x, self.with_pattern(plan), scales, backend)

@@ -1,4 +1,4 @@
-"""Where regions lie on a canvas (`layout`), and the tensor on them (`tensor`)."""
+"""Canvases: layouts of regions (`layout`) and tensors on them (`tensor`)."""
 
 from canvas_engineering.canvas.layout import ATTENTION_TYPES, CanvasLayout, RegionSpec, transfer_distance
 from canvas_engineering.canvas.tensor import (

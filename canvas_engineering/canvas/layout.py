@@ -1,4 +1,4 @@
-"""Where regions lie on a canvas."""
+"""Layouts: regions of a canvas."""
 
 from __future__ import annotations
 
@@ -141,13 +141,13 @@ class RegionSpec:
 
 
 def cosine_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 − cosine similarity of every row of ``a`` with every row of ``b``; a zero row is at distance 1 of any other."""
+    """Returns 1 − cosine similarity of every row of ``a`` with every row of ``b``; 1 for zero rows."""
     unit_a, unit_b = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300) for rows in (a, b))
     return np.clip(1.0 - unit_a @ unit_b.T, 0.0, 2.0)
 
 
 def transfer_distance(a: RegionSpec, b: RegionSpec) -> float:
-    """Cosine distance, 1 − cos in [0, 2], of two regions' semantic embeddings: what bridging them costs.
+    """Returns the cosine distance, 1 − cos in [0, 2], of two regions' semantic embeddings.
 
     Raises:
         ValueError: an embedding is missing, or the two come from different models or differ in length.
@@ -296,7 +296,7 @@ class CanvasLayout:
         return self.T * self.spatial_volume
 
     def key(self) -> tuple:
-        """Everything about the layout that attention depends on, as one hashable tuple, for caches.
+        """Returns everything about the layout that attention depends on, as one hashable tuple, for caches.
 
         That is the grid, and each region's name, bounds, period and default_attn. It follows changes of ``regions``;
         while there are none, the same object is returned.
@@ -358,7 +358,7 @@ class CanvasLayout:
         return raw, box
 
     def region_spec(self, name: str) -> RegionSpec:
-        """The region's RegionSpec, also where it was given as raw bounds.
+        """Returns the region's RegionSpec, also where it was given as raw bounds.
 
         Raises:
             KeyError: no such region.
@@ -366,7 +366,7 @@ class CanvasLayout:
         return self._region(name)[1]
 
     def region_box(self, name: str) -> np.ndarray:
-        """The region's half-open ranges, read-only int64 ``[1 + n_spatial_dims, 2]``.
+        """Returns the region's half-open ranges, read-only int64 ``[1 + n_spatial_dims, 2]``.
 
         Raises:
             KeyError: no such region.
@@ -374,12 +374,12 @@ class CanvasLayout:
         return self._region(name)[2]
 
     def region_size(self, name: str) -> tuple[int, ...]:
-        """The region's extent along time and each spatial dimension."""
+        """Returns the region's extent along time and each spatial dimension."""
         box = self.region_box(name)
         return tuple((box[:, 1] - box[:, 0]).tolist())
 
     def region_numel(self, name: str) -> int:
-        """Number of positions of the region."""
+        """Returns the number of positions of the region."""
         return math.prod(self.region_size(name))
 
     def _box_index(self, bounds: tuple[int, ...]) -> np.ndarray:
@@ -389,11 +389,11 @@ class CanvasLayout:
         return index.reshape(-1)
 
     def region_index(self, name: str) -> torch.Tensor:
-        """The region's flat indices in row-major order, int64 ``[region_numel]``; not to be written to."""
+        """Returns the region's flat indices in row-major order, int64 ``[region_numel]``; not to be written to."""
         return torch.from_numpy(self.region_positions(name))
 
     def region_positions(self, name: str) -> np.ndarray:
-        """`region_index` on the host whatever mode torch is in; cached, so not to be written to."""
+        """Returns `region_index` on the host whatever mode torch is in; cached, so not to be written to."""
         raw, spec, _ = self._region(name)
         cached = self._indices.get(name)
         if cached is None or cached[0] is not raw:
@@ -401,23 +401,23 @@ class CanvasLayout:
         return cached[1]
 
     def region_indices(self, name: str) -> list[int]:
-        """`region_index` as a list."""
+        """Returns `region_index` as a list."""
         return self.region_index(name).tolist()
 
     def region_indices_at_t(self, name: str, t_abs: int) -> list[int]:
-        """The region's flat indices at the absolute canvas frame ``t_abs``; empty where it has no such frame."""
+        """Returns the region's flat indices at the absolute canvas frame ``t_abs``, if any."""
         bounds, t_abs = self.region_spec(name).bounds, checked_int(t_abs, "t_abs")
         if not bounds[0] <= t_abs < bounds[1]:
             return []
         return self._box_index((t_abs, t_abs + 1, *bounds[2:])).tolist()
 
     def region_timesteps(self, name: str) -> list[int]:
-        """The absolute canvas frames of the region."""
+        """Returns the absolute canvas frames of the region."""
         bounds = self.region_spec(name).bounds
         return list(range(bounds[0], bounds[1]))
 
     def output_mask(self) -> list[int]:
-        """Flat indices of all positions at frames from ``t_current`` on."""
+        """Returns the flat indices of all positions at frames from ``t_current`` on."""
         return list(range(min(self.t_current, self.T) * self.spatial_volume, self.num_positions))
 
     def loss_weight_mask(self, device: str | torch.device = "cpu") -> torch.Tensor:
@@ -430,11 +430,11 @@ class CanvasLayout:
         return torch.from_numpy(weights.reshape(-1)).to(device)
 
     def real_frame(self, name: str, canvas_t: int) -> int:
-        """Real-time frame of the region's ``canvas_t``-th frame, both counted from the region's start."""
+        """Returns the real-time frame of the region's ``canvas_t``-th frame, both counted from the region's start."""
         return checked_int(canvas_t, "canvas_t") * self.region_spec(name).period
 
     def canvas_frame(self, name: str, real_t: int) -> int | None:
-        """Which of the region's frames lies at ``real_t``, both counted from its start; None where none does."""
+        """Returns the region's frame at ``real_t``, both counted from its start, or None."""
         spec = self.region_spec(name)
         frame, remainder = divmod(checked_int(real_t, "real_t", most=2**63 - 1), spec.period)
         return frame if remainder == 0 and 0 <= frame < spec.bounds[1] - spec.bounds[0] else None

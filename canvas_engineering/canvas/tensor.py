@@ -68,7 +68,7 @@ class SinusoidalPositionalEncodingND(CanvasModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, T: int, spatial_shape: tuple[int, ...]) -> torch.Tensor:
-        """The encoding of a grid that starts at the origin, ``(T, *spatial_shape, d_model)``.
+        """Returns the encoding of a grid that starts at the origin, ``(T, *spatial_shape, d_model)``.
 
         Raises:
             ValueError: a grid of other dimensions, or larger than the encoding was made for.
@@ -93,7 +93,7 @@ class SinusoidalPositionalEncoding3D(SinusoidalPositionalEncodingND):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] a published signature
         self, T: int, H: int = 0, W: int = 0, spatial_shape: tuple[int, ...] | None = None
     ) -> torch.Tensor:
-        """The encoding of a grid of ``(T, H, W)``, or ``(T, *spatial_shape)`` where that is given."""
+        """Returns the encoding of a grid of ``(T, H, W)``, or ``(T, *spatial_shape)`` where that is given."""
         return super().forward(T, (H, W) if spatial_shape is None else spatial_shape)
 
 
@@ -115,14 +115,14 @@ class PeriodEmbedding(CanvasModule):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def bucket(self, period: int) -> int:
-        """0 up to a period of 1, then buckets that are even in ln(period), the last one for all beyond max_period."""
+        """Returns the bucket: 0 up to a period of 1, then even in ln(period), the last one beyond max_period."""
         period = checked_int(period, "period")
         if period <= 1:
             return 0
         return min(int(math.log(period) / math.log(self.max_period) * (self.n_buckets - 1)) + 1, self.n_buckets - 1)
 
     def forward(self, period: int) -> torch.Tensor:
-        """The vector of the period's bucket, ``(d_model,)``."""
+        """Returns the vector of the period's bucket, ``(d_model,)``."""
         return self.embedding.weight[self.bucket(period)]
 
 
@@ -149,15 +149,15 @@ class FamilyCarrierEmbedding(CanvasModule):
         nn.init.normal_(self.carrier_embedding.weight, std=0.02)
 
     def family_idx(self, family: str) -> int:
-        """Row of the family's vector."""
+        """Returns the row of the family's vector."""
         return self.FAMILIES.index(family) if family in self.FAMILIES else len(self.FAMILIES)
 
     def carrier_idx(self, carrier: str) -> int:
-        """Row of the carrier's vector."""
+        """Returns the row of the carrier's vector."""
         return self.CARRIERS.index(carrier) if carrier in self.CARRIERS else len(self.CARRIERS)
 
     def forward(self, family: str, carrier: str) -> torch.Tensor:
-        """The sum of both vectors, ``(d_model,)``."""
+        """Returns the sum of both vectors, ``(d_model,)``."""
         return (
             self.family_embedding.weight[self.family_idx(family)]
             + self.carrier_embedding.weight[self.carrier_idx(carrier)]
@@ -262,13 +262,14 @@ class SpatiotemporalCanvas(CanvasModule):
         carrier tables, each of which is one tensor for all regions. For `ProgramCompiler`."""
         if region not in self._ranges:
             return []
-        found = ["period_embedding"]
+        names = ["period_embedding"]
         if self.modality_embeddings is not None:
-            found.append(f"modality_embeddings.{parameter_key(region)}")
-        return [*found, *["family_carrier_embedding"] * (self.family_carrier_embedding is not None)]
+            names.append(f"modality_embeddings.{parameter_key(region)}")
+        return [*names, *["family_carrier_embedding"] * (self.family_carrier_embedding is not None)]
 
     def _conditioning(self) -> torch.Tensor:
-        """Each region's semantic conditioning, ``[regions, d_model]``; in one go where all can be had at once."""
+        """Returns each region's semantic conditioning, ``[regions, d_model]``; in one go where all can be had at
+        once."""
         conditioner = self.semantic_conditioner
         if self._knows_every_region:
             return conditioner.get_all_conditioning()[self._semantic_rows]
@@ -290,7 +291,7 @@ class SpatiotemporalCanvas(CanvasModule):
             )
 
     def create_empty(self, batch_size: int) -> torch.Tensor:
-        """A canvas that holds nothing yet, ``(batch_size, num_positions, d_model)``.
+        """Returns an empty canvas, ``(batch_size, num_positions, d_model)``.
 
         Every position is the empty token plus its positional encoding, plus, for each region that holds it, the
         region's period (and family and carrier) (and semantic) embedding.
@@ -311,7 +312,7 @@ class SpatiotemporalCanvas(CanvasModule):
     def place(
         self, canvas: torch.Tensor, embeddings: torch.Tensor, region_name: str, *, strict: bool = False
     ) -> torch.Tensor:
-        """A copy of the canvas with the region replaced by the embeddings and what identifies the region.
+        """Returns a copy of the canvas with the region replaced by the embeddings and what identifies the region.
 
         Every position of the region becomes its embedding, plus the region's modality embedding (or semantic
         conditioning), plus its period (and family and carrier) embedding.
@@ -350,7 +351,7 @@ class SpatiotemporalCanvas(CanvasModule):
         return canvas.index_copy(1, index, (embeddings[:, :n] + identity).to(canvas.dtype))
 
     def extract(self, canvas: torch.Tensor, region_name: str) -> torch.Tensor:
-        """The region's part of the canvas, ``(batch, region_numel, d_model)``, in its row-major order.
+        """Returns the region's part of the canvas, ``(batch, region_numel, d_model)``, in its row-major order.
 
         Raises:
             KeyError: no such region.

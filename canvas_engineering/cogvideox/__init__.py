@@ -41,7 +41,7 @@ def __getattr__(name: str):
 
 
 def detect_inner_dim(transformer: nn.Module) -> int:
-    """Width of a model's token streams.
+    """Returns the width of a model's token streams.
 
     It is ``num_attention_heads · attention_head_dim``, ``hidden_size`` or ``d_model`` of its config, or, where there is
     no such config, the width of its first normalisation layer.

@@ -204,7 +204,7 @@ class LoopedCogVideoXBlock(CanvasModule):
         return self.loop.mix(video, new_video, gate, loop), self.loop.mix(text, new_text, gate, loop)
 
     def trainable_params(self) -> int:
-        """Number of loop parameters."""
+        """Returns the number of loop parameters."""
         return self.loop.numel()
 
     def extra_repr(self) -> str:

@@ -54,7 +54,7 @@ def cogvideox_layout(
     text_tokens: int | None = None,
     vae_scale: int = 8,
 ) -> CanvasLayout:
-    """The canvas of a model's tokens for videos of one size.
+    """Returns the canvas of a model's tokens for videos of one size.
 
     The video is the box (0, T', 0, H', 0, W'), as region "video", and its first frame again as "first_frame". The text
     is region "text", a box of as many positions in frame 0, below the video; nothing else lies there.

@@ -28,7 +28,7 @@ OWN_CONFIG = ("max_loops", "loops", "gate", "sharpening", "canvas", "backend", "
 
 @cache
 def looped_model_class() -> type[CogVideoXTransformer3DModel]:
-    """``LoopedCogVideoXTransformer3DModel``, made at the first call, for its base class needs diffusers."""
+    """Returns ``LoopedCogVideoXTransformer3DModel``, made at the first call, for its base class needs diffusers."""
     from diffusers.configuration_utils import register_to_config
     from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
@@ -159,19 +159,19 @@ def is_looped_cogvideox(transformer: nn.Module) -> TypeGuard[CogVideoXTransforme
 
 
 def blocks_of(transformer: CogVideoXTransformer3DModel) -> Sequence[LoopedCogVideoXBlock]:
-    """The blocks of a looped model, also where compilers or wrappers stand around them."""
+    """Returns the blocks of a looped model, also where compilers or wrappers stand around them."""
     return cast("Sequence[LoopedCogVideoXBlock]", transformer.transformer_blocks)
 
 
 def canvas_processor(transformer: CogVideoXTransformer3DModel) -> CanvasAttnProcessor | None:
-    """The processor that all blocks share, if it is a canvas processor; None if none has one.
+    """Returns the processor that all blocks share, if it is a canvas processor; None if none has one.
 
     Raises:
         ValueError: blocks with different processors, which the config has no form for.
     """
-    found = [block.attn1.processor for block in blocks_of(transformer)]
-    canvas = [processor for processor in found if isinstance(processor, CanvasAttnProcessor)]
-    if canvas and (len(canvas) < len(found) or any(p.declaration() != canvas[0].declaration() for p in canvas)):
+    processors = [block.attn1.processor for block in blocks_of(transformer)]
+    canvas = [processor for processor in processors if isinstance(processor, CanvasAttnProcessor)]
+    if canvas and (len(canvas) < len(processors) or any(p.declaration() != canvas[0].declaration() for p in canvas)):
         raise ValueError("the blocks have different attention processors; a config can name one for all of them")
     return canvas[0] if canvas else None
 

@@ -15,8 +15,7 @@ _SOFTMAX = ("cross_attention", "self_attention", "cogvideox", "none")
 
 
 def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
-    """Returns the joint-form plan (docs/semantics.md, section 3) over tokens: all of region "text", then all of
-    "video".
+    """Returns the joint-form plan (docs/semantics.md, section 3) over tokens: region "text", then "video".
 
     Tokens without keys attend to themselves.
 
@@ -60,7 +59,7 @@ def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
 def _with_self_connections(
     layout: CanvasLayout, topology: CanvasTopology, alone: np.ndarray
 ) -> tuple[CanvasLayout, CanvasTopology]:
-    """The declaration with a connection of every marked position to itself."""
+    """Returns the declaration with a connection of every marked position to itself."""
     boxes = rect_cover(torch.from_numpy(alone.reshape(layout.T, *layout.spatial_shape)), min_area=1)
     point = MaskSpec("tile", tile_shape=(1,) * layout.n_spatial_dims)
     regions, connections = dict(layout.regions), list(topology.connections)

@@ -86,7 +86,7 @@ class LeRobotCanvasDataset(Dataset):
         return {**self.__dict__, "_rows": OrderedDict()}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample around the ``index``-th frame.
+        """Returns the sample around the ``index``-th frame.
 
         Raises:
             IndexError: no such frame.
@@ -192,7 +192,7 @@ class LeRobotCanvasDataset(Dataset):
         return [by_index[index] for index in wanted]
 
     def _scale(self, feature: str, normalize: str | Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
-        """(shift, scale), float32: values are normalised as (value − shift) / scale."""
+        """Returns (shift, scale), float32: values are normalised as (value − shift) / scale."""
         how = normalize.get(feature, "mean_std") if isinstance(normalize, Mapping) else normalize
         checked_choice(how, f"normalize of {feature!r}", NORMALIZE)
         if how == "none":
@@ -210,14 +210,14 @@ class LeRobotCanvasDataset(Dataset):
 
 
 def _layout_of(layout: Any) -> CanvasLayout:
-    found = layout if isinstance(layout, CanvasLayout) else getattr(layout, "layout", None)
-    if not isinstance(found, CanvasLayout):
+    canvas_layout = layout if isinstance(layout, CanvasLayout) else getattr(layout, "layout", None)
+    if not isinstance(canvas_layout, CanvasLayout):
         raise ValueError(f"layout must be a CanvasLayout, or a schema that has one, got {shown(layout)}")
-    return found
+    return canvas_layout
 
 
 def _local(path_or_repo_id: str | Path) -> Path:
-    """The folder, downloaded where it is the id of a dataset on the Hub."""
+    """Returns the folder, downloaded where it is the id of a dataset on the Hub."""
     path = Path(path_or_repo_id)
     if path.exists() or isinstance(path_or_repo_id, Path) or str(path_or_repo_id).count("/") != 1:
         return path
@@ -227,14 +227,14 @@ def _local(path_or_repo_id: str | Path) -> Path:
 
 
 def _regions(source: LeRobotFolder, layout: CanvasLayout, features: Mapping[str, str] | None) -> dict[str, str]:
-    """Region to feature; KeyError where either is not there."""
+    """Returns a dict from region to feature; KeyError where either is not there."""
     known = [name for name in source.features if name not in DEFAULT_COLUMNS]
     if features is None:
         named = {region: [f for f in known if region in (f, f.rpartition(".")[2])] for region in layout.regions}
-        several = {region: found for region, found in named.items() if len(found) > 1}
+        several = {region: names for region, names in named.items() if len(names) > 1}
         if several:
             raise ValueError(f"features= must say which of these a region takes: {several}")
-        regions = {region: found[0] for region, found in named.items() if found}
+        regions = {region: names[0] for region, names in named.items() if names}
     else:
         regions = {region: feature for feature, region in features.items()}
         if len(regions) < len(features):

@@ -24,7 +24,7 @@ DEFAULT_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_i
 
 @dataclass(frozen=True)
 class Episode:
-    """Where one episode lies.
+    """The files and rows of one episode.
 
     Attributes:
         index: its number; length: of its frames.
@@ -80,7 +80,7 @@ class LeRobotFolder:
         return {**self.__dict__, "_reader": VideoReader()}
 
     def columns(self, episode: Episode) -> dict[str, np.ndarray]:
-        """The episode's rows: each column but videos, (length, …).
+        """Returns the episode's rows: each column but videos, (length, …).
 
         Raises:
             ValueError: fewer rows than the episode has frames; the message names the file.
@@ -166,9 +166,9 @@ class LeRobotFolder:
             stats = _merged([row["stats"] for row in self._lines("meta/episodes_stats.jsonl")])
         else:
             stats = {}
-        kept = ("mean", "std", "min", "max")
+        statistics = ("mean", "std", "min", "max")
         return {
-            key: {name: np.asarray(values[name], dtype=np.float64) for name in kept if name in values}
+            key: {name: np.asarray(values[name], dtype=np.float64) for name in statistics if name in values}
             for key, values in stats.items()
         }
 

@@ -231,7 +231,7 @@ class _Moments:
 
 
 def _declared(name: str, feature: Mapping[str, Any], fps: int, codec: str) -> dict[str, Any]:
-    """A feature as ``info.json`` declares it."""
+    """Returns a feature as ``info.json`` declares it."""
     dtype, shape = feature.get("dtype"), [int(size) for size in feature.get("shape", ())]
     if name in DEFAULT_COLUMNS:
         raise ValueError(f"feature {name!r} is written by itself")

@@ -15,8 +15,7 @@ from ..notices import join_truncated, warn
 
 @dataclass(frozen=True)
 class SlotBank:
-    """The learned slots that stand for a region's keys: positions N + start … N + start + size − 1, after the
-    canvas."""
+    """The learned slots that stand for a region's keys: positions N + start … N + start + size − 1."""
 
     region: str
     start: int
@@ -77,11 +76,9 @@ def resolve_attention_sets(
 
     Args:
         layout, topology: the declaration. A connection that names a region missing from the layout makes no set, and
-            one UserWarning names all of them; another names those whose offsets or mask leave two regions without any
-            set.
+            one UserWarning names all of them; another names those without any set.
         dense_in_time: whether to ignore the temporal offsets of every connection.
-        banks: every set whose dst is the region of a slot bank has the whole bank as its keys, whatever its frame or
-            tile.
+        banks: every set whose dst is the region of a slot bank has the whole bank as its keys.
 
     Raises:
         ValueError: a mask that does not fit its regions, named with its connection.
@@ -146,8 +143,7 @@ class _Collector:
     """Collects sets of the three kinds and numbers them in declaration order at the end."""
 
     def __init__(self, regions: np.ndarray, banks: np.ndarray, bank_of: dict[int, int]):
-        """Takes boxes [n, D, 2] of ``regions`` and ``banks``; ``bank_of`` maps region numbers to those of their
-        banks."""
+        """Takes boxes [n, D, 2] of ``regions`` and ``banks``; ``bank_of`` maps regions to banks."""
         self.regions, self.banks, self.bank_of = regions, banks, bank_of
         # sets between whole regions: connection, src and dst region, and weight
         self.whole: tuple[list[int], list[int], list[int], list[float]] = ([], [], [], [])

@@ -14,7 +14,7 @@ from ..connectivity import CanvasTopology, resolve_connections
 from ..cortex import CortexRegistry
 from ..program import CanvasProgram
 from ..program.checks import check_program
-from ..program.edges import resolve_edges
+from ..program.connections import apply_program
 from .attention_sets import SlotBank, resolve_attention_sets
 from .ordering import pack_positions
 from .plan import AttentionPlan
@@ -76,7 +76,7 @@ def compile_attention(
     cortex = checked_kind(cortex, "cortex", CortexRegistry, optional=True)
     if cortex is not None:
         cortex.check(layout)
-    topology, triggers = resolve_edges(topology, layout, program, cortex)
+    topology, triggers = apply_program(topology, layout, program, cortex)
     banks = _slot_banks(layout, program)
     if normalize == "joint":
         _check_joint(topology, triggers, program)

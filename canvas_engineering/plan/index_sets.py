@@ -47,8 +47,7 @@ class RowSets:
     the row set ``queries[r]`` attend to the row set ``keys[r]`` with ``weight[r]`` (float64) and belongs to
     ``connection[r]``. Equal sets of one connection are merged, weights added; ``largest[r]`` (float64) is the weight of
     one of them. ``boxes[s]`` ([S, D, 2]) is the smallest box that holds row set s, ``members[s]`` the boxes that it
-    joins, if several; ``banks`` (bool [S]) marks slot banks. These three are empty for sets that were split from a
-    table.
+    joins, if several; ``banks`` (bool [S]) marks slot banks. These three are empty for split sets.
     """
 
     ptr: np.ndarray
@@ -105,8 +104,7 @@ class RowSets:
 
 
 def row_sets(sets: AttentionSets, packed: PackedOrder, n_canvas: int) -> RowSets:
-    """Returns attention sets as rows; all queries of a set must attend to the same keys. Positions from ``n_canvas`` on
-    are slots.
+    """Returns attention sets as rows; positions from ``n_canvas`` on are slots.
 
     Raises:
         ValueError: the queries of a set attend to different keys (a mask of pairs); the message names the connection.
@@ -122,8 +120,8 @@ def row_sets(sets: AttentionSets, packed: PackedOrder, n_canvas: int) -> RowSets
     connection, queries, keys = triple.T
     used, numbers = np.unique(np.concatenate([queries, keys]), return_inverse=True)
     member_set, member_box = members
-    kept = np.isin(member_set, used)
-    member_set, member_box = np.searchsorted(used, member_set[kept]), member_box[kept]
+    selection = np.isin(member_set, used)
+    member_set, member_box = np.searchsorted(used, member_set[selection]), member_box[selection]
     # members → intervals → rows
     owner, interval = expand_ranges(packed.ptr[member_box], np.diff(packed.ptr)[member_box])
     owner = member_set[owner]
@@ -183,8 +181,7 @@ def has_pairs(sets: AttentionSets) -> bool:
 
 
 def _sets(sets: AttentionSets):
-    """Returns the row sets of every attention set's queries and keys, and (row set, box) of every member: boxes first,
-    then unions."""
+    """Returns the row sets of every attention set's queries and keys, and (row set, box) of every member."""
     first = np.searchsorted(sets.part_set, np.arange(len(sets.weight)))
     count = np.diff(np.append(first, len(sets.part_set)))
     queries, keys = sets.part_q[first], sets.part_k[first].copy()

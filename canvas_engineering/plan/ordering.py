@@ -18,8 +18,7 @@ class PackedOrder:
     """The n positions that attention sets use, in packed order, and each of their boxes as intervals of it.
 
     Attributes:
-        order: int64 [n], the canvas position of each packed row. Slots are numbered from N on and come last, in their
-            declared order.
+        order: int64 [n], the canvas position of each packed row. Slots come last, numbered from N on.
         interval_start, interval_stop: int64 [I], half-open packed ranges, ascending within a box.
         ptr: int64 [U + 1], box u has the intervals ``ptr[u] … ptr[u + 1] − 1``.
     """
@@ -42,8 +41,7 @@ def pack_positions(layout: CanvasLayout, sets: AttentionSets, banks: Sequence[Sl
     box, position = _box_positions(layout, sets.boxes)
     n = layout.num_positions + sum(bank.size for bank in banks)
     frame_size = layout.num_positions // layout.T
-    # A slot bank follows all regions, in a frame of its own after the canvas's: no order may split banks or permute
-    # them.
+    # A slot bank follows all regions, in its own frame after the canvas's: no order may split or permute banks.
     own = np.repeat(np.arange(len(banks)), np.array([bank.size for bank in banks], dtype=np.int64))
     claim = np.concatenate([_first_claims(layout), len(layout.regions) + 1 + own])
     time = np.concatenate([np.arange(layout.num_positions) // frame_size, layout.T + own])

@@ -31,8 +31,7 @@ class AttentionPlan:
     :func:`compile_attention`.
 
     Attributes:
-        normalize: "edge" (one softmax per attention set, the dispatcher's form) or "joint" (one softmax per query, the
-            masks' form).
+        normalize: "edge" (one softmax per attention set, the dispatcher's form) or "joint" (one softmax per query).
         connections: the topology's connections as they run under the program; gains and activity follow their order.
         fns: the attention function that each connection resolves to.
         n_positions: N of the canvas plus the slots of all slot banks.
@@ -113,8 +112,7 @@ class AttentionPlan:
         return to_device({"order": self.order, "queries": queries, "written": self.order[queries]}[which], device)
 
     def to(self, device: torch.device | str) -> AttentionPlan:
-        """Moves the tensors that execution needs to ``device`` ahead of the first step; the plan itself has no
-        device."""
+        """Moves the tensors that execution needs to ``device`` ahead of the first step."""
         device = torch.device(device)
         self.order_map.rows(device)
         if self.normalize == "edge":

@@ -14,7 +14,7 @@ from .ordering import PackedOrder
 
 
 def edge_table(sets: AttentionSets, packed: PackedOrder, n_connections: int, replace: np.ndarray) -> BlockTable:
-    """Returns the table with one softmax per attention set: segments are sets, edges are connections.
+    """Returns the table with one softmax per attention set: segments are sets.
 
     ``replace`` (bool [n_connections]) is the class of each connection. Equal sets of one connection (several reference
     frames that hold the same frame) are merged, weights added: the weighted sum over sets is linear.

@@ -10,8 +10,8 @@ from canvas_engineering.checked import checked_choice, checked_kind
 from canvas_engineering.clock_ir import OnEvent
 from canvas_engineering.connectivity import Connection, resolve_connections
 from canvas_engineering.notices import join_truncated, warn
+from canvas_engineering.program.connections import apply_program, parse_trigger
 from canvas_engineering.program.document import CanvasProgram
-from canvas_engineering.program.edges import parse_trigger, resolve_edges
 from canvas_engineering.program.specs import (
     COMPILE_MODES,
     CONSTRAINT_VALUES,
@@ -105,26 +105,26 @@ def validate_constraints(program: CanvasProgram) -> list[str]:
     keys_of: dict[str, list[str]] = {}
     for connection, _ in edges:
         keys_of.setdefault(connection.src, []).append(connection.dst)
-    found = []
+    results = []
     for name, region in program.regions.items():
         if region.constraints is not None:
             problems = _problems(name, region, region.constraints, program, edges, keys_of)
-            found += [f"{name}: {problem}" for problem in problems]
-    return found
+            results += [f"{name}: {problem}" for problem in problems]
+    return results
 
 
 def clock_problems(program: CanvasProgram) -> list[str]:
-    """The summaries that clocks of a program's regions name and no region of the layout can have, in words."""
-    found = []
+    """Returns the summaries that clocks of a program's regions name and no region of the layout can have, in words."""
+    results = []
     for name, region in program.regions.items():
         for source in () if region.clock is None else dict.fromkeys(_sources(region.clock)):
             if source.rpartition(".")[0] not in program.schema.layout.regions:
-                found.append(f"{name}: its clock waits for {source!r}, of a region that the layout does not have")
-    return found
+                results.append(f"{name}: its clock waits for {source!r}, of a region that the layout does not have")
+    return results
 
 
 def _sources(clock: ClockSpec) -> Iterator[str]:
-    """The summaries that a clock looks at."""
+    """Returns the summaries that a clock looks at."""
     if clock.expr is not None:
         yield from (node.source for node in clock.expr.nodes() if isinstance(node, OnEvent))
     elif clock.mode == "on_event" and clock.event_source is not None:
@@ -142,7 +142,7 @@ def _running(program: CanvasProgram) -> list[tuple[Connection, str]]:
         # triggers decide when a connection runs, not what it is: compilers refuse malformed ones
         untriggered = {pair: dataclasses.replace(spoken, trigger=None) for pair, spoken in program.connections.items()}
         try:
-            topology, _ = resolve_edges(
+            topology, _ = apply_program(
                 schema.topology, schema.layout, dataclasses.replace(program, connections=untriggered)
             )
         except ValueError:
@@ -192,7 +192,8 @@ def _problems(
 
 
 def _cycle(root: str, keys_of: dict[str, list[str]]) -> list[str]:
-    """A cycle that can be reached from ``root``, its first region repeated at the end; empty if there is none."""
+    """Returns a cycle that can be reached from ``root``, its first region repeated at the end; empty if there is
+    none."""
     done: set[str] = set()
     path: dict[str, None] = {root: None}
     pending = [iter(keys_of.get(root, ()))]

@@ -76,7 +76,7 @@ class CanvasProgram:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """The schema's dict, with the fields of region and connection programs that differ from their defaults.
+        """Returns the schema's dict, with the fields of region and connection programs that differ from their defaults.
 
         A program that says nothing has the schema's dict.
         """
@@ -94,7 +94,7 @@ class CanvasProgram:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> CanvasProgram:
-        """The program of a dict as `to_dict` gives it; a plain schema's is a program that says nothing.
+        """Returns the program of a dict as `to_dict` gives it; a plain schema's is a program that says nothing.
 
         Raises:
             ValueError: something is missing, unknown or wrong; the message names the entry.
@@ -125,7 +125,7 @@ class CanvasProgram:
 
     @classmethod
     def from_json(cls, path: str | Path) -> CanvasProgram:
-        """AttentionSets a program from a file.
+        """Loads a program from a file.
 
         Raises:
             OSError: the file cannot be read.
@@ -159,7 +159,7 @@ def _clock_name(clock: ClockSpec) -> str:
 
 
 def _declared(spec: Any) -> Any:
-    """A spec's fields that differ from their defaults, in JSON types; other values as JSON has them."""
+    """Returns a spec's fields that differ from their defaults, in JSON types; other values as JSON has them."""
     if isinstance(spec, ClockExpr):
         return spec.to_dict()
     if isinstance(spec, tuple):
@@ -189,8 +189,8 @@ def _escaped(name: str) -> str:
 
 
 def _pair(key: str, regions: Container[str]) -> tuple[str, str]:
-    """(src, dst) of ``"src|dst"``; a backslash keeps a bar, or a backslash, as part of a name. Earlier releases wrote
-    names as they are; the interpretation that names known regions wins."""
+    """Returns (src, dst) of ``"src|dst"``; a backslash keeps a bar, or a backslash, as part of a name. Earlier releases
+    wrote names as they are; the interpretation that names known regions wins."""
     plain = key.split("|")
     if len(plain) == 2 and all(name in regions for name in plain):
         escaped = _unescaped(key)

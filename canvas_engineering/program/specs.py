@@ -61,7 +61,8 @@ def _check_kinds(spec: Any, **kinds: type) -> None:
 
 
 def resolved_carrier(family: str | None, carrier: str | None) -> str:
-    """The carrier of a region: "residual" for the family of that name where the default is left, else as it is."""
+    """Returns the carrier of a region: "residual" for the family of that name where the default is left, else as it
+    is."""
     if carrier not in (None, "deterministic"):
         return carrier
     return "residual" if family == "residual" else "deterministic"
@@ -196,7 +197,7 @@ class RegionProgram:
         object.__setattr__(self, "carrier", resolved_carrier(self.family, self.carrier))
 
     def effective_learning(self) -> LearningSpec:
-        """``learning``, else the family's default, else a plain LearningSpec.
+        """Returns ``learning``, else the family's default, else a plain LearningSpec.
 
         >>> RegionProgram(family="memory").effective_learning().mode
         'retrieval'
@@ -204,7 +205,7 @@ class RegionProgram:
         return default_learning(self.family) if self.learning is None else self.learning
 
     def effective_compile_mode(self, family_defaults: bool = False) -> str:
-        """The region's own mode unless "runtime", else its learning's, else (if requested) its family's."""
+        """Returns the region's own mode unless "runtime", else its learning's, else (if requested) its family's."""
         if self.compile_mode != "runtime":
             return self.compile_mode
         if self.learning is not None:

@@ -111,7 +111,7 @@ def compile_program(
     H: int | None = None,
     W: int | None = None,
 ) -> tuple[BoundSchema, CanvasProgram]:
-    """`compile_schema`, and a program with the family, tags and carrier of every field, coarse ones too.
+    """Returns `compile_schema`, and a program with the family, tags and carrier of every field, coarse ones too.
 
     A field that says nothing is a "state" of carrier "deterministic". Connections between two fields that both declare
     a family get the operator of DEFAULT_WIRING, if it has one for the pair. That alone changes nothing that is
@@ -191,7 +191,7 @@ def _places(
     H: int | None,
     W: int | None,
 ) -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], tuple[int, ...]]:
-    """Start and size of every field, and the grid they lie on."""
+    """Returns the start and size of every field, and the grid they lie on."""
     given = H is not None or W is not None
     if spatial_shape is not None and given:
         raise ValueError(f"Cannot specify both: give spatial_shape={spatial_shape!r} or H={H}, W={W}, not both")
@@ -219,7 +219,7 @@ def _places(
 
 
 def _local_name(path: str) -> str:
-    """The last attribute's name: that of its list for an array element."""
+    """Returns the last attribute's name: that of its list for an array element."""
     return path.rpartition(".")[2].partition("[")[0]
 
 

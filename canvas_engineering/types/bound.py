@@ -38,7 +38,7 @@ class BoundField:
         return self.bound_schema.layout.region_numel(self.region_name)
 
     def indices(self) -> list[int]:
-        """Flat canvas indices of the region, row-major."""
+        """Returns flat canvas indices of the region, row-major."""
         return self.bound_schema.layout.region_indices(self.region_name)
 
     def place(
@@ -49,7 +49,7 @@ class BoundField:
         *,
         strict: bool = False,
     ) -> torch.Tensor:
-        """A copy of the batch with the region written; see `SpatiotemporalCanvas.place`.
+        """Returns a copy of the batch with the region written; see `SpatiotemporalCanvas.place`.
 
         Args:
             batch: ``(batch, positions of the canvas, d_model)``.
@@ -64,7 +64,7 @@ class BoundField:
         return self._canvas(canvas).place(batch, embeddings, self.region_name, strict=strict)
 
     def extract(self, batch: torch.Tensor, canvas: SpatiotemporalCanvas | None = None) -> torch.Tensor:
-        """The region's part of the batch, ``(batch, num_positions, d_model)``.
+        """Returns the region's part of the batch, ``(batch, num_positions, d_model)``.
 
         Raises:
             RuntimeError: no canvas is given, and the schema has built none.
@@ -125,7 +125,7 @@ class BoundSchema:
 
     @property
     def layout(self) -> CanvasLayout:
-        """Where the fields lie."""
+        """The layout of the fields."""
         return self.schema.layout
 
     @property
@@ -144,7 +144,7 @@ class BoundSchema:
         return list(self.region_specs)
 
     def __getitem__(self, path: str) -> BoundField:
-        """The field at a path.
+        """Returns the field at a path.
 
         Raises:
             KeyError: there is none.
@@ -168,7 +168,7 @@ class BoundSchema:
         return self.canvas
 
     def create_batch(self, batch_size: int) -> torch.Tensor:
-        """Empty canvases, ``(batch_size, positions, d_model)``; builds the canvas if there is none yet."""
+        """Returns empty canvases, ``(batch_size, positions, d_model)``; builds the canvas if there is none yet."""
         return (self.build_canvas() if self.canvas is None else self.canvas).create_empty(batch_size)
 
     def build_semantic_conditioner(

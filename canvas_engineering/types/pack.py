@@ -12,13 +12,12 @@ SLACK = 1.15
 
 
 def spatial_dims(fields: Sequence[Field]) -> int:
-    """Returns the number of spatial dimensions of the fields, the largest of any of them; a plain scalar fits all; at
-    least 1."""
+    """Returns the largest number of spatial dimensions of any field, at least 1; a plain scalar fits all."""
     return max((len(f.shape) for f in fields if f.shape != (1, 1)), default=2)
 
 
 def field_shapes(fields: dict[str, Field], n_dims: int) -> list[tuple[int, ...]]:
-    """The fields' sizes in ``n_dims`` dimensions.
+    """Returns the fields' sizes in ``n_dims`` dimensions.
 
     With one dimension, a field is as long as it has positions. Otherwise dimensions of size 1 are put in front, or left
     out from the front, until the number is right.
@@ -35,16 +34,16 @@ def field_shapes(fields: dict[str, Field], n_dims: int) -> list[tuple[int, ...]]
             shape = (1,) * (n_dims - len(shape)) + shape
         elif len(shape) > n_dims:
             spare = len(shape) - n_dims
-            kept = [size for axis, size in enumerate(shape) if size > 1 or shape[: axis + 1].count(1) > spare]
-            if len(kept) != n_dims:
+            sizes = [size for axis, size in enumerate(shape) if size > 1 or shape[: axis + 1].count(1) > spare]
+            if len(sizes) != n_dims:
                 raise ValueError(f"field {path!r} of shape {shape} does not fit a grid of {n_dims} spatial dimensions")
-            shape = tuple(kept)
+            shape = tuple(sizes)
         shapes.append(shape)
     return shapes
 
 
 def pack(paths: Sequence[str], shapes: Sequence[tuple[int, ...]], grid: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Where each field starts on the grid.
+    """Returns the first coordinates of each field on the grid.
 
     One dimension: end to end. Two: in strips, left to right and then the next strip, each as high as its highest field.
     More: stacked along the first.
@@ -99,7 +98,7 @@ def _stack(shapes: Sequence[tuple[int, ...]], n_dims: int) -> tuple[list[tuple[i
 def auto_shape(
     shapes: Sequence[tuple[int, ...]], n_dims: int, H: int | None = None, W: int | None = None
 ) -> tuple[int, ...]:
-    """A grid on which `pack` places the fields, with some room to spare.
+    """Returns a grid on which `pack` places the fields, with some room to spare.
 
     One dimension: 1.15 times the total. Two: W is the root of 1.15 times the area, at least the widest field; H is 1.15
     times the height of the strips at that width. More: every side is the n-th root of 1.15 times the volume, at least

@@ -47,7 +47,7 @@ class TypeNode:
     period_sum: int = 0
 
     def child_path(self, name: str) -> str:
-        """Path of an attribute of the object."""
+        """Returns path of an attribute of the object."""
         return f"{self.path}.{name}" if self.path else name
 
     def own_paths(self) -> list[str]:
@@ -60,13 +60,13 @@ class TypeNode:
         return self.coarse is not None and not (self.own or self.nested or self.arrays)
 
     def children(self) -> Iterator[TypeNode]:
-        """Nested objects, then array elements."""
+        """Returns nested objects, then array elements."""
         yield from self.nested
         for elements in self.arrays:
             yield from elements
 
     def fields(self) -> Iterator[tuple[str, Field]]:
-        """Path and Field of every region from here on down: coarse, own, then each child's."""
+        """Returns path and Field of every region from here on down: coarse, own, then each child's."""
         if self.coarse is not None:
             yield self.path, self.coarse
         for name, declared in self.own.items():
@@ -80,7 +80,7 @@ class TypeNode:
 
 
 def walk(root: Any) -> TypeNode:
-    """The tree of an object: a dataclass, a Pydantic model, a named tuple or a plain object.
+    """Returns the tree of an object: a dataclass, a Pydantic model, a named tuple or a plain object.
 
     A type's attributes are a dataclass's or a model's fields, else the public attributes of its classes (bases first),
     followed by whatever else its instance holds. Attributes that hold no Field at any depth are passed over.
@@ -200,7 +200,7 @@ class _Walker:
                 raise ValueError(f"{below} is declared inside a dict: put it in a list, or in a type of its own")
 
     def attributes(self, obj: Any) -> Iterator[tuple[str, Any, Any]]:
-        """Name, value and declared coarse size of the object's attributes, in order."""
+        """Returns name, value and declared coarse size of the object's attributes, in order."""
         cls = type(obj)
         if cls not in self.attributes_of:
             self.attributes_of[cls] = _class_attributes(cls)
@@ -225,7 +225,7 @@ def _coarse_field(node: TypeNode, template: Field | None) -> Field:
 
 
 def _class_attributes(cls: type) -> dict[str, Any]:
-    """Name to declared coarse size (or None) of the attributes that a class gives its objects."""
+    """Returns name to declared coarse size (or None) of the attributes that a class gives its objects."""
     if dataclasses.is_dataclass(cls):
         declared = {f.name: f.metadata.get("coarse") for f in dataclasses.fields(cls)}
         _refuse_undeclared(cls, declared, "dataclass fields")
@@ -248,7 +248,7 @@ def _class_attributes(cls: type) -> dict[str, Any]:
 
 
 def _model_coarse(info: Any) -> Any:
-    """The coarse size among a Pydantic field's ``Annotated`` metadata or in its ``json_schema_extra``."""
+    """Returns the coarse size among a Pydantic field's ``Annotated`` metadata or in its ``json_schema_extra``."""
     for given in (*getattr(info, "metadata", ()), getattr(info, "json_schema_extra", None)):
         if isinstance(given, Mapping) and "coarse" in given:
             return given["coarse"]

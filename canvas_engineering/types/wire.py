@@ -29,7 +29,8 @@ class _Pairs:
 
 
 def wire(root: TypeNode, policy: ConnectivityPolicy) -> CanvasTopology:
-    """The connections of a tree, none of them twice; from each type on down: its own fields, then child by child."""
+    """Returns the connections of a tree, none of them twice; from each type on down: its own fields, then child by
+    child."""
     pairs = _Pairs()
     _collect(root, policy, pairs)
     if policy.temporal == "dense":
@@ -81,14 +82,14 @@ def _groups(elements: list[TypeNode], policy: str) -> list[list[str]]:
     for path in names:
         for name in names[path]:
             having.setdefault(name, []).append(path)
-    groups, seen = [], set()
+    groups, done = [], set()
     for path in names:
         group, pending = [], [path]
         while pending:
             one = pending.pop()
-            if one in seen:
+            if one in done:
                 continue
-            seen.add(one)
+            done.add(one)
             group.append(one)
             for name in names[one]:
                 pending += having.pop(name, ())

@@ -1,10 +1,10 @@
-"""Every autograd function of the project, each right eager, compiled, exported and under transforms of torch.func.
+"""All autograd functions of the project, for eager, compiled and exported code and transforms of torch.func.
 
-Two are linear (rows moved by an index map) and are their own derivatives. Of everything else an :class:`Operation`
-says three things: a forward operator, a backward operator for first derivatives, and the same function composed of
-plain torch, which gives tangents and derivatives of any higher order. Operators have no autograd of their own, and
-compilers put the functions at the end of this file into their graphs as they are (``torch.compiler.allow_in_graph``):
-on torch 2.10 to 2.13 that alone is right under ``torch.compile`` together with ``torch.func``.
+Two are linear (rows moved by an index map) and are their own derivatives. All others are an :class:`Operation`: a
+forward operator, a backward operator for first derivatives, and the same function composed of plain torch, for tangents
+and derivatives of any higher order. Operators have no autograd of their own, and compilers put the functions at the end
+of this file into their graphs unchanged (``torch.compiler.allow_in_graph``): on torch 2.10 to 2.13 only that is correct
+under ``torch.compile`` together with ``torch.func``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 class Function(torch.autograd.Function):
     """An autograd function with ``setup_context``, to be called by :meth:`call`.
 
-    torch binds the arguments of such a function anew at each ``apply``, 20 µs, twice what a small operator takes. So
-    outside of transforms a function of the older form runs the same code.
+    torch binds the arguments of such a function at each ``apply``, 20 µs, twice the time of a small operator. Outside
+    of transforms a legacy (ctx-first) copy of the function runs the same code.
     """
 
     def __init_subclass__(cls) -> None:
@@ -35,23 +35,23 @@ class Function(torch.autograd.Function):
 
         methods = {"forward": forward, "backward": cls.backward, "jvp": cls.jvp}
         methods = {name: staticmethod(method) for name, method in methods.items()}
-        cls.older_form = type(cls.__name__, (torch.autograd.Function,), methods)
+        cls.legacy = type(cls.__name__, (torch.autograd.Function,), methods)
 
     @classmethod
     def call(cls, *inputs):
-        """Applies the function in the form that fits."""
-        return (cls if torch._C._are_functorch_transforms_active() else cls.older_form).apply(*inputs)
+        """Applies the function, or its legacy copy outside of transforms."""
+        return (cls if torch._C._are_functorch_transforms_active() else cls.legacy).apply(*inputs)
 
 
 MAPS: dict[str, Callable[[str], object]] = {}
-"""How :mod:`.packing` finds the map of a key: graphs keep theirs alive until backward."""
+"""Lookup of index maps by key, set by :mod:`.packing`: graphs keep theirs alive until backward."""
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
 class _ApplyMap(Function):
-    """y = A x along ``dim``, or Aᵀ x where ``transposed``."""
+    """Computes y = A x along ``dim``, or Aᵀ x if ``transposed``."""
 
     @staticmethod
     def forward(x, key, transposed, dim):
@@ -76,7 +76,7 @@ class _ApplyMap(Function):
 
 
 class _ReplaceRows(Function):
-    """x with the rows of a distinct gather replaced by y, or by zeros for None."""
+    """Replaces the rows of a distinct gather in x by y, or by zeros for None."""
 
     @staticmethod
     def forward(x, y, key, dim):
@@ -118,14 +118,13 @@ class Operation:
     """One differentiable operation; a call's ``args`` are ``n_tensors`` tensors or None, then constants.
 
     Attributes:
-        forward: (keep, *args) → (result, *kept), tensors; ``kept`` is what backward wants, if ``keep``, and has no
-            gradient.
-        backward: (gradient, needs, kept, *args) → a gradient for each tensor of which bit i of ``needs`` is set, None
-            for others. ``kept`` starts with the result, or None unless ``keeps_result(*args)``.
+        forward: (keep, *args) → (result, *saved), tensors; ``saved`` is for backward, if ``keep``, and has no gradient.
+        backward: (gradient, needs, saved, *args) → a gradient for each tensor i with bit i of ``needs`` set, None for
+            others. ``saved`` starts with the result, or None unless ``keeps_result(*args)``.
         composition: (*args) → result, by plain differentiable torch.
         differentiable: which of the tensors have gradients, the others are constants.
         keeps_result: (*args) → bool.
-        owners: (*args) → what has to live until backward: objects that ``args`` name by key.
+        owners: (*args) → objects that ``args`` name by key, saved alive until backward.
     """
 
     forward: Callable
@@ -137,14 +136,14 @@ class Operation:
     owners: Callable[..., object] = lambda *args: None
 
     def of_tensors(self, args: tuple) -> tuple[list[torch.Tensor], Callable, list[int]]:
-        """The tensors of ``args`` that have gradients, the composition as a function of these, and their numbers."""
+        """Returns the tensors of ``args`` with gradients, the composition as a function of these, and their numbers."""
         numbers = [i for i in self.differentiable if args[i] is not None]
 
         def function(*tensors):
             filled = list(args)
             for i, x in zip(numbers, tensors):
                 filled[i] = x
-            # the products inside are the operation's own: it computes 16-bit inputs in float32
+            # no autocast inside: 16-bit inputs are computed in float32
             with torch._C._DisableAutocast():
                 return self.composition(*filled)
 
@@ -152,24 +151,24 @@ class Operation:
 
 
 OPERATIONS: dict[str, Operation] = {}
-"""By name; modules that define an operation add it."""
+"""Operations by name; modules register theirs."""
 
 
 def _tangent(function: Callable, primals: list[torch.Tensor], tangents: list[torch.Tensor | None]):
-    """The derivative of ``function`` along ``tangents`` by two reverse passes, for dual numbers cannot be nested."""
-    result, pull = torch.func.vjp(function, *primals)
+    """Returns the derivative of ``function`` along ``tangents`` by two reverse passes."""
+    result, pull = torch.func.vjp(function, *primals)[:2]
     cotangent = torch.zeros_like(result) if isinstance(result, torch.Tensor) else tuple(map(torch.zeros_like, result))
-    _, push = torch.func.vjp(pull, cotangent)
+    push = torch.func.vjp(pull, cotangent)[1]
     filled = (torch.zeros_like(x) if t is None else t for x, t in zip(primals, tangents))
     return push(tuple(filled))[0]
 
 
 def _slices(function: type[Function], info, in_dims, args):
-    """A batching rule: one call for each slice."""
+    """Implements vmap by one call for each slice."""
     results = []
     for i in range(info.batch_size):
-        some = (x if at is None else x.select(at, i) for x, at in zip(args, in_dims))
-        results.append(function.call(*some))
+        inputs = (x if at is None else x.select(at, i) for x, at in zip(args, in_dims))
+        results.append(function.call(*inputs))
     stacked = tuple(None if part[0] is None else torch.stack(part) for part in zip(*results))
     return stacked, tuple(None if part is None else 0 for part in stacked)
 
@@ -182,15 +181,15 @@ class _Operate(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         name, _, *args = inputs
-        operation, (result, *kept) = OPERATIONS[name], output
+        operation, (result, *saved) = OPERATIONS[name], output
         ctx.name, ctx.constants = name, args[operation.n_tensors :]
-        ctx.n_tensors, ctx.n_kept, ctx.owners = operation.n_tensors, len(kept), operation.owners(*args)
+        ctx.n_tensors, ctx.n_saved, ctx.owners = operation.n_tensors, len(saved), operation.owners(*args)
         tensors = args[: operation.n_tensors]
         result = result if operation.keeps_result(*args) else None
-        ctx.save_for_backward(*tensors, result, *kept)
+        ctx.save_for_backward(*tensors, result, *saved)
         ctx.save_for_forward(*tensors)
-        ctx.mark_non_differentiable(*kept)
-        # or autograd would make zeros the size of what is kept
+        ctx.mark_non_differentiable(*saved)
+        # or autograd would allocate zeros the size of saved tensors
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -201,13 +200,13 @@ class _Operate(Function):
             return nothing
         # read once: activation checkpointing unpacks them each time
         saved = ctx.saved_tensors
-        tensors, kept = saved[:n], saved[n:]
+        tensors, saved = saved[:n], saved[n:]
         needs = sum(1 << i for i in OPERATIONS[ctx.name].differentiable if ctx.needs_input_grad[2 + i])
         if not needs:
             return nothing
-        grads = _Differentiate.call(ctx.name, needs, len(kept), grad, *kept, *tensors, *ctx.constants)
-        found = dict(zip((i for i in range(n) if needs >> i & 1), grads))
-        return None, None, *(found.get(i) for i in range(n)), *(None,) * len(ctx.constants)
+        grads = _Differentiate.call(ctx.name, needs, len(saved), grad, *saved, *tensors, *ctx.constants)
+        by_index = dict(zip((i for i in range(n) if needs >> i & 1), grads))
+        return None, None, *(by_index.get(i) for i in range(n)), *(None,) * len(ctx.constants)
 
     @staticmethod
     def jvp(ctx, _name, _keep, *tangents):
@@ -219,7 +218,7 @@ class _Operate(Function):
                 "detach it"
             )
         tangent = _tangent(function, primals, [tangents[i] for i in numbers])
-        return tangent, *(None,) * ctx.n_kept
+        return tangent, *(None,) * ctx.n_saved
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -227,19 +226,19 @@ class _Operate(Function):
 
 
 class _Differentiate(Function):
-    """The gradients of an operation, of the tensors in ``needs``; differentiated by its composition."""
+    """Computes the gradients of an operation for the tensors in ``needs``; differentiated by its composition."""
 
     @staticmethod
-    def forward(name, needs, n_kept, grad, *rest):
-        kept, args = rest[:n_kept], rest[n_kept:]
-        grads = OPERATIONS[name].backward(grad, needs, kept, *args)
+    def forward(name, needs, n_saved, grad, *rest):
+        saved, args = rest[:n_saved], rest[n_saved:]
+        grads = OPERATIONS[name].backward(grad, needs, saved, *args)
         return tuple(each for i, each in enumerate(grads) if needs >> i & 1)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.name, ctx.needs, ctx.n_kept, grad, *rest = inputs
+        ctx.name, ctx.needs, ctx.n_saved, grad, *rest = inputs
         n = OPERATIONS[ctx.name].n_tensors
-        args = rest[ctx.n_kept :]
+        args = rest[ctx.n_saved :]
         ctx.constants = args[n:]
         ctx.save_for_backward(grad, *args[:n])
         ctx.save_for_forward(grad, *args[:n])
@@ -247,31 +246,31 @@ class _Differentiate(Function):
 
     @staticmethod
     def _function(ctx):
-        """(primals, their places among the inputs, gradients as a function of them, and the number of tensors)."""
+        """Returns (primals, their indices among the inputs, gradients as a function of them, number of tensors)."""
         grad, *tensors = ctx.saved_tensors
         primals, function, numbers = OPERATIONS[ctx.name].of_tensors((*tensors, *ctx.constants))
-        wanted = [place for place, i in enumerate(numbers) if ctx.needs >> i & 1]
+        needed = [index for index, i in enumerate(numbers) if ctx.needs >> i & 1]
 
         def gradients(grad, *primals):
             grads = torch.func.vjp(function, *primals)[1](grad)
-            return tuple(grads[place] for place in wanted)
+            return tuple(grads[index] for index in needed)
 
-        first = 4 + ctx.n_kept
+        first = 4 + ctx.n_saved
         return [grad, *primals], [3, *(first + i for i in numbers)], gradients, len(tensors)
 
     @staticmethod
     def backward(ctx, *grads):
-        primals, places, gradients, n_tensors = _Differentiate._function(ctx)
-        results, pull = torch.func.vjp(gradients, *primals)
-        found = pull(tuple(torch.zeros_like(r) if g is None else g for r, g in zip(results, grads)))
-        count = 4 + ctx.n_kept + n_tensors + len(ctx.constants)
-        by_place = dict(zip(places, found))
-        return tuple(by_place.get(place) for place in range(count))
+        primals, indices, gradients, n_tensors = _Differentiate._function(ctx)
+        results, pull = torch.func.vjp(gradients, *primals)[:2]
+        by_index = pull(tuple(torch.zeros_like(r) if g is None else g for r, g in zip(results, grads)))
+        count = 4 + ctx.n_saved + n_tensors + len(ctx.constants)
+        by_input = dict(zip(indices, by_index))
+        return tuple(by_input.get(index) for index in range(count))
 
     @staticmethod
     def jvp(ctx, *tangents):
-        primals, places, gradients, _ = _Differentiate._function(ctx)
-        return _tangent(gradients, primals, [tangents[place] for place in places])
+        primals, indices, gradients, _ = _Differentiate._function(ctx)
+        return _tangent(gradients, primals, [tangents[index] for index in indices])
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -279,8 +278,8 @@ class _Differentiate(Function):
 
 
 def under_autograd(operator: Callable, function: Callable) -> Callable:
-    """Returns what an operator does at torch's Autograd key, where only exported graphs call it with gradients on:
-    ``function(*args)`` where those are wanted, else the operator."""
+    """Returns an operator's kernel for torch's Autograd key, which only exported graphs call: ``function(*args)`` if
+    gradients are required, else the operator."""
 
     def call(*args):
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
@@ -291,7 +290,7 @@ def under_autograd(operator: Callable, function: Callable) -> Callable:
     return call
 
 
-# -- what compilers take as it is --------------------------------------------------------------------------------------
+# -- functions that compilers do not trace -----------------------------------------------------------------------------
 
 
 def apply_map(x: torch.Tensor, key: str, transposed: bool, dim: int) -> torch.Tensor:
@@ -300,29 +299,28 @@ def apply_map(x: torch.Tensor, key: str, transposed: bool, dim: int) -> torch.Te
 
 
 def replace_rows_by_map(x: torch.Tensor, y: torch.Tensor, key: str, dim: int) -> torch.Tensor:
-    """Replaces the rows of x that the index map of this key takes by those of y."""
+    """Replaces the rows of x that the index map of this key gathers by those of y."""
     return _ReplaceRows.call(x, y, key, dim)
 
 
 def operate(name: str, *args) -> tuple[torch.Tensor, ...]:
-    """Runs the operation of this name: (result, *kept)."""
+    """Runs the operation of this name: (result, *saved)."""
     tensors = (x for x in args if isinstance(x, torch.Tensor))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return _Operate.call(name, keep or torch._C._are_functorch_transforms_active(), *args)
 
 
 COMPILED_FUNCTIONS: list[Callable] = [apply_map, replace_rows_by_map, operate]
-"""Functions that compilers take as they are; modules that have one add it."""
+"""Functions that compilers do not trace; modules register theirs."""
 CONSTANT_FUNCTIONS: list[Callable] = []
-"""Functions of constants that compilers evaluate instead of tracing them; modules that have one add it."""
+"""Functions of constants that compilers evaluate instead of tracing; modules register theirs."""
 
 
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 def own_products(kernel: Callable) -> Callable:
-    """Decorates the kernel of an operator: autocast does not reach the products inside, and results are no views,
-    which dual numbers refuse, however they lie."""
+    """Decorates the kernel of an operator: no autocast inside, and results that dual numbers accept (no views)."""
 
     @functools.wraps(kernel)
     def call(*args):
@@ -334,7 +332,7 @@ def own_products(kernel: Callable) -> Callable:
 
 @functools.cache
 def mark_for_compilers() -> None:
-    """Tells compilers to take these functions as they are. It imports torch._dynamo, so the first plan does it."""
+    """Registers these functions with torch.compile. It imports torch._dynamo, so only the first plan calls it."""
     for function in COMPILED_FUNCTIONS:
         torch.compiler.allow_in_graph(function)
     for function in CONSTANT_FUNCTIONS:

@@ -1,8 +1,7 @@
-"""BlockTable: which query rows see which key rows, in which softmax, with which weight.
+"""BlockTable: which query rows attend to which key rows, in which softmax, with which weight.
 
-The format is made for attention whose pattern is a modest number of rectangles once positions are well ordered: it
-costs memory per rectangle, never per pair, and every executor derives its own walk from it (see ``kernels/README.md``
-for the contract).
+The format suits attention whose pattern is a modest number of rectangles in a good order of positions: memory is
+proportional to rectangles, never to pairs. ``kernels/README.md`` is the contract.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import hashlib
 import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ _LIVE: weakref.WeakValueDictionary[str, BlockTable] = weakref.WeakValueDictionar
 
 @dataclass(frozen=True)
 class QueryRanges:
-    """Dense pieces of a table: query rows that see the same keys in one segment.
+    """The query ranges of a table: maximal ranges of query rows that attend to the same keys in one segment.
 
-    Cell c holds query rows ``q_start[c] … q_stop[c] − 1`` of segment ``segment[c]``, whose first row has slot
-    ``slot[c]``; its keys are those of the rectangles ``rectangle[ptr[c] : ptr[c + 1]]``, in ascending key order. All
+    Range i holds query rows ``q_start[i] … q_stop[i] − 1`` of segment ``segment[i]``, whose first row has slot
+    ``slot[i]``; its keys are those of the rectangles ``rectangle[ptr[i] : ptr[i + 1]]``, in ascending key order. All
     arrays are int64.
     """
 
@@ -43,7 +43,7 @@ class QueryRanges:
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """Device view of the slots, in slot order: what the gradient of gains needs.
+    """Slots in slot order, on a device: for the gradient of gains.
 
     ``position`` int64 [n_slots], ``weight`` float32 [n_slots], ``replace`` int64 [n_slots] (0 adds, 1 replaces),
     ``per_edge`` int64 [n_edges] (slots of one edge are contiguous and edges ascend).
@@ -59,8 +59,8 @@ class SlotLayout:
 class BlockTable:
     """Rectangles of a block-sparse attention pattern, grouped in segments (one softmax per segment and query row).
 
-    Build it with :meth:`from_rectangles`; fields, dtypes and order are those of ``kernels/README.md``. What the format
-    means, as the loop that gives back the dense matrix of largest weights:
+    Build it with :meth:`from_rectangles`; ``kernels/README.md`` documents fields, dtypes and order. This loop gives the
+    dense matrix of largest weights:
 
         for r in range(len(table.weight)):
             block = dense[table.q_start[r]:table.q_stop[r], table.k_start[r]:table.k_stop[r]]
@@ -108,12 +108,14 @@ class BlockTable:
         edge=None,
         replace=None,
     ) -> BlockTable:
-        """Check, sort and freeze rectangles (any array-likes of one length R).
+        """Checks, sorts and freezes rectangles (array-likes of one length R).
 
-        ``form`` is "edge" (``segment`` and ``edge`` wanted, int [R]; ``replace`` bool [R] optional) or "joint"
-        (neither). Raises ValueError for ranges that are empty or leave ``[0, n_positions)``, weights that are not
-        finite and positive, and segments whose rows disagree about weight, edge or class. Within one segment the keys
-        of a row must not repeat; that is the caller's promise (checking it costs as much as executing).
+        ``form`` is "edge" (with ``segment`` and ``edge``, int [R], and optionally ``replace``, bool [R]) or "joint"
+        (without). Within one segment the keys of a row must not repeat; this is not validated.
+
+        Raises:
+            ValueError: ranges that are empty or outside ``[0, n_positions)``, weights that are not finite and positive,
+                or segments with several weights, edges or classes.
         """
         if form not in ("edge", "joint"):
             raise ValueError(f"form must be 'edge' or 'joint', got {form!r}")
@@ -148,8 +150,7 @@ class BlockTable:
             raise ValueError(f"edge numbers must lie in [0, {n_edges}), got {edge.min()} … {edge.max()}")
         if form == "edge":
             order = np.lexsort((ranges[2], ranges[0], segment, edge))
-            # segments are renumbered along edges, so that the slots of an edge are contiguous whatever numbers the
-            # caller chose
+            # segments are renumbered along edges, so that the slots of an edge are contiguous
             segment = segment[order]
             fresh = np.ones(count, bool)
             fresh[1:] = (segment[1:] != segment[:-1]) | (edge[order][1:] != edge[order][:-1])
@@ -170,15 +171,16 @@ class BlockTable:
             slot, n_slots = ranges[0].copy(), int(n_positions)
         if n_slots >= 2**31:
             raise ValueError(f"{n_slots} (segment, query row) pairs: the kernels address fewer than 2^31")
-        arrays = [a.astype(np.int32) for a in ranges]
-        arrays += [segment_sorted.astype(np.int32), weight, edge.astype(np.int32), replace, slot]
-        for array in arrays:
+        names = ("q_start", "q_stop", "k_start", "k_stop", "segment", "edge")
+        arrays: dict[str, Any] = {name: a.astype(np.int32) for name, a in zip(names, (*ranges, segment_sorted, edge))}
+        arrays |= {"weight": weight, "replace": replace, "slot": slot}
+        for array in arrays.values():
             array.setflags(write=False)
         mark_for_compilers()
-        table = cls(form, int(n_positions), int(n_edges), int(n_slots), *arrays)
+        table = cls(form, int(n_positions), int(n_edges), int(n_slots), **arrays)
         return _LIVE.setdefault(table.key, table)
 
-    # Equal content is one object: what is derived from it is derived once, and a key finds it while anyone holds it.
+    # Equal content is one object, so that derived values are shared; `lookup` works while the object is alive.
     def __deepcopy__(self, memo) -> BlockTable:
         return self
 
@@ -190,17 +192,17 @@ class BlockTable:
 
     @staticmethod
     def lookup(key: str) -> BlockTable:
-        """The live table with this :attr:`key`; KeyError when it has been garbage-collected."""
+        """Returns the live table with this :attr:`key`; KeyError if it has been garbage-collected."""
         table = _LIVE.get(key)
         if table is None:
             raise KeyError(
-                f"no live BlockTable has the key {key}: keep the plan alive as long as what was compiled with it"
+                f"no live BlockTable has the key {key}: keep the plan alive as long as functions compiled with it"
             )
         return table
 
     @cached_property
     def key(self) -> str:
-        """Digest of the content: equal tables have equal keys, in every process."""
+        """Digest of the content, equal for equal tables in every process."""
         digest = hashlib.sha1(f"{self.form}/{self.n_positions}/{self.n_edges}".encode(), usedforsecurity=False)
         for array in (
             self.q_start,
@@ -235,12 +237,11 @@ class BlockTable:
         return sum(getattr(self, name).nbytes for name in names)
 
     def flops(self, head_dim: int, batch_heads: int = 1, backward: bool = False) -> int:
-        """Floating-point operations that the selected pairs need: 4·head_dim a pair forward, 10·head_dim backward."""
+        """Returns the floating-point operations: 4·head_dim per pair forward, 10·head_dim backward."""
         return self.pairs * head_dim * batch_heads * (10 if backward else 4)
 
     def to_dense(self) -> np.ndarray:
-        """(n, n) float64: the largest weight over all rectangles that pair row i with column j, 0 where none does. For
-        tests: grows as n²."""
+        """Returns float64 (n, n): the largest weight over rectangles that hold (i, j), 0 if none does. For tests."""
         dense = np.zeros((self.n_positions, self.n_positions))
         for q0, q1, k0, k1, w in zip(self.q_start, self.q_stop, self.k_start, self.k_stop, self.weight, strict=True):
             block = dense[q0:q1, k0:k1]
@@ -252,28 +253,28 @@ class BlockTable:
         return f"{head}, density {self.density:.4f})\n{self.draw()}"
 
     def draw(self, size: int = 32) -> str:
-        """The pattern in characters, at most ``size`` × ``size`` of them: share of selected pairs as ` ░▒▓█`."""
+        """Draws the pattern in at most ``size`` × ``size`` characters: fraction of pairs as ` ░▒▓█`."""
         n = self.n_positions
         size = max(1, min(size, n))
-        edges = np.linspace(0, n, size + 1)
-        covered = np.zeros((size, size))
+        bounds = np.linspace(0, n, size + 1)
+        n_pairs = np.zeros((size, size))
 
         def overlap(start, stop):
-            return np.clip(np.minimum(stop, edges[1:]) - np.maximum(start, edges[:-1]), 0, None)
+            return np.clip(np.minimum(stop, bounds[1:]) - np.maximum(start, bounds[:-1]), 0, None)
 
         for q0, q1, k0, k1 in zip(self.q_start, self.q_stop, self.k_start, self.k_stop, strict=True):
             rows, columns = overlap(q0, q1), overlap(k0, k1)
             i, j = rows.nonzero()[0], columns.nonzero()[0]
-            covered[i[0] : i[-1] + 1, j[0] : j[-1] + 1] += np.outer(rows[i], columns[j])
-        share = covered / max(n / size, 1e-9) ** 2
-        shades = np.array(list(" ░▒▓█"))[np.minimum(np.ceil(share * 4), 4).astype(int)]
+            n_pairs[i[0] : i[-1] + 1, j[0] : j[-1] + 1] += np.outer(rows[i], columns[j])
+        fraction = n_pairs / max(n / size, 1e-9) ** 2
+        shades = np.array(list(" ░▒▓█"))[np.minimum(np.ceil(fraction * 4), 4).astype(int)]
         return "\n".join("".join(row) for row in shades)
 
     # -- derived structures --------------------------------------------------------------------------------------------
 
     @derived(limit=1)
     def query_ranges(self) -> QueryRanges:
-        """Maximal query ranges with equal keys, per segment."""
+        """Returns the maximal ranges of query rows with equal keys, per segment."""
         stride = self.n_positions + 1
         base = self.segment.astype(np.int64) * stride
         first, stop = base + self.q_start, base + self.q_stop
@@ -291,7 +292,7 @@ class BlockTable:
         return QueryRanges(self.segment[lead].astype(np.int64), q_start, q_stop, slot, ptr, owner)
 
     def has_keys(self) -> np.ndarray:
-        """bool [n]: rows that some rectangle lets see a key."""
+        """Returns bool [n]: rows with keys."""
         delta = np.zeros(self.n_positions + 1, np.int64)
         np.add.at(delta, self.q_start, 1)
         np.add.at(delta, self.q_stop, -1)
@@ -299,8 +300,8 @@ class BlockTable:
 
     @derived(limit=1)
     def _runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(marks, reading, run): runs of rows with the same segments begin at ``marks``; segments' first rectangles and
-        the runs that they lie in, in order of the runs."""
+        """Returns (marks, rectangle, run): runs of rows with the same segments begin at ``marks``; segments' first
+        rectangles and the runs that hold them, in order of runs."""
         ranges = self.query_ranges()
         lead = ranges.rectangle[ranges.ptr[:-1]]
         marks = np.unique(np.concatenate([[0, self.n_positions], ranges.q_start, ranges.q_stop]))
@@ -311,7 +312,7 @@ class BlockTable:
 
     @derived(limit=1)
     def run_sums_map(self) -> IndexMap:
-        """From connections to (2 · runs) sums of their weights, those of adding segments first."""
+        """Returns the map from connections to (2 · runs) sums of their weights, those of adding segments first."""
         marks, rectangle, run = self._runs()
         count = len(marks) - 1
         output = self.replace[rectangle] * count + run
@@ -321,14 +322,14 @@ class BlockTable:
 
     @derived(limit=1)
     def run_rows_map(self) -> IndexMap:
-        """From runs of rows to rows."""
+        """Returns the map from runs of rows to rows."""
         marks, _, _ = self._runs()
         return IndexMap.gather(np.repeat(np.arange(len(marks) - 1), np.diff(marks)), len(marks) - 1)
 
     @derived(limit=1)
     def query_counts_map(self) -> IndexMap:
-        """From (2 · (n + 1)) running counts of rows, those of adding segments first, to the count of each rectangle's
-        queries in its class."""
+        """Returns the map from (2 · (n + 1)) running counts of rows, those of adding segments first, to the count of
+        each rectangle's queries in its class."""
         first = self.replace.astype(np.int64) * (self.n_positions + 1)
         entry = np.stack([first + self.q_stop, first + self.q_start], 1)
         weight = np.tile([1.0, -1.0], len(entry))
@@ -336,13 +337,13 @@ class BlockTable:
 
     @derived(limit=1)
     def edges_map(self) -> IndexMap:
-        """From connections to rectangles."""
+        """Returns the map from connections to rectangles."""
         return IndexMap.gather(self.edge, self.n_edges)
 
     @derived(limit=1)
     def ends_map(self) -> IndexMap:
-        """From rectangles to (3 · (n + 1)) steps, whose running sums count the rectangles that hold each row as a query
-        of an adding segment, as one of a replacing segment, and as a key."""
+        """Returns the map from rectangles to (3 · (n + 1)) steps, whose running sums count the rectangles that hold
+        each row as a query of an adding segment, as one of a replacing segment, and as a key."""
         n = self.n_positions + 1
         query = self.replace.astype(np.int64) * n
         target = np.concatenate([query + self.q_start, query + self.q_stop, 2 * n + self.k_start, 2 * n + self.k_stop])
@@ -354,7 +355,7 @@ class BlockTable:
 
     @derived(limit=8)
     def row_scale(self, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """(2, n): the factors of :func:`row_scale` with every connection active, on a device."""
+        """Returns the factors (2, n) of :func:`row_scale` with every connection active, on a device."""
         sums = np.zeros((2, self.n_positions + 1))
         ranges = self.query_ranges()
         lead = ranges.rectangle[ranges.ptr[:-1]]
@@ -365,12 +366,12 @@ class BlockTable:
 
     @derived(limit=1)
     def row_scale_map(self) -> IndexMap:
-        """The (2 · n) factors of :meth:`row_scale` as a constant map."""
+        """Returns the (2 · n) factors of :meth:`row_scale` as a constant map."""
         return IndexMap.constant(self.row_scale(torch.device("cpu"), torch.float64).numpy())
 
     @derived(limit=4)
     def slot_layout(self, device: torch.device) -> SlotLayout:
-        """Slots as device tensors (edge form)."""
+        """Returns the slots as device tensors (edge form)."""
         ranges = self.query_ranges()
         lead = ranges.rectangle[ranges.ptr[:-1]]
         owner, position = expand_ranges(ranges.q_start, ranges.q_stop - ranges.q_start)
@@ -382,7 +383,7 @@ class BlockTable:
 
     @derived(limit=4)
     def ones(self, device: torch.device) -> torch.Tensor:
-        """float32 (n_edges,): gains and activity where none are given."""
+        """Returns float32 (n_edges,) of 1: the default gains and activity."""
         return to_device(np.ones(max(self.n_edges, 1), np.float32), device)
 
     @derived(limit=16)
@@ -393,7 +394,7 @@ class BlockTable:
         transposed: bool = False,
         by_slot: bool = False,
     ) -> tuple[Tiling, ...]:
-        """The walks of one pass, a launch each (empty ones left out), on ``device``."""
+        """Returns the tilings of one pass, one per launch (without empty ones), on ``device``."""
         return tuple(tiling.to(device) for tiling in build_tilings(self, classes, transposed, by_slot))
 
 
@@ -427,7 +428,7 @@ def row_scale(
 ) -> torch.Tensor:
     """Returns (2, n) factors that turn sums over segments into averages: see :func:`normalise_row_sums`.
 
-    ``active`` (n_edges,): a connection where it is 0 does not count; None for all, on ``device``.
+    ``active`` (n_edges,): connections at 0 do not count; None for all, on ``device``.
     """
     if active is None:
         one = torch.ones(1, 1, dtype=dtype, device=device)
@@ -436,9 +437,9 @@ def row_scale(
 
 
 def touched(table: BlockTable, active: torch.Tensor | None, row_scale: torch.Tensor) -> torch.Tensor:
-    """Returns bool (n,): rows that something which counts holds as query or key.
+    """Returns bool (n,): rows that are a query or a key of an active segment.
 
-    Segments count whose connection's entry of ``active`` (n_edges,) is not 0, or all for None, at query rows where
+    Active are segments whose connection is not 0 in ``active`` (n_edges,), or all for None, at query rows where
     ``row_scale`` (2, n) is above 0 for their class, adding or replacing.
     """
     if not table.n_slots:
@@ -459,8 +460,11 @@ def _rebuild(form: str, n_positions: int, n_edges: int, arrays: dict[str, np.nda
 
 
 def normalise_row_sums(sums: torch.Tensor) -> torch.Tensor:
-    """(2, n) weight sums (adding, replacing) → (2, n) row scales: 1/ΣW of the class in force at each row, 0 for the
-    other class and for rows without segments. Replacing segments, where there are any, are in force alone."""
+    """Turns weight sums (2, n) of adding and replacing segments into row scales (2, n).
+
+    They are 1/ΣW of the class in force at each row, 0 for the other class and for rows without segments. The replacing
+    class is in force where it has segments.
+    """
     adding, replacing = sums
     replaced = replacing > 0
     zero = torch.zeros_like(adding)
@@ -469,19 +473,19 @@ def normalise_row_sums(sums: torch.Tensor) -> torch.Tensor:
 
 
 def _assign_slots(segment: np.ndarray, q_start: np.ndarray, q_stop: np.ndarray) -> tuple[np.ndarray, int]:
-    """Slots for rectangles sorted by (segment, q_start): consecutive along each connected query range of a segment."""
+    """Assigns slots to rectangles sorted by (segment, q_start), consecutive along contiguous query rows."""
     if not len(segment):
         return np.zeros(0, np.int64), 0
-    # the furthest query row seen so far in the same segment; the offset keeps segments apart in one accumulate
+    # running maximum of query rows per segment; offsets keep segments disjoint
     stride = int(q_stop.max()) + 1
     offset = segment * stride
     reach = np.maximum.accumulate(offset + q_stop)
     fresh = np.ones(len(segment), bool)
     fresh[1:] = offset[1:] + q_start[1:] > np.maximum(reach[:-1], offset[1:])
     fresh[1:] |= segment[1:] != segment[:-1]
-    piece = np.cumsum(fresh) - 1
-    piece_start = q_start[fresh]
-    piece_stop = np.maximum.reduceat(q_stop, fresh.nonzero()[0])
-    size = piece_stop - piece_start
+    interval = np.cumsum(fresh) - 1
+    interval_start = q_start[fresh]
+    interval_stop = np.maximum.reduceat(q_stop, fresh.nonzero()[0])
+    size = interval_stop - interval_start
     base = np.concatenate([[0], np.cumsum(size)])
-    return base[piece] + q_start - piece_start[piece], int(base[-1])
+    return base[interval] + q_start - interval_start[interval], int(base[-1])

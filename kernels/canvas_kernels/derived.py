@@ -1,7 +1,7 @@
-"""Values derived from host tables: made once, whatever mode torch is in, and bounded.
+"""Values derived from host tables: computed once, in any mode of torch, in bounded caches.
 
-Tensors are derived inside of operators only, so that what is traced, exported or faked never holds one: it holds the
-string key of a table or of an index map. :func:`derived` is the one decorator that keeps them.
+Tensors are derived inside of operators only, so that traced, exported or fake graphs hold the string key of a table or
+index map instead. :func:`derived` is the decorator that caches them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -23,9 +23,9 @@ _lock = RLock()
 
 @contextlib.contextmanager
 def real_tensors() -> Iterator[None]:
-    """Runs its body with every mode of torch off, so that tensors made in it are plain and may be kept.
+    """Disables every mode of torch, so that tensors created in the block are plain and may be cached.
 
-    Off are inference mode, fake and functional tensors, tracing, transforms of torch.func and default devices.
+    Disabled are inference mode, fake and functional tensors, tracing, transforms of torch.func and default devices.
 
     >>> with torch.inference_mode(), real_tensors():
     ...     torch.zeros(1).is_inference()
@@ -41,7 +41,7 @@ def real_tensors() -> Iterator[None]:
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Returns whether the values of ``x`` may be read by Python: not traced, faked, transformed or a subclass."""
+    """Whether Python may use the values of ``x``: it is not traced, fake, transformed or of a subclass."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -52,7 +52,7 @@ def is_plain(x: torch.Tensor) -> bool:
 
 
 class Store:
-    """What was derived from one host object: values by function and arguments. Copies and pickles start empty."""
+    """Values derived from one host object, by function and arguments. Copies and pickles start empty."""
 
     def __init__(self) -> None:
         self.values: dict[str, OrderedDict] = {}
@@ -65,10 +65,10 @@ class Store:
 
 
 def derived(limit: int = 16) -> Callable[[Maker], Maker]:
-    """Returns a decorator that keeps what a function derives from its first argument, an object with a ``store``.
+    """Returns a decorator that caches a function's results in the ``store`` of its first argument.
 
-    The function's other arguments (positional, hashable) are the key; of each function at most ``limit`` values are
-    kept per object, the least recently used goes first.
+    The other arguments (positional, hashable) are the key; at most ``limit`` values per function and object are cached,
+    the least recently used is evicted.
     """
 
     def decorate(make: Maker) -> Maker:
@@ -87,7 +87,7 @@ def derived(limit: int = 16) -> Callable[[Maker], Maker]:
                     values.popitem(last=False)
                 return value
 
-        return get
+        return cast(Maker, get)
 
     return decorate
 

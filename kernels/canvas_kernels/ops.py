@@ -33,14 +33,14 @@ from .block_table import row_scale as table_row_scale
 from .packing import IndexMap, empty_in, gather_rows, put_rows, scatter_rows, take_rows
 from .torch_ops import composition, frames, sigmoid
 from .torch_ops import executor as grouped
-from .torch_ops.frames import frame_rows, takes_frames
+from .torch_ops.frames import frame_rows, use_frames
 from .triton_ops import configs
 
 ACTIVATIONS = ("softmax", "sigmoid")
 BACKENDS = ("auto", "triton", "torch", "reference")
 MAX_TRITON_HEAD_DIM = 256
-# How much an executor keeps for backward, and how its results lie, are sizes and strides in a compiled graph, and
-# compilers keep graphs on disk. Its sources are in its name: what others of them compiled is another graph.
+# Sizes and strides of an executor's saved tensors are part of compiled graphs, which compilers cache on disk. Its name
+# holds a digest of its sources, so that other versions do not share graphs.
 _SOURCES = [f"{name}.py" for name in ("ops", "block_table", "ranges", "packing")]
 _SOURCES += [
     f"torch_ops/{name}.py"
@@ -49,7 +49,7 @@ _SOURCES += [
 
 
 def _executor_name(name: str) -> str:
-    code = b"".join(pkgutil.get_data(__package__, source) or b"" for source in _SOURCES)
+    code = b"".join(pkgutil.get_data(__package__ or "", source) or b"" for source in _SOURCES)
     return f"{name} {hashlib.sha1(code, usedforsecurity=False).hexdigest()[:12]}"
 
 
@@ -93,29 +93,29 @@ def block_attention(
     """Segmented block-sparse attention; ``kernels/README.md`` has the formulas.
 
     Gradients flow to q, k, v and gain, of any order, in forward and reverse mode, eager, compiled, exported and under
-    transforms of torch.func; first derivatives run in kernels, further ones compose plain torch, which holds the
+    transforms of torch.func; first derivatives run in kernels, higher ones compose plain torch, which materialises the
     probabilities of every pair. Under autocast float32 inputs are cast as ``scaled_dot_product_attention`` casts them.
 
     Args:
         q, k, v: (batch, heads, n, head_dim), one floating dtype and device, rows in the table's packed order.
-        table: what attends to what.
+        table: the block table.
         scale: factor of q·k, by default head_dim^−½.
         gain: (n_edges,), trainable factors of connections. Edge form only, as the next two.
-        active: (n_edges,); a connection whose entry is 0 is as if it were not there.
+        active: (n_edges,); a connection at 0 is as if it were not declared.
         row_scale: (2, n), factors of adding and of replacing segments at each row, by default 1 / (sum of the weights
             in force). A constant, without gradient.
-        backend: "triton", "torch" (grouped rectangles on a CPU, a composition elsewhere), "reference" (cell by cell,
-            for tests; not under torch.compile) or "auto": Triton for tensors on a CUDA or ROCm device without dropout,
-            torch otherwise. A backend that is named never falls back.
+        backend: "triton", "torch" (grouped rectangles on a CPU, a composition elsewhere), "reference" (for tests; not
+            under torch.compile) or "auto": Triton for tensors on a CUDA or ROCm device without dropout,
+            torch otherwise. A named backend never falls back.
         dropout_p: probability of dropping an attention weight; not with "triton".
-        return_lse: whether to return ``lse`` (batch, heads, n_slots) too, base 2 and without gradient; +inf where the
-            slot's row attends to nothing or is scaled by 0, as adding segments are where replacing ones are in force.
-        activation: "softmax", or in edge form "sigmoid": σ(scale · q·k) without a normaliser; it has no lse.
+        return_lse: whether to return ``lse`` (batch, heads, n_slots) too, base 2 and without gradient; +inf where
+            the slot's row has no keys or is scaled by 0, as adding segments are where replacing ones are in force.
+        activation: "softmax", or in edge form "sigmoid": σ(scale · q·k) without normalisation and lse.
         rows: a distinct gather from n_canvas positions; q, k, v and the result then hold those instead of n, and
-            positions that it leaves out get 0.
+            positions that are not gathered get 0.
 
     Returns:
-        ``out`` like q, or ``(out, lse)``. Rows that attend to nothing are 0.
+        ``out`` like q, or ``(out, lse)``. Rows without keys are 0.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, naming them.
@@ -133,7 +133,7 @@ def block_attention(
     backend = _check_backend(backend, q, dropout_p)
     q, k, v = autocast(q, k, v)
     if active is not None:
-        # it may be changed in place before backward runs: this step keeps its own
+        # a copy: it may be changed in place before backward runs
         active = active.detach().clone()
         if row_scale is None:
             if backend == "triton" and not torch._C._are_functorch_transforms_active():
@@ -151,7 +151,7 @@ def block_attention(
     else:
         constants = (table.key, "" if rows is None or rows.is_identity else rows.key, scale)
         if dropout_p or (backend == "torch" and not q.is_cpu):
-            # the products inside are the operation's own: it computes 16-bit inputs in float32
+            # no autocast inside: 16-bit inputs are computed in float32
             with torch.autocast(q.device.type, enabled=False):
                 out, lse = compose(*tensors, *constants, activation, dropout_p)
         else:
@@ -161,7 +161,7 @@ def block_attention(
 
 
 def compose(*args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs :func:`.torch_ops.composition.attention`; compilers take it as it is."""
+    """Runs :func:`.torch_ops.composition.attention`; compilers do not trace it."""
     return composition.attention(*args)
 
 
@@ -169,7 +169,7 @@ COMPILED_FUNCTIONS.append(compose)
 
 
 def _executor(backend: str, tensors, table: BlockTable, rows: str, need_lse: bool, activation: str) -> str:
-    """The executor of this call: decided here, on the layout that q has now, for forward and backward alike."""
+    """Returns the executor of this call, for forward and backward, from the current layout of q."""
     q, _, _, *edge_inputs = tensors
     if backend == "triton":
         return TRITON
@@ -178,10 +178,10 @@ def _executor(backend: str, tensors, table: BlockTable, rows: str, need_lse: boo
     length = frame_rows(table.key) if q.dtype in (torch.float32, torch.float64) and q.numel() else 0
     if not length:
         return TORCH
-    # packed rows lie as those of q
+    # packed rows have the layout of q
     heads_first = _order(q) is HEADS_FIRST
-    takes = frames.pays(length, table.n_positions, q.shape[3], heads_first) if rows else takes_frames(q, length)
-    return FRAMES if takes else TORCH
+    use = frames.is_profitable(length, table.n_positions, q.shape[3], heads_first) if rows else use_frames(q, length)
+    return FRAMES if use else TORCH
 
 
 # -- checks: shapes and flags only, never values on a device -----------------------------------------------------------
@@ -217,7 +217,7 @@ def _check_inputs(q, k, v, table, rows, scale, dropout_p) -> float:
         return shape[3] ** -0.5 if shape[3] else 1.0
     if isinstance(scale, torch.Tensor):
         raise ValueError(
-            "scale must be a number, not a tensor: reading it would wait for the device; fold a learned scale into q"
+            "scale must be a number, not a tensor: using it would synchronise the device; fold learned scales into q"
         )
     if not _is_number(scale) or not 0.0 <= scale < math.inf:
         raise ValueError(f"scale must be finite and not negative, got {scale!r}")
@@ -225,12 +225,12 @@ def _check_inputs(q, k, v, table, rows, scale, dropout_p) -> float:
 
 
 def _is_number(value) -> bool:
-    """Whether ``value`` is a real number, numpy's included; a bool is none."""
+    """Whether ``value`` is a real number, numpy's included, but no bool."""
     return type(value) is not bool and isinstance(value, (int, float, np.number, torch.SymInt, torch.SymFloat))
 
 
 def _check_backend(backend: str, q: torch.Tensor, dropout_p: float) -> str:
-    """``backend`` with "auto" resolved."""
+    """Returns ``backend`` with "auto" resolved."""
     if backend == "auto":
         return "triton" if q.is_cuda and not dropout_p else "torch"
     if backend not in BACKENDS:
@@ -239,19 +239,19 @@ def _check_backend(backend: str, q: torch.Tensor, dropout_p: float) -> str:
         _check_triton(q, dropout_p)
     if backend == "reference" and torch.compiler.is_compiling():
         raise ValueError(
-            "backend 'reference' walks its table in Python and reads activity on the host, which torch.compile cannot "
-            "trace: use 'torch' or 'triton' there, or compile without fullgraph"
+            "backend 'reference' loops over its table in Python and uses activity on the host, which torch.compile "
+            "cannot trace: use 'torch' or 'triton' there, or compile without fullgraph"
         )
     return backend
 
 
 def _check_edge_inputs(q, table, gain, active, row_scale) -> None:
-    wanted = (
+    expected = (
         ("gain", gain, (table.n_edges,)),
         ("active", active, (table.n_edges,)),
         ("row_scale", row_scale, (2, table.n_positions)),
     )
-    for name, value, shape in wanted:
+    for name, value, shape in expected:
         if value is None:
             continue
         if table.form == "joint":
@@ -288,7 +288,7 @@ def _check_triton(q, dropout_p) -> None:
 
 
 def _triton_refusal(device_type: str, dtype: torch.dtype) -> str:
-    """Why Triton cannot run here; empty if it can."""
+    """Returns why Triton cannot run here; empty if it can."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"backend 'triton' computes in float32, float16 and bfloat16, got {dtype}: use 'torch' or 'reference'"
     if not _has_triton():
@@ -313,9 +313,9 @@ def _has_triton() -> bool:
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """Returns the dtype in which autocast lets ``x`` take part: float64 and integers stay as they are."""
+    """Returns the dtype to which autocast casts ``x``: float64 and integers are unchanged."""
     dtype = x.dtype
-    # a device makes its type's name anew each time
+    # device.type creates a string each time
     kind = "cpu" if x.is_cpu else x.device.type
     if dtype.is_floating_point and dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -323,23 +323,23 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Returns tensors as autocast lets them take part."""
+    """Returns tensors cast by autocast."""
     return tuple(x.to(autocast_dtype(x)) for x in tensors)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
-# Orders of (B, H, n, D) in memory, the outermost first: heads before positions, or positions first in each batch entry.
+# Orders of (B, H, n, D) in memory, outermost first.
 HEADS_FIRST, POSITIONS_FIRST = (0, 1, 2, 3), (0, 2, 1, 3)
 
 
 def _packed(rows: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """(B, H, n_canvas, D) tensors in packed order, where ``rows`` names it; they lie as the first does."""
+    """Packs (B, H, n_canvas, D) tensors by the map ``rows``, if not empty, in the memory order of the first."""
     if not rows:
         return list(tensors)
-    found, order = IndexMap.lookup(rows), _order(tensors[0])
-    return [take_rows(x, found, 2, order) for x in tensors]
+    index_map, order = IndexMap.lookup(rows), _order(tensors[0])
+    return [take_rows(x, index_map, 2, order) for x in tensors]
 
 
 def _order(x: torch.Tensor) -> tuple[int, ...]:
@@ -347,11 +347,11 @@ def _order(x: torch.Tensor) -> tuple[int, ...]:
 
 
 def _unpacked(rows: str, order: tuple[int, ...], *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The inverse, in ``order``, with zeros at positions that are not packed."""
+    """Inverts :func:`_packed`, in memory order ``order``, with zeros at positions that are not packed."""
     if not rows:
         return list(tensors)
-    found = IndexMap.lookup(rows)
-    return [put_rows(x, found, 2, order) for x in tensors]
+    index_map = IndexMap.lookup(rows)
+    return [put_rows(x, index_map, 2, order) for x in tensors]
 
 
 def _row_scale_now(active: torch.Tensor, table: str) -> torch.Tensor:
@@ -362,7 +362,7 @@ def _row_scale_now(active: torch.Tensor, table: str) -> torch.Tensor:
 
 
 def _refuse_triton(device_type: str, dtype: torch.dtype) -> None:
-    # inside of operators and not among the checks: what the machine has is nothing for a compiler to trace
+    # inside of operators: compilers need not trace the machine's properties
     refusal = _triton_refusal(device_type, dtype)
     if refusal:
         raise ValueError(refusal)
@@ -370,26 +370,26 @@ def _refuse_triton(device_type: str, dtype: torch.dtype) -> None:
 
 @own_products
 def _attention(q, k, v, gain, active, row_scale, table, rows, scale, executor, activation, need_lse, keep):
-    found, canvas = BlockTable.lookup(table), q
+    block_table, canvas = BlockTable.lookup(table), q
     options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale}
     if executor == TRITON:
-        return _triton(q, k, v, found, rows, activation, need_lse, keep, options)
+        return _triton(q, k, v, block_table, rows, activation, need_lse, keep, options)
     q, k, v = packed = _packed(rows, q, k, v)
     lse, saved = (q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(2))
     if executor == FRAMES:
         out, lse = frames.forward(q, k, v, frame_rows(table), scale)
     elif activation == "sigmoid":
-        out = sigmoid.forward(q, k, v, found, **options)
+        out = sigmoid.forward(q, k, v, block_table, **options)
     else:
-        out, lse, saved = grouped.forward(q, k, v, found, **options, need_lse=need_lse, need_grad=keep)
-    if need_lse and found.form == "edge":
-        lse.masked_fill_(_out_of_force(found, active, row_scale, q), math.inf)
+        out, lse, saved = grouped.forward(q, k, v, block_table, **options, need_lse=need_lse, need_grad=keep)
+    if need_lse and block_table.form == "edge":
+        lse.masked_fill_(_out_of_force(block_table, active, row_scale, q), math.inf)
     (out,) = _unpacked(rows, _order_of_results(canvas, executor, activation), out)
     return out, lse, saved, packed if rows and keep else []
 
 
 def _triton(q, k, v, table, rows, activation, need_lse, keep, options):
-    """The operator on Triton. Backward packs rows again: in a GPU's memory they would lie twice."""
+    """Runs the operator on Triton. Backward packs rows again, which saves a copy in GPU memory."""
     _refuse_triton(q.device.type, q.dtype)
     from .triton_ops import launch
 
@@ -397,11 +397,11 @@ def _triton(q, k, v, table, rows, activation, need_lse, keep, options):
     if rows:
         q, k, v = launch.move_rows(q, k, v, rows=IndexMap.lookup(rows))
     sigmoid = activation == "sigmoid"
-    out, lse, kept = launch.forward(q, k, v, table, sigmoid=sigmoid, **options)
+    out, lse, saved_tensors = launch.forward(q, k, v, table, sigmoid=sigmoid, **options)
     if sigmoid:
         lse = lse.view(0)
     elif keep and configs.stores_segments(table):
-        saved = kept
+        saved = saved_tensors
     if need_lse and table.form == "edge":
         lse.masked_fill_(_out_of_force(table, options["active"], options["row_scale"], q), math.inf)
     if rows:
@@ -413,25 +413,25 @@ def _triton_backward(grad_out, out, lse, saved, q, k, v, table, rows, activation
     from .triton_ops import launch
 
     if rows:
-        moved = (grad_out, q, k, v) if table.form == "edge" else (grad_out, q, k, v, out)
-        grad_out, q, k, v, *kept_rows = launch.move_rows(*moved, rows=IndexMap.lookup(rows))
+        inputs = (grad_out, q, k, v) if table.form == "edge" else (grad_out, q, k, v, out)
+        grad_out, q, k, v, *packed_out = launch.move_rows(*inputs, rows=IndexMap.lookup(rows))
     # in joint form a segment's output is the result
-    kept = saved if table.form == "edge" else kept_rows[0] if rows else out
+    saved_tensors = saved if table.form == "edge" else packed_out[0] if rows else out
     options["sigmoid"] = activation == "sigmoid"
-    gradients, dgain = launch.backward(grad_out, q, k, v, kept, lse, table, **options)
+    gradients, dgain = launch.backward(grad_out, q, k, v, saved_tensors, lse, table, **options)
     if rows:
         gradients = launch.move_rows(*gradients, rows=IndexMap.lookup(rows), back=True)
     return *gradients, q.new_empty(0) if dgain is None else dgain
 
 
 def _out_of_force(table: BlockTable, active, row_scale, q: torch.Tensor) -> torch.Tensor:
-    """bool (n_slots,): slots of inactive connections, and of rows where the segment is scaled by 0."""
+    """Returns bool (n_slots,): slots of inactive connections, and of rows where the segment is scaled by 0."""
     layout = table.slot_layout(q.device)
     row_scale = table.row_scale(q.device, torch.float32) if row_scale is None else row_scale
-    dead = row_scale[layout.replace, layout.position] == 0
+    inactive = row_scale[layout.replace, layout.position] == 0
     if active is not None:
-        dead |= (active == 0).repeat_interleave(layout.per_edge, output_size=table.n_slots)
-    return dead
+        inactive |= (active == 0).repeat_interleave(layout.per_edge, output_size=table.n_slots)
+    return inactive
 
 
 @own_products
@@ -454,10 +454,10 @@ def _attention_backward(
     activation,
     need_gain,
 ):
-    found, canvas = BlockTable.lookup(table), q
+    block_table, canvas = BlockTable.lookup(table), q
     options = {"scale": scale, "gain": gain, "active": active, "row_scale": row_scale, "need_gain": need_gain}
     if executor == TRITON:
-        return _triton_backward(grad_out, out, lse, saved, q, k, v, found, rows, activation, options)
+        return _triton_backward(grad_out, out, lse, saved, q, k, v, block_table, rows, activation, options)
     (grad_out,) = _packed(rows, grad_out)
     q, k, v = packed or _packed(rows, q, k, v)
     dgain = None
@@ -465,46 +465,47 @@ def _attention_backward(
         (out,) = _packed(rows, out)
         gradients = frames.backward(grad_out, q, k, v, out, lse, frame_rows(table), scale)
     elif activation == "sigmoid":
-        gradients, dgain = sigmoid.backward(grad_out, q, k, v, found, **options)
+        gradients, dgain = sigmoid.backward(grad_out, q, k, v, block_table, **options)
     else:
-        *gradients, dgain = grouped.backward(grad_out, q, k, v, saved, found, **options)
+        *gradients, dgain = grouped.backward(grad_out, q, k, v, saved, block_table, **options)
     dgain = q.new_empty(0) if dgain is None else dgain.to(gain.dtype)
     return *_unpacked(rows, _order_of_results(canvas, executor, activation), *gradients), dgain
 
 
 def _order_of_results(q: torch.Tensor, executor: str, activation: str) -> tuple[int, ...]:
-    """The order in memory of an executor's results for q."""
+    """Returns the order in memory of an executor's results for q."""
     if executor == TRITON or activation == "sigmoid":
         return HEADS_FIRST
     return POSITIONS_FIRST if executor == FRAMES else grouped.order_of_results(q)
 
 
 def _attention_fake(q, k, v, gain, active, row_scale, table, rows, scale, executor, activation, need_lse, keep):
-    found = BlockTable.lookup(table)
+    block_table = BlockTable.lookup(table)
     batch, heads = q.shape[:2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     lse, saved = (q.new_empty(0, dtype=dtype) for _ in range(2))
     if executor == TRITON:
         saved = q.new_empty(0)
         if activation != "sigmoid":
-            lse = q.new_empty((batch, heads, found.n_slots), dtype=torch.float32)
-            if keep and configs.stores_segments(found):
-                saved = q.new_empty((batch, heads, found.n_slots, q.shape[3]))
+            lse = q.new_empty((batch, heads, block_table.n_slots), dtype=torch.float32)
+            if keep and configs.stores_segments(block_table):
+                saved = q.new_empty((batch, heads, block_table.n_slots, q.shape[3]))
     elif executor == FRAMES:
-        lse = empty_in((0, 2, 1), (batch, heads, found.n_positions), q)
+        lse = empty_in((0, 2, 1), (batch, heads, block_table.n_positions), q)
     elif activation != "sigmoid":
-        lse = q.new_empty((batch, heads, found.n_slots if need_lse else 0), dtype=dtype)
-        # head_dim decides what is kept, so it may not stay symbolic
-        saved = q.new_empty(grouped.saved_size(found, batch * heads, int(q.shape[3])) if keep else 0, dtype=dtype)
+        lse = q.new_empty((batch, heads, block_table.n_slots if need_lse else 0), dtype=dtype)
+        # head_dim determines the saved size, so it cannot be symbolic
+        saved = q.new_empty(grouped.saved_size(block_table, batch * heads, int(q.shape[3])) if keep else 0, dtype=dtype)
     out = empty_in(_order_of_results(q, executor, activation), q.shape, q)
     if not (rows and keep) or executor == TRITON:
         return out, lse, saved, []
-    shape = (batch, heads, found.n_positions, q.shape[3])
+    shape = (batch, heads, block_table.n_positions, q.shape[3])
     return out, lse, saved, [empty_in(_order(q), shape, q) for _ in range(3)]
 
 
 def _attention_backward_fake(*args):
-    # as the operator's: q, k, v and gain are inputs 5 to 8, the last three are executor, activation and need_gain
+    # the operator's arguments: q, k, v and gain are inputs 5 to 8, the last three are executor, activation and
+    # need_gain
     q, gain, (executor, activation, need_gain) = args[5], args[8], args[-3:]
     order = _order_of_results(q, executor, activation)
     gradients = (empty_in(order, q.shape, q) for _ in range(3))
@@ -532,18 +533,18 @@ def _run(keep, *args):
     return out, lse, saved, *packed
 
 
-def _differentiate(grad, needs, kept, *args):
+def _differentiate(grad, needs, saved_tensors, *args):
     *args, _need_lse = args
     need_gain = bool(needs >> 3 & 1)
-    out, lse, saved, *packed = kept
-    kept = (out, lse, saved, packed)
-    *gradients, dgain = torch.ops.canvas_kernels.attention_backward.default(grad, *kept, *args, need_gain)
+    out, lse, saved, *packed = saved_tensors
+    saved_tensors = (out, lse, saved, packed)
+    *gradients, dgain = torch.ops.canvas_kernels.attention_backward.default(grad, *saved_tensors, *args, need_gain)
     return *gradients, dgain, None, None
 
 
 def _compose(*args):
-    *tensors_and_table, _executor, activation, _need_lse = args
-    return composition.attention(*tensors_and_table, activation)[0]
+    # the last three are executor, activation and need_lse
+    return composition.attention(*args[:-3], activation=args[-2])[0]
 
 
 OPERATIONS["attention"] = Operation(
@@ -553,7 +554,7 @@ OPERATIONS["attention"] = Operation(
     n_tensors=6,
     differentiable=(0, 1, 2, 3),
     keeps_result=lambda *args: args[9] in (TRITON, FRAMES),
-    # this call's graph keeps its table alive
+    # the graph keeps its table alive
     owners=lambda *args: (BlockTable.lookup(args[6]), args[7] and IndexMap.lookup(args[7])),
 )
 

@@ -21,7 +21,7 @@ _sum_bags = torch.ops.aten._embedding_bag_forward_only.default
 
 
 class _Bags(NamedTuple):
-    """``index[offset[i] : offset[i + 1]]`` are the rows that are added up to row i, each times its ``weight``."""
+    """Row i is the sum of the rows ``index[offset[i] : offset[i + 1]]``, each times its ``weight``."""
 
     index: torch.Tensor
     offset: torch.Tensor
@@ -32,17 +32,17 @@ class _Bags(NamedTuple):
 class IndexMap:
     """A sparse matrix (n_out, n_in) that is applied to rows: y_i = Σ_e weight_e · x[index_e] over the entries of row i.
 
-    Make it with :meth:`gather` or :meth:`sums`. Equal content is one object, which its ``key`` finds while anyone holds
-    it; operators take the key, so that compilers and exports see no index tensors.
+    Built by :meth:`gather` or :meth:`sums`. Equal content is one object, found by its ``key`` while it is alive;
+    operators take the key, so that compiled and exported graphs hold no index tensors.
 
     Attributes:
-        index: int64 (entries,), the row of x that each entry takes.
+        index: int64 (entries,), the row of x of each entry.
         offset: int64 (n_out + 1,): the entries of output row i are ``offset[i] … offset[i + 1] − 1``.
         n_in, n_out: rows of x and of the result.
         weight: float64 (entries,), or None where all are 1.
         key: digest of the content, equal in every process.
-        is_gather: whether each row of the result is one row of x as it is.
-        is_distinct: whether no row of x is taken twice.
+        is_gather: whether each row of the result is one unscaled row of x.
+        is_distinct: whether no row of x is used twice.
         is_identity: whether the result is x.
 
     >>> rows = IndexMap.gather(np.array([1, 0, 1]), 2)
@@ -76,7 +76,7 @@ class IndexMap:
             ValueError: an index outside of [0, n_in), offsets that do not ascend to the number of entries, or another
                 number of weights.
         """
-        # copies: equal content is one object, whoever changes the arrays that were given
+        # copies: shared objects must not change with the caller's arrays
         index, offset = (np.array(a, np.int64).reshape(-1) for a in (index, offset))
         if len(index) and (index.min() < 0 or index.max() >= n_in):
             raise ValueError(f"indices must lie in [0, {n_in}), got {index.min()} … {index.max()}")
@@ -85,7 +85,7 @@ class IndexMap:
         if weight is not None:
             weight = np.array(weight, np.float64).reshape(-1)
             if len(weight) != len(index):
-                raise ValueError(f"{len(index)} entries want as many weights, got {len(weight)}")
+                raise ValueError(f"{len(index)} entries need as many weights, got {len(weight)}")
             weight = None if (weight == 1).all() else weight
         digest = hashlib.sha1(f"{n_in}/{len(offset)}/{weight is None}".encode(), usedforsecurity=False)
         for array in (index, offset, weight):
@@ -102,7 +102,7 @@ class IndexMap:
 
     @classmethod
     def constant(cls, values: np.ndarray) -> IndexMap:
-        """Returns the map of a single 1 to ``values``, flattened: constants that no traced graph holds."""
+        """Returns the map from a single 1 to ``values``, flattened: constants outside of traced graphs."""
         count = np.size(values)
         return cls.sums(np.zeros(count), np.arange(count + 1), 1, values)
 
@@ -114,29 +114,29 @@ class IndexMap:
 
     @staticmethod
     def lookup(key: str) -> IndexMap:
-        """Returns the live map with this key, or that of a live object, "what:key" with what in ``RESOLVERS``; KeyError
-        when it has been garbage-collected."""
-        what, _, owner = key.rpartition(":")
-        found = RESOLVERS[what](owner) if what else _LIVE.get(key)
-        if found is None:
-            raise KeyError(f"no live IndexMap has the key {key}: keep the plan alive as long as what was made with it")
-        return found
+        """Returns the live map with this key, or that of a live object, "kind:key" with the kind in ``RESOLVERS``;
+        KeyError if it has been garbage-collected."""
+        kind, _, owner = key.rpartition(":")
+        index_map = RESOLVERS[kind](owner) if kind else _LIVE.get(key)
+        if index_map is None:
+            raise KeyError(f"no live IndexMap has the key {key}: keep its plan alive")
+        return index_map
 
     @derived(limit=4)
     def rows(self, device: torch.device) -> torch.Tensor:
-        """``index`` on a device."""
+        """Returns ``index`` on a device."""
         return to_device(self.index, device)
 
     @derived(limit=4)
     def places(self, device: torch.device) -> torch.Tensor:
-        """Of a distinct gather, [n_in]: which output row takes each row; n_out for rows that none takes."""
-        places = np.full(self.n_in, self.n_out)
-        places[self.index] = np.arange(self.n_out)
-        return to_device(places, device)
+        """Returns the inverse [n_in] of a distinct gather: the output row of each row, n_out for rows not gathered."""
+        inverse = np.full(self.n_in, self.n_out)
+        inverse[self.index] = np.arange(self.n_out)
+        return to_device(inverse, device)
 
     @derived(limit=8)
     def bags(self, transposed: bool, device: torch.device, dtype: torch.dtype) -> _Bags:
-        """The entries by output row, or by row of x where ``transposed``; entries of one row in ascending order."""
+        """Returns the entries by output row, or by row of x if ``transposed``, in ascending order."""
         index, offset, weight = self.index, self.offset, self.weight
         if transposed:
             order = np.argsort(index, kind="stable")
@@ -161,7 +161,7 @@ def gather_rows(x: torch.Tensor, rows: IndexMap, dim: int = 0) -> torch.Tensor:
 
 def scatter_rows(y: torch.Tensor, rows: IndexMap, dim: int = 0) -> torch.Tensor:
     """Applies the transposed map, the adjoint of :func:`gather_rows`: (… n_out …) → (… n_in …), with 0
-    where no row is taken.
+    in rows that are not gathered.
 
     Raises:
         ValueError: another number of rows.
@@ -171,10 +171,10 @@ def scatter_rows(y: torch.Tensor, rows: IndexMap, dim: int = 0) -> torch.Tensor:
 
 
 def replace_rows(x: torch.Tensor, rows: IndexMap, y: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """Returns ``x`` with the rows that a distinct gather takes replaced by those of ``y``; the others bit for bit.
+    """Returns ``x`` with the rows of a distinct gather replaced by those of ``y``; other rows bit for bit.
 
     Raises:
-        ValueError: another number of rows, or a map that takes a row twice.
+        ValueError: another number of rows, or a map that gathers a row twice.
 
     >>> rows, y = IndexMap.gather(np.array([2, 0]), 3), torch.tensor([[1.0], [2.0]])
     >>> replace_rows(torch.zeros(3, 1), rows, y).flatten().tolist()
@@ -183,13 +183,13 @@ def replace_rows(x: torch.Tensor, rows: IndexMap, y: torch.Tensor, dim: int = 0)
     _check(x, rows.n_in, dim)
     _check(y, rows.n_out, dim)
     if not (rows.is_gather and rows.is_distinct):
-        raise ValueError("rows are replaced by a gather that takes none of them twice")
+        raise ValueError("replacing rows needs a gather without repeated rows")
     return y if rows.is_identity else replace_rows_by_map(x, y, rows.key, dim % x.dim())
 
 
 def _check(x: torch.Tensor, length: int, dim: int) -> None:
     if x.shape[dim] != length:
-        raise ValueError(f"the index map wants {length} rows along dimension {dim}, got {tuple(x.shape)}")
+        raise ValueError(f"the index map has {length} rows along dimension {dim}, got {tuple(x.shape)}")
 
 
 MAPS["lookup"] = IndexMap.lookup
@@ -223,18 +223,18 @@ def apply_now(x: torch.Tensor, rows: IndexMap, transposed: bool = False, dim: in
 
 
 def take_rows(x: torch.Tensor, rows: IndexMap, dim: int, order: Sequence[int]) -> torch.Tensor:
-    """Returns the rows of ``x`` that a gather takes along ``dim``, dense, its dimensions in memory in ``order``, the
-    outermost first, so that whole rows are copied where ``x`` lies so too."""
-    return put_back(x.permute(order).index_select(order.index(dim), rows.rows(x.device)), order)
+    """Gathers rows of ``x`` along ``dim`` into a dense tensor with dimensions in memory in ``order``, outermost first;
+    whole rows are copied if ``x`` has that order."""
+    return put_back(x.permute(*order).index_select(order.index(dim), rows.rows(x.device)), order)
 
 
 def put_rows(y: torch.Tensor, rows: IndexMap, dim: int, order: Sequence[int]) -> torch.Tensor:
-    """Returns the rows of ``y`` where a distinct gather takes them and 0 elsewhere, dense, its dimensions in memory in
-    ``order``.
+    """Scatters the rows of ``y`` of a distinct gather, with 0 elsewhere, into a dense tensor with dimensions in memory
+    in ``order``.
 
-    A gather from one more row of zeros writes every row once; clearing first would write the taken ones twice.
+    It gathers from ``y`` and a row of zeros, which writes every row once.
     """
-    source, at = y.permute(order), order.index(dim)
+    source, at = y.permute(*order), order.index(dim)
     if rows.n_out < rows.n_in:
         nothing = source.new_zeros((*source.shape[:at], 1, *source.shape[at + 1 :]))
         source = torch.cat((source, nothing), at)
@@ -242,12 +242,12 @@ def put_rows(y: torch.Tensor, rows: IndexMap, dim: int, order: Sequence[int]) ->
 
 
 def put_back(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    """Returns what was ``permute(order)``-ed with its dimensions in their places again."""
+    """Inverts ``x.permute(order)``."""
     return x.permute([order.index(dim) for dim in range(len(order))])
 
 
 def empty_in(order: Sequence[int], shape: Sequence[int], like: torch.Tensor, dtype=None) -> torch.Tensor:
-    """Returns an empty dense tensor whose dimensions lie in memory in ``order``, the outermost first."""
+    """Returns an empty dense tensor with dimensions in memory in ``order``, outermost first."""
     return put_back(like.new_empty([shape[dim] for dim in order], dtype=dtype), order)
 
 
@@ -270,9 +270,7 @@ for _key in DEVICES:
     _LIBRARY.impl("apply_map", _apply, _key)
     _LIBRARY.impl("replace_rows", _replace, _key)
 torch.library.register_fake("canvas_kernels::apply_map", _fake_apply, lib=_LIBRARY)
-torch.library.register_fake(
-    "canvas_kernels::replace_rows", lambda x, y, map, dim: x.new_empty(x.shape), lib=_LIBRARY
-)
+torch.library.register_fake("canvas_kernels::replace_rows", lambda x, y, map, dim: x.new_empty(x.shape), lib=_LIBRARY)
 _LIBRARY.impl("apply_map", under_autograd(torch.ops.canvas_kernels.apply_map.default, apply_map), "Autograd")
 _LIBRARY.impl(
     "replace_rows", under_autograd(torch.ops.canvas_kernels.replace_rows.default, replace_rows_by_map), "Autograd"

@@ -6,8 +6,7 @@ import numpy as np
 
 
 def expand_ranges(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(owner, value): every integer of the ranges ``[start_i, start_i + length_i)``, with the i it came from, both
-    int64."""
+    """Returns (owner, value), int64: the integers of the ranges ``[start_i, start_i + length_i)``, owner being i."""
     length = np.asarray(length, np.int64)
     owner = np.repeat(np.arange(len(length)), length)
     first = np.cumsum(length) - length

@@ -1,7 +1,7 @@
-"""The operation in plain torch, cell by cell: the oracle for the fast executors, in any floating dtype.
+"""The operation in plain torch, by query range: the oracle for the fast executors, in any floating dtype.
 
-Nothing here is tuned. Every cell (query rows that see the same keys in one segment) is one matrix product, one softmax
-and one matrix product, differentiated by autograd. 16-bit inputs are computed in float32, float64 inputs in float64.
+It is not optimised. Every query range (rows with the same keys in one segment) is one matrix product, one softmax and
+one matrix product, differentiated by autograd. 16-bit inputs are computed in float32, float64 inputs in float64.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ def attention(
     dropout_p: float = 0.0,
     activation: str = "softmax",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Segmented attention as ``kernels/README.md`` defines it.
+    """Computes segmented attention as defined in ``kernels/README.md``.
 
     ``q``, ``k``, ``v`` (B, H, n, D) in packed order; ``gain`` and ``active`` (n_edges,) and ``row_scale`` (2, n) in
     edge form only. ``dropout_p`` drops probabilities and scales the rest by 1 / (1 − p). With ``activation`` "sigmoid"
-    the probabilities are σ(scale · q·k), without a normaliser, and lse means nothing: it stays +inf. Returns
-    ``out`` (B, H, n, D) in q's dtype and ``lse`` (B, H, n_slots), base 2, +inf for slots of inactive edges and rows
-    without keys; ``lse`` carries no gradient.
+    the probabilities are σ(scale · q·k), without normalisation, and lse is +inf.
+
+    Returns:
+        ``out`` (B, H, n, D) in q's dtype and ``lse`` (B, H, n_slots), base 2, +inf for slots of inactive connections
+        and rows without keys; ``lse`` has no gradient.
 
     >>> table = BlockTable.from_rectangles("joint", 2, 0, q_start=[0], q_stop=[1], k_start=[0], k_stop=[2], weight=[1])
     >>> x = torch.tensor([[[[1.0], [3.0]]]])
@@ -54,20 +56,20 @@ def attention(
         row_scale = row_scale.detach().to(dtype)
 
     lse = queries.new_full((*q.shape[:2], table.n_slots), math.inf)
-    # an empty piece ties the result to every input, so that a table without rectangles gives zero gradients, not none
-    rows, pieces = [torch.arange(0, device=q.device)], [queries[:, :, :0] + keys[:, :, :0] + values[:, :, :0]]
+    # an empty result of every input, so that a table without rectangles gives zero gradients, not None
+    rows, results = [torch.arange(0, device=q.device)], [queries[:, :, :0] + keys[:, :, :0] + values[:, :, :0]]
     if gain is not None:
-        pieces[0] = pieces[0] + gain[:0].sum().to(dtype)
+        results[0] = results[0] + gain[:0].sum().to(dtype)
     for c, (start, stop) in enumerate(zip(ranges.q_start.tolist(), ranges.q_stop.tolist())):
         edge = int(table.edge[lead[c]])
         if table.form == "edge" and not is_active[edge]:
             continue
         columns, weights = range_keys(table, c)
         index = torch.from_numpy(columns).to(q.device)
-        own = slice(start, stop)
-        if table.form == "edge":
-            # rows that are scaled by 0 are left out: times 0, what is not finite would stay
-            own = start + (row_scale[int(table.replace[lead[c]]), start:stop] != 0).nonzero()[:, 0]
+        own = torch.arange(start, stop, device=q.device)
+        if row_scale is not None:
+            # rows scaled by 0 are skipped: NaN and inf times 0 would remain
+            own = own[row_scale[int(table.replace[lead[c]]), start:stop] != 0]
         # [B, H, rows, keys]
         logits = scale * (queries[:, :, own] @ keys.index_select(2, index).transpose(-1, -2))
         if table.form == "joint":
@@ -76,25 +78,24 @@ def attention(
             probabilities = torch.sigmoid(logits)
         else:
             slot = int(ranges.slot[c])
-            slots = slice(slot, slot + stop - start) if table.form == "joint" else slot + own - start
-            lse[:, :, slots] = torch.logsumexp(logits.detach(), -1) / math.log(2)
+            lse[:, :, slot + own - start] = torch.logsumexp(logits.detach(), -1) / math.log(2)
             probabilities = torch.softmax(logits, -1)
         if dropout_p:
             probabilities = F.dropout(probabilities, dropout_p)
-        piece = probabilities @ values.index_select(2, index)
-        if table.form == "edge":
+        result = probabilities @ values.index_select(2, index)
+        if row_scale is not None:
             coefficient = float(table.weight[lead[c]]) * row_scale[int(table.replace[lead[c]]), own]
             if gain is not None:
                 coefficient = coefficient * gain[edge].to(dtype)
-            piece = coefficient[:, None] * piece
-        rows.append(torch.arange(start, stop, device=q.device) if table.form == "joint" else own)
-        pieces.append(piece)
+            result = coefficient[:, None] * result
+        rows.append(own)
+        results.append(result)
     out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
-    return out.index_add(2, torch.cat(rows), torch.cat(pieces, 2)).to(q.dtype), lse
+    return out.index_add(2, torch.cat(rows), torch.cat(results, 2)).to(q.dtype), lse
 
 
 def range_keys(table: BlockTable, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """(columns int64 [C], weights float64 [C]): the key rows of one cell, ascending, and their rectangles' weights."""
+    """Returns the key rows of one query range, int64 [C], ascending, and their rectangles' weights, float64 [C]."""
     ranges = table.query_ranges()
     members = ranges.rectangle[ranges.ptr[number] : ranges.ptr[number + 1]]
     owner, columns = expand_ranges(table.k_start[members], table.k_stop[members] - table.k_start[members])

@@ -17,8 +17,8 @@ def dense_attention(
 ) -> torch.Tensor:
     """Returns softmax(q kᵀ / √head_dim) v: q (batch, heads, n, head_dim), k and v (batch, heads, m, head_dim).
 
-    It is ``scaled_dot_product_attention``, whose kernel for CPUs has neither second derivatives nor tangents: there
-    they come from plain torch. On GPUs wrap the step in ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` for these.
+    It is ``scaled_dot_product_attention``, whose CPU kernel has neither second derivatives nor tangents: these are
+    composed of plain torch. On GPUs wrap the step in ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` for these.
 
     Args:
         q, k, v: queries, keys and values of one floating dtype.
@@ -43,8 +43,9 @@ def _forward(keep, q, k, v, mask, scale):
     return flash_forward(q, k, v, scale, mask)
 
 
-def _backward(grad, needs, kept, q, k, v, mask, scale):
-    return *flash_backward(grad, q, k, v, *kept, scale, mask), None
+def _backward(grad, needs, saved, q, k, v, mask, scale):
+    out, lse = saved
+    return *flash_backward(grad, q, k, v, out, lse, scale, mask), None
 
 
 OPERATIONS["dense_attention"] = Operation(

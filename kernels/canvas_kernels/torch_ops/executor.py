@@ -1,7 +1,7 @@
-"""The fast torch executor, the CPU default: a table's cells as slabs and batches (:mod:`.grouping`).
+"""The fast torch executor, the CPU default: a table as strided and gathered groups (:mod:`.grouping`).
 
-The number of torch calls grows with the number of distinct shapes and distances, never with cells or connections.
-Everything is computed in float32, or float64 for float64 inputs.
+The number of torch calls grows with the number of distinct shapes and distances, never with query ranges or
+connections. Everything is computed in float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from ..block_table import BlockTable
 from ..derived import derived
 from ..packing import empty_in
-from .frames import APART_KEYS
-from .gathered import backward_stage, forward_stage
-from .grouping import all_take_flash, group, kept_pairs, takes_flash
+from .frames import SPLIT_HEADS_KEYS
+from .gathered import backward_bundle, forward_bundle
+from .grouping import group_table, max_saved_probs, use_flash, use_flash_everywhere
 from .groups import Grouping
 from .indices import Step, indices_of
-from .strided import backward_slab, forward_slab, saved_parts
+from .strided import backward_strided, forward_strided, saved_sizes
 
-# Orders of (B, H, n, D) in memory, the outermost first: positions before heads, as a linear layer leaves them, or not.
+# Orders of (B, H, n, D) in memory, outermost first: positions before heads, or batch first.
 POSITIONS, BATCH = (2, 0, 1, 3), (0, 1, 2, 3)
 
 
@@ -38,32 +38,34 @@ def forward(
     need_lse: bool = False,
     need_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(out, lse, saved)``: out (B, H, n, D) in q's dtype, laid out by :func:`empty_like`; lse (B, H, n_slots), base
-    2, without slots unless ``need_lse``; saved, what :func:`backward` wants, is empty unless ``need_grad``.
+    """Returns ``(out, lse, saved)``.
 
-    ``row_scale`` has to be given where ``active`` is, in edge form.
+    ``out`` is (B, H, n, D) in q's dtype, laid out by :func:`empty_like`; ``lse`` (B, H, n_slots), base 2, without slots
+    unless ``need_lse``; ``saved``, for :func:`backward`, is empty unless ``need_grad``. In edge form ``active``
+    requires ``row_scale``.
     """
-    grouping = group(table)
+    grouping = group_table(table)
     batch, heads, _, dim = q.shape
-    chosen = choices(table, dim)
-    flash = chosen.flash
-    inputs = tuple(_rows(x, chosen.apart) for x in (q, k, v))
+    plan = execution_plan(table, dim)
+    flash = plan.flash
+    inputs = _rows(q, plan.split_heads), _rows(k, plan.split_heads), _rows(v, plan.split_heads)
     rows = inputs[0]
     saved = rows.new_empty(saved_size(table, batch * heads, dim) if need_grad else 0)
     lse = rows.new_full((batch * heads, table.n_slots if need_lse else 0), math.inf)
-    if q.numel() == 0 or not (grouping.stages or grouping.slabs):
+    if q.numel() == 0 or not (grouping.bundles or grouping.strided):
         return empty_like(q).zero_(), lse.view(batch, heads, lse.shape[1]), saved
     step = Step(indices_of(table, rows.shape[1], rows.dtype, rows.device), gain, active, row_scale)
-    kept, slab_parts = _saved_parts(saved, table, batch * heads, dim) if need_grad else (None, None)
-    # what is left out is not written, so nothing may count on its writing first
+    saved_probs, strided_saved = _saved_parts(saved, table, batch * heads, dim) if need_grad else (None, None)
+    # inactive rows are not written, so they must be zeroed
     writes, out = step.everything, empty_like(q, rows.dtype)
     total = _rows(out)
-    _clear(total, grouping, grouping.stale_rows if writes else None)
-    for number, slab in enumerate(grouping.slabs):
-        part = None if slab_parts is None else slab_parts[number]
-        forward_slab(number, step, inputs, scale, flash[number], part, lse, total, writes and slab.fresh_rows)
-    for number in range(len(grouping.stages)):
-        forward_stage(number, step, inputs, scale, None if kept is None else kept[number], lse, total)
+    _clear(total, grouping, grouping.rows_to_zero if writes else None)
+    for number, group in enumerate(grouping.strided):
+        saved_part = None if strided_saved is None else strided_saved[number]
+        overwrite = writes and group.overwrites_rows
+        forward_strided(number, step, inputs, scale, flash[number], saved_part, lse, total, overwrite)
+    for number in range(len(grouping.bundles)):
+        forward_bundle(number, step, inputs, scale, None if saved_probs is None else saved_probs[number], lse, total)
     return out.to(q.dtype), lse.view(batch, heads, lse.shape[1]), saved
 
 
@@ -81,119 +83,130 @@ def backward(
     row_scale: torch.Tensor | None = None,
     need_gain: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """``(dq, dk, dv, dgain)`` from :func:`forward`'s inputs and ``saved``: the first three in q's dtype, laid out by
-    :func:`empty_like`; dgain (n_edges,) in the dtype computed in, None unless ``need_gain``."""
-    grouping = group(table)
+    """Returns ``(dq, dk, dv, dgain)`` from :func:`forward`'s inputs and ``saved``: the first three in q's dtype, laid
+    out by :func:`empty_like`; dgain (n_edges,) in the computing dtype, None unless ``need_gain``."""
+    grouping = group_table(table)
     batch, heads, _, dim = q.shape
-    chosen = choices(table, dim)
-    flash = chosen.flash
-    inputs = (*(_rows(x, chosen.apart) for x in (q, k, v)), _rows(grad_out))
+    plan = execution_plan(table, dim)
+    flash = plan.flash
+    split = plan.split_heads
+    inputs = _rows(q, split), _rows(k, split), _rows(v, split), _rows(grad_out)
     rows = inputs[0]
-    if q.numel() == 0 or not (grouping.stages or grouping.slabs):
-        return *(empty_like(q).zero_() for _ in range(3)), rows.new_zeros(table.n_edges) if need_gain else None
+    if q.numel() == 0 or not (grouping.bundles or grouping.strided):
+        dq, dk, dv = (empty_like(q).zero_() for _ in range(3))
+        return dq, dk, dv, rows.new_zeros(table.n_edges) if need_gain else None
     indices = indices_of(table, rows.shape[1], rows.dtype, rows.device)
     step = Step(indices, gain, active, row_scale)
     per_segment = rows.new_zeros(len(grouping.weight)) if need_gain else None
-    kept, slab_parts = _saved_parts(saved, table, batch * heads, dim)
+    saved_probs, strided_saved = _saved_parts(saved, table, batch * heads, dim)
     writes = step.everything
     gradients = [empty_like(q, rows.dtype) for _ in range(3)]
     totals = [_rows(part) for part in gradients]
-    for total, stale in zip(totals, (grouping.stale_rows, grouping.stale_keys, grouping.stale_keys)):
-        _clear(total, grouping, stale if writes else None)
-    for number, slab in enumerate(grouping.slabs):
-        fresh = (writes and slab.fresh_rows, writes and slab.fresh_keys)
-        backward_slab(number, step, inputs, scale, flash[number], slab_parts[number], totals, per_segment, fresh)
-    for number in range(len(grouping.stages)):
-        part = None if kept is None else kept[number]
-        backward_stage(number, step, inputs, scale, part, totals, per_segment)
+    for total, ranges in zip(totals, (grouping.rows_to_zero, grouping.keys_to_zero, grouping.keys_to_zero)):
+        _clear(total, grouping, ranges if writes else None)
+    for number, group in enumerate(grouping.strided):
+        overwrite = (writes and group.overwrites_rows, writes and group.overwrites_keys)
+        saved_part = strided_saved[number]
+        backward_strided(number, step, inputs, scale, flash[number], saved_part, totals, per_segment, overwrite)
+    for number in range(len(grouping.bundles)):
+        part = None if saved_probs is None else saved_probs[number]
+        backward_bundle(number, step, inputs, scale, part, totals, per_segment)
     dgain = None
-    if need_gain:
+    if per_segment is not None:
         weight, _ = indices.segments()
         dgain = torch.segment_reduce(
             weight * per_segment, "sum", lengths=indices.per_edge(), axis=0, initial=0.0, unsafe=True
         )
         if active is not None:
             dgain = dgain.masked_fill(active == 0, 0.0)
-    return *(x.to(q.dtype) for x in gradients), dgain
+    dq, dk, dv = (x.to(q.dtype) for x in gradients)
+    return dq, dk, dv, dgain
 
 
 def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An empty (B, H, n, D) tensor as this executor lays out its results: dense, and positions outermost where ``x``
-    has them outside of heads, else innermost, so that what made q reads them as they lie."""
+    """Returns an empty dense (B, H, n, D) tensor for results: positions outermost if ``x`` has them before heads, so
+    that they have the layout of q."""
     return empty_in(order_of_results(x), x.shape, x, dtype)
 
 
 def order_of_results(x: torch.Tensor) -> tuple[int, ...]:
-    """Returns the dimensions of a result for ``x`` (B, H, n, D) as they lie in memory, the outermost first."""
+    """Returns the order of dimensions in memory of a result for ``x`` (B, H, n, D), outermost first."""
     by_batch, by_head, by_position, _ = x.stride()
     return POSITIONS if by_position > (by_head if x.shape[1] > 1 else by_batch) else BATCH
 
 
-class Choices(NamedTuple):
-    """``flash`` per slab, whether its kernel wants heads ``apart``, whether the batches' probabilities are kept, and
-    elements kept in all per batch · head."""
+class ExecutionPlan(NamedTuple):
+    """The execution of a table for a head_dim.
+
+    Attributes:
+        flash: for each strided group, whether it runs by the flash kernel.
+        split_heads: whether that needs contiguous heads.
+        saves_probs: whether gathered groups save probabilities.
+        size: elements saved in all, per batch · head.
+    """
 
     flash: tuple[bool, ...]
-    apart: bool
-    keeps: bool
+    split_heads: bool
+    saves_probs: bool
     size: int
 
 
 @derived(limit=8)
-def choices(table: BlockTable, head_dim: int) -> Choices:
-    """Returns how a table runs for a head_dim."""
-    grouping = group(table)
-    whole = all_take_flash(grouping.slabs, table.n_positions, head_dim)
-    flash = tuple(whole or bool(takes_flash(slab.rows, slab.keys)) for slab in grouping.slabs)
-    keeps = sum(batch.pairs for batch in grouping.batches) <= kept_pairs(table.n_positions, head_dim)
-    size = sum(batch.pairs for batch in grouping.batches) if keeps else 0
-    size += sum(sum(saved_parts(*slab, 1, head_dim)) for slab in zip(grouping.slabs, flash))
-    apart = any(chosen and slab.keys >= APART_KEYS for slab, chosen in zip(grouping.slabs, flash))
-    return Choices(flash, apart, keeps, size)
+def execution_plan(table: BlockTable, head_dim: int) -> ExecutionPlan:
+    """Returns the execution plan of a table for a head_dim."""
+    grouping = group_table(table)
+    everywhere = use_flash_everywhere(grouping.strided, table.n_positions, head_dim)
+    flash = tuple(everywhere or bool(use_flash(group.rows, group.keys)) for group in grouping.strided)
+    saves_probs = sum(group.pairs for group in grouping.gathered) <= max_saved_probs(table.n_positions, head_dim)
+    size = sum(group.pairs for group in grouping.gathered) if saves_probs else 0
+    size += sum(sum(saved_sizes(*group, 1, head_dim)) for group in zip(grouping.strided, flash))
+    split_heads = any(use and group.keys >= SPLIT_HEADS_KEYS for group, use in zip(grouping.strided, flash))
+    return ExecutionPlan(flash, split_heads, saves_probs, size)
 
 
 def saved_size(table: BlockTable, heads: int, head_dim: int) -> int:
-    """Returns how many elements forward keeps for backward, ``heads`` being batch · heads."""
-    return heads * choices(table, head_dim).size
+    """Returns how many elements forward saves for backward, ``heads`` being batch · heads."""
+    return heads * execution_plan(table, head_dim).size
 
 
 @derived(limit=8)
 def _sizes(table: BlockTable, heads: int, dim: int) -> list[int]:
-    grouping, chosen = group(table), choices(table, dim)
-    sizes = [heads * batch.pairs for batch in grouping.batches] if chosen.keeps else []
-    for slab, flash in zip(grouping.slabs, chosen.flash):
-        sizes += saved_parts(slab, flash, heads, dim)
+    grouping, plan = group_table(table), execution_plan(table, dim)
+    sizes = [heads * group.pairs for group in grouping.gathered] if plan.saves_probs else []
+    for group, flash in zip(grouping.strided, plan.flash):
+        sizes += saved_sizes(group, flash, heads, dim)
     return sizes
 
 
 def _saved_parts(saved: torch.Tensor, table: BlockTable, heads: int, dim: int):
-    """Flat pieces of ``saved``: probabilities per stage and batch, or None if they are not kept; those of each slab."""
-    grouping, chosen = group(table), choices(table, dim)
+    """Splits ``saved``: probabilities per bundle and gathered group, or None if they are not saved; those of each
+    strided group."""
+    grouping, plan = group_table(table), execution_plan(table, dim)
     parts = iter(saved.split_with_sizes(_sizes(table, heads, dim)))
-    kept = [[next(parts) for _ in stage] for stage in grouping.stages] if chosen.keeps else None
-    return kept, [(next(parts), next(parts)) if flash else (next(parts),) for flash in chosen.flash]
+    saved_probs = [[next(parts) for _ in bundle] for bundle in grouping.bundles] if plan.saves_probs else None
+    return saved_probs, [(next(parts), next(parts)) if flash else (next(parts),) for flash in plan.flash]
 
 
-def _clear(total: torch.Tensor, grouping: Grouping, stale: tuple[tuple[int, int], ...] | None) -> None:
-    """Zeros in ``total`` (n, X, D) wherever something is added before anything is written: in the ranges ``stale``,
-    everywhere for None. A stage that is alone writes everything."""
-    if stale is None or (not grouping.slabs and len(grouping.stages) > 1):
+def _clear(total: torch.Tensor, grouping: Grouping, ranges: tuple[tuple[int, int], ...] | None) -> None:
+    """Zeros ``total`` (n, X, D) wherever groups add before any writes: in ``ranges``, everywhere for None. A single
+    bundle writes everything."""
+    if ranges is None or (not grouping.strided and len(grouping.bundles) > 1):
         total.zero_()
-    elif grouping.slabs:
-        for start, stop in stale:
+    elif grouping.strided:
+        for start, stop in ranges:
             total[start:stop].zero_()
 
 
-def _rows(x: torch.Tensor, apart: bool = False) -> torch.Tensor:
-    """x (B, H, n, D) as (n, X, D) in the dtype computed in, X being batch · heads; a copy only where lanes are not
-    equally far apart or rows are not whole, or lanes should lie ``apart`` and do not."""
+def _rows(x: torch.Tensor, split_heads: bool = False) -> torch.Tensor:
+    """Views x (B, H, n, D) as (n, X, D) in the computing dtype, X being batch · heads; copies only if batch and heads
+    do not merge to one stride, rows are not contiguous, or heads should be contiguous and are not."""
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
     batch, heads, n, dim = x.shape
     by_batch, by_head, by_position, by_element = x.stride()
-    by_lane = by_head if heads > 1 else by_batch
+    stride = by_head if heads > 1 else by_batch
     even = batch == 1 or heads == 1 or by_batch == heads * by_head
-    if even and by_element == 1 and dim and by_lane % dim == 0 and by_position % dim == 0:
-        rows = x.as_strided((n, batch * heads, dim), (by_position, by_lane, 1))
-        return rows.transpose(0, 1).contiguous().transpose(0, 1) if apart else rows
+    if even and by_element == 1 and dim and stride % dim == 0 and by_position % dim == 0:
+        rows = x.as_strided((n, batch * heads, dim), (by_position, stride, 1))
+        return rows.transpose(0, 1).contiguous().transpose(0, 1) if split_heads else rows
     return x.permute(2, 0, 1, 3).reshape(n, batch * heads, dim).contiguous()

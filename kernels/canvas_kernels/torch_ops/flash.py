@@ -13,8 +13,8 @@ def flash_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns dense attention of q (batch, heads, n, D) over k and v (batch, heads, m, D): (out, natural log-sum-exp
     (batch, heads, n)), both with positions before heads in memory. ``mask``: addends (batch, heads or 1, n, m)."""
-    q, k, v = (_side_by_side(x) for x in (q, k, v))
-    return _forward(q, k, v, attn_mask=_side_by_side(mask), scale=scale)
+    q, k, v = map(_unit_stride, (q, k, v))
+    return _forward(q, k, v, attn_mask=None if mask is None else _unit_stride(mask), scale=scale)
 
 
 def flash_backward(
@@ -27,11 +27,12 @@ def flash_backward(
     scale: float,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gradients of q, k and v from what :func:`flash_forward` gave."""
-    grad, q, k, v = (_side_by_side(x) for x in (grad, q, k, v))
-    return _backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=_side_by_side(mask), scale=scale)
+    """Returns the gradients of q, k and v from the results of :func:`flash_forward`."""
+    grad, q, k, v = map(_unit_stride, (grad, q, k, v))
+    mask = None if mask is None else _unit_stride(mask)
+    return _backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
 
 
-def _side_by_side(x: torch.Tensor | None) -> torch.Tensor | None:
-    # the kernel takes elements as if they were, whatever their stride
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    # the kernel ignores the stride of elements
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""What a table's cells are grouped into: slabs, which are strided views, and batches, which are gathered."""
+"""Groups of query ranges that one call computes: strided groups on views, gathered groups on copies."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from functools import cached_property
 
 import numpy as np
 
-# Cells with fewer rows or keys than this are copied side by side, others walked one by one or head by head where
-# several cells and heads meet. µs for a product over 28 (cell, head) of 8 × 256 as it lies 320, copied 253; of 64 × 64
-# alike, so that the copies would be all loss.
+# Members with fewer rows or keys than this are copied into one batched product; others are computed member by member or
+# head by head. A product over 28 (member, head) of 8 × 256 takes 320 µs on views, 253 µs with copies; 64 × 64 the same.
 THIN_SIDE = 32
-# Softmax over fewer keys than this runs along the middle dimension, keys first, wherever rows are at least as many:
-# over the last one torch does not use its vector units for short rows.
+# Softmax over fewer keys than this, if there are as many rows, runs along the middle dimension, keys first: torch does
+# not vectorise over a short last dimension.
 KEYS_FIRST = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Slab:
-    """G cells of R query rows and the same numbers of keys, at equal distances.
+class StridedGroup:
+    """G members of R query rows and the same numbers of keys, at equal distances, so that views hold them.
 
-    Cell g holds, for each (first, length, step) of ``row_ranges`` and of ``key_ranges``, the positions
-    ``[first + g · step, first + g · step + length)``, ranges in ascending order. Rows never repeat. ``segment`` and
-    ``slot`` int64 [G, R] are those of each row. ``bias`` float64 [G, keys]: ln of the keys' weights, None where it is
-    constant along each cell's keys; ``offset`` float64 [G] holds the constant, which shows in lse alone.
-    ``fresh_rows``: no slab before this one holds any of its rows; ``fresh_keys``: the same of its keys, and they are
-    distinct.
+    A member is a query range, or several with equal keys. Member g holds, for each (first, length, step) of
+    ``row_ranges`` and of ``key_ranges``, the positions ``[first + g · step, first + g · step + length)``, ranges in
+    ascending order. Rows are never repeated.
+
+    Attributes:
+        segment, slot: int64 [G, R], of each row.
+        bias: float64 [G, keys], ln of the keys' weights; None where it is constant for each member.
+        offset: float64 [G], that constant, which only lse needs.
+        overwrites_rows: whether no earlier group holds any of its rows, so that results are written, not added.
+        overwrites_keys: the same for its keys, which are distinct.
     """
 
     row_ranges: tuple[tuple[int, int, int], ...]
@@ -34,8 +37,8 @@ class Slab:
     slot: np.ndarray
     bias: np.ndarray | None
     offset: np.ndarray
-    fresh_rows: bool = False
-    fresh_keys: bool = False
+    overwrites_rows: bool = False
+    overwrites_keys: bool = False
 
     @cached_property
     def keys_first(self) -> bool:
@@ -44,25 +47,25 @@ class Slab:
 
     @cached_property
     def thin(self) -> bool:
-        """Whether several cells are copied side by side."""
+        """Whether members are copied into one batched product."""
         return min(self.rows, self.keys) < THIN_SIDE
 
     @cached_property
-    def places(self) -> dict:
-        """Where its ranges lie in tensors of the layouts met so far, which :mod:`.strided` keeps here."""
+    def layout_cache(self) -> dict:
+        """Sizes and strides of its ranges by tensor layout, filled by :mod:`.strided`."""
         return {}
 
     def positions(self, ranges: tuple[tuple[int, int, int], ...]) -> np.ndarray:
-        """int64 [G, length]: what ``row_ranges`` or ``key_ranges`` hold."""
-        g = np.arange(self.cells)[:, None]
+        """Returns int64 [G, length]: the positions of ``row_ranges`` or ``key_ranges``."""
+        g = np.arange(self.members)[:, None]
         return np.concatenate([first + g * step + np.arange(length) for first, length, step in ranges], axis=1)
 
     @cached_property
     def pairs(self) -> int:
-        return self.cells * self.rows * self.keys
+        return self.members * self.rows * self.keys
 
     @cached_property
-    def cells(self) -> int:
+    def members(self) -> int:
         return len(self.segment)
 
     @cached_property
@@ -75,13 +78,16 @@ class Slab:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """G units of R query rows; each unit reads S segments of W keys.
+class GatheredGroup:
+    """G members of R query rows, each attending to S segments of W keys, gathered and padded.
 
-    ``rows`` int64 [G, R] and ``row_valid`` bool [G, R]; ``keys`` int64 [G, S, W] and ``key_valid`` bool [G, S, W];
-    ``segment`` int64 [G, S], −1 where a unit has fewer than S; ``slot`` int64 [G, S], the slot of the unit's first row.
-    Padding repeats a valid position. ``bias`` float64 [G, S·W]: ln of the keys' weights, −inf on padded keys; None
-    where it is constant along every unit's keys, then ``offset`` float64 [G] holds the constant.
+    Attributes:
+        rows, row_valid: int64 and bool [G, R]. Padding repeats a valid position, here and below.
+        keys, key_valid: int64 and bool [G, S, W].
+        segment: int64 [G, S], −1 where a member has fewer than S.
+        slot: int64 [G, S], the slot of the member's first row.
+        bias: float64 [G, S·W], ln of the keys' weights, −inf on padded keys; None where it is constant for each member.
+        offset: float64 [G], that constant.
     """
 
     rows: np.ndarray
@@ -112,44 +118,44 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """What the torch executor runs: ``slabs``, then ``stages`` of batches.
+    """The groups of a table: ``strided``, then ``bundles`` of gathered groups whose rows are gathered in one call.
 
-    ``stale_rows`` and ``stale_keys``: ranges of positions that no fresh slab holds as row, as key, and that have to be
-    cleared where slabs write first. Per segment: ``weight`` float64, ``edge`` and ``replace`` int64 (joint form: one
-    segment of weight 1).
+    Attributes:
+        rows_to_zero, keys_to_zero: ranges of positions that no overwriting group holds as row, as key.
+        weight, edge, replace: float64, int64 and int64 per segment (joint form: one segment of weight 1).
     """
 
-    stages: tuple[tuple[Batch, ...], ...]
-    slabs: tuple[Slab, ...]
-    stale_rows: tuple[tuple[int, int], ...]
-    stale_keys: tuple[tuple[int, int], ...]
+    bundles: tuple[tuple[GatheredGroup, ...], ...]
+    strided: tuple[StridedGroup, ...]
+    rows_to_zero: tuple[tuple[int, int], ...]
+    keys_to_zero: tuple[tuple[int, int], ...]
     weight: np.ndarray
     edge: np.ndarray
     replace: np.ndarray
 
     @cached_property
-    def batches(self) -> tuple[Batch, ...]:
-        return tuple(batch for stage in self.stages for batch in stage)
+    def gathered(self) -> tuple[GatheredGroup, ...]:
+        return tuple(group for bundle in self.bundles for group in bundle)
 
 
-def narrowed(slab: Slab, rows: np.ndarray) -> Slab:
-    """The slab with some of its rows: ``rows`` bool [R], the same of every cell."""
+def select_rows(group: StridedGroup, rows: np.ndarray) -> StridedGroup:
+    """Returns the group with some of its rows: ``rows`` bool [R], the same for every member."""
     ranges, begin = [], 0
-    for first, length, move in slab.row_ranges:
+    for first, length, move in group.row_ranges:
         own = np.zeros(length + 2, bool)
         own[1:-1] = rows[begin : begin + length]
         marks = (own[1:] != own[:-1]).nonzero()[0]
         ranges += [(first + start, stop - start, move) for start, stop in marks.reshape(-1, 2).tolist()]
         begin += length
-    kept = {"row_ranges": tuple(ranges), "segment": slab.segment[:, rows], "slot": slab.slot[:, rows]}
-    return replace(slab, **kept, fresh_rows=False, fresh_keys=False)
+    changes = {"row_ranges": tuple(ranges), "segment": group.segment[:, rows], "slot": group.slot[:, rows]}
+    return replace(group, **changes, overwrites_rows=False, overwrites_keys=False)
 
 
-def compacted(slab: Slab, cells: np.ndarray, rows: np.ndarray) -> Slab:
-    """The slab with some cells, bool [G], and some rows of each, bool [R], whose rows and keys are copied one cell
-    after another: its ranges lie in these copies."""
-    kept = np.ix_(cells, rows)
-    n_rows, n_keys = int(rows.sum()), slab.keys
+def compact(group: StridedGroup, members: np.ndarray, rows: np.ndarray) -> StridedGroup:
+    """Returns the group with some members, bool [G], and some rows of each, bool [R], on contiguous copies of their
+    rows and keys."""
+    selection = np.ix_(members, rows)
+    n_rows, n_keys = int(rows.sum()), group.keys
     ranges = {"row_ranges": ((0, n_rows, n_rows),), "key_ranges": ((0, n_keys, n_keys),)}
-    own = {"segment": slab.segment[kept], "slot": slab.slot[kept], "offset": slab.offset[cells]}
-    return replace(slab, **ranges, **own, fresh_rows=True, fresh_keys=True)
+    own = {"segment": group.segment[selection], "slot": group.slot[selection], "offset": group.offset[members]}
+    return replace(group, **ranges, **own, overwrites_rows=True, overwrites_keys=True)

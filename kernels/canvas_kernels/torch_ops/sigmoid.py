@@ -1,7 +1,7 @@
-"""Attention without a normaliser, out_i = Σ_r c_ri Σ_j σ(scale · q_i·k_j) v_j: its torch executor for CPUs.
+"""Sigmoid attention, out_i = Σ_r c_ri Σ_j σ(scale · q_i·k_j) v_j: the torch executor for CPUs.
 
-The pairs are those of the table's cells, grouped as for softmax. Nothing couples the keys of a row, so probabilities
-are computed again in backward rather than kept, a bounded number at a time. Edge form only.
+Pairs are grouped as for softmax. The keys of a row are independent, so backward recomputes probabilities, a bounded
+number at a time. Edge form only.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ..block_table import BlockTable
 from ..derived import derived, to_device
 from ..packing import IndexMap, apply_now
 from .composition import group_arrays
-from .grouping import group
+from .grouping import group_table
 from .indices import indices_of
 
-# Pairs computed at once: 2 MB of float32, which stay in the cache; 8 MB took a tenth longer for 4,096² pairs.
+# Pairs computed at once: 2 MB of float32 fit the cache.
 MAX_PAIRS = 1 << 19
 
 _sigmoid_backward_out = torch.ops.aten.sigmoid_backward.grad_input
 
 
-class _Part(NamedTuple):
-    """G cells of R rows that attend to S segments of W keys; ``bias`` (G, S · W), −inf at padding, or None."""
+class _Group(NamedTuple):
+    """G members of R rows that attend to S segments of W keys; ``bias`` (G, S · W), −inf at padding, or None."""
 
     shape: tuple[int, int, int, int]
     bias: torch.Tensor | None
@@ -42,19 +42,22 @@ class _Part(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Keys of a cell."""
+        """Keys of a member."""
         return self.shape[2] * self.shape[3]
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
-    """The parts of a table, their rows and keys one after another, on one device.
+class GatherIndex:
+    """The groups of a table, their rows and keys one after another, on one device.
 
-    ``queries`` and ``keys`` take positions. ``segment`` and ``scale`` number the segment and the entry of the flattened
-    row_scale of every (row, segment), those past the last at padding; ``edges`` takes connections, one more at padding.
+    Attributes:
+        queries, keys: maps from positions.
+        segment, scale: the segment and the entry of the flattened row_scale of every (row, segment), past the last for
+            padding.
+        edges: map from connections, one more for padding.
     """
 
-    parts: list[_Part]
+    groups: list[_Group]
     queries: IndexMap
     keys: IndexMap
     segment: torch.Tensor
@@ -63,19 +66,19 @@ class Places:
 
 
 @derived(limit=4)
-def places_of(table: BlockTable, dtype: torch.dtype, device: torch.device) -> Places:
-    """Returns where the parts of a table lie."""
-    grouping, n = group(table), table.n_positions
+def gather_index(table: BlockTable, dtype: torch.dtype, device: torch.device) -> GatherIndex:
+    """Returns the gather index of a table."""
+    grouping, n = group_table(table), table.n_positions
     parts, columns = [], []
     for rows, keys, segment, _slot, _offset, bias in group_arrays(table):
         bias = None if bias is None else to_device(bias, device).to(dtype)
-        parts.append(_Part((*rows.shape, *keys.shape[1:]), bias))
+        parts.append(_Group((*rows.shape, *keys.shape[1:]), bias))
         entry = np.where(segment < 0, 2 * n, grouping.replace[segment] * n + rows[..., None])
         segment = np.where(segment < 0, len(grouping.weight), segment)
         columns.append([array.reshape(-1) for array in (rows, keys, segment, entry)])
     rows, keys, segment, entry = (np.concatenate(column) for column in zip(*columns))
     edge = np.append(grouping.edge, table.n_edges)[segment]
-    return Places(
+    return GatherIndex(
         parts,
         IndexMap.gather(rows, n),
         IndexMap.gather(keys, n),
@@ -86,8 +89,8 @@ def places_of(table: BlockTable, dtype: torch.dtype, device: torch.device) -> Pl
 
 
 class _Chunk(NamedTuple):
-    """Some lanes, units and rows of part ``part``: ``rows`` and ``keys`` index its [X, G, R, D] and [X, G, S·W, D]
-    tensors so that lanes and units make one dimension Y; ``factor`` [g, r, S]; ``bias`` [g, 1, S·W], −inf at padding,
+    """Some heads, members and rows of group ``part``: ``rows`` and ``keys`` index its [X, G, R, D] and [X, G, S·W, D]
+    tensors so that heads and members form one dimension Y; ``factor`` [g, r, S]; ``bias`` [g, 1, S·W], −inf at padding,
     or None."""
 
     part: int
@@ -98,94 +101,97 @@ class _Chunk(NamedTuple):
 
 
 class _Step:
-    """One call on one table: gathers, coefficients, and the way back. What is inactive or scaled by 0 is cleared on
-    both ways: times 0, what is not finite there would stay."""
+    """One step on a table: gathers, coefficients and scatters. Inactive rows and rows scaled by 0 are zeroed on both
+    ways: NaN and inf times 0 would remain."""
 
     def __init__(self, table: BlockTable, q: torch.Tensor, gain, active, row_scale):
         self.batch, self.heads, self.n, self.dim = q.shape
-        self.lanes = self.batch * self.heads
+        self.batch_heads = self.batch * self.heads
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        indices = indices_of(table, self.lanes, self.dtype, q.device)
-        self.places = places_of(table, self.dtype, q.device)
+        indices = indices_of(table, self.batch_heads, self.dtype, q.device)
+        self.index = gather_index(table, self.dtype, q.device)
         row_scale = indices.row_scale() if row_scale is None else row_scale.detach()
         weight, edge = indices.segments()
         if active is not None:
             weight = torch.where((active.detach() != 0)[edge], weight, 0.0)
         scales = F.pad(row_scale.to(self.dtype).reshape(-1), (0, 1))
-        # of every (row, segment) entry: what is multiplied by gain
-        self.share = F.pad(weight, (0, 1))[self.places.segment] * scales[self.places.scale]
-        self.factor = self.share
+        # of every (row, segment) entry, without gain
+        self.scale = F.pad(weight, (0, 1))[self.index.segment] * scales[self.index.scale]
+        self.factor = self.scale
         if gain is not None:
             padded = F.pad(gain.detach().to(self.dtype), (0, 1))[:, None]
-            self.factor = self.share * apply_now(padded, self.places.edges)[:, 0]
-        sizes = [math.prod(part.entries) for part in self.places.parts]
-        live = [piece.view(part.entries) for part, piece in zip(self.places.parts, (self.share != 0).split(sizes))]
+            self.factor = self.scale * apply_now(padded, self.index.edges)[:, 0]
+        sizes = [math.prod(group.entries) for group in self.index.groups]
+        live = [x.view(group.entries) for group, x in zip(self.index.groups, (self.scale != 0).split(sizes))]
         # [1, G, R, 1] and [1, G, S · W, 1]
-        self.dead_rows = [~x.any(2)[None, :, :, None] for x in live]
-        self.dead_keys = [
-            ~x.any(1).repeat_interleave(part.shape[3], 1)[None, :, :, None] for part, x in zip(self.places.parts, live)
+        self.inactive_rows = [~x.any(2)[None, :, :, None] for x in live]
+        self.inactive_keys = [
+            ~x.any(1).repeat_interleave(group.shape[3], 1)[None, :, :, None]
+            for group, x in zip(self.index.groups, live)
         ]
 
     def gather(self, x: torch.Tensor, queries: bool, scale: float = 1.0) -> list[torch.Tensor]:
-        """x (B, H, n, D) times ``scale`` by part: [X, G, R or S·W, D], contiguous."""
+        """Gathers x (B, H, n, D) times ``scale`` by group: [X, G, R or S·W, D], contiguous."""
         x, side = x.to(self.dtype), self._side(queries)
         rows = apply_now((x if scale == 1.0 else scale * x).permute(2, 0, 1, 3).flatten(1), side)
-        units = [(part.shape[0], part.shape[1] if queries else part.width) for part in self.places.parts]
-        pieces = [
-            piece.unflatten(0, shape).unflatten(2, (self.lanes, self.dim)).permute(2, 0, 1, 3).contiguous()
-            for shape, piece in zip(units, rows.split([math.prod(shape) for shape in units]))
+        units = [(group.shape[0], group.shape[1] if queries else group.width) for group in self.index.groups]
+        gathered = [
+            x.unflatten(0, shape).unflatten(2, (self.batch_heads, self.dim)).permute(2, 0, 1, 3).contiguous()
+            for shape, x in zip(units, rows.split([math.prod(shape) for shape in units]))
         ]
-        return self._cleared(pieces, queries)
+        return self._cleared(gathered, queries)
 
     def spread(self, parts: list[torch.Tensor], queries: bool) -> torch.Tensor:
-        """The adjoint: sums (B, H, n, D) of what parts [X, G, R or S·W, D] give to each position."""
+        """Computes the adjoint of :meth:`gather`: sums of [X, G, R or S·W, D] at each position, (B, H, n, D)."""
         parts = self._cleared(parts, queries)
         rows = torch.cat([part.permute(1, 2, 0, 3).flatten(2).flatten(0, 1) for part in parts])
         sums = apply_now(rows, self._side(queries), True)
         return sums.view(self.n, self.batch, self.heads, self.dim).permute(1, 2, 0, 3)
 
     def _side(self, queries: bool) -> IndexMap:
-        # both sides may be one object, as equal maps are
-        return self.places.queries if queries else self.places.keys
+        # equal maps are one object, so both sides may be one
+        return self.index.queries if queries else self.index.keys
 
     def _cleared(self, parts: list[torch.Tensor], queries: bool) -> list[torch.Tensor]:
-        return [x.masked_fill_(dead, 0.0) for x, dead in zip(parts, self.dead_rows if queries else self.dead_keys)]
+        inactive = self.inactive_rows if queries else self.inactive_keys
+        return [x.masked_fill_(rows, 0.0) for x, rows in zip(parts, inactive)]
 
     def chunks(self) -> Iterator[_Chunk]:
-        """Everything, at most MAX_PAIRS pairs at a time: rows of one unit and lane, units of one lane, or lanes."""
-        sizes = [math.prod(part.entries) for part in self.places.parts]
-        for number, (part, factor) in enumerate(zip(self.places.parts, self.factor.split(sizes))):
-            units, rows, segments = part.entries
-            factor, width = factor.view(units, rows, segments), part.width
-            bias = None if part.bias is None else part.bias.view(units, 1, width)
+        """Yields chunks of at most MAX_PAIRS pairs: rows of one member and head, members of one head, or heads."""
+        sizes = [math.prod(group.entries) for group in self.index.groups]
+        for number, (group, factor) in enumerate(zip(self.index.groups, self.factor.split(sizes))):
+            units, rows, segments = group.entries
+            factor, width = factor.view(units, rows, segments), group.width
+            bias = None if group.bias is None else group.bias.view(units, 1, width)
             r = max(1, min(rows, MAX_PAIRS // width))
             g = 1 if r < rows else max(1, min(units, MAX_PAIRS // (width * rows)))
-            x = 1 if g < units else max(1, min(self.lanes, MAX_PAIRS // (width * rows * units)))
-            for lane, unit, row in itertools.product(range(0, self.lanes, x), range(0, units, g), range(0, rows, r)):
-                keys = (slice(lane, lane + x), slice(unit, unit + g))
+            x = 1 if g < units else max(1, min(self.batch_heads, MAX_PAIRS // (width * rows * units)))
+            steps = range(0, self.batch_heads, x), range(0, units, g), range(0, rows, r)
+            for head, unit, row in itertools.product(*steps):
+                keys = (slice(head, head + x), slice(unit, unit + g))
                 index = (*keys, slice(row, row + r))
                 yield _Chunk(number, index, keys, factor[index[1:]], None if bias is None else bias[keys[1]])
 
     def buffer(self) -> torch.Tensor:
-        """Flat, for the pairs of any chunk: pages that are written once cost less than fresh ones for each chunk."""
-        sizes = [self.lanes * math.prod(part.shape) for part in self.places.parts]
-        widest = max(part.width for part in self.places.parts)
+        """Returns a flat buffer for the pairs of any chunk, reused to avoid page faults."""
+        sizes = [self.batch_heads * math.prod(group.shape) for group in self.index.groups]
+        widest = max(group.width for group in self.index.groups)
         return torch.empty(max(widest, min(MAX_PAIRS, max(sizes))), dtype=self.dtype, device=self.factor.device)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """A chunk's [x, g, length, D] as [Y, length, D], a view."""
+    """Views a chunk's [x, g, length, D] as [Y, length, D]."""
     return x.view(-1, *x.shape[2:])
 
 
 def _product(buffer: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """[Y, r, D] times [Y, S·W, D] transposed, in ``buffer``."""
+    """Multiplies [Y, r, D] by [Y, S·W, D] transposed, in ``buffer``."""
     shape = (left.shape[0], left.shape[1], right.shape[1])
     return torch.bmm(left, right.transpose(1, 2), out=buffer[: math.prod(shape)].view(shape))
 
 
 def _probabilities(buffer, queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """[Y, r, S·W] of queries that hold the scale already: on their elements it costs less than on the pairs."""
+    """Returns probabilities [Y, r, S·W] of queries that are scaled already, which is cheaper than scaling pairs."""
     logits = _product(buffer, queries, keys)
     if bias is not None:
         logits.unflatten(0, (-1, len(bias))).add_(bias)
@@ -193,14 +199,14 @@ def _probabilities(buffer, queries: torch.Tensor, keys: torch.Tensor, bias: torc
 
 
 def _weigh(pairs: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """``pairs`` [Y, r, S·W] times the factor of each row and segment [g, r, S], in place."""
+    """Multiplies ``pairs`` [Y, r, S·W] by the factor of each row and segment [g, r, S], in place."""
     units, rows, segments = factor.shape
     pairs.view(-1, units, rows, segments, pairs.shape[2] // segments).mul_(factor[..., None])
     return pairs
 
 
 def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None) -> torch.Tensor:
-    """out (B, H, n, D) in q's dtype, by plain torch; tensors as :func:`..ops.block_attention` checks them."""
+    """Returns out (B, H, n, D) in q's dtype; arguments as checked by :func:`..ops.block_attention`."""
     if not q.numel() or not len(table.weight):
         return q.new_zeros(q.shape)
     step = _Step(table, q, gain, active, row_scale)
@@ -211,7 +217,7 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
         p = _probabilities(buffer, _flat(queries[chunk.part][chunk.rows]), b, chunk.bias)
         result = results[chunk.part][chunk.rows]
         if chunk.factor.shape[2] == 1:
-            # c meets rows: nothing that costs a pass over the pairs
+            # c scales rows, which needs no pass over the pairs
             torch.bmm(p, c, out=_flat(result))
             result.mul_(chunk.factor)
         else:
@@ -222,17 +228,18 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
 def backward(
     grad_out, q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None, need_gain=False
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """``(gradients, dgain)``: dq, dk, dv (B, H, n, D) in q's dtype; dgain (n_edges,), None unless ``need_gain``."""
+    """Returns ``(gradients, dgain)``: dq, dk, dv (B, H, n, D) in q's dtype; dgain (n_edges,), None unless
+    ``need_gain``."""
     if not q.numel() or not len(table.weight):
         return tuple(q.new_zeros(q.shape) for _ in range(3)), q.new_zeros(table.n_edges) if need_gain else None
     step = _Step(table, q, gain, active, row_scale)
-    places = step.places
+    index = step.index
     queries = step.gather(q, True, scale)
     upstream = step.gather(grad_out, True)
     keys, values = (step.gather(x, False) for x in (k, v))
     dq = [torch.empty_like(x) for x in queries]
     dk, dv = ([torch.zeros_like(x) for x in keys] for _ in range(2))
-    shares = [dq[0].new_zeros(part.entries) for part in places.parts]
+    entry_grads = [dq[0].new_zeros(group.entries) for group in index.groups]
     buffer, other = step.buffer(), step.buffer()
     for chunk in step.chunks():
         part, factor = chunk.part, chunk.factor
@@ -241,15 +248,15 @@ def backward(
         upstream_rows = upstream[part][chunk.rows]
         p = _probabilities(buffer, a, b, chunk.bias)
         by_row = factor.shape[2] == 1 and not need_gain
-        # c meets rows where each has one segment: nothing that costs a pass over the pairs
+        # with one segment per row c scales rows, which needs no pass over the pairs
         g = _flat(upstream_rows * factor if by_row else upstream_rows)
         dp = _product(other, g, c)
         if need_gain:
             pairs = (p * dp).view(-1, *factor.shape, p.shape[2] // factor.shape[2])
-            shares[part][chunk.rows[1:]] += pairs.sum((0, -1))
+            entry_grads[part][chunk.rows[1:]] += pairs.sum((0, -1))
         if not by_row:
             _weigh(dp, factor)
-        # dS = c p (1 − p) dP, where dP was
+        # dS = c p (1 − p) dP, in place of dP
         ds = _sigmoid_backward_out(dp, p, grad_input=dp)
         dc.baddbmm_((p if by_row else _weigh(p, factor)).transpose(1, 2), g)
         torch.baddbmm(da, ds, b, beta=0, alpha=scale, out=da)
@@ -258,7 +265,7 @@ def backward(
     gradients = tuple(step.spread(x, side).to(q.dtype).contiguous() for x, side in zip((dq, dk, dv), sides))
     if not need_gain:
         return gradients, None
-    # an entry that is dead may hold 0 · inf
-    entries = torch.cat([share.reshape(-1) for share in shares])
-    entries = torch.where(step.share != 0, entries * step.share, 0.0)
-    return gradients, apply_now(entries[:, None], places.edges, True)[:-1, 0]
+    # inactive entries may hold 0 · inf
+    entries = torch.cat([grad.reshape(-1) for grad in entry_grads])
+    entries = torch.where(step.scale != 0, entries * step.scale, 0.0)
+    return gradients, apply_now(entries[:, None], index.edges, True)[:-1, 0]

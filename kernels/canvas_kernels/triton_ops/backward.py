@@ -1,3 +1,4 @@
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportIndexIssue=false
 """The backward passes: dQ over query tiles, which makes δ, then dK and dV over key tiles.
 
 No atomics: every sum has one owner and a fixed order.

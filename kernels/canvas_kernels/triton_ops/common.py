@@ -1,3 +1,4 @@
+# pyright: basic, reportArgumentType=false, reportGeneralTypeIssues=false
 """What all the Triton passes share: reading the tables, and tiles of rows.
 
 A program owns one tile of rows of one head and walks its segments one after the other: first the blocks that all of its

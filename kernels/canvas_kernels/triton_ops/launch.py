@@ -1,3 +1,4 @@
+# pyright: basic, reportArgumentType=false
 """The Triton executor, seen from torch: allocates, picks configurations, launches.
 
 Imports triton; ``ops.py`` imports it when it first needs it. Nothing here waits for the device, reads a value back or

@@ -1,3 +1,4 @@
+# pyright: basic, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 """What a step launches beside the passes: rows moved, row scales of its activity, gradients of its gains."""
 
 from __future__ import annotations

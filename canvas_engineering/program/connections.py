@@ -60,7 +60,7 @@ class Clause:
 
 
 def parse_trigger(trigger: str | None) -> tuple[Clause, ...]:
-    """The clauses that must all hold; none for None.
+    """Returns the clauses that must all hold; none for None.
 
     Raises:
         ValueError: a clause of another form than ``"<region>.<kind> <op> <number>"``.
@@ -73,17 +73,17 @@ def parse_trigger(trigger: str | None) -> tuple[Clause, ...]:
         return ()
     clauses = []
     for text in trigger.split("&&"):
-        found = _CLAUSE.fullmatch(text.strip())
+        match = _CLAUSE.fullmatch(text.strip())
         try:
-            number = float(found["number"]) if found else math.nan
+            number = float(match["number"]) if match else math.nan
         except ValueError:
             number = math.nan
-        if found is None or not math.isfinite(number):
+        if match is None or not math.isfinite(number):
             raise ValueError(
                 f"trigger {trigger!r}: {text.strip()!r} is not '<region>.<kind> <op> <number>' with an op of "
                 f"{' '.join(COMPARISONS)}; clauses are joined by &&"
             )
-        clauses.append(Clause(found["region"].strip(), found["kind"], found["op"], number))
+        clauses.append(Clause(match["region"].strip(), match["kind"], match["op"], number))
     return tuple(clauses)
 
 
@@ -125,13 +125,13 @@ def resolve_operator_defaults(cp: ConnectionProgram | None, base_fn: str) -> tup
     )
 
 
-def resolve_edge(
+def resolve_connection(
     connection: Connection,
     default_attn: str,
     cp: ConnectionProgram | None,
     local_backend: str | None,
 ) -> tuple[Connection, str | None]:
-    """The connection as it runs, and its trigger (docs/semantics.md, section 5).
+    """Returns the connection as it runs, and its trigger (docs/semantics.md, section 5).
 
     Args:
         connection: as declared.
@@ -152,7 +152,7 @@ def resolve_edge(
     return dataclasses.replace(connection, **changes) if changes else connection, trigger
 
 
-def resolve_edges(
+def apply_program(
     topology: CanvasTopology,
     layout: CanvasLayout,
     program: CanvasProgram | None = None,
@@ -189,7 +189,7 @@ def resolve_edges(
         home = cortex.cortex_for(c.src) if cortex is not None and cortex.same_cortex(c.src, c.dst) else None
         local = None if home is None else home.local_backend
         if cp is not None or local is not None:
-            c, trigger = resolve_edge(c, defaults.get(c.src, "cross_attention"), cp, local)
+            c, trigger = resolve_connection(c, defaults.get(c.src, "cross_attention"), cp, local)
             if trigger is not None:
                 triggers[number] = trigger
         connections.append(c)
