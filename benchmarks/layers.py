@@ -287,23 +287,13 @@ def scaling(case: Case, settings: Settings) -> list[dict]:
         module = dispatcher(size, queries)
         x = torch.randn(1, size + queries, width)
         run = run_of(module, [x], torch.randn(x.shape))
-        seconds.append(measure.quantiles(repeat(run)))
+        seconds.append(measure.quantiles(measure.repeat(run, CALL_SECONDS)))
         held.append(measure.peak_bytes(run.results))
     half = len(sizes) // 2
     slope = [np.polyfit(np.log(sizes[half:]), np.log(y[half:]), 1)[0] for y in ([s["p10"] for s in seconds], held)]
     row = {"form": "edge", "provider": "ours", "fn": fn, "claim": case.options["claim"], "queries": queries}
     row |= {"sizes": list(sizes), "seconds": seconds, "bytes": held, "errors": {"out": off}}
     return [row | {"time_exponent": float(slope[0]), "memory_exponent": float(slope[1])}]
-
-
-def repeat(run: Run, budget: float = CALL_SECONDS) -> np.ndarray:
-    """Seconds of as many steps as the budget holds, at least 2 and at most 30, after one to warm up. A first step that
-    takes more than the budget is the only one."""
-    while len(run.times) < 3 or (sum(map(sum, run.times[1:])) < budget and len(run.times) < 31):
-        run.step()
-        if sum(run.times[0]) > budget:
-            return run.seconds("step")
-    return run.seconds("step")[1:]
 
 
 def plan(case: Case, settings: Settings) -> list[dict]:

@@ -250,6 +250,17 @@ def _prepare(provider: Provider, contest: Contest, known: tuple[dict, dict], dev
     return run
 
 
+def repeat(run: Run, budget: float, device: str = "cpu", part: str = "step") -> np.ndarray:
+    """Seconds of as many steps as the budget holds, at least 2 and at most 30, after one to warm up. A first step that
+    takes more than the budget is the only one."""
+    run.times.clear()
+    while len(run.times) < 3 or (sum(map(sum, run.times[1:])) < budget and len(run.times) < 31):
+        run.step(device)
+        if sum(run.times[0]) > budget:
+            return run.seconds(part)
+    return run.seconds(part)[1:]
+
+
 def turns(providers: Sequence[T], rounds: int) -> Iterator[list[T]]:
     """The providers of each round, in another order each, drawn once and for ever: whoever came before has filled the
     caches, and rotating alone would leave that one the same in most rounds."""

@@ -77,7 +77,7 @@ def attention(
         else:
             slot = int(cells.slot[c])
             slots = slice(slot, slot + stop - start) if table.form == "joint" else slot + own - start
-            lse[:, :, slots] = torch.logsumexp(logits.detach(), -1) / math.log(2)
+            lse[:, :, slots] = torch.logsumexp(logits.detach(), -1).to(dtype) / math.log(2)
             probabilities = torch.softmax(logits, -1)
         if dropout_p:
             probabilities = F.dropout(probabilities, dropout_p)
