@@ -150,6 +150,9 @@ def _signature(launch: Launch):
     values |= {"BLOCK_M": launch.config.block_m, "BLOCK_N": launch.config.block_n}
     tuples = {"tables": ("*i32", "*i32", "*fp32", "*i64", "*i32", "*i32"), "factors": ("*fp32",) * 3}
     tuples["strides"] = ("i32",) * (9 if launch.stage == "forward" else 12)
+    half, full = f"*{DTYPE_NAMES[launch.dtype]}", "*fp32"
+    dense = {"forward": (full,), "dq": (full, full, half), "dkv": (full, full, half, half)}
+    tuples["tensors"] = (*[half] * 4, *dense.get(launch.stage, ()))
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(function.arg_names):
         if name in values:
@@ -159,7 +162,7 @@ def _signature(launch: Launch):
             pointers = [i for i, kind in enumerate(tuples[name]) if kind.startswith("*")]
             attributes |= {(index, i): [["tt.divisibility", 16]] for i in pointers}
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in FLOAT32_POINTERS else f"*{DTYPE_NAMES[launch.dtype]}"
+            signature[name] = full if name in FLOAT32_POINTERS else half
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name.startswith("scale") else "i32"

@@ -75,7 +75,7 @@ class Session:
         self.device = "cpu" if interpret else "cuda"
         self.dtype = torch.float32 if interpret else torch.bfloat16
         self.environment = measure.environment(self.device) | {"triton": triton.__version__}
-        self.began = time.time() if began is None else began
+        self.began, self.workers = time.time() if began is None else began, 1 if interpret else 14
         # by name, those of head_dim 128 and the longest first
         known = cases.TOY if interpret else cases.GPU
         self.cases = {case.name: case for case in sorted(known, key=is_late)}
@@ -181,7 +181,7 @@ def check_tasks(session: Session, phase: str) -> None:
 
     left = [tasks[name] for name in session.missing(phase, tasks)]
     session.watch(phase, None)
-    late = gpu_checks.run_apart(left, session.device, session.left(phase), tell)
+    late = gpu_checks.run_apart(left, session.device, session.left(phase), tell, session.workers)
     if late:
         session.say(f"{phase}: no time was left for {len(late)} of {len(left)} tasks")
 
@@ -211,7 +211,8 @@ def sweep(session: Session, phase: str) -> None:
                 tried[f"{name} {stage} {form} {'x'.join(map(str, shape))}"] = name, task
     session.watch(phase, None)
     left = [tried[item][1] for item in session.missing(phase, tried)]
-    gpu_checks.run_apart(left, session.device, session.left(phase) / 2, lambda task, row: checked.update({task: row}))
+    half = session.left(phase) / 2
+    gpu_checks.run_apart(left, session.device, half, lambda task, row: checked.update({task: row}), session.workers)
 
     def time_one(item: str) -> list[dict]:
         name, task = tried[item]

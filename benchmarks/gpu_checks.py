@@ -7,7 +7,6 @@ runs.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -137,7 +136,7 @@ def run_task(task: Task, device: str) -> dict:
     with replaced(task.candidate), poisoned():
         results, again = compute(), compute()
     faults = [f"{name}: two runs differ" for name, x in results.items() if not torch.equal(x, again[name])]
-    faults += _unused(table, task, device) if device == "cuda" and task.candidate is None else []
+    faults += unused(table, task, device) if device == "cuda" and task.candidate is None else []
     exact = by_reference(torch.float64, autocast=False)
     budgets = dict.fromkeys(exact, FLOAT32_BUDGET)
     if task.dtype != torch.float32:
@@ -189,7 +188,7 @@ def _inputs(task: Task, device: str) -> list[torch.Tensor]:
     return list(values)
 
 
-def _unused(table: BlockTable, task: Task, device: str) -> list[str]:
+def unused(table: BlockTable, task: Task, device: str) -> list[str]:
     """Configurations that the table gives no tile: they would pass unseen."""
     missing, form = [], configs.form_of(table, task.form == "sigmoid")
     for stage in ("forward", "delta", "dq", "dkv") if form == "in_place" else ("forward", "dq", "dkv"):
@@ -206,8 +205,8 @@ def run_apart(
     device: str,
     seconds: float,
     on_row: Callable[[Task, dict], None],
+    workers: int,
     run: Callable[[Task, str], dict] = run_task,
-    workers: int | None = None,
 ) -> list[Task]:
     """Calls ``on_row`` with each task's row as it comes, from several processes: compiling takes most of the time.
 
@@ -241,7 +240,7 @@ def run_apart(
             on_row(task, row)
         return True
 
-    with ThreadPoolExecutor(workers or min(14, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(workers) as threads:
         begun = list(threads.map(row_of, chosen))
     for process in started:
         process.kill()
