@@ -88,7 +88,8 @@ def line(row: dict) -> str:
     if why or not seconds:
         return f"{words} {why}"
     words += f" {1e3 * seconds['p50']:10.2f} ms" + (f", {spread(ratio, row['rounds'])} of ours" if ratio else "")
-    words += f", {row['step_tflops']:.3g} TFLOP/s" if "step_tflops" in row else ""
+    rates = (f"{part} {row[f'{part}_tflops']:.3g}" for part in ("forward", "backward") if f"{part}_tflops" in row)
+    words += "".join(f", {rate} TFLOP/s" for rate in rates)
     verdicts = (f"; {what} {target:.3g}: {'reached' if ok else 'MISSED'}" for what, target, _, ok in targets_of(row))
     return words + "".join(verdicts)
 
