@@ -25,16 +25,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -48,14 +52,13 @@ from canvas_engineering.attention import canvas_attention
 from canvas_engineering.files import replace_file
 from canvas_kernels.triton_ops.configs import Config
 
+Calls = dict[str, Callable[[], list[dict]]]
 PHASES = {"defaults": 60, "ours": 160, "correctness": 215, "providers": 290, "sweep": 325}
 PHASES |= {"profile": 332, "dispatcher": 340, "tools": 350}
 """Seconds after the start at which each phase takes up nothing more."""
 RESUMED, UNHURRIED, GRACE, PATIENCE = 230 / 350, 10.0, 5.0, 30.0
 """The share of these that a resumed run has, and one in the interpreter, where no device waits; seconds that an item
 may go on beyond its phase's deadline; seconds after which one that is ended there is not tried again."""
-LOST = 3
-"""Status of a process that the device answers no more."""
 ABSENT = ("diffusers", "transformers", "gymnasium", "rich", "typer", "matplotlib")
 """What the reference machine lacks: ``--interpret`` does without, too."""
 SWEPT_PASSES = [(form, stage) for stage in ("forward", "dq", "dkv") for form in ("joint", "edge")] + [("edge", "delta")]
@@ -65,32 +68,124 @@ SWEEP = {
     128: ((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)),
 }
 SWEPT_CASES, SWEEP_SECONDS = ("frames_2_d128", "frames_2_d64"), 0.1
+WORKERS = {False: 14, True: 1}
+"""Processes of checks on a device, and in the interpreter."""
 
 
+class Pool:
+    """Processes that each make one call after another. One that dies, hangs or loses the device costs the call that it
+    was at: another process goes on."""
+
+    def __init__(self) -> None:
+        self.context, self.telling = get_context("spawn"), threading.Lock()
+        self.idle: list[tuple] = []
+
+    def run(
+        self, calls: Calls, until: float, on_rows: Callable[[str, list[dict]], None], workers: int = 1
+    ) -> list[str]:
+        """Tell ``on_rows`` the name and the rows of each call as they come; what raised, died or hung is a failed row.
+
+        Returns the names of those that were not begun at ``until``, or that had hardly begun when they were ended then.
+        """
+
+        def run_one(name: str) -> bool:
+            """Whether there was time for it."""
+            began = time.time()
+            if began >= until:
+                return False
+            try:
+                process, pipe = self.idle.pop()
+            except IndexError:
+                process, pipe = self._start()
+            try:
+                pipe.send(calls[name])
+                late = not pipe.poll(until + GRACE - began)
+                rows, is_sound = ([{"failed": "it took too long"}], False) if late else pipe.recv()
+            except (EOFError, OSError):
+                rows, is_sound, late = [{"failed": "its process died"}], False, False
+            if is_sound:
+                self.idle.append((process, pipe))
+            else:
+                process.kill()
+            if late and time.time() - began < PATIENCE:
+                return False
+            with self.telling:
+                on_rows(name, rows)
+            return True
+
+        with ThreadPoolExecutor(workers) as threads:
+            return [name for name, was_run in zip(calls, list(threads.map(run_one, calls))) if not was_run]
+
+    def _start(self) -> tuple:
+        pipe, other = self.context.Pipe()
+        process = self.context.Process(target=_serve, args=(other,), daemon=True)
+        process.start()
+        other.close()
+        return process, pipe
+
+
+def forget_absent() -> None:
+    """Imports of what the reference machine lacks fail from now on."""
+    sys.modules.update({name: None for name in ABSENT if name not in sys.modules})
+
+
+def _serve(pipe: Connection) -> None:
+    """Make calls and send their rows, and whether the device still answers: after a fault in a kernel it does not."""
+    is_sound = True
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        forget_absent()
+    while is_sound:
+        try:
+            call = pipe.recv()
+        except EOFError:  # there are no more
+            return
+        try:
+            rows = call()
+        except Exception as cause:
+            traceback.print_exc()
+            rows = [{"failed": measure.told(cause)}]
+        with contextlib.suppress(RuntimeError):
+            is_sound = False
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            is_sound = True
+        pipe.send((rows, is_sound))
+
+
+@dataclass(frozen=True)
 class Session:
-    """One process of a run: where it goes, on which device, at which size, and what is known already."""
+    """Where a run goes, on which device, at which size, and what is known already."""
 
-    def __init__(self, out: Path, interpret: bool, began: float | None = None, share: float = 1.0):
-        self.out, self.interpret, self.share = out, interpret, share
-        self.device = "cpu" if interpret else "cuda"
-        self.dtype = torch.float32 if interpret else torch.bfloat16
-        self.environment = measure.environment(self.device) | {"triton": triton.__version__}
-        self.began, self.workers = time.time() if began is None else began, 1 if interpret else 14
-        # by name, those of head_dim 128 and the longest first
-        known = cases.TOY if interpret else cases.GPU
-        self.cases = {case.name: case for case in sorted(known, key=is_late)}
+    out: Path
+    interpret: bool
+    began: float = field(default_factory=time.time)
+    share: float = 1.0
+    environment: dict = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.interpret else "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.interpret else torch.bfloat16
+
+    @property
+    def cases(self) -> dict[str, cases.Case]:
+        """By name, those of head_dim 128 and the longest first."""
+        return {case.name: case for case in sorted(cases.TOY if self.interpret else cases.GPU, key=is_late)}
 
     def say(self, text: str) -> None:
         print(f"[{time.time() - self.began:6.1f} s] {text}", flush=True)
 
-    def left(self, phase: str) -> float:
-        """Seconds until the phase's deadline."""
-        return self.began + PHASES[phase] * self.share - time.time()
+    def until(self, phase: str) -> float:
+        """The time of the phase's deadline."""
+        return self.began + PHASES[phase] * self.share
 
     def settings(self, phase: str, only: Iterable[str] = ()) -> measure.Settings:
         """How cases are timed in a phase."""
         settings = measure.Settings(self.device, self.dtype, 0.5, only=tuple(only), environment=self.environment)
-        settings.deadline = time.perf_counter() + self.left(phase)
+        settings.deadline = time.perf_counter() + self.until(phase) - time.time()
         if self.interpret:
             settings.backend, settings.reference_tokens, settings.seconds = "triton", 16, 0.0
         return settings
@@ -101,52 +196,20 @@ class Session:
         return measure.read_rows(path) if path.exists() else []
 
     def write(self, phase: str, item: str, rows: list[dict]) -> None:
-        """Adds an item's rows to the phase's, in place of earlier ones."""
+        """Adds an item's rows to the phase's, in place of earlier ones, and says them."""
         others = [row for row in self.rows(phase) if row["item"] != item]
         added = [{"item": item} | row | self.environment for row in rows]
         measure.write_rows(others + added, self.out / f"{phase}.jsonl")
+        self.say("\n".join(map(line, added)))
 
-    def missing(self, phase: str, items: Iterable[str]) -> list[str]:
-        """The items that have no rows yet, or that there was no time for all of."""
+    def run(self, phase: str, calls: Calls, pool: Pool, workers: int = 1, until: float | None = None) -> None:
+        """Makes the calls of items that have no rows yet, or that there was no time for all of."""
         rows = self.rows(phase)
         known = {row["item"] for row in rows} - {row["item"] for row in rows if row.get("skipped") == measure.NO_TIME}
-        return [item for item in items if item not in known]
-
-    def items(self, phase: str, items: Iterable[str]) -> Iterator[str]:
-        """The missing items, one after the other, until the phase's deadline. Whoever watches is told each."""
-        left = self.missing(phase, items)
-        for number, item in enumerate(left):
-            if self.left(phase) <= 0:
-                self.say(f"{phase}: no time was left for {len(left) - number}: {', '.join(left[number:])[:200]}")
-                return
-            self.watch(phase, item)
-            yield item
-
-    def watch(self, phase: str, item: str | None) -> None:
-        """Tells whoever watches what this process is at, and until when."""
-        now = time.time()
-        told = {"phase": phase, "item": item, "since": now, "until": now + max(self.left(phase), 0) + GRACE}
-        replace_file(self.out / "running.json", json.dumps(told).encode())
-
-    def run(self, phase: str, work: dict[str, Callable[[], list[dict]]]) -> None:
-        """Does the missing items; what raises is a row that says so. Ends the process where the device is lost."""
-        for item in self.items(phase, work):
-            try:
-                rows = work[item]()
-            except Exception as cause:
-                rows = [{"failed": measure.told(cause)}]
-                self.say(f"{item}: {traceback.format_exc()}")
-            self.write(phase, item, rows)
-            self.check()
-
-    def check(self) -> None:
-        """Ends the process if the device answers it no more: after a fault in a kernel it does not."""
-        try:
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-        except RuntimeError:
-            self.say("the device answers no more: another process goes on")
-            sys.exit(LOST)
+        calls = {item: call for item, call in calls.items() if item not in known}
+        late = pool.run(calls, until or self.until(phase), partial(self.write, phase), workers)
+        if late:
+            self.say(f"{phase}: no time was left for {len(late)}: {', '.join(late)[:200]}")
 
     def attention(self, name: str, form: str) -> Run:
         """The kernels on a case."""
@@ -170,64 +233,72 @@ def is_late(case: cases.Case) -> bool:
     return case.head_dim != 128 and case.name not in cases.EARLY_ON_A_GPU
 
 
-def check_tasks(session: Session, phase: str) -> None:
-    """Tasks in processes of their own; a fault of the device, or a kernel that hangs, ends only one of them."""
-    tasks = {task.name: task for task in gpu_checks.tasks(session.interpret)[phase == "correctness"]}
-
-    def tell(task: gpu_checks.Task, row: dict) -> None:
-        worst = max((row["errors"][name] / row["budgets"][name] for name in row["errors"]), default=math.nan)
-        session.say(f"{task.name}: {worst:.2f} of the budget; {'; '.join(row['faults']) or 'right'}")
-        session.write(phase, task.name, [row])
-
-    left = [tasks[name] for name in session.missing(phase, tasks)]
-    session.watch(phase, None)
-    late = gpu_checks.run_apart(left, session.device, session.left(phase), tell, session.workers)
-    if late:
-        session.say(f"{phase}: no time was left for {len(late)} of {len(left)} tasks")
+def line(row: dict) -> str:
+    """A row of any phase as a line of a terminal."""
+    if "provider" in row:
+        return plot.line(row)
+    shares = [row["errors"][name] / budget for name, budget in row.get("budgets", {}).items()]
+    found = (
+        f"{1e3 * row['seconds']:.3f} ms" if "seconds" in row else f"{max(shares):.2f} of the budget" if shares else ""
+    )
+    return f"{row['item']}: {wrong_in(row) or row.get('skipped') or found or 'done'}"
 
 
-def time_cases(session: Session, phase: str) -> None:
+def wrong_in(row: dict) -> str:
+    """What is wrong, or failed; "" for nothing."""
+    return "; ".join(row.get("faults") or ([row["failed"]] if row.get("failed") else []))
+
+
+def check_tasks(session: Session, phase: str, pool: Pool) -> None:
+    """Tasks of the kernels, in many processes: compiling takes most of the time."""
+    tasks = gpu_checks.tasks(session.interpret)[phase == "correctness"]
+    calls = {task.name: partial(gpu_checks.run_task, task, session.device) for task in tasks}
+    session.run(phase, calls, pool, WORKERS[session.interpret])
+
+
+def time_cases(session: Session, phase: str, pool: Pool) -> None:
     """A case is an item, with "ours" alone or everyone. Providers that fail are rows that say why."""
+    session.run(phase, {name: partial(time_case, session, phase, name) for name in session.cases}, pool)
+
+
+def time_case(session: Session, phase: str, name: str) -> list[dict]:
     toy = ("ours", "ours_torch", "sdpa_mask", "per_edge_loop", "grouped") if session.interpret else ()
-    settings = session.settings(phase, ("ours",) if phase == "ours" else toy)
-    left = [session.cases[name] for name in session.missing(phase, session.cases)]
-    for name, rows in zip(session.items(phase, session.cases), bench.run(left, settings)):
-        session.write(phase, name, rows)
-        session.say("\n".join(map(plot.line, rows)))
-        session.check()
+    return next(bench.run([session.cases[name]], session.settings(phase, ("ours",) if phase == "ours" else toy)))
 
 
-def sweep(session: Session, phase: str) -> None:
+def sweep(session: Session, phase: str, pool: Pool) -> None:
     """Times one pass at a time with candidate tiles, the others as shipped. What does not compile, or is wrong, is a
     row, too. Candidates are compiled and checked in many processes first: that takes most of the time."""
-    tried, checked, known = {}, {}, {}
+    tried = {}
     for name in session.cases if session.interpret else SWEPT_CASES:
         head_dim = session.cases[name].head_dim
         for form, stage in SWEPT_PASSES[:: 3 if session.interpret else 1]:
             for shape in ((16, 16, 1, 2),) if session.interpret else SWEEP[head_dim]:
                 candidate = gpu_checks.Candidate(stage, Config(*shape))
-                task = gpu_checks.Task(head_dim, session.dtype, form, False, candidate=candidate)
-                task = task._replace(positions=40) if session.interpret else task
+                positions = 40 if session.interpret else gpu_checks.POSITIONS
+                task = gpu_checks.Task(head_dim, session.dtype, form, False, positions, candidate=candidate)
                 tried[f"{name} {stage} {form} {'x'.join(map(str, shape))}"] = name, task
-    session.watch(phase, None)
-    left = [tried[item][1] for item in session.missing(phase, tried)]
-    half = session.left(phase) / 2
-    gpu_checks.run_apart(left, session.device, half, lambda task, row: checked.update({task: row}), session.workers)
+    now, checked = time.time(), {}
+    known = {row["item"] for row in session.rows(phase)}
+    checks = {i: partial(gpu_checks.run_task, task, session.device) for i, (_, task) in tried.items() if i not in known}
+    half = now + (session.until(phase) - now) / 2
+    pool.run(checks, half, lambda item, rows: checked.update({item: wrong_in(rows[0])}), WORKERS[session.interpret])
+    calls = {item: partial(time_tiles, session, *what, checked.get(item)) for item, what in tried.items()}
+    session.run(phase, calls, pool)
 
-    def time_one(item: str) -> list[dict]:
-        name, task = tried[item]
-        row = {"case": name, "form": task.form, "stage": task.candidate.stage, "config": list(task.candidate.config)}
-        if faults := checked.get(task, {}).get("faults"):
-            return [row | {"failed": "; ".join(faults)}]
-        if (name, task.form) not in known:
-            known.clear()
-            run = session.attention(name, task.form)
-            known[name, task.form] = run, run.results()
-        row |= time_candidate(*known[name, task.form], task.candidate, session.device)
-        session.say(f"{item}: {1e3 * row['seconds']:.3f} ms")
-        return [row]
 
-    session.run(phase, {item: lambda item=item: time_one(item) for item in tried})
+def time_tiles(session: Session, name: str, task: gpu_checks.Task, fault: str | None) -> list[dict]:
+    row = {"case": name, "form": task.form, "stage": task.candidate.stage, "config": list(task.candidate.config)}
+    if fault:
+        return [row | {"failed": fault}]
+    run, shipped = _shipped(session.interpret, name, task.form)
+    return [row | time_candidate(run, shipped, task.candidate, session.device)]
+
+
+@lru_cache(maxsize=1)
+def _shipped(interpret: bool, name: str, form: str) -> tuple[Run, dict]:
+    run = Session(Path(), interpret).attention(name, form)
+    return run, run.results()
 
 
 def time_candidate(run: Run, shipped: dict, candidate: gpu_checks.Candidate, device: str) -> dict:
@@ -244,43 +315,42 @@ def time_candidate(run: Run, shipped: dict, candidate: gpu_checks.Candidate, dev
     return {"errors": checked["errors"], "seconds": seconds}
 
 
-def profile(session: Session, phase: str) -> None:
+def profile(session: Session, phase: str, pool: Pool) -> None:
     """Where the time of the slowest case goes, kernel by kernel: ``profile.txt``."""
-
-    def record() -> list[dict]:
-        name, form = session.slowest()
-        run = session.attention(name, form)
-        run.results()
-        on_gpu = session.device == "cuda"
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-        with torch.profiler.profile(activities=activities) as recorded:
-            for _ in range(5 if on_gpu else 1):
-                run.results()
-        order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        text = recorded.key_averages().table(sort_by=order, row_limit=25)
-        replace_file(session.out / "profile.txt", f"{name}, {form} form\n{text}\n".encode())
-        session.say(f"profile of {name}, {form} form\n{text}")
-        return [{"case": name, "form": form}]
-
-    session.run(phase, {"slowest": record})
+    session.run(phase, {"slowest": partial(record_profile, session)}, pool)
 
 
-def dispatcher(session: Session, phase: str) -> None:
+def record_profile(session: Session) -> list[dict]:
+    name, form = session.slowest()
+    run, on_gpu = session.attention(name, form), session.device == "cuda"
+    run.results()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=activities) as recorded:
+        for _ in range(5 if on_gpu else 1):
+            run.results()
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    text = f"{name}, {form} form\n{recorded.key_averages().table(sort_by=order, row_limit=25)}\n"
+    replace_file(session.out / "profile.txt", text.encode())
+    print(text)
+    return [{"case": name, "form": form}]
+
+
+def dispatcher(session: Session, phase: str, pool: Pool) -> None:
     """AttentionDispatcher and the per-edge loop with equal parameters, as the layers of ``bench.py``."""
     computer = cases.Case("computer_use", cases.computer_use)
     chosen = cases.TOY if session.interpret else (*cases.DISPATCH, computer)
+    session.run(phase, {case.name: partial(time_layer, session, phase, case) for case in chosen}, pool)
 
-    def time_one(case: cases.Case) -> list[dict]:
-        batch = 1 if session.interpret else 4
-        case = dataclasses.replace(case, kind="layer", batch=batch, options={"forms": ("edge",)})
-        settings = session.settings(phase)
-        rows = bench.run_case(case, settings)
-        if session.device == "cuda" and "step_seconds" in rows[0]:
-            rows[0]["launch_gaps"] = launch_gaps(layers.layer(case, settings).providers[0].build())
-        session.say("\n".join(map(plot.line, rows)) + f", launch gaps {rows[0].get('launch_gaps')}")
-        return rows
 
-    session.run(phase, {case.name: lambda case=case: time_one(case) for case in chosen})
+def time_layer(session: Session, phase: str, case: cases.Case) -> list[dict]:
+    batch = 1 if session.interpret else 4
+    case = dataclasses.replace(case, kind="layer", batch=batch, options={"forms": ("edge",)})
+    settings = session.settings(phase)
+    rows = bench.run_case(case, settings)
+    if session.device == "cuda" and "step_seconds" in rows[0]:
+        rows[0]["launch_gaps"] = launch_gaps(layers.layer(case, settings).providers[0].build())
+        print(f"{case.name}: {100 * rows[0]['launch_gaps']:.0f} % of the time between kernels")
+    return rows
 
 
 def launch_gaps(run: Run, steps: int = 5) -> float:
@@ -298,31 +368,30 @@ def launch_gaps(run: Run, steps: int = 5) -> float:
     return 1 - sum(span.end - span.start for span in spans) / elapsed  # of one stream: kernels follow each other
 
 
-def tools(session: Session, phase: str) -> None:
+def tools(session: Session, phase: str, pool: Pool) -> None:
     """compute-sanitizer over a small case, ncu over the slowest: what they print is in files of their names."""
+    small = next(iter(session.cases)) if session.interpret else "robot"
     known = {
-        "compute-sanitizer": (["--tool", "memcheck", "--error-exitcode", "1"], (next(iter(session.cases)), "edge")),
+        "compute-sanitizer": (["--tool", "memcheck", "--error-exitcode", "1"], (small, "edge")),
         "ncu": (["--set", "basic", "--launch-count", "24"], session.slowest()),
     }
-    if not session.interpret:
-        known["compute-sanitizer"] = known["compute-sanitizer"][0], ("robot", "edge")
+    calls = {name: partial(run_tool, session, phase, name, *known[name]) for name in known if shutil.which(name)}
+    session.run(phase, calls, pool)
 
-    def run_tool(name: str) -> list[dict]:
-        options, what = known[name]
-        command = [name, *options, sys.executable, "-m", "benchmarks.gpu", "--out", str(session.out), "--once", *what]
-        command += ["--interpret"] * session.interpret
-        path, row = session.out / f"{name}.txt", {"case": what[0], "form": what[1]}
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=session.left(phase) + GRACE / 2)
-        except subprocess.TimeoutExpired:
-            return [row | {"skipped": "it took too long"}]
-        replace_file(path, (done.stdout + done.stderr).encode())
-        session.say(f"{name} on {' '.join(what)}: status {done.returncode}, {path}")
-        # ncu may lack the right to read counters: that is no fault of the kernels
-        verdict = "failed" if name == "compute-sanitizer" else "skipped"
-        return [row | ({verdict: f"status {done.returncode}"} if done.returncode else {})]
 
-    session.run(phase, {name: lambda name=name: run_tool(name) for name in known if shutil.which(name)})
+def run_tool(session: Session, phase: str, name: str, options: list[str], what: tuple[str, str]) -> list[dict]:
+    command = [name, *options, sys.executable, "-m", "benchmarks.gpu", "--out", str(session.out), "--once", *what]
+    command += ["--interpret"] * session.interpret
+    path, row = session.out / f"{name}.txt", {"case": what[0], "form": what[1]}
+    try:
+        left = session.until(phase) - time.time() + GRACE / 2
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        return [row | {"skipped": "it took too long"}]
+    replace_file(path, (done.stdout + done.stderr).encode())
+    # ncu may lack the right to read counters: that is no fault of the kernels
+    verdict = "failed" if name == "compute-sanitizer" else "skipped"
+    return [row | ({verdict: f"status {done.returncode}, {path}"} if done.returncode else {})]
 
 
 WORK = {"defaults": check_tasks, "ours": time_cases, "correctness": check_tasks, "providers": time_cases}
@@ -331,17 +400,14 @@ WORK |= {"sweep": sweep, "profile": profile, "dispatcher": dispatcher, "tools": 
 
 def faults(session: Session, phases: Iterable[str]) -> list[str]:
     """What is wrong, or failed, of the kernels and of "ours"."""
-    lines = []
     rows = [(phase, row) for phase in phases if phase != "sweep" for row in session.rows(phase)]
-    for phase, row in rows:
-        wrong = row.get("faults") or ([row["failed"]] if row.get("failed") else [])
-        if wrong and row.get("provider", "ours") == "ours":
-            lines.append(f"{phase}, {row['item']}: {'; '.join(wrong)}")
-    return lines
+    own = ((phase, row) for phase, row in rows if wrong_in(row) and row.get("provider", "ours") == "ours")
+    return [f"{phase}, {row['item']}: {wrong_in(row)}" for phase, row in own]
 
 
 def plan() -> int:
     """What needs neither a GPU nor the interpreter: every import, the plans of all cases, a kernel for sm_90."""
+    forget_absent()
     for case in cases.GPU:
         pairs = [f"{form} {Problem(case).plan(form).table.pairs:,}" for form in ("joint", "edge")]
         print(f"{case.name}: {', '.join(pairs)} pairs", flush=True)
@@ -351,47 +417,6 @@ def plan() -> int:
     return 0
 
 
-def work(session: Session, phases: list[str]) -> int:
-    """All phases, in this process."""
-    session.say(", ".join(f"{name} {value}" for name, value in session.environment.items()))
-    for phase in phases:
-        session.say(f"== {phase}")
-        WORK[phase](session, phase)
-    wrong = faults(session, phases)
-    session.say("\n".join(["FAULTS", *wrong]) if wrong else "done")
-    return int(bool(wrong))
-
-
-def watch(command: list[str], out: Path, began: float, seconds: float) -> int:
-    """Runs the phases in a process, and in another one whenever it has died, hung or lost the device; gives its status.
-    What it was at then is a failed item, unless it had hardly begun when its phase's time was up."""
-    running = out / "running.json"
-    while time.time() < began + seconds:
-        running.unlink(missing_ok=True)
-        child = subprocess.Popen([*command, "--began", str(began)], start_new_session=True)
-        status, told = None, {}
-        while status is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                status = child.wait(0.5)
-            told = json.loads(running.read_text()) if running.exists() else {}
-            if time.time() > told.get("until", began + seconds + GRACE):
-                break
-        with contextlib.suppress(ProcessLookupError):
-            # with the processes that it has started
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        if status in (0, 1, 2):
-            return status
-        if not told:
-            return 1
-        what = "it took too long" if status is None else f"its process ended with status {status}"
-        print(f"{told['phase']}, {told['item']}: {what}; another process goes on", flush=True)
-        if told["item"] and status != LOST and (status is not None or time.time() - told["since"] > PATIENCE):
-            rows, failed = out / f"{told['phase']}.jsonl", {"item": told["item"], "failed": what}
-            measure.write_rows([*(measure.read_rows(rows) if rows.exists() else ()), failed], rows)
-    return 1
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for rows, profile and logs")
@@ -399,7 +424,6 @@ def main(argv=None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with what has no rows yet")
     parser.add_argument("--interpret", action="store_true", help="toy sizes in Triton's interpreter, on the CPU")
     parser.add_argument("--plan", action="store_true", help="no run: plan every case, compile a kernel ahead of time")
-    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--once", nargs=2, metavar=("CASE", "FORM"), help="one step of the kernels, for tools")
     options = parser.parse_args(argv)
     phases = options.phases.split(",")
@@ -407,25 +431,27 @@ def main(argv=None) -> int:
         parser.error(f"no phase {', '.join(sorted(unknown))}; there are {', '.join(PHASES)}")
     if not (options.interpret or options.plan or torch.cuda.is_available()):
         parser.error("no NVIDIA device here; --interpret runs toy sizes on the CPU")
-    if options.plan or options.interpret:
-        sys.modules.update({name: None for name in ABSENT if name not in sys.modules})
-    share = UNHURRIED if options.interpret else RESUMED if options.resume else 1.0
     if options.plan:
         return plan()
-    if options.began is None and not options.once:
-        options.out.mkdir(parents=True, exist_ok=True)
-        for phase in () if options.resume else phases:
-            (options.out / f"{phase}.jsonl").unlink(missing_ok=True)
-        if options.interpret:
-            os.environ["TRITON_INTERPRET"] = "1"  # for the child, where kernels are defined after it is read
-        command = [sys.executable, "-m", "benchmarks.gpu", *(argv or sys.argv[1:])]
-        return watch(command, options.out, time.time(), max(PHASES.values()) * share)
-    session = Session(options.out, options.interpret, options.began, share)
+    share = UNHURRIED if options.interpret else RESUMED if options.resume else 1.0
+    session = Session(options.out, options.interpret, share=share)
     if options.once:
         session.attention(*options.once).results()
-        session.check()
         return 0
-    return work(session, phases)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for phase in () if options.resume else phases:
+        (options.out / f"{phase}.jsonl").unlink(missing_ok=True)
+    if options.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # for other processes, which define kernels after it is read
+    session.environment.update(measure.environment(session.device), triton=triton.__version__)
+    session.say(", ".join(f"{name} {value}" for name, value in session.environment.items()))
+    pool = Pool()
+    for phase in phases:
+        session.say(f"== {phase}")
+        WORK[phase](session, phase, pool)
+    wrong = faults(session, phases)
+    session.say("\n".join(["FAULTS", *wrong]) if wrong else "done")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,7 @@ runs.
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -61,12 +56,6 @@ class Task(NamedTuple):
         layout = f" {self.layout}" if self.layout != "contiguous" else ""
         return f"D {self.head_dim} {str(self.dtype).removeprefix('torch.')} {self.form}{gains}{layout}"
 
-    def row(self, errors: dict, budgets: dict, faults: list[str]) -> dict:
-        """The task and what came of it, as plain values."""
-        plain = {name: value for name, value in self._asdict().items() if name != "candidate"}
-        plain["dtype"] = str(self.dtype).removeprefix("torch.")
-        return plain | {"errors": errors, "budgets": budgets, "faults": faults}
-
 
 def tasks(toy: bool = False) -> tuple[list[Task], list[Task]]:
     """Those of the default configurations, bfloat16 at the usual head dimensions, and all others. ``toy``: for Triton's
@@ -110,7 +99,7 @@ def mixed_table(form: str, n: int) -> BlockTable:
     return BlockTable.from_rectangles("edge", n, 4, segment=segment, edge=edge, replace=edge == 3, **names)
 
 
-def run_task(task: Task, device: str) -> dict:
+def run_task(task: Task, device: str) -> list[dict]:
     """A task's row: its results against float64, twice the same bits, and every launch of its configurations made."""
     table, sigmoid = mixed_table(task.form, task.positions), task.form == "sigmoid"
     q, k, v, grad_out = _inputs(task, device)
@@ -145,7 +134,9 @@ def run_task(task: Task, device: str) -> dict:
         # a handful of gains can agree by luck: one unit in the last place is granted
         budgets |= {"dgain": max(budgets["dgain"], torch.finfo(task.dtype).eps)} if task.gained else {}
     checked = measure.compare(results, exact, budgets)
-    return task.row(checked["errors"], budgets, faults + checked["faults"])
+    row = {name: value for name, value in task._asdict().items() if name != "candidate"}
+    row["dtype"] = str(task.dtype).removeprefix("torch.")
+    return [row | checked | {"faults": faults + checked["faults"]}]
 
 
 @contextlib.contextmanager
@@ -198,65 +189,3 @@ def unused(table: BlockTable, task: Task, device: str) -> list[str]:
         used = {(tiling.block_m, tiling.block_n) for tiling in tilings}
         missing += [f"{stage}: {c.block_m} × {c.block_n} not run" for c in known if (c.block_m, c.block_n) not in used]
     return missing
-
-
-def run_apart(
-    chosen: list[Task],
-    device: str,
-    seconds: float,
-    on_row: Callable[[Task, dict], None],
-    workers: int,
-    run: Callable[[Task, str], dict] = run_task,
-) -> list[Task]:
-    """Calls ``on_row`` with each task's row as it comes, from several processes: compiling takes most of the time.
-
-    A process ends with a task that raises, for the device may be of no more use to it, dies, or has no result after
-    ``seconds``. Such a task's row has that fault; the next one gets a new process. Returns the tasks that were not
-    begun in time; they have no row.
-    """
-    context, own, started = get_context("spawn"), threading.local(), []
-    until, telling = time.perf_counter() + seconds, threading.Lock()
-
-    def row_of(task: Task) -> bool:
-        """Whether there was time for it."""
-        left = until - time.perf_counter()
-        if left <= 0:
-            return False
-        if getattr(own, "process", None) is None:
-            own.pipe, other = context.Pipe()
-            own.process = context.Process(target=_serve, args=(other, device, run), daemon=True)
-            own.process.start()
-            other.close()
-            started.append(own.process)
-        try:
-            own.pipe.send(task)
-            row = own.pipe.recv() if own.pipe.poll(left) else f"no result after {left:.0f} s"
-        except (EOFError, OSError):
-            row = "its process died"
-        if isinstance(row, str):
-            own.process.kill()
-            own.process, row = None, task.row({}, {}, [row])
-        with telling:
-            on_row(task, row)
-        return True
-
-    with ThreadPoolExecutor(workers) as threads:
-        begun = list(threads.map(row_of, chosen))
-    for process in started:
-        process.kill()
-    return [task for task, was_begun in zip(chosen, begun) if not was_begun]
-
-
-def _serve(pipe: Connection, device: str, run: Callable[[Task, str], dict]) -> None:
-    """Answers tasks with rows, and the first one that raises with what it raised."""
-    row: dict | str = {}
-    while isinstance(row, dict):
-        try:
-            task = pipe.recv()
-        except EOFError:  # there are no more
-            return
-        try:
-            row = run(task, device)
-        except Exception as cause:
-            row = measure.told(cause)
-        pipe.send(row)

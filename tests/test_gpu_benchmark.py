@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -22,6 +23,17 @@ from canvas_kernels.triton_ops import configs
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class Here:
+    """Makes the calls of a pool in this process."""
+
+    def run(self, calls, until, on_rows, workers=1) -> list[str]:
+        if time.time() >= until:
+            return [*calls]
+        for name, call in calls.items():
+            on_rows(name, call())
+        return []
+
+
 @pytest.mark.parametrize("factor", [1 + 1e-4, math.nan])
 def test_a_wrong_or_unwritten_result_is_a_fault(factor, monkeypatch):
     task = gpu_checks.Task(16, torch.float32, "joint", False, 60)
@@ -32,7 +44,7 @@ def test_a_wrong_or_unwritten_result_is_a_fault(factor, monkeypatch):
         return out * factor, *others
 
     monkeypatch.setattr(gpu_checks.launch, "forward", wrong)
-    assert any(fault.startswith("out: error") for fault in gpu_checks.run_task(task, "cpu")["faults"])
+    assert any(fault.startswith("out: error") for fault in gpu_checks.run_task(task, "cpu")[0]["faults"])
 
 
 @pytest.mark.parametrize(
@@ -45,7 +57,7 @@ def test_a_wrong_or_unwritten_result_is_a_fault(factor, monkeypatch):
     ],
 )
 def test_right_results_are_within_their_budgets(head_dim, dtype, form, gained, layout):
-    row = gpu_checks.run_task(gpu_checks.Task(head_dim, dtype, form, gained, 60, layout), "cpu")
+    (row,) = gpu_checks.run_task(gpu_checks.Task(head_dim, dtype, form, gained, 60, layout), "cpu")
     assert row["faults"] == [] and set(row["errors"]) == set(gpu_checks.RESULTS[: 4 + gained])
     assert max(row["budgets"].values()) < (1e-4 if dtype == torch.float32 else 5e-3)
 
@@ -58,10 +70,10 @@ def test_what_is_allocated_under_the_checks_is_nan():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wrong_dispatcher_is_not_timed(dtype, tmp_path, monkeypatch):
-    session, usual = gpu.Session(tmp_path, interpret=True), AttentionDispatcher.load_state_dict
-    session.dtype = dtype
+    session, usual = gpu.Session(tmp_path, True), AttentionDispatcher.load_state_dict
+    monkeypatch.setattr(gpu.Session, "dtype", dtype)
     monkeypatch.setattr(AttentionDispatcher, "__init__", torch_backend(AttentionDispatcher.__init__))
-    gpu.dispatcher(session, "dispatcher")
+    gpu.dispatcher(session, "dispatcher", Here())
     (ours, loop) = session.rows("dispatcher")
     module = PerEdgeLoop(*reversed(cases.TOY[0].declare()), 32, 1)
     assert set(ours["errors"]) == {"out", "x", *dict(module.named_parameters())} and loop["provider"] == "per_edge_loop"
@@ -74,7 +86,7 @@ def test_a_wrong_dispatcher_is_not_timed(dtype, tmp_path, monkeypatch):
 
     monkeypatch.setattr(AttentionDispatcher, "load_state_dict", load)
     (tmp_path / "dispatcher.jsonl").unlink()
-    gpu.dispatcher(session, "dispatcher")
+    gpu.dispatcher(session, "dispatcher", Here())
     ours = session.rows("dispatcher")[0]
     assert "step_seconds" not in ours and " out: error" in ours["failed"] and " x: error" in ours["failed"]
     (told,) = gpu.faults(session, ["dispatcher"])
@@ -101,30 +113,42 @@ def test_a_tile_candidate_with_other_results_is_not_timed(which, dtype, factor):
     assert run.times == []
 
 
-def misbehave(task: gpu_checks.Task, device: str) -> dict:
-    if task.form == "raise":
-        raise RuntimeError("an illegal memory access")
-    if task.form == "die":
+def misbehave(how: str) -> list[dict]:
+    if how == "raise":
+        raise RuntimeError("out of memory")
+    if how == "die":
         os._exit(3)
-    if task.form == "hang":
+    if how == "hang":
         time.sleep(600)
-    return {"form": task.form, "process": os.getpid(), "faults": []}
+    if how == "lose the device":
+        torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), misbehave_on_synchronize
+    return [{"process": os.getpid()}]
 
 
-def test_a_task_that_raises_dies_or_hangs_takes_no_other_with_it():
-    def apart(forms: list[str], seconds: float) -> tuple[dict, list]:
-        chosen, rows = [gpu_checks.Task(16, torch.bfloat16, form, False, 30) for form in forms], {}
-        late = gpu_checks.run_apart(chosen, "cpu", seconds, lambda t, row: rows.update({t.form: row}), 1, misbehave)
-        return rows, [task.form for task in late]
+def misbehave_on_synchronize():
+    raise RuntimeError("an illegal memory access")
 
-    rows, late = apart(["one", "two", "raise", "three", "die", "four"], 600)
-    faults = [row["faults"] for row in rows.values()]
-    assert faults == [[], [], ["RuntimeError: an illegal memory access"], [], ["its process died"], []] and late == []
-    processes = [rows[form]["process"] for form in ("one", "two", "three", "four")]
-    assert processes[0] == processes[1] and len(set(processes)) == 3
-    assert rows["raise"]["dtype"] == "bfloat16" and rows["raise"]["errors"] == rows["raise"]["budgets"] == {}
-    rows, late = apart(["hang", "late"], 2)
-    assert rows["hang"]["faults"] == ["no result after 2 s"] and late == ["late"] and "late" not in rows
+
+def calls_of(*hows: str) -> dict:
+    return {how: functools.partial(misbehave, how) for how in hows}
+
+
+def test_a_call_that_raises_dies_hangs_or_loses_the_device_takes_no_other_with_it(monkeypatch):
+    pool, rows = gpu.Pool(), {}
+    note = lambda name, new: rows.update({name: new[0]})  # noqa: E731
+    hows = ("one", "raise", "two", "die", "three", "lose the device", "four")
+    assert pool.run(calls_of(*hows), time.time() + 600, note) == []
+    assert {how: row["failed"] for how, row in rows.items() if "failed" in row} == {
+        "raise": "RuntimeError: out of memory",
+        "die": "its process died",
+    }
+    one, two, three, lost, four = (rows[how]["process"] for how in hows if "process" in rows[how])
+    assert one == two != three == lost != four
+    monkeypatch.setattr(gpu, "GRACE", 0.0)
+    assert pool.run(calls_of("hang", "late"), time.time() + 2, note) == ["hang", "late"]
+    monkeypatch.setattr(gpu, "PATIENCE", 0.0)
+    assert pool.run(calls_of("hang", "late"), time.time() + 2, note) == ["late"]
+    assert rows["hang"] == {"failed": "it took too long"} and "late" not in rows
 
 
 def test_every_configuration_of_every_architecture_is_run_by_the_checks(monkeypatch):
@@ -197,68 +221,20 @@ def test_the_command_runs_at_toy_size_and_resumes(tmp_path):
     assert {phase for phase in same if later[phase] == rows[phase]} == same and len(later["profile"]) == 1
 
 
-CHILD = """
-import json, os, signal, sys, time
-out, done = sys.argv[1], sys.argv[1] + "/ours.jsonl"
-known = [json.loads(line)["item"] for line in open(done)] if os.path.exists(done) else []
-for item in ("sound", "dies", "lost", "hangs", "last"):
-    if item in known:
-        continue
-    until = time.time() + (0 if item == "hangs" else 60)
-    told = {"phase": "ours", "item": item, "since": time.time() - 60, "until": until}
-    open(out + "/running.json", "w").write(json.dumps(told))
-    if item == "dies":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if item == "hangs":
-        time.sleep(600)
-    with open(done, "a") as file:
-        file.write(json.dumps({"item": item}) + chr(10))
-    if item == "lost":
-        sys.exit(3)
-"""
-
-
-def test_another_process_goes_on_after_one_that_died_hung_or_lost_the_device(tmp_path, capsys):
-    command = [sys.executable, "-c", CHILD, str(tmp_path)]
-    assert gpu.watch(command, tmp_path, time.time(), 60) == 0
-    rows = measure.read_rows(tmp_path / "ours.jsonl")
-    assert [row["item"] for row in rows] == ["sound", "dies", "lost", "hangs", "last"]
-    assert rows[1]["failed"] == "its process ended with status -11" and rows[3]["failed"] == "it took too long"
-    assert not any("failed" in rows[i] for i in (0, 2, 4))
-    assert capsys.readouterr().out.count("another process goes on") == 3
-    # it never runs longer than it may
-    assert gpu.watch(command, tmp_path, time.time() - 100, 60) == 1
-
-
-def test_what_a_late_phase_was_at_is_tried_again(tmp_path):
-    child = CHILD.replace("time.time() - 60", "time.time()").replace('"dies", "lost", ', "")
-    assert gpu.watch([sys.executable, "-c", child, str(tmp_path)], tmp_path, time.time(), 3) == 1
-    assert [row["item"] for row in measure.read_rows(tmp_path / "ours.jsonl")] == ["sound"]
-
-
-def test_a_deadline_ends_a_phase_and_a_lost_device_the_process(tmp_path, monkeypatch, capsys):
-    session = gpu.Session(tmp_path, interpret=True)
-    session.run("ours", {"one": lambda: [{"found": 1}], "two": lambda: 1 / 0})
+def test_what_is_known_is_not_done_again_and_nothing_is_begun_after_a_deadline(tmp_path, capsys):
+    session = gpu.Session(tmp_path, True, environment={"commit": "abc"})
+    session.run("ours", {"one": lambda: [{"found": 1}], "two": lambda: [{"failed": "no"}]}, Here())
     rows = session.rows("ours")
-    assert rows[0]["found"] == 1 and rows[1]["failed"].startswith("ZeroDivisionError") and rows[0]["commit"]
-    assert gpu.faults(session, ["ours"]) == ["ours, two: ZeroDivisionError: division by zero"]
+    assert [row["item"] for row in rows] == ["one", "two"] and rows[0]["found"] == 1 and rows[0]["commit"] == "abc"
+    assert gpu.faults(session, ["ours"]) == ["ours, two: no"]
     session.write("ours", "two", [{"found": 2}, {"skipped": measure.NO_TIME}])
-    assert session.missing("ours", ["one", "two", "three"]) == ["two", "three"]
-    session.write("ours", "two", [{"found": 2}])
-    assert session.missing("ours", ["one", "two", "three"]) == ["three"] and len(session.rows("ours")) == 2
+    again = {"one": lambda: pytest.fail("known"), "two": lambda: [{"found": 3}], "three": lambda: [{}]}
+    session.run("ours", again, Here())
     rows = session.rows("ours")
-    late = gpu.Session(tmp_path, interpret=True, began=time.time() - gpu.PHASES["ours"])
-    late.run("ours", {"one": lambda: pytest.fail("known"), "three": lambda: pytest.fail("late")})
-    assert "no time was left for 1: three" in capsys.readouterr().out and session.rows("ours") == rows
-
-    def fault():
-        raise RuntimeError("an illegal memory access was encountered")
-
-    session.device = "cuda"
-    monkeypatch.setattr(torch.cuda, "synchronize", fault)
-    with pytest.raises(SystemExit) as end:
-        session.run("profile", {"one": lambda: [{}], "two": lambda: pytest.fail("the device is lost")})
-    assert end.value.code == gpu.LOST and [row["item"] for row in session.rows("profile")] == ["one"]
+    assert [(row["item"], row.get("found")) for row in rows] == [("one", 1), ("two", 3), ("three", None)]
+    late = gpu.Session(tmp_path, True, began=time.time() - gpu.PHASES["ours"])
+    late.run("ours", {"one": lambda: pytest.fail("known"), "four": lambda: pytest.fail("late")}, Here())
+    assert "no time was left for 1: four" in capsys.readouterr().out and session.rows("ours") == rows
 
 
 def test_the_slowest_of_ours_is_profiled(tmp_path):
