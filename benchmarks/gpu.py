@@ -331,7 +331,7 @@ def record_profile(session: Session) -> list[dict]:
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     text = f"{name}, {form} form\n{recorded.key_averages().table(sort_by=order, row_limit=25)}\n"
     replace_file(session.out / "profile.txt", text.encode())
-    print(text)
+    print(text, flush=True)
     return [{"case": name, "form": form}]
 
 
@@ -349,7 +349,7 @@ def time_layer(session: Session, phase: str, case: cases.Case) -> list[dict]:
     rows = bench.run_case(case, settings)
     if session.device == "cuda" and "step_seconds" in rows[0]:
         rows[0]["launch_gaps"] = launch_gaps(layers.layer(case, settings).providers[0].build())
-        print(f"{case.name}: {100 * rows[0]['launch_gaps']:.0f} % of the time between kernels")
+        print(f"{case.name}: {100 * rows[0]['launch_gaps']:.0f} % of the time between kernels", flush=True)
     return rows
 
 
