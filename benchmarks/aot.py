@@ -1,6 +1,6 @@
 """Compiles every shipped kernel configuration ahead of time, without a GPU, and checks what the compiler made of it.
 
-    python -m benchmarks.aot [--arch sm_90] [--head-dim 64,128] [--dtype bf16] [--jobs 2] [--compare ROWS] [--save ROWS]
+    python -m benchmarks.aot [--arch sm_90] [--head-dim 64,128] [--dtype bf16] [--jobs 2] [--save ROWS] [--commit]
 
 A fault is, up to head_dim 128 where it says so:
 - shared memory beyond the architecture's limit (sm_80: that of its consumer relatives);
@@ -10,12 +10,11 @@ A fault is, up to head_dim 128 where it says so:
   waits for the one before it;
 - sm_80, sm_90, sm_100: walked tensors whose loads are not asynchronous copies inside the loop, that is, pipelined.
 
-A fault ends the program with status 1, unless the committed rows have it of the same kernel: it is a known one. So does
-what is worse than in these rows: a configuration that is gone; more spilled, waste, serialised wgmmas, local accesses;
-fewer wgmma dots or asynchronous copies; room for fewer programs on a multiprocessor; a predicted rate more than 3 %
-lower. Where the rows are another Triton's, that is told only. Triton 3.6.0 has rows of its own.
-
-A change that is meant: ``--commit`` writes over the committed rows of what is compiled, and keeps the others.
+The status is 1 where a fault is not in the committed rows, and where a kernel is worse than in these: gone; more
+spilled, waste, serialised wgmmas, local accesses; fewer wgmma dots, asynchronous copies or programs on a
+multiprocessor; a predicted rate more than 3 % lower. Where the rows are another Triton's, worse kernels are only
+printed. Triton 3.6.0 has rows of its own. ``--commit`` writes over the committed rows of what is compiled, and keeps
+the others.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, measure, static_model, yardstick
+from benchmarks import measure, static_model, yardstick
 from canvas_kernels.triton_ops import configs
 from canvas_kernels.triton_ops.configs import Launch
 
@@ -39,26 +38,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOAT32_POINTERS = ("lse_ptr", "lse2_ptr", "delta_ptr")
 SPILL_FREE_UP_TO, STACK = 128, 16
-RESULTS = ("registers", "resident", "spilled", "shared", "wgmma", "copies", "seconds", "faults")
-READ = ("instructions", "other_instructions", "waste", "exp2", "waits", "serialised", "local", "bound", "predicted")
-YARDSTICK_HEAD_DIMS = (64, 128)
-# KiB a program may have. sm_86, sm_89 and sm_120 run sm_80's configurations and have 99 of its 163.
+# Bytes that a program may have. sm_86, sm_89 and sm_120 run sm_80's configurations and have 99 of its 163 KiB.
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+PRINTED = ("registers", "resident", "spilled", "shared", "wgmma", "copies", "seconds", "instructions", "waste", "bound")
+PRINTED += ("serialised", "local", "predicted")
+RESOURCES = ("arch", "stage", "form", "signed", "head_dim", "dtype", "tile")
+REPORTED, AT_MOST = ("registers", "shared", "instructions"), ("spilled", "waste", "serialised", "local")
+AT_LEAST = {"wgmma": 1, "copies": 1, "resident": 1, "predicted": 0.97}
+"""What is compared of a kernel: what is only shown, what may not grow, the share of it that has to be left."""
 
 
 def launches(archs=configs.ARCHITECTURES, head_dims=configs.HEAD_DIMS, dtypes=tuple(DTYPES)) -> list[Launch]:
     """The shipped launches to compile, slow ones first, and the yardstick's."""
-    chosen = [
-        launch
-        for arch in archs
-        for launch in configs.shipped(arch, tuple(head_dims))
-        if DTYPE_NAMES[launch.dtype] in dtypes
-    ]
+    shipped = (launch for arch in archs for launch in configs.shipped(arch, tuple(head_dims)))
+    chosen = [launch for launch in shipped if DTYPE_NAMES[launch.dtype] in dtypes]
     if "sm_90" in archs and "bf16" in dtypes:
         chosen += [
             Launch("sm_90", stage, "dense", False, head_dim, torch.bfloat16, config)
-            for head_dim in YARDSTICK_HEAD_DIMS
-            if head_dim in head_dims
+            for head_dim in {64, 128}.intersection(head_dims)
             for stage, config in yardstick.CONFIGS.items()
         ]
     return sorted(chosen, key=lambda launch: -launch.head_dim)
@@ -70,8 +67,7 @@ def is_read(launch: Launch) -> bool:
 
 
 def resident(arch: str, registers: int, shared: int, num_warps: int) -> int:
-    """Programs that fit a multiprocessor at once: each of ``num_warps`` warps, ``registers`` per lane and ``shared``
-    bytes.
+    """Programs that fit a multiprocessor at once: of ``num_warps`` warps, ``registers`` a lane and ``shared`` bytes.
 
     >>> resident("sm_90", 168, 65536, 4), resident("gfx942", 168, 17408, 4)
     (3, 3)
@@ -87,73 +83,56 @@ def resident(arch: str, registers: int, shared: int, num_warps: int) -> int:
 
 
 def compile_launch(launch: Launch) -> dict:
-    """What the compiler made of a launch: registers, bytes spilled, shared memory, wgmmas, copies, seconds, faults, and
-    what :func:`benchmarks.static_model.describe` gives."""
+    """Compile a launch; returns its row: resources, faults, and what :func:`benchmarks.static_model.describe` reads."""
     import triton
+    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    config, arch = launch.config, launch.arch
     function, signature, constants, attributes = _signature(launch)
-    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages, "enable_fp_fusion": True}
-    if launch.config.max_registers and launch.arch != "gfx942":
-        options["maxnreg"] = launch.config.max_registers
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if config.max_registers and arch != "gfx942":
+        options["maxnreg"] = config.max_registers
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("hip", arch, 64) if arch == "gfx942" else GPUTarget("cuda", int(arch[3:]), 32)
     began = time.perf_counter()
-    kernel = triton.compile(source, target=_target(launch.arch), options=options)
+    kernel = triton.compile(source, target=target, options=options)
     row = describe(launch) | {"seconds": round(time.perf_counter() - began, 2), "shared": kernel.metadata.shared}
-    row |= _amd_resources(kernel) if launch.arch == "gfx942" else _nvidia_resources(kernel, launch)
-    row["resident"] = resident(launch.arch, row["registers"], row["shared"], kernel.metadata.num_warps)
+    row |= _amd_resources(kernel) if arch == "gfx942" else _nvidia_resources(kernel, launch)
+    row["resident"] = resident(arch, row["registers"], row["shared"], kernel.metadata.num_warps)
     if is_read(launch):
-        config, specialised = launch.config, "ttg.warp_specialize" in kernel.asm["ttgir"]
         shape = (config.block_m, config.block_n, configs.block_d(launch.head_dim), config.num_warps)
-        row |= static_model.describe(kernel.asm["cubin"], launch.stage, *shape, consumers=1 + specialised)
+        consumers = 1 + ("ttg.warp_specialize" in kernel.asm["ttgir"])
+        row |= static_model.describe(kernel.asm["cubin"], launch.stage, *shape, consumers=consumers)
     row["faults"] = faults(launch, row) if launch.form != "dense" else []
     return row
 
 
 def describe(launch: Launch) -> dict:
     """A launch as plain values."""
-    config = launch.config
-    return {
-        "arch": launch.arch,
-        "stage": launch.stage,
-        "form": launch.form,
-        "signed": launch.signed,
-        "head_dim": launch.head_dim,
-        "dtype": DTYPE_NAMES[launch.dtype],
-        "tile": f"{config.block_m}x{config.block_n}",
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "max_registers": config.max_registers,
-    }
+    row = {name: getattr(launch, name) for name in ("arch", "stage", "form", "signed", "head_dim")}
+    row |= {"dtype": DTYPE_NAMES[launch.dtype], "tile": f"{launch.config.block_m}x{launch.config.block_n}"}
+    return row | {name: getattr(launch.config, name) for name in ("num_warps", "num_stages", "max_registers")}
 
 
 def faults(launch: Launch, row: dict) -> list[str]:
     """What is wrong with a compiled launch; empty if nothing is."""
-    found, bounded, read = [], launch.head_dim <= SPILL_FREE_UP_TO, is_read(launch)
-    if bounded and row["spilled"] > STACK * read:
-        found.append(f"spills {row['spilled']} bytes")
-    if row["shared"] > SHARED_LIMIT[launch.arch]:
-        found.append(f"{row['shared']} bytes of shared memory, limit {SHARED_LIMIT[launch.arch]}")
-    if read and row["wgmma"] < row["dots"]:
-        found.append(f"{row['wgmma']} of {row['dots']} dots are wgmma")
-    if launch.arch != "gfx942" and row["copies"] < 2:
-        found.append(f"{row['copies']} of 2 walked tensors are copied asynchronously in the loop")
-    if read and "waste" not in row:
-        found.append("no loop of matrix products")
-    elif read:
-        found += [f"waste {row['waste']}"] * (row["waste"] > 1)
-        found += [f"{row['serialised']} wgmmas are serialised"] * (row["serialised"] > 0)
-        found += [f"{row['local']} local accesses in loops"] * (bounded and row["local"] > 0)
-    return found
-
-
-# -- one launch -> compiler input -------------------------------------------------------------------------------------
-
-
-def _target(arch: str):
-    from triton.backends.compiler import GPUTarget
-
-    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+    bounded, read, limit = launch.head_dim <= SPILL_FREE_UP_TO, is_read(launch), SHARED_LIMIT[launch.arch]
+    dots, copies = row.get("dots", 0), row["copies"]
+    checks = [
+        (bounded and row["spilled"] > STACK * read, f"spills {row['spilled']} bytes"),
+        (row["shared"] > limit, f"{row['shared']} bytes of shared memory, limit {limit}"),
+        (read and row["wgmma"] < dots, f"{row['wgmma']} of {dots} dots are wgmma"),
+        (launch.arch != "gfx942" and copies < 2, f"{copies} of 2 walked tensors are copied asynchronously in the loop"),
+        (read and "waste" not in row, "no loop of matrix products"),
+    ]
+    if read and "waste" in row:
+        checks += [
+            (row["waste"] > 1, f"waste {row['waste']}"),
+            (row["serialised"] > 0, f"{row['serialised']} wgmmas are serialised"),
+            (bounded and row["local"] > 0, f"{row['local']} local accesses in loops"),
+        ]
+    return [fault for is_wrong, fault in checks if is_wrong]
 
 
 def _signature(launch: Launch):
@@ -161,8 +140,8 @@ def _signature(launch: Launch):
     from canvas_kernels.triton_ops.backward import dkv_kernel, dq_kernel
     from canvas_kernels.triton_ops.forward import forward_kernel
 
-    ours = {"forward": forward_kernel, "delta": dq_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
-    function = (yardstick.KERNELS if launch.form == "dense" else ours)[launch.stage]
+    own = {"forward": forward_kernel, "delta": dq_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+    function = (yardstick.KERNELS if launch.form == "dense" else own)[launch.stage]
     sigmoid = launch.form == "sigmoid"
     values = {"JOINT": launch.form == "joint", "SIGMOID": sigmoid, "IN_PLACE": launch.form in ("in_place", "sigmoid")}
     values |= {"STORED": launch.form in ("joint", "edge"), "WRITE_DQ": launch.stage == "dq", "SIGNED": launch.signed}
@@ -171,17 +150,19 @@ def _signature(launch: Launch):
     values |= {"BLOCK_M": launch.config.block_m, "BLOCK_N": launch.config.block_n}
     tuples = {"tables": ("*i32", "*i32", "*fp32", "*i64", "*i32", "*i32"), "factors": ("*fp32",) * 3}
     tuples["strides"] = ("i32",) * (9 if launch.stage == "forward" else 12)
+    half, full = f"*{DTYPE_NAMES[launch.dtype]}", "*fp32"
+    dense = {"forward": (full,), "dq": (full, full, half), "dkv": (full, full, half, half)}
+    tuples["tensors"] = (*[half] * 4, *dense.get(launch.stage, ()))
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(function.arg_names):
         if name in values:
-            signature[name] = "constexpr"
-            constants[(index,)] = values[name]
+            signature[name], constants[(index,)] = "constexpr", values[name]
         elif name in tuples:
             signature[name] = tuples[name]
             pointers = [i for i, kind in enumerate(tuples[name]) if kind.startswith("*")]
             attributes |= {(index, i): [["tt.divisibility", 16]] for i in pointers}
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in FLOAT32_POINTERS else f"*{DTYPE_NAMES[launch.dtype]}"
+            signature[name] = full if name in FLOAT32_POINTERS else half
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name.startswith("scale") else "i32"
@@ -190,36 +171,22 @@ def _signature(launch: Launch):
     return function, signature, constants, attributes
 
 
-# -- compiler output --------------------------------------------------------------------------------------------------
-
-
 def _nvidia_resources(kernel, launch: Launch) -> dict:
     usage = static_model.run_tool("cuobjdump", "--dump-resource-usage", cubin=kernel.asm["cubin"])
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
-    spilled = int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     ttgir = kernel.asm["ttgir"]
     tile = f"<{launch.config.block_n}x{configs.block_d(launch.head_dim)}x!tt.ptr"
     loop = ttgir[ttgir.index("scf.for") :].splitlines()
     wgmma = len(re.findall(r"ttng\.warp_group_dot ", ttgir))
-    return {
-        "registers": registers,
-        "spilled": spilled,
-        "wgmma": wgmma,
-        "dots": wgmma + len(re.findall(r"\btt\.dot ", ttgir)),
-        "copies": len([line for line in loop if "async_copy_global_to_local" in line and tile in line]),
-    }
+    row = {"registers": registers, "spilled": stack + local, "wgmma": wgmma}
+    row["dots"] = wgmma + len(re.findall(r"\btt\.dot ", ttgir))
+    return row | {"copies": sum("async_copy_global_to_local" in line and tile in line for line in loop)}
 
 
 def _amd_resources(kernel) -> dict:
-    assembly = kernel.asm["amdgcn"]
-
-    def metadata(name):
-        return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
-
-    return {"registers": metadata("vgpr_count"), "spilled": 4 * metadata("vgpr_spill_count"), "wgmma": 0, "copies": 0}
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
+    counts = ("vgpr_count", "vgpr_spill_count")
+    registers, spills = (int(re.search(rf"\.{name}:\s*(\d+)", kernel.asm["amdgcn"])[1]) for name in counts)
+    return {"registers": registers, "spilled": 4 * spills, "wgmma": 0, "copies": 0}
 
 
 def committed(triton: str) -> Path:
@@ -228,36 +195,43 @@ def committed(triton: str) -> Path:
     return own if own.exists() else measure.RESULTS / "aot.json"
 
 
-def tables(rows: list[dict]) -> list:
-    """What is printed: a row for each launch; what its machine code shows, if it is read; what follows for passes."""
-    from rich.table import Table
+def compare(earlier: list[dict], later: list[dict]) -> tuple[list[str], bool]:
+    """Lines on what has become worse, is gone or has new faults; and whether that fails, as the module's text says."""
+    old, new = ({tuple(row[key] for key in RESOURCES): row for row in rows} for rows in (earlier, later))
+    tritons = [" and ".join(sorted({row.get("triton", "unknown") for row in rows.values()})) for rows in (old, new)]
+    lines, same, changed, worse = [], tritons[0] == tritons[1], 0, 0
+    if old and not same:
+        lines.append(f"Triton {tritons[0]} before, {tritons[1]} now: what has become worse is shown, and does not fail")
+    for key in (key for key in old if key in new):
+        both = (name for name in (*REPORTED, *AT_MOST, *AT_LEAST) if name in old[key] and name in new[key])
+        pairs = {name: (old[key][name], new[key][name]) for name in both}
+        is_worse = any(b > a for name, (a, b) in pairs.items() if name in AT_MOST)
+        is_worse |= any(b < AT_LEAST[name] * a for name, (a, b) in pairs.items() if name in AT_LEAST)
+        changes = [f"{name} {a} → {b}" for name, (a, b) in pairs.items() if a != b]
+        changed, worse = changed + bool(changes), worse + is_worse
+        if is_worse or (changes and same):
+            lines.append(f"{' '.join(map(str, key))}: {', '.join(changes)}{' WORSE' * is_worse}")
+    gone = [" ".join(map(str, key)) for key in old if key not in new]
+    lines += [f"{name}: GONE" for name in gone]
+    faulty = {key: row["faults"] for key, row in new.items() if row.get("faults")}
+    # of what is known, the amounts are compared above
+    unknown = {key: texts for key, texts in faulty.items() if len(texts) > len(old.get(key, {}).get("faults", ()))}
+    lines += [f"{' '.join(map(str, key))}: FAULT, {'; '.join(texts)}" for key, texts in unknown.items()]
+    if gone or (worse and same):
+        lines.append("if that is meant: python -m benchmarks.aot --commit")
+    lines.append(f"{len(new)} configurations, {changed} changed, {len(gone)} of the earlier ones gone")
+    if faulty:
+        lines[-1] += f", {len(unknown)} with new faults, {len(faulty) - len(unknown)} with known ones"
+    return lines, bool(gone or unknown) or (same and worse > 0)
 
-    compiled = Table("arch", "pass", "D", "dtype", "compiled as", *RESULTS, title="compiled")
-    read = Table("pass", "D", "dtype", "tile", *READ, title="sm_90, an iteration of the loop of full blocks")
-    rates = Table("D", "dtype", "form", "forward", "backward", title="predicted for an H200, TFLOP/s of selected pairs")
-    for row in sorted(rows, key=lambda row: (row["arch"], row["stage"], row["form"], row["head_dim"], row["dtype"])):
-        name = f"{row['stage']} {row['form']}{' signed' if row['signed'] else ''}"
-        build = f"{row['tile']} {row['num_warps']} warps {row['num_stages']} stages"
-        build += f" ≤{row['max_registers']}" if row["max_registers"] else ""
-        results = ("; ".join(row[c]) if c == "faults" else str(row[c]) for c in RESULTS)
-        style = "red" if row["faults"] else None
-        compiled.add_row(row["arch"], name, str(row["head_dim"]), row["dtype"], build, *results, style=style)
-        if "waste" in row:
-            figures = ("" if row[c] is None else str(row[c]) for c in READ)
-            read.add_row(name, str(row["head_dim"]), row["dtype"], row["tile"], *figures, style=style)
-    for row in static_model.pass_rates(rows):
-        rates.add_row(*map(str, row.values()))
-    return [compiled, read, rates]
 
-
-def run(chosen: list, jobs: int, on_row) -> list[dict]:
-    """Compiles the launches in ``jobs`` processes, calling ``on_row`` with each result as it comes."""
-    rows = []
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for row in pool.map(compile_launch, chosen):
-            rows.append(row)
-            on_row(row)
-    return rows
+def line(row: dict) -> str:
+    """A row as a line of a terminal."""
+    text = f"{row['arch']:6} {row['stage']:7} {row['form']:8} {'signed' if row['signed'] else '':6} "
+    text += f"D {row['head_dim']:3} {row['dtype']} {row['tile']:7} {row['num_warps']} warps {row['num_stages']} stages"
+    text += f" ≤{row['max_registers']}" if row["max_registers"] else ""
+    text += ": " + ", ".join(f"{name} {row[name]}" for name in PRINTED if name in row)
+    return text + "; ".join(["", *row["faults"]])
 
 
 def main(argv=None) -> int:
@@ -266,43 +240,39 @@ def main(argv=None) -> int:
     parser.add_argument("--head-dim", default=",".join(map(str, configs.HEAD_DIMS)), help="padded, comma-separated")
     parser.add_argument("--dtype", default=",".join(DTYPES), help="comma-separated")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--compare", type=Path, metavar="ROWS", help="exit with 1 where these were better")
     parser.add_argument("--save", type=Path, metavar="ROWS", help="where to write the rows")
     parser.add_argument("--commit", action="store_true", help="write the rows over the committed ones")
-    arguments = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
     import triton
-    from rich.console import Console
-    from rich.progress import Progress
 
-    head_dims = [int(head_dim) for head_dim in arguments.head_dim.split(",")]
-    archs, dtypes = arguments.arch.split(","), arguments.dtype.split(",")
-    chosen = launches(archs, head_dims, dtypes)
-    path = arguments.compare or committed(triton.__version__)
+    archs, dtypes = options.arch.split(","), options.dtype.split(",")
+    head_dims = [int(head_dim) for head_dim in options.head_dim.split(",")]
     asked = {"arch": archs, "head_dim": head_dims, "dtype": dtypes}
+    path, rows = committed(triton.__version__), []
     every = measure.read_rows(path) if path.exists() else []
     earlier = [row for row in every if all(row[key] in values for key, values in asked.items())]
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    with Progress(console=console, disable=not sys.stdout.isatty()) as progress:
-        task = progress.add_task("compiling", total=len(chosen))
-        rows = run(chosen, arguments.jobs, lambda row: progress.advance(task))
-    rows = [row | {"triton": triton.__version__} for row in rows]
-    for table in tables(rows):
-        console.print(table)
-    seconds = sum(row["seconds"] for row in rows)
-    lines, failed = compare.compare_compiled(earlier, rows)
-    console.print(f"Triton {triton.__version__}, {seconds:.0f} s of compiling, compared with {path}")
-    console.print("\n".join(lines), highlight=False)
-    if arguments.save:
-        measure.write_rows(rows, arguments.save)
-    if arguments.commit:
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for row in pool.map(compile_launch, launches(archs, head_dims, dtypes)):
+            rows.append(row | {"triton": triton.__version__})
+            print(line(row), flush=True)
+    print("\npredicted for an H200, TFLOP/s of selected pairs:")
+    print(
+        *(", ".join(f"{key} {value}" for key, value in row.items()) for row in static_model.pass_rates(rows)), sep="\n"
+    )
+    lines, failed = compare(earlier, rows)
+    print(f"\nTriton {triton.__version__}, {sum(row['seconds'] for row in rows):.0f} s of compiling, against {path}")
+    print(*lines, sep="\n")
+    if options.save:
+        measure.write_rows(rows, options.save)
+    if options.commit:
         kept = [row for row in every if row not in earlier]
         if any(row["triton"] != triton.__version__ for row in kept):
             parser.error(f"{path} is another Triton's: all of it has to be compiled")
         # in one order, whatever was compiled
-        measure.write_rows(sorted(kept + rows, key=lambda row: [str(row[key]) for key in compare.RESOURCES]), path)
-    return int(failed and not arguments.commit)
+        measure.write_rows(sorted(kept + rows, key=lambda row: [str(row[key]) for key in RESOURCES]), path)
+    return int(failed and not options.commit)
 
 
 if __name__ == "__main__":

@@ -18,37 +18,25 @@ Declaration = tuple[CanvasLayout, CanvasTopology]
 
 @dataclass(frozen=True)
 class Case:
-    """One declaration and what is timed on it.
-
-    Attributes:
-        declare: gives layout and topology; None where the case has no canvas of its own.
-        kind: who computes it: "attention" (q, k and v, by :mod:`benchmarks.providers`) or a function of
-            :mod:`benchmarks.layers`.
-        group: the table and the figure that it belongs to.
-        sequence: regions whose positions are the tokens, one region after the other; () for all of the canvas.
-        batch, heads, head_dim: of q, k and v.
-        at_least: provider to the least ratio of its time to ours; for "sdpa_unmasked", of its time for as many pairs.
-        at_most: CPU seconds that ours may take.
-        without: provider to the reason why it is left out; in all but long runs, if that is ``TOO_LONG``.
-        long: only long runs, and runs that name it, time it.
-        options: what else its kind needs.
-        about: one line; by default the first that ``declare`` says of itself, or the name.
-    """
+    """One declaration and what is timed on it."""
 
     name: str
-    declare: Callable[[], Declaration] | None
-    kind: str = "attention"
-    group: str = "canvas"
-    sequence: tuple[str, ...] = ()
+    declare: Callable[[], Declaration] | None  # None where the case has no canvas of its own
+    kind: str = "attention"  # of q, k and v, by benchmarks.providers; or a function of benchmarks.layers
+    group: str = "canvas"  # the table and the figure that it belongs to
+    sequence: tuple[str, ...] = ()  # regions whose positions are the tokens, in turn; () for all of the canvas
     batch: int = 1
     heads: int = 4
     head_dim: int = 64
+    # provider → the least ratio of its time to that of "ours"; of "sdpa_unmasked", of its time for as many pairs
     at_least: dict[str, float] = field(default_factory=dict)
-    at_most: float | None = None
-    without: dict[str, str] = field(default_factory=dict)
-    long: bool = False
-    options: dict = field(default_factory=dict)
-    about: str = ""
+    at_most: float | None = None  # CPU seconds that "ours" may take
+    without: dict[str, str] = field(
+        default_factory=dict
+    )  # provider → why it is left out; if TOO_LONG, not of long runs
+    long: bool = False  # only long runs, and runs that name it, time it
+    options: dict = field(default_factory=dict)  # what else its kind needs
+    about: str = ""  # one line; by default the first that ``declare`` says of itself, or the name
 
     def __post_init__(self) -> None:
         if not self.about:
@@ -194,7 +182,8 @@ def _densities(tokens: int, heads: int, dim: int) -> tuple[Case, ...]:
 
 def _of(kind: str, name: str, declare=None, at_least=None, at_most=None, long=True, group="layer", **options) -> Case:
     """A case of :mod:`benchmarks.layers`."""
-    return Case(name, declare, kind, group, (), 1, 4, 64, at_least or {}, at_most, {}, long, options)
+    targets = {"at_least": at_least or {}, "at_most": at_most}
+    return Case(name, declare, kind, group, long=long, options=options, **targets)
 
 
 DISPATCH = (Case("robot", robot), Case("causal_video", causal_video), Case("multi_rate", multi_rate))

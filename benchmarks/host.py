@@ -7,7 +7,7 @@ many short runs, so that other work on the machine counts little.
 from __future__ import annotations
 
 import os
-import time
+import timeit
 from collections import Counter
 
 import torch
@@ -19,8 +19,7 @@ from canvas_engineering.plan import compile_attention
 from canvas_kernels import ops, packing
 from canvas_kernels.triton_ops import launch, steps
 
-ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
-NO_TENSORS = {"promote_types"}
+NO_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "promote_types"}
 OPERATORS = {
     "attention": ops._attention,
     "attention_backward": ops._attention_backward,
@@ -43,8 +42,7 @@ class TorchLaunches(TorchDispatchMode):
             with self:
                 return OPERATORS[name](*args)
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not view and name not in ALLOCATIONS | NO_TENSORS:
-            self.counts[name] += 1
+        self.counts[name] += not view and name not in NO_LAUNCH
         return func(*args, **(kwargs or {}))
 
 
@@ -98,45 +96,30 @@ def bare(forward: int, backward: int) -> type[torch.autograd.Function]:
     return Bare
 
 
-def least_us(function, runs: int = 200, calls: int = 10) -> float:
-    """Microseconds of a call, in the fastest of many runs."""
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        times.append(time.perf_counter() - start)
-    return min(times) / calls * 1e6
-
-
 def main() -> None:
     """Prints launches and host time of the robot canvas with gains and activity."""
     # or tensors on a CPU are refused; nothing is interpreted
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
-    counts = Counter()
+    counts, launches = Counter(), []
     stub_kernels(lambda name: counts.update((name,)))
     plan = compile_attention(*cases.robot())
     leaves, options, grad = inputs(plan)
     tensors = list(leaves.values())
 
-    def attend():
-        return canvas_attention(**leaves, plan=plan, **options)
+    def calls(attend) -> list:
+        out = attend()
+        return [attend, lambda: torch.autograd.grad(out, tensors, grad, retain_graph=True)]
 
-    launched, out = [], attend()
-    for function in (attend, lambda: torch.autograd.grad(out, tensors, grad, retain_graph=True)):
+    own = calls(lambda: canvas_attention(**leaves, plan=plan, **options))
+    for call in own:
         counts.clear()
         with TorchLaunches(counts):
-            function()
-        launched.append(counts.total())
-    yardstick = bare(*launched)
-    other = yardstick.apply(*tensors)
-    ours = least_us(attend), least_us(lambda: torch.autograd.grad(out, tensors, grad, retain_graph=True))
-    theirs = (
-        least_us(lambda: yardstick.apply(*tensors)),
-        least_us(lambda: torch.autograd.grad(other, tensors, grad, retain_graph=True)),
-    )
-    for name, count, a, b in zip(("forward", "backward"), launched, ours, theirs):
+            call()
+        launches.append(counts.total())
+    yardstick = bare(*launches)
+    for name, count, *both in zip(("forward", "backward"), launches, own, calls(lambda: yardstick.apply(*tensors))):
+        a, b = (1e5 * min(timeit.repeat(call, repeat=200, number=10)) for call in both)
         print(f"{name}: {count} launches, {a:.0f} µs, bare autograd function {b:.0f} µs, ratio {a / b:.1f}")
 
 

@@ -1,11 +1,12 @@
 """Cases that time modules and compilers: a function a kind, from a case to a contest or, without one, to its rows.
 
-All of it runs in float32 on a CPU; gradients are those of the input and of every parameter.
+All of it runs in float32 on a CPU, layers on a GPU too; gradients are those of the inputs and of every parameter.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
 import tracemalloc
 import warnings
@@ -19,9 +20,8 @@ from torch import Tensor, nn
 from benchmarks import measure
 from benchmarks.cases import Case
 from benchmarks.measure import Contest, Provider, Run, Settings
-from benchmarks.naive import DenseMask, PerEdgeLoop, Projections
+from benchmarks.naive import LOOPS, DenseMask, PerEdgeLoop, Projections
 from benchmarks.problem import Problem
-from benchmarks.step_loops import LOOPS
 from canvas_engineering.attention import ATTENTION_REGISTRY, canvas_attention
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.connectivity import CanvasTopology, Connection, resolve_frames
@@ -30,7 +30,6 @@ from canvas_engineering.plan import compile_attention
 
 CALL_SECONDS = 0.2
 """Of repeated calls of one size, where cost is fitted to sizes."""
-PLAN_ROUNDS = 9
 COGVIDEOX = {"num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 4, "out_channels": 4, "num_layers": 4}
 COGVIDEOX |= {"time_embed_dim": 64, "text_embed_dim": 64, "max_text_seq_length": 32}
 COGVIDEOX |= {"use_rotary_positional_embeddings": True}
@@ -43,8 +42,14 @@ def run_of(module: nn.Module, inputs: Sequence[Tensor], upstream: Tensor, call: 
     return Run(call or module, inputs, leaves, upstream, **order)
 
 
+def contest_of(builds: dict[str, Callable[[], Run]], exact: Callable[[], dict], form: str = "edge", **facts) -> Contest:
+    """A contest in one form, of builds by the names of their providers."""
+    providers = [Provider(form, name, build) for name, build in builds.items()]
+    return Contest(providers, lambda form: exact(), facts)
+
+
 class JointAttention(nn.Module):
-    """Ours in joint form: the dense mask's projections around :func:`canvas_attention`."""
+    """Joint form by block tables: the dense mask's projections around :func:`canvas_attention`."""
 
     def __init__(self, topology: CanvasTopology, layout: CanvasLayout, d_model: int, n_heads: int = 4):
         super().__init__()
@@ -61,40 +66,64 @@ class JointAttention(nn.Module):
         return torch.where(self.covered, out, x)
 
 
+LAYERS = {
+    "edge": {"ours": AttentionDispatcher, "per_edge_loop": PerEdgeLoop},
+    "joint": {"ours": JointAttention, "dense_mask": DenseMask},
+}
+"""The plain module of a form, which is exact in float64, comes last."""
+
+
 def layer(case: Case, settings: Settings) -> Contest:
     """The dispatcher against the loop over connections; in joint form, :class:`JointAttention` against a dense mask.
 
-    Options: ``forms`` that are timed, by default both.
+    In 16 bits all run under autocast, and errors may be twice those of the plain module. Options: ``forms`` that are
+    timed, by default both.
     """
     layout, topology = case.declare()
-    arguments = topology, layout, layout.d_model, case.heads
+    arguments, device, dtype = (topology, layout, layout.d_model, case.heads), settings.device, settings.dtype
     torch.manual_seed(0)
     state = AttentionDispatcher(*arguments).state_dict()
-    x, upstream = torch.randn(2, 1, layout.num_positions, layout.d_model)
+    x, upstream = torch.randn(2, case.batch, layout.num_positions, layout.d_model).to(device)
+    covered = PerEdgeLoop(*arguments).covered.to(device)
+    forms = {form: LAYERS[form] for form in case.options.get("forms", LAYERS)}
 
-    def loaded(kind: type[nn.Module]) -> nn.Module:
-        module = kind(*arguments)
+    def loaded(kind: type[nn.Module], **options) -> nn.Module:
+        module = kind(*arguments, **options)
         module.load_state_dict(state)
-        return module
+        return module.to(device)
+
+    def build(kind: type[nn.Module]) -> Run:
+        module = loaded(kind, **({"backend": settings.backend} if kind is AttentionDispatcher else {}))
+
+        def call(x: Tensor) -> Tensor:
+            with torch.autocast(device, dtype, enabled=dtype.itemsize == 2):
+                return module(x).float()
+
+        return run_of(module, [x], upstream, call)
 
     def exact(form: str) -> dict[str, Tensor]:
-        module = loaded(PerEdgeLoop if form == "edge" else DenseMask).double()
+        module = loaded([*LAYERS[form].values()][-1]).double()
         if form == "joint":  # painted anew from the declaration: a mistake in compiling masks cannot hide in it
-            weight = Problem(case).weights(np.arange(layout.num_positions))
-            module.covered = (weight > 0).any(1, keepdim=True)
-            module.mask = torch.where(module.covered, weight, 1.0).log()
-        return run_of(module, [x.double()], upstream.double()).results()
+            weight = Problem(case).weights(np.arange(layout.num_positions), device)
+            module.mask = torch.where(covered, weight, 1.0).log()
+        results = run_of(module, [x.double()], upstream.double()).results()
+        return {name: select(name, y) for name, y in results.items()}
 
-    kinds = {
-        "edge": {"ours": AttentionDispatcher, "per_edge_loop": PerEdgeLoop},
-        "joint": {"ours": JointAttention, "dense_mask": DenseMask},
-    }
-    providers = [
-        Provider(form, name, lambda kind=kind: run_of(loaded(kind), [x], upstream))
-        for form in case.options.get("forms", kinds)
-        for name, kind in kinds[form].items()
-    ]
-    return Contest(providers, exact, {"tokens": layout.num_positions})
+    def select(name: str, y: Tensor) -> Tensor:
+        """Without what passes through, which is larger than what is computed, and would hide errors."""
+        passed = {"out": x, "x": upstream}.get(name)
+        return y if passed is None else y - passed.where(~covered, torch.zeros_like(passed))
+
+    def budgets(form: str, exact: dict[str, Tensor]) -> dict[str, float]:
+        if dtype == torch.float32:
+            return dict.fromkeys(exact, measure.BUDGET)
+        plain = build([*LAYERS[form].values()][-1])
+        errors = contest.check(plain, plain.results(), exact, dict.fromkeys(exact, math.inf))["errors"]
+        return {name: max(2 * error, torch.finfo(dtype).eps / 2) for name, error in errors.items()}
+
+    providers = [Provider(f, name, partial(build, kind)) for f, kinds in forms.items() for name, kind in kinds.items()]
+    contest = Contest(providers, exact, {"tokens": layout.num_positions}, select=select, budgets=budgets)
+    return contest
 
 
 def program(case: Case, settings: Settings) -> Contest:
@@ -112,16 +141,14 @@ def program(case: Case, settings: Settings) -> Contest:
     plain = AttentionDispatcher(topology, layout, layout.d_model, case.heads)
     x, upstream = torch.randn(2, 1, layout.num_positions, layout.d_model)
 
-    def build(**options) -> Run:
-        module = AttentionDispatcher(topology, layout, layout.d_model, case.heads, **options)
+    def build(programmed: bool) -> Run:
+        options = {"residual_accumulator": ResidualAccumulator(list(layout.regions)), "program": says_much}
+        module = AttentionDispatcher(topology, layout, layout.d_model, case.heads, **options if programmed else {})
         module.load_state_dict({**module.state_dict(), **plain.state_dict()})
         return run_of(module, [x], upstream)
 
-    def programmed() -> Run:
-        return build(residual_accumulator=ResidualAccumulator(list(layout.regions)), program=says_much)
-
-    providers = [Provider("edge", "ours", programmed), Provider("edge", "without_program", build)]
-    contest = Contest(providers, lambda form: build().results(), {"tokens": layout.num_positions})
+    builds = {"ours": partial(build, True), "without_program": partial(build, False)}
+    contest = contest_of(builds, lambda: build(False).results(), tokens=layout.num_positions)
     contest.budgets = lambda form, exact: dict.fromkeys(exact, 0.0)
     return contest
 
@@ -140,17 +167,15 @@ def skipping(case: Case, settings: Settings) -> Contest:
         rests[bound.layout.region_index(name)] = True
     active = {"ours": set(bound.field_names) - set(belief_world.THOUGHT), "everything": set(bound.field_names)}
 
-    def unpack(out: Tensor) -> Tensor:
-        return torch.where(rests, x, out)
-
     def build(name: str) -> Run:
         call = lambda x: torch.stack([block(x, active[name]) for block in blocks])  # noqa: E731
-        return Run(call, [x], {}, unpack=unpack if name == "everything" else lambda out: out)
+        return Run(call, [x], {}, unpack=lambda out: torch.where(rests, x, out) if name == "everything" else out)
 
-    providers = [Provider("edge", name, lambda name=name: build(name)) for name in active]
-    return Contest(
-        providers, lambda form: {"out": unpack(build("everything").results()["out"])}, {"tokens": len(rests)}
-    )
+    def exact() -> dict[str, Tensor]:
+        run = build("everything")
+        return {"out": run.unpack(run.results()["out"])}
+
+    return contest_of({name: partial(build, name) for name in active}, exact, tokens=len(rests))
 
 
 def packed(case: Case, settings: Settings) -> Contest:
@@ -161,42 +186,35 @@ def packed(case: Case, settings: Settings) -> Contest:
     from examples.train_robot import rotary_tables
 
     height, width, frames = case.options["size"]
-    sizes = {"sample_height": height // 8, "sample_width": width // 8, "sample_frames": frames}
-
-    def model(is_packed: bool) -> nn.Module:
-        torch.manual_seed(0)
-        result = CogVideoXTransformer3DModel(**COGVIDEOX | sizes)
-        options = {"layout": cogvideox_layout(result.config, height, width, frames), "topology": tile_topology(4, 4)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of the density, which is not the matter here
-            graft_looped_blocks(result, 1, loops=1, freeze="none", packed=is_packed, **options)
-        if result.config.packed != is_packed:
-            raise measure.Wrong("the plan moves no tokens: there is nothing to compare")
-        return result
-
     T, shape = (frames - 1) // 4 + 1, (height // 8, width // 8)
+    sizes = {"sample_height": shape[0], "sample_width": shape[1], "sample_frames": frames}
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, T, COGVIDEOX["in_channels"], *shape, generator=generator)
     text = torch.randn(1, 32, COGVIDEOX["text_embed_dim"], generator=generator)
     upstream = torch.randn(x.shape, generator=generator) / x.numel()
 
     def build(is_packed: bool) -> Run:
-        module = model(is_packed)
+        torch.manual_seed(0)
+        module = CogVideoXTransformer3DModel(**COGVIDEOX | sizes)
+        graft = {"layout": cogvideox_layout(module.config, height, width, frames), "topology": tile_topology(4, 4)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the density, which is not the matter here
+            graft_looped_blocks(module, 1, loops=1, freeze="none", packed=is_packed, **graft)
+        if module.config.packed != is_packed:
+            raise measure.Wrong("the plan moves no tokens: there is nothing to compare")
         options = {"timestep": torch.tensor([500]), "image_rotary_emb": rotary_tables(module.config, T, *shape)}
         return run_of(module, [x, text], upstream, lambda x, text: module(x, text, return_dict=False, **options)[0])
 
-    kinds = {"ours": True, "once_per_layer": False}
-    providers = [Provider("joint", name, partial(build, is_packed)) for name, is_packed in kinds.items()]
-    contest = Contest(providers, lambda form: build(False).results(), {"tokens": 32 + T * shape[0] * shape[1] // 4})
+    builds = {"ours": partial(build, True), "once_per_layer": partial(build, False)}
+    tokens = 32 + T * shape[0] * shape[1] // 4
+    contest = contest_of(builds, lambda: build(False).results(), "joint", tokens=tokens)
     contest.budgets = lambda form, exact: dict.fromkeys(exact, 1e-4)
     return contest
 
 
 def scan(case: Case, settings: Settings) -> Contest:
-    """A function's scan against a loop that indexes its inputs at every position.
-
-    Options: ``fn``, ``queries``, ``keys`` and ``width``.
-    """
+    """A function's scan against a loop that indexes its inputs at every position; options ``fn``, ``queries``, ``keys``
+    and ``width``."""
     fn, queries, keys, width = (case.options[name] for name in ("fn", "queries", "keys", "width"))
     torch.manual_seed(0)
     state = ATTENTION_REGISTRY[fn](width, n_heads=case.heads).state_dict()
@@ -206,77 +224,70 @@ def scan(case: Case, settings: Settings) -> Contest:
     def build(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> Run:
         module = kind(width, n_heads=case.heads)
         module.load_state_dict(state)
-        given = [x.to(dtype) for x in inputs]
-        return run_of(module.to(dtype), given, upstream.to(dtype), lambda q, k: module(q, k, k))
+        module.to(dtype)
+        return run_of(module, [x.to(dtype) for x in inputs], upstream.to(dtype), lambda q, k: module(q, k, k))
 
-    kinds = {"ours": ATTENTION_REGISTRY[fn], "indexed_loop": LOOPS[fn]}
-    providers = [Provider("edge", name, partial(build, kind)) for name, kind in kinds.items()]
-    facts = {"fn": fn, "queries": queries, "keys": keys}
-    return Contest(providers, lambda form: build(LOOPS[fn], torch.float64).results(), facts)
+    builds = {"ours": partial(build, ATTENTION_REGISTRY[fn]), "indexed_loop": partial(build, LOOPS[fn])}
+    exact = lambda: build(LOOPS[fn], torch.float64).results()  # noqa: E731
+    return contest_of(builds, exact, fn=fn, queries=queries, keys=keys)
 
 
-def dispatcher_of(fn: str, regions: dict[str, tuple], pairs: list[tuple[str, str]], positions: int, width: int):
-    """A dispatcher on a canvas of one frame and one dimension."""
-    layout = CanvasLayout(T=1, spatial_shape=(positions,), d_model=width, regions=regions)
-    connections = [Connection(src, dst, fn=fn) for src, dst in pairs]
+def dispatcher_of(fn: str, regions: dict[str, int], pairs: dict[str, str], width: int) -> AttentionDispatcher:
+    """A dispatcher on a canvas of one frame and one dimension, of regions of so many positions, one after another."""
+    starts = dict(zip(regions, np.cumsum([0, *regions.values()]).tolist()))
+    boxes = {name: (0, 1, starts[name], starts[name] + size) for name, size in regions.items()}
+    layout = CanvasLayout(T=1, spatial_shape=(sum(regions.values()),), d_model=width, regions=boxes)
+    connections = [Connection(src, dst, fn=fn) for src, dst in pairs.items()]
     return AttentionDispatcher(CanvasTopology(connections), layout, width, 4)
 
 
 def edges(case: Case, settings: Settings) -> Contest:
-    """Many connections of one function against one connection that does the same work, on as many canvases.
-
-    Options: ``fn``, ``edges``, ``size``: regions, each of which attends to itself, and their positions; ``width``.
-    """
+    """Many connections of one function against one connection that does the same work, on as many canvases; options
+    ``fn``, ``edges``: regions of ``size`` positions, each of which attends to itself, and ``width``."""
     fn, count, size, width = (case.options[name] for name in ("fn", "edges", "size", "width"))
     torch.manual_seed(0)
-    state = one_set(fn, 0, size, width).state_dict()
+    state = dispatcher_of(fn, {"r0": size}, {"r0": "r0"}, width).state_dict()
     x, upstream = torch.randn(2, 1, count * size, width)
 
     def build(n: int) -> Run:
-        regions = {f"r{i}": (0, 1, i * size, (i + 1) * size) for i in range(n)}
-        module = dispatcher_of(fn, regions, [(r, r) for r in regions], n * size, width)
+        names = [f"r{i}" for i in range(n)]
+        module = dispatcher_of(fn, dict.fromkeys(names, size), dict(zip(names, names)), width)
         module.load_state_dict(state)
-        own = (y.view(-1, n * size, width) for y in (x, upstream))
-        return run_of(module, [next(own)], next(own), unpack=lambda y: y.reshape(x.shape))
+        inputs, grad = (y.view(-1, n * size, width) for y in (x, upstream))
+        return run_of(module, [inputs], grad, unpack=lambda y: y.reshape(x.shape))
 
-    def exact(form: str) -> dict[str, Tensor]:
+    def exact() -> dict[str, Tensor]:
         results = build(1).results()
         return {name: results[name].reshape(x.shape) for name in ("out", "x")}
 
-    providers = [Provider("edge", name, partial(build, n)) for name, n in (("ours", count), ("batch", 1))]
-    return Contest(providers, exact, {"fn": fn, "edges": count, "tokens": count * size})
-
-
-def one_set(fn: str, queries: int, keys: int, width: int) -> AttentionDispatcher:
-    """A dispatcher of one connection: ``keys`` positions that attend to themselves, or ``queries`` others to them."""
-    regions = {"keys": (0, 1, 0, keys)} | ({"queries": (0, 1, keys, keys + queries)} if queries else {})
-    return dispatcher_of(fn, regions, [("queries" if queries else "keys", "keys")], keys + queries, width)
+    builds = {"ours": partial(build, count), "batch": partial(build, 1)}
+    return contest_of(builds, exact, fn=fn, edges=count, tokens=count * size)
 
 
 def scaling(case: Case, settings: Settings) -> list[dict]:
-    """What one connection costs by its size: forward and backward, CPU seconds and the most that tensors hold at once.
+    """What one connection costs by its size: forward and backward, seconds and the most that tensors hold at once.
 
     Options: ``fn``, ``width``, ``sizes``: of the keys; exponents are fitted to the larger half; ``queries`` that attend
-    to them, 0 for the keys themselves.
-
-    Raises:
-        Wrong: the dispatcher and the function's own module differ in float64.
+    to them, 0 for the keys themselves. Raises Wrong where the dispatcher and the function's module differ in float64.
     """
     fn, sizes, queries, width = (case.options[name] for name in ("fn", "sizes", "queries", "width"))
-    torch.manual_seed(0)
-    dispatcher = one_set(fn, 0, 48, width).double()
-    x = torch.randn(1, 48, width, dtype=torch.float64)
+
+    def dispatcher(keys: int, queries: int) -> AttentionDispatcher:
+        torch.manual_seed(0)
+        src = "queries" if queries else "keys"
+        return dispatcher_of(fn, {"keys": keys} | ({src: queries} if queries else {}), {src: "keys"}, width)
+
+    module, x = dispatcher(48, 0).double(), torch.randn(1, 48, width, dtype=torch.float64)
     with torch.no_grad():
-        off = measure.error(dispatcher(x), dispatcher.fn_modules[fn](x, x, x))
+        off = measure.error(module(x), module.fn_modules[fn](x, x, x))
     if not off <= 1e-6:  # what weights of sets in float32 leave
         raise measure.Wrong(f"{fn}: the dispatcher is {off:.1e} off its module")
     seconds, held = [], []
     for size in sizes:
-        torch.manual_seed(0)
-        module = one_set(fn, queries, size, width)
-        x = torch.randn(1, module.plan.n_positions, width)
+        module = dispatcher(size, queries)
+        x = torch.randn(1, size + queries, width)
         run = run_of(module, [x], torch.randn(x.shape))
-        seconds.append(measure.quantiles(cpu_seconds(run.results)))
+        seconds.append(measure.quantiles(measure.repeat(run, CALL_SECONDS)))
         held.append(measure.peak_bytes(run.results))
     half = len(sizes) // 2
     slope = [np.polyfit(np.log(sizes[half:]), np.log(y[half:]), 1)[0] for y in ([s["p10"] for s in seconds], held)]
@@ -285,23 +296,10 @@ def scaling(case: Case, settings: Settings) -> list[dict]:
     return [row | {"time_exponent": float(slope[0]), "memory_exponent": float(slope[1])}]
 
 
-def cpu_seconds(call: Callable[[], object], budget: float = CALL_SECONDS) -> np.ndarray:
-    """CPU seconds of as many calls as the budget holds, at least 2 and at most 30, after one to warm up. A first call
-    that takes more than the budget is the only one."""
-    times: list[float] = []
-    while len(times) < 3 or (sum(times[1:]) < budget and len(times) < 31):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-        if times[0] > budget:
-            return np.array(times)
-    return np.array(times[1:])
-
-
 def plan(case: Case, settings: Settings) -> list[dict]:
     """CPU seconds of declaring a canvas and of compiling its plan, cold; and the most memory that compiling holds."""
     times = []
-    for _ in range(case.options.get("rounds", PLAN_ROUNDS) + 1):  # the first also pays for lazy imports
+    for _ in range(case.options.get("rounds", 9) + 1):  # the first also pays for lazy imports
         compile_attention.cache_clear()
         resolve_frames.cache_clear()
         gc.collect()
@@ -321,5 +319,5 @@ def plan(case: Case, settings: Settings) -> list[dict]:
     return [row | {"seconds": measure.quantiles(seconds), "declare_seconds": measure.quantiles(declared)}]
 
 
-OTHERS = ["dense_mask", "without_program", "everything", "once_per_layer", "indexed_loop", "batch"]
+PROVIDERS = ["dense_mask", "without_program", "everything", "once_per_layer", "indexed_loop", "batch"]
 KINDS = {kind.__name__: kind for kind in (layer, program, skipping, packed, scan, edges, scaling, plan)}

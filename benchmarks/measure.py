@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import platform
+import shlex
 import subprocess
 import time
 import warnings
@@ -31,13 +34,12 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 WRITTEN = ("benchmarks/results", "docs", "README.md")
 """What benchmarks write into the tree, which is no other code."""
-ON_GPUS = ("triton", "flash-attn-4")
 BUDGET = 1e-5
 """The largest error of float32, over the largest exact value."""
 FLOOR = 1e-3
 """The least scale of a gradient's error, as a share of the largest gradient: some cancel to nothing."""
 REPEATED_SECONDS, LONG_SECONDS, CLOSE = 3.0, 15.0, 2.0
-"""Steps that take longer (the second in long runs), or so many times as long as ours, are taken once: no ties."""
+"""Steps that take longer (the second in long runs), or so many times as long as ``ours``, are taken once: no ties."""
 NO_TIME = "no time was left"
 T = TypeVar("T")
 
@@ -52,36 +54,32 @@ class Unavailable(Exception):
 
 @dataclass
 class Settings:
-    """How a run is made: ``seconds`` of timed rounds per case, within so many ``rounds``; ``only`` these providers and
-    ``forms``, () for all; ``long``, those alone that other runs leave out; after ``deadline`` (``time.perf_counter``)
-    others than ours are skipped and cases not begun; ``environment`` is what every row says of the machine."""
+    """How a run is made."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    seconds: float = 4.0
-    rounds: tuple[int, int] = (3, 31)
+    seconds: float = 4.0  # of timed rounds per case
+    rounds: tuple[int, int] = (3, 31)  # the least and the most of them
     backend: str = "auto"
     reference_tokens: int | None = None
-    only: Sequence[str] = ()
+    only: Sequence[str] = ()  # the providers that are timed, () for all
     forms: Sequence[str] = ()
-    long: bool = False
-    deadline: float = float("inf")
-    environment: dict = field(default_factory=dict)
+    long: bool = False  # what other runs leave out, alone
+    deadline: float = math.inf  # of time.perf_counter: then only ``ours`` is timed, and no case begun
+    environment: dict = field(default_factory=dict)  # what every row says of the machine
 
 
 @dataclass(eq=False)
 class Run:
-    """A provider that is built: ``call`` gives the output of ``inputs``, whose gradient is ``upstream``; ``leaves`` are
-    the tensors whose gradients are asked for, by name, {} where there is no backward; ``pack`` and ``unpack`` bring a
-    result from canvas order into the provider's, and back."""
+    """A provider that is built."""
 
     call: Callable[..., Tensor]
     inputs: Sequence[Tensor]
-    leaves: dict[str, Tensor]
-    upstream: Tensor | None = None
-    pack: Callable[[Tensor], Tensor] = lambda x: x
-    unpack: Callable[[Tensor], Tensor] = lambda x: x
-    times: list[list[float]] = field(default_factory=list)
+    leaves: dict[str, Tensor]  # whose gradients are asked for; {} where there is no backward
+    upstream: Tensor | None = None  # the gradient of the output
+    pack: Callable[[Tensor], Tensor] = lambda x: x  # from canvas order into the provider's
+    unpack: Callable[[Tensor], Tensor] = lambda x: x  # and back
+    times: list[list[float]] = field(default_factory=list)  # seconds of forward and backward, of each round
 
     def results(self, upstream: Tensor | None = None, mark: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
         """The output and the gradients by name, ``mark`` called after the forward and after the backward."""
@@ -95,10 +93,24 @@ class Run:
         return {"out": out.detach()} | {name: x for name, x in zip(self.leaves, gradients) if x is not None}
 
     def step(self, device: str = "cpu") -> None:
-        """Time one round: a forward, and the backward where there is one."""
-        clock = Clock(device)
-        self.results(mark=clock.mark)
-        self.times.append(clock.seconds())
+        """Time one round: on a GPU by its own clock, on a CPU in seconds of the process where it has one thread."""
+        on_gpu = device == "cuda"
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        marks = []
+
+        def mark() -> None:
+            marks.append(torch.cuda.Event(enable_timing=True) if on_gpu else clock())
+            if on_gpu:
+                marks[-1].record()
+
+        if on_gpu:
+            torch.cuda._sleep(2_000_000)  # about 1 ms in which the host gets ahead: kernels are timed, not launches
+        mark()
+        self.results(mark=mark)
+        if on_gpu:
+            torch.cuda.synchronize()
+        spans = itertools.pairwise(marks)
+        self.times.append([1e-3 * a.elapsed_time(b) if on_gpu else b - a for a, b in spans])
 
     def seconds(self, part: str) -> np.ndarray:
         """Seconds of each round's "forward", "backward" or "step"."""
@@ -121,82 +133,44 @@ class Provider(NamedTuple):
 
 @dataclass
 class Contest:
-    """A case made concrete: who computes it, and what holds them to it.
+    """A case made concrete: who computes it, and what holds them to it."""
 
-    Attributes:
-        providers: ours first in each form.
-        exact: form → exact results by name.
-        facts, of_form: what its rows say, and those of a form.
-        select: name, result → the rows of it that are compared.
-        budgets: form, exact results → the largest error by name.
-        upstream: the gradient of the output in the call that is compared; a run's own without.
-        reference, reference_flops: timed twice a round; operations of its forward.
-        flops: form → floating-point operations of "forward", "backward" and "step".
-    """
-
-    providers: list[Provider]
-    exact: Callable[[str], dict[str, Tensor]]
-    facts: dict = field(default_factory=dict)
-    of_form: Callable[[str], dict] = lambda form: {}
-    select: Callable[[str, Tensor], Tensor] = lambda name, x: x
+    providers: list[Provider]  # ``ours`` first in each form
+    exact: Callable[[str], dict[str, Tensor]]  # form → exact results by name
+    facts: dict = field(default_factory=dict)  # what its rows say
+    of_form: Callable[[str], dict] = lambda form: {}  # and those of a form
+    select: Callable[[str, Tensor], Tensor] = lambda name, x: x  # the part of a result that is compared
     budgets: Callable[[str, dict], dict[str, float]] = lambda form, exact: dict.fromkeys(exact, BUDGET)
-    upstream: Tensor | None = None
-    reference: Run | None = None
-    reference_flops: int = 0
-    flops: Callable[[str], dict[str, int]] = lambda form: {}
-    known: dict[str, tuple[dict, dict]] = field(default_factory=dict)
+    upstream: Tensor | None = None  # the output's gradient in the call that is compared; a run's own without
+    reference: Run | None = None  # timed twice a round
 
-    def check(self, provider: Provider, run: Run, results: dict[str, Tensor]) -> dict:
+    def check(self, run: Run, results: dict[str, Tensor], exact: dict[str, Tensor], budgets: dict[str, float]) -> dict:
         """The errors and budgets of a provider's first results. Raises Wrong where one is too large or missing."""
-        exact, budgets = self.known[provider.form]
         largest = max((float(x.abs().max()) for name, x in exact.items() if name != "out"), default=0.0)
-        errors = {}
-        for name in (name for name in exact if name == "out" or name in run.leaves):
-            # a key bias shifts every score of a row alike: its gradient is zero, and its weight's gives the scale
-            scale = float(exact[name.replace("k_proj.bias", "k_proj.weight")].abs().max())
-            scale = scale if name == "out" else max(scale, FLOOR * largest)
-            value = self.select(name, run.unpack(results[name])) if name in results else torch.tensor(torch.nan)
-            errors[name] = error(value, exact[name], scale)
-        wrong = {name: value for name, value in errors.items() if not value <= budgets[name]}
-        if wrong:
-            raise Wrong(f"{provider.name} differs from the {provider.form} form in float64: {wrong}")
-        return {"errors": errors, "budgets": budgets}
-
-    def expect(self, form: str) -> None:
-        """Compute the exact results of a form, and the errors that they allow, once."""
-        if form not in self.known:
-            exact = self.exact(form)
-            self.known[form] = exact, self.budgets(form, exact)
+        results = {name: self.select(name, run.unpack(x)) for name, x in results.items() if name in exact}
+        exact = {name: x for name, x in exact.items() if name == "out" or name in run.leaves}
+        # a key bias shifts every score of a row alike: its gradient is zero, and its weight's gives the scale
+        scales = {name: float(exact[name.replace("k_proj.bias", "k_proj.weight")].abs().max()) for name in exact}
+        scales |= {name: max(scale, FLOOR * largest) for name, scale in scales.items() if name != "out"}
+        checked = compare(results, exact, budgets, scales)
+        if faults := checked.pop("faults"):
+            raise Wrong(f"differs from float64: {', '.join(faults)}")
+        return checked
 
 
 def error(value: Tensor, exact: Tensor, scale: float | None = None) -> float:
     """max |difference| / ``scale``, by default max |exact| (1 where that is 0); infinite where NaN."""
     scale = float(exact.abs().max()) if scale is None else scale
     result = float((value.double() - exact).abs().max()) / (scale or 1.0)
-    return result if result == result else float("inf")
+    return math.inf if math.isnan(result) else result
 
 
-class Clock:
-    """Seconds between construction and marks: on a GPU the device's, on a CPU those of the process where it has one
-    thread, for other processes do not count then."""
-
-    def __init__(self, device: str):
-        self.on_device, self.marks = device == "cuda", []
-        self.now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        if self.on_device:
-            torch.cuda._sleep(2_000_000)  # about 1 ms in which the host gets ahead: kernels are timed, not launches
-        self.mark()
-
-    def mark(self) -> None:
-        self.marks.append(torch.cuda.Event(enable_timing=True) if self.on_device else self.now())
-        if self.on_device:
-            self.marks[-1].record()
-
-    def seconds(self) -> list[float]:
-        if self.on_device:
-            torch.cuda.synchronize()
-            return [1e-3 * a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:])]
-        return np.diff(self.marks).tolist()
+def compare(results: dict[str, Tensor], exact: dict[str, Tensor], budgets: dict[str, float], scales=None) -> dict:
+    """The "errors" of results by name, their "budgets", and "faults": what exceeds them, or is missing, in words."""
+    scales = scales or {}
+    errors = {n: error(results[n], exact[n], scales.get(n)) if n in results else math.inf for n in exact}
+    faults = [f"{n}: error {found:.2e} over {budgets[n]:.2e}" for n, found in errors.items() if not found <= budgets[n]]
+    return {"errors": errors, "budgets": {name: budgets[name] for name in errors}, "faults": faults}
 
 
 def keep_pages() -> None:
@@ -223,76 +197,68 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     return int(held.max(initial=0))
 
 
-def free_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
-    """The bytes that this process may still take: of the system, or of its control group's limit where that is less."""
-    try:
-        kilobytes = dict(line.split(":") for line in meminfo.read_text().splitlines())["MemAvailable"]
-        free = int(kilobytes.split()[0]) * 1024
-    except (OSError, KeyError):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # no such group, or its limit is "max"
-        limit, held = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # files that the system keeps while nobody wants the room count as held
-        free = min(free, max(limit - held + int(stat.get("inactive_file", 0)), 0))
-    return free
-
-
 def time_contest(contest: Contest, described: dict, settings: Settings, without: dict[str, str]) -> list[dict]:
     """A row for each provider of a case, gated and timed, and one of the reference; who cannot run, fails or is wrong
     is a row that says why. ``described`` is what every row says, ``without`` why providers are left out."""
     described = described | contest.facts
-    runs, rows = {}, []
+    runs, rows, known = {}, [], {}
     for provider in contest.providers:
-        row = described | {"form": provider.form, "provider": provider.name}
+        form, name, _ = provider
+        row = described | {"form": form, "provider": name}
         rows.append(row)
-        if provider.name in without:
-            row["skipped"] = without[provider.name]
-        elif provider.name != "ours" and time.perf_counter() > settings.deadline:
-            row["skipped"] = NO_TIME
-        else:
-            try:
-                runs[provider[:2]] = prepare(provider, contest, settings.device, row)
-            except Unavailable as cause:
-                row["skipped"] = str(cause)
-            except Exception as cause:  # out of memory, say: the next one may well run
-                row["failed"] = told(cause)
-    contest.known.clear()
+        late = name != "ours" and time.perf_counter() > settings.deadline
+        if name in without or late:
+            row["skipped"] = without.get(name, NO_TIME)
+            continue
+        try:
+            if form not in known:
+                exact = contest.exact(form)
+                known[form] = exact, contest.budgets(form, exact)
+            runs[form, name] = _prepare(provider, contest, known[form], settings.device, row)
+        except Unavailable as cause:
+            row["skipped"] = str(cause)
+        except Exception as cause:  # out of memory, say: the next one may well run
+            row["failed"] = told(cause)
+    known.clear()
     take_turns(runs, contest.reference, settings)
     for row in rows:
         run, own = (runs.get((row["form"], name)) for name in (row["provider"], "ours"))
         if run:
-            row |= contest.of_form(row["form"]) | timings(run, own, contest, contest.flops(row["form"]))
+            row |= contest.of_form(row["form"])
+            row |= timings(run, own, contest.reference, row)
     if contest.reference:
-        rows.append(described | {"form": "reference", "provider": "sdpa_unmasked"} | reference_line(contest))
+        rows.append(described | {"form": "reference", "provider": "sdpa_unmasked"})
+        rows[-1] |= _reference_line(contest.reference, described)
     return rows
 
 
-def prepare(provider: Provider, contest: Contest, device: str, row: dict) -> Run:
+def _prepare(provider: Provider, contest: Contest, known: tuple[dict, dict], device: str, row: dict) -> Run:
     """Build a provider and make its first call under the gate, measuring both. Raises Unavailable or Wrong."""
-    contest.expect(provider.form)
-    run, results, times = None, {}, []
+    run, results = None, {}
 
     def first() -> None:
         nonlocal run, results
-        times.append(_now(device))
         run = provider.build()
-        times.append(_now(device))
         results = run.results(None if contest.upstream is None else run.pack(contest.upstream))
-        times.append(_now(device))
 
+    start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         row["peak_bytes"] = peak_bytes(first, device)
-    row["setup_seconds"], row["first_seconds"] = np.diff(times).tolist()
-    row |= contest.check(provider, run, results)
+    row["first_seconds"] = time.perf_counter() - start
+    row |= contest.check(run, results, *known)
     return run
 
 
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def repeat(run: Run, budget: float, device: str = "cpu", part: str = "step") -> np.ndarray:
+    """Seconds of as many steps as the budget holds, at least 2 and at most 30, after one to warm up. A first step that
+    takes more than the budget is the only one."""
+    run.times.clear()
+    while len(run.times) < 3 or (sum(map(sum, run.times[1:])) < budget and len(run.times) < 31):
+        run.step(device)
+        if sum(run.times[0]) > budget:
+            return run.seconds(part)
+    return run.seconds(part)[1:]
 
 
 def turns(providers: Sequence[T], rounds: int) -> Iterator[list[T]]:
@@ -305,61 +271,66 @@ def turns(providers: Sequence[T], rounds: int) -> Iterator[list[T]]:
 
 def take_turns(runs: dict[tuple[str, str], Run], reference: Run | None, settings: Settings) -> None:
     """Take a round of all runs, by (form, name); then as many as fit ``settings.seconds``, within ``settings.rounds``,
-    of all if these fit, else of those whose steps are short and CLOSE to ours."""
+    of all if these fit, else of those whose steps are short and CLOSE to those of ``ours``."""
+
+    def take(turn: list[Run], before: Callable[[], object]) -> None:
+        for run in turn:
+            before()
+            run.step(settings.device)
+        for run in (reference, reference) if reference else ():
+            run.step(settings.device)
+
+    def is_worth_repeating(form: str, run: Run) -> bool:
+        own, part = runs.get((form, "ours"), run), run.parts[-1]
+        longest = max(sum(run.times[0]), sum(own.times[0]))
+        is_close = run.seconds(part)[0] <= CLOSE * own.seconds(part)[0]
+        return is_close and longest <= (LONG_SECONDS if settings.long else REPEATED_SECONDS)
+
     start = time.perf_counter()
-    _round([*runs.values()], reference, settings.device)
-    seconds = time.perf_counter() - start
+    take([*runs.values()], lambda: None)
+    seconds, repeated = time.perf_counter() - start, [*runs.values()]
     if seconds * settings.rounds[0] > settings.seconds:
-        runs = {who: run for who, run in runs.items() if _is_worth_repeating(run, runs.get((who[0], "ours")), settings)}
-        seconds = sum(sum(run.times[0]) for run in runs.values())
+        repeated = [run for (form, _), run in runs.items() if is_worth_repeating(form, run)]
+        seconds = sum(sum(run.times[0]) for run in repeated)
     rounds = int(np.clip(settings.seconds / max(seconds, 1e-9), *settings.rounds))
     # everyone after the same: after a like call the inputs are in the caches, a fifth of a small forward
     before = reference.results if reference and settings.device == "cpu" else lambda: None
-    for turn in turns([*runs.values()], rounds - 1):
-        _round(turn, reference, settings.device, before)
+    for turn in turns(repeated, rounds - 1):
+        take(turn, before)
 
 
-def _round(turn: list[Run], reference: Run | None, device: str, before: Callable[[], object] = lambda: None) -> None:
-    for run in turn:
-        before()
-        run.step(device)
-    for run in (reference, reference) if reference else ():
-        run.step(device)
-
-
-def _is_worth_repeating(run: Run, own: Run | None, settings: Settings) -> bool:
-    own, part = own or run, run.parts[-1]
-    longest = max(sum(run.times[0]), sum(own.times[0]))
-    is_close = run.seconds(part)[0] <= CLOSE * own.seconds(part)[0]
-    return is_close and longest <= (LONG_SECONDS if settings.long else REPEATED_SECONDS)
-
-
-def timings(run: Run, own: Run | None, contest: Contest, flops: dict[str, int]) -> dict:
-    """Times, rates and ratios to ours of a row."""
+def timings(run: Run, own: Run | None, reference: Run | None, facts: dict) -> dict:
+    """Times, rates and ratios to ``ours`` of a row, paired round by round."""
     rounds = len(run.times)
     row = {"rounds": rounds}
     for part in run.parts:
         seconds = run.seconds(part)
         row[f"{part}_seconds"] = quantiles(seconds)
-        if contest.reference:
-            # paired, round by round: the rate of the reference in this very round
-            factor = {"forward": 1.0, "backward": 2.5, "step": 3.5}[part] * contest.reference_flops
-            rate = factor / contest.reference.seconds(part).reshape(-1, 2)[:rounds].mean(1)
-            row[f"{part}_tflops"] = flops[part] / float(np.median(seconds)) / 1e12
-            row[f"{part}_roofline"] = quantiles(flops[part] / seconds / rate)
+        if reference:
+            flops, of_reference = _flops(part, facts, facts["pairs"], facts["batch"]), _reference_flops(part, facts)
+            rate = of_reference / reference.seconds(part).reshape(-1, 2)[:rounds].mean(1)
+            row[f"{part}_tflops"] = flops / float(np.median(seconds)) / 1e12
+            row[f"{part}_roofline"] = quantiles(flops / seconds / rate)
         if own not in (None, run):
             both = min(rounds, len(own.times))
             row[f"{part}_ratio"] = quantiles(seconds[:both] / own.seconds(part)[:both])
     return row
 
 
-def reference_line(contest: Contest) -> dict:
+def _reference_line(run: Run, facts: dict) -> dict:
     """What the reference's row says. Noise is by how much two like calls differ in nine of ten rounds: 0.05 is 5 %."""
-    run = contest.reference
     row = {f"{part}_seconds": quantiles(run.seconds(part)) for part in run.parts}
     pairs = np.log(run.seconds("step")).reshape(-1, 2)
-    row["step_tflops"] = 3.5 * contest.reference_flops / row["step_seconds"]["p50"] / 1e12
+    row["step_tflops"] = _reference_flops("step", facts) / row["step_seconds"]["p50"] / 1e12
     return row | {"noise": float(np.quantile(np.abs(pairs[:, 0] - pairs[:, 1]), 0.9))}
+
+
+def _flops(part: str, facts: dict, pairs: int, batch: int) -> float:
+    return {"forward": 4, "backward": 10, "step": 14}[part] * pairs * facts["head_dim"] * facts["heads"] * batch
+
+
+def _reference_flops(part: str, facts: dict) -> float:
+    return _flops(part, facts, facts["reference_tokens"] ** 2, batch=1)
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
@@ -372,25 +343,17 @@ def told(cause: Exception) -> str:
     return f"{type(cause).__name__}: {str(cause).strip()[:300]}"
 
 
-def faults(rows: list[dict]) -> list[str]:
-    """What failed of ours, a line each."""
-    failed = (row for row in rows if row["provider"] == "ours" and "failed" in row)
-    return [f"{row['case']}, {row['form']} form: {row['failed']}" for row in failed]
-
-
-def output_of(*command: str) -> str:
-    """What a command prints; "" where it fails or is missing."""
-    with contextlib.suppress(FileNotFoundError):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-    return ""
-
-
 def commit_of(root: Path) -> str:
     """The short hash of HEAD, with "+" where tracked files differ other than what benchmarks write, or "unknown"."""
     others = (f":(exclude){path}" for path in WRITTEN)
-    changed = output_of("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
-    return (output_of("git", "-C", str(root), "rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
+    changed = _output_of("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
+    return (_output_of("git", "-C", str(root), "rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
+
+
+def _output_of(*command: str) -> str:
+    """What a command prints; "" where it fails or is missing."""
+    status, text = subprocess.getstatusoutput(f"{shlex.join(command)} 2>/dev/null")
+    return "" if status else text.strip()
 
 
 def environment(device: str = "cpu") -> dict[str, str | int]:
@@ -407,18 +370,12 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
         "commit": commit_of(ROOT),
     }
     if device == "cuda":
-        result["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-        for name in ON_GPUS:
+        driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        result["driver"] = driver.split("\n")[0]
+        for name in ("triton", "flash-attn-4"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 result[name] = importlib.metadata.version(name)
     return result
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ValueError where no file can be made in a folder, which need not be there: before hours of measuring."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        raise ValueError(f"nothing can be written into {folder}: {nearest} is no folder that we may write into")
 
 
 def write_rows(rows: list[dict], path: Path) -> None:

@@ -1,7 +1,8 @@
-"""The two ways in which a canvas is attended over without block tables, as honest providers and as plain oracles.
+"""Modules as one writes them down first, as honest providers and as plain oracles.
 
-Both take the declaration that :class:`canvas_engineering.AttentionDispatcher` takes, precompute all that depends on the
-declaration alone, and keep its parameter names, so that one state dict fits all three.
+A canvas is attended over without block tables in two ways, which take the declaration that
+:class:`canvas_engineering.AttentionDispatcher` takes, precompute all that depends on it alone, and keep its parameter
+names, so that one state dict fits all three. mamba and rwkv go position by position.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from canvas_engineering.attention import MambaAttention, RWKVAttention
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.connectivity import CanvasTopology, Connection, connection_frames
 from canvas_engineering.masks import MaskSpec
@@ -23,10 +25,7 @@ class Projections(nn.Module):
     def __init__(self, d_model: int, n_heads: int):
         super().__init__()
         self.n_heads = n_heads
-        self.q_proj = nn.Linear(d_model, d_model)
-        self.k_proj = nn.Linear(d_model, d_model)
-        self.v_proj = nn.Linear(d_model, d_model)
-        self.out_proj = nn.Linear(d_model, d_model)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(d_model, d_model) for _ in range(4))
 
     def split(self, x: Tensor) -> Tensor:
         """(B, n, d_model) → (B, heads, n, head_dim)."""
@@ -41,14 +40,12 @@ class Projections(nn.Module):
 
 class PerEdgeLoop(nn.Module):
     """Edge form, one attention set after another: gather, project, attend, scatter; then divide by the sum of weights.
-
-    A connection with a sparse mask is a ValueError.
-    """
+    Raises ValueError for sparse masks, other functions than softmax, and other writes than "add"."""
 
     def __init__(self, topology: CanvasTopology, layout: CanvasLayout, d_model: int, n_heads: int = 4):
         super().__init__()
         self.fn_modules = nn.ModuleDict()
-        self.reads: list[tuple[str, float]] = []
+        self.sets: list[tuple[str, float]] = []
         total_weight = torch.zeros(layout.num_positions)
         for connection in topology.connections:
             fn = topology.resolve_fn(connection, layout)
@@ -61,12 +58,12 @@ class PerEdgeLoop(nn.Module):
                 raise ValueError(f"{name}: the loop has no {connection.write_mode!r} writes")
             if fn not in self.fn_modules:
                 self.fn_modules[fn] = Projections(d_model, n_heads)
-            for queries, keys, fraction in reads_of(layout, connection):
+            for queries, keys, fraction in attention_sets(layout, connection):
                 weight = connection.weight * fraction
                 total_weight[queries] += weight
-                self.register_buffer(f"queries_{len(self.reads)}", queries, persistent=False)
-                self.register_buffer(f"keys_{len(self.reads)}", keys, persistent=False)
-                self.reads.append((fn, weight))
+                self.register_buffer(f"queries_{len(self.sets)}", queries, persistent=False)
+                self.register_buffer(f"keys_{len(self.sets)}", keys, persistent=False)
+                self.sets.append((fn, weight))
         covered = total_weight > 0
         self.register_buffer("covered", covered[:, None], persistent=False)
         self.register_buffer("total_weight", total_weight.where(covered, torch.ones(()))[:, None], persistent=False)
@@ -74,7 +71,7 @@ class PerEdgeLoop(nn.Module):
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         """(B, N, d_model) → (B, N, d_model); positions without keys keep their input, or ``add_to``."""
         total = torch.zeros_like(x)
-        for index, (fn, weight) in enumerate(self.reads):
+        for index, (fn, weight) in enumerate(self.sets):
             queries, keys = getattr(self, f"queries_{index}"), getattr(self, f"keys_{index}")
             out = self.fn_modules[fn](x[:, queries], x[:, keys])
             total = total.index_add(1, queries, (out * weight).to(total.dtype))  # which differ under autocast
@@ -104,10 +101,10 @@ def landed(out: Tensor, covered: Tensor, x: Tensor, add_to: Tensor | None) -> Te
     return torch.where(covered, out, x) if add_to is None else torch.where(covered, add_to + out, add_to)
 
 
-def reads_of(layout: CanvasLayout, connection: Connection) -> list[tuple[Tensor, Tensor, float]]:
+def attention_sets(layout: CanvasLayout, connection: Connection) -> list[tuple[Tensor, Tensor, float]]:
     """(query positions, key positions, fraction) of every attention set of a connection; ValueError for masks that are
     neither "full" nor "tile"."""
-    src, dst = layout.region_spec(connection.src), layout.region_spec(connection.dst)
+    src, dst, mask = layout.region_spec(connection.src), layout.region_spec(connection.dst), connection.mask
     frames = connection_frames(connection, layout)
     grid = torch.arange(layout.num_positions).view(layout.T, *layout.spatial_shape)
 
@@ -115,32 +112,57 @@ def reads_of(layout: CanvasLayout, connection: Connection) -> list[tuple[Tensor,
         box = (slice(int(start), int(stop)), *(slice(a, b) for a, b in zip(bounds[2::2], bounds[3::2])))
         return grid[box].flatten()
 
-    reads = [
+    columns = (frames.q_start, frames.q_stop, frames.k_start, frames.k_stop, frames.fraction)
+    sets = [
         (positions(src.bounds, q0, q1), positions(dst.bounds, k0, k1), float(fraction))
-        for q0, q1, k0, k1, fraction in zip(
-            frames.q_start, frames.q_stop, frames.k_start, frames.k_stop, frames.fraction
-        )
+        for q0, q1, k0, k1, fraction in zip(*columns)
     ]
-    mask = connection.mask
     if mask is None or mask.kind == "full":
-        return reads
+        return sets
     if mask.kind != "tile":
         raise ValueError(f"{connection.src} → {connection.dst}: {mask.kind!r} masks are not resolved here")
-    number = _tile_numbers(layout, mask).flatten()
-    return [part for read in reads for part in _by_tiles(*read, number)]
+    tile = _tile_numbers(layout, mask)
+    parts = []
+    for queries, keys, fraction in sets:
+        for number in tile[queries].unique():
+            inside = keys[tile[keys] == number]
+            parts.append((queries[tile[queries] == number], inside if len(inside) else keys, fraction))
+    return parts
 
 
 def _tile_numbers(layout: CanvasLayout, mask: MaskSpec) -> Tensor:
-    """The canvas, with the number of the tile that each position lies in."""
+    """int64 (N,): the number of the tile that each position lies in."""
     sizes = mask.tile_shape or (mask.tile_h, mask.tile_w)
     number = torch.zeros((), dtype=torch.long)
     for extent, size in zip(layout.spatial_shape, sizes):
-        tiles = -(-extent // size)
-        number = number[..., None] * tiles + torch.arange(extent) // size
-    return number.expand(layout.T, *layout.spatial_shape)
+        number = number[..., None] * -(-extent // size) + torch.arange(extent) // size
+    return number.expand(layout.T, *layout.spatial_shape).flatten()
 
 
-def _by_tiles(queries: Tensor, keys: Tensor, fraction: float, number: Tensor):
-    for tile in number[queries].unique():
-        inside = keys[number[keys] == tile]
-        yield queries[number[queries] == tile], inside if len(inside) else keys, fraction
+class MambaLoop(MambaAttention):
+    """The selective scan, position by position."""
+
+    def summarise(self, features: Tensor) -> Tensor:
+        d = len(self.D)
+        u, z, dt, b, c = features.split([d, d, self.dt_rank, self.state_size, self.state_size], dim=-1)
+        rate, h, rows, dt = -torch.exp(self.A_log), 0.0, [], F.softplus(self.dt_proj(dt))
+        for t in range(u.shape[1]):
+            h = torch.exp(rate * dt[:, t, :, None]) * h + (dt[:, t] * u[:, t])[..., None] * b[:, t, None]
+            rows.append((h * c[:, t, None]).sum(-1))
+        return (torch.stack(rows, 1) + self.D * u) * F.silu(z)
+
+
+class RWKVLoop(RWKVAttention):
+    """The weighted sums of keys and values, position by position."""
+
+    def summarise(self, features: Tensor) -> Tensor:
+        k, v = features.chunk(2, dim=-1)
+        keep, bonus = torch.exp(-torch.exp(self.decay.flatten())), torch.exp(self.bonus.flatten())
+        a, total, mass, rows = k.clamp(-10, 10).exp(), 0.0, 0.0, []
+        for t in range(k.shape[1]):
+            rows.append((total + bonus * a[:, t] * v[:, t]) / (mass + bonus * a[:, t] + 1e-6))
+            total, mass = total * keep + a[:, t] * v[:, t], mass * keep + a[:, t]
+        return torch.stack(rows, 1)
+
+
+LOOPS = {"mamba": MambaLoop, "rwkv": RWKVLoop}

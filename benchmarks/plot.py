@@ -1,7 +1,6 @@
 """From rows to what people look at: lines, Markdown tables between marks of documents, a figure.
 
-A document has its own words; ``<!-- table: NAME -->`` to ``<!-- end -->`` is written from rows. The text of a report in
-any folder is that of docs/benchmarks/report.md.
+A document has its own words; ``<!-- table: NAME -->`` to ``<!-- end -->`` is written from rows.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -17,8 +15,7 @@ from benchmarks.measure import RESULTS, ROOT, read_rows
 from benchmarks.static_model import FLOP_PER_PAIR, pass_rates
 from canvas_engineering.files import replace_file, replacing
 
-REPORT = ROOT / "docs/benchmarks/report.md"
-DOCUMENTS = (ROOT / "docs/performance.md", ROOT / "docs/families.md")
+DOCUMENTS = [ROOT / "docs" / name for name in ("benchmarks/report.md", "performance.md", "families.md")]
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FEW = 3
 """Fewer rounds give no median and no quartiles."""
@@ -29,8 +26,12 @@ def timed(rows: Iterable[dict], *groups: str) -> list[dict]:
     known = {}
     for row in rows:
         if (row["group"] in groups or not groups) and seconds_of(row):
-            known.setdefault((row["case"], row["form"], row["provider"]), row)
+            known.setdefault(who(row), row)
     return [*known.values()]
+
+
+def who(row: dict) -> tuple[str, str, str]:
+    return row["case"], row["form"], row["provider"]
 
 
 def part_of(row: dict) -> str:
@@ -48,8 +49,8 @@ def noise_in(rows: Iterable[dict]) -> Callable[[dict], float]:
     """The noise that a row is judged by: of nine in ten cases, or of its own where that is larger."""
     own: dict[str, float] = {}
     for row in rows:
-        own[row["case"]] = max(own.get(row["case"], 0.0), row.get("noise", 0.0))
-    own = {case: noise for case, noise in own.items() if noise}
+        if row.get("noise"):
+            own[row["case"]] = max(own.get(row["case"], 0.0), row["noise"])
     every = float(np.quantile([*own.values()], 0.9)) if own else 0.0
     return lambda row: max(every, own.get(row.get("case"), 0.0))
 
@@ -87,6 +88,8 @@ def line(row: dict) -> str:
     if why or not seconds:
         return f"{words} {why}"
     words += f" {1e3 * seconds['p50']:10.2f} ms" + (f", {spread(ratio, row['rounds'])} of ours" if ratio else "")
+    rates = (f"{part} {row[f'{part}_tflops']:.3g}" for part in ("forward", "backward") if f"{part}_tflops" in row)
+    words += "".join(f", {rate} TFLOP/s" for rate in rates)
     verdicts = (f"; {what} {target:.3g}: {'reached' if ok else 'MISSED'}" for what, target, _, ok in targets_of(row))
     return words + "".join(verdicts)
 
@@ -98,59 +101,56 @@ def table(titles: Sequence[str], cells: list[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) if cells else "Nothing was timed.\n"
 
 
-def _milliseconds(row: dict, name: str) -> str:
-    return f"{1e3 * row[name]['p50']:.4g}" if isinstance(row.get(name), dict) else ""
+def _value(row: dict, name: str, digits: str, factor: float = 1, of: str = "p50") -> str:
+    """A number of a row, or the median of its quantiles, in so many digits; "" where there is none."""
+    value = row.get(name)
+    value = value.get(of) if isinstance(value, dict) else value
+    return "" if value is None or isinstance(value, list) else f"{factor * value:{digits}}"
 
 
 def _at(row: dict, size: int) -> str:
-    return f"{1e3 * row['seconds'][row['sizes'].index(size)]['p10']:.3g}" if size in row.get("sizes", ()) else ""
-
-
-def _fixed(row: dict, name: str, digits: str, factor: float = 1) -> str:
-    return f"{factor * row[name]:{digits}}" if row.get(name) is not None else ""
+    seconds = dict(zip(row.get("sizes", ()), row.get("seconds", ()))).get(size)
+    return _value({"seconds": seconds}, "seconds", ".3g", 1e3, "p10")
 
 
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "case": lambda row: row["case"],
     "form": lambda row: row["form"],
     "provider": lambda row: row["provider"],
-    "tokens": lambda row: _fixed(row, "tokens", ","),
-    "rectangles": lambda row: _fixed(row, "rectangles", ","),
-    "density": lambda row: _fixed(row, "density", ".3g", 100.0) + " %" * ("density" in row),
+    "tokens": lambda row: _value(row, "tokens", ","),
+    "rectangles": lambda row: _value(row, "rectangles", ","),
+    "density": lambda row: _value(row, "density", ".3g", 100.0) + " %" * ("density" in row),
     "claimed": lambda row: row.get("claim", ""),
-    "time exponent": lambda row: _fixed(row, "time_exponent", ".2f"),
-    "memory exponent": lambda row: _fixed(row, "memory_exponent", ".2f"),
-    "declaration, ms": lambda row: _milliseconds(row, "declare_seconds"),
-    "ms": lambda row: _milliseconds(row, "seconds"),
+    "time exponent": lambda row: _value(row, "time_exponent", ".2f"),
+    "memory exponent": lambda row: _value(row, "memory_exponent", ".2f"),
+    "declaration, ms": lambda row: _value(row, "declare_seconds", ".4g", 1e3),
+    "ms": lambda row: _value(row, "seconds", ".4g", 1e3),
     "ms at 2⁸": lambda row: _at(row, 256),
     "ms at 2¹⁰": lambda row: _at(row, 1024),
     "ms at 2¹³": lambda row: _at(row, 8192),
-    "forward, ms": lambda row: _milliseconds(row, "forward_seconds"),
-    "forward + backward, ms": lambda row: _milliseconds(row, "step_seconds"),
-    "of SDPA's rate": lambda row: _fixed(row.get(f"{part_of(row)}_roofline", {}), "p50", ".2f"),
-    "MiB": lambda row: _fixed(
-        row | {"peak_bytes": row["bytes"][-1]} if "bytes" in row else row, "peak_bytes", ".3g", 2**-20
-    ),
-    "resident MiB": lambda row: _fixed(row, "resident_bytes", ".3g", 2**-20),
+    "forward, ms": lambda row: _value(row, "forward_seconds", ".4g", 1e3),
+    "forward + backward, ms": lambda row: _value(row, "step_seconds", ".4g", 1e3),
+    "of SDPA's rate": lambda row: _value(row, f"{part_of(row)}_roofline", ".2f"),
+    "MiB": lambda row: _value({"peak_bytes": row.get("bytes", [None])[-1]} | row, "peak_bytes", ".3g", 2**-20),
+    "resident MiB": lambda row: _value(row, "resident_bytes", ".3g", 2**-20),
 }
 
 
-def everything(rows: list[dict], *groups: str) -> str:
-    """A line for each row of some groups; time over ours is "=" in a tie."""
-    noise = noise_in(rows)
-    shown = timed(rows, *groups)
-    cells = [[*(cell(row) for cell in COLUMNS.values()), over_ours(row, noise(row))] for row in shown]
-    return table([*COLUMNS, "time over ours"], cells)
-
-
 def over_ours(row: dict, noise: float) -> str:
-    """The median and quartiles of a row's time over ours, "=" before a tie; "" for ours."""
+    """The median and quartiles of a row's time over that of "ours", "=" before a tie; "" for "ours" itself."""
     ratio = row.get(f"{part_of(row)}_ratio")
     return "= " * is_tie(ratio, noise) + spread(ratio, row["rounds"]) if ratio else ""
 
 
+def everything(rows: list[dict], *groups: str) -> str:
+    """A line for each row of some groups."""
+    noise = noise_in(rows)
+    cells = [[*(cell(row) for cell in COLUMNS.values()), over_ours(row, noise(row))] for row in timed(rows, *groups)]
+    return table([*COLUMNS, "time over ours"], cells)
+
+
 def by_provider(rows: list[dict], *groups: str) -> str:
-    """A line for each case, and a column for each form and provider with its time over ours."""
+    """A line for each case, and a column for each form and provider with its time over that of "ours"."""
     noise = noise_in(rows)
     cells = {
         (row["case"], f"{row['form']}: {row['provider']}"): over_ours(row, noise(row)) for row in timed(rows, *groups)
@@ -182,26 +182,25 @@ def machines(rows: list[dict]) -> str:
 
 def left_out(rows: list[dict]) -> str:
     """Who did not run in which cases, by the reason."""
-    done = {(row["case"], row["form"], row["provider"]) for row in timed(rows)}
+    done = {who(row) for row in timed(rows)}
+    idle = [row for row in rows if "skipped" in row or "failed" in row]
     reasons: dict[str, dict] = {}
-    for row in rows:
-        why = row.get("skipped") or row.get("failed")
-        if why and (row["case"], row["form"], row["provider"]) not in done:
-            reasons.setdefault(f"{row['provider']}, {row['form']} form: {why}", {})[row["case"]] = None
-    every = len({row["case"] for row in rows if "skipped" in row or "failed" in row})
-    cells = (
-        (who, "all of these cases" if len(names) == every > 1 else ", ".join(names)) for who, names in reasons.items()
-    )
-    return "".join(f"- {who} ({names})\n" for who, names in cells) or "Nothing.\n"
+    for row in idle:
+        if who(row) not in done:
+            why = f"{row['provider']}, {row['form']} form: {row.get('skipped') or row['failed']}"
+            reasons.setdefault(why, {})[row["case"]] = None
+    every = len({row["case"] for row in idle})
+    cells = ((why, "all of these cases" if len(own) == every > 1 else ", ".join(own)) for why, own in reasons.items())
+    return "".join(f"- {why} ({names})\n" for why, names in cells) or "Nothing.\n"
 
 
 def kernels(rows: list[dict]) -> str:
     """What the configurations of each architecture take at most, from the committed rows of ``benchmarks.aot``."""
     shipped = [row for row in read_rows(RESULTS / "aot.json") if row["form"] != "dense"]
-    names, cells = ("registers", "spilled", "shared"), []
+    cells = []
     for arch in dict.fromkeys(row["arch"] for row in shipped):
         own = [row for row in shipped if row["arch"] == arch]
-        most = (str(max(row[name] for row in own)) for name in names)
+        most = (str(max(row[name] for row in own)) for name in ("registers", "spilled", "shared"))
         cells.append([arch, str(len(own)), *most, str(sum(row["wgmma"] for row in own))])
     return table(["architecture", "configurations", "registers", "bytes spilled", "shared memory", "wgmma dots"], cells)
 
@@ -213,13 +212,10 @@ def rates(rows: list[dict]) -> str:
         compiled = read_rows(path)
         new = [f"{part}, Triton {compiled[0]['triton']}" for part in FLOP_PER_PAIR]
         titles += new
-        for row in pass_rates(compiled):
-            if row["dtype"] == "bf16":
-                rate = {title: f"{row[part]:.0f}" for title, part in zip(new, FLOP_PER_PAIR)}
-                cells.setdefault((row["head_dim"], row["form"]), {}).update(rate)
-    lines = [
-        [f"{dim}, {form}", *(cell.get(title, "") for title in titles)] for (dim, form), cell in sorted(cells.items())
-    ]
+        for row in (row for row in pass_rates(compiled) if row["dtype"] == "bf16"):
+            rate = {title: f"{row[part]:.0f}" for title, part in zip(new, FLOP_PER_PAIR)}
+            cells.setdefault((row["head_dim"], row["form"]), {}).update(rate)
+    lines = [[f"{dim}, {form}", *(cells[dim, form].get(title, "") for title in titles)] for dim, form in sorted(cells)]
     return table(["head_dim, form", *titles], lines)
 
 
@@ -245,24 +241,16 @@ def filled(text: str, rows: list[dict]) -> str:
     return MARKS.sub(lambda match: f"{match[1]}{TABLES[match[2]](rows)}{match[3]}", text)
 
 
-def write(rows: list[dict], folder: Path) -> Path:
-    """Write the report and its figures to a folder; returns the report's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "speedup.png") as file:
-        speedup(rows).savefig(file, format="png", dpi=120, bbox_inches="tight")
-    replace_file(folder / "report.md", filled(REPORT.read_text(), rows).encode())
-    return folder / "report.md"
-
-
 def write_documents(rows: list[dict]) -> None:
-    """Write the committed report, and the tables of docs/performance.md and docs/families.md."""
-    write(rows, REPORT.parent)
+    """Write the tables of the report, docs/performance.md and docs/families.md, and the report's figure."""
+    with replacing(DOCUMENTS[0].parent / "speedup.png") as file:
+        speedup(rows).savefig(file, format="png", dpi=120, bbox_inches="tight")
     for path in DOCUMENTS:
         replace_file(path, filled(path.read_text(), rows).encode())
 
 
 def speedup(rows: list[dict]):
-    """A figure of joint form: every provider's time over ours by density; who has no backward is told."""
+    """A figure of joint form: every provider's time over that of "ours" by density; who has no backward is told."""
     from matplotlib.figure import Figure
 
     points: dict[str, list] = {}

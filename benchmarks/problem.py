@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.naive import reads_of
+from benchmarks.naive import attention_sets
 from canvas_engineering.plan import AttentionPlan, compile_attention
 
 SAMPLED_PAIRS = 1 << 23
@@ -24,7 +24,7 @@ CHUNK_ROWS = 64
 RESULTS = ("out", "dq", "dk", "dv")
 
 
-class Read(NamedTuple):
+class AttentionSet(NamedTuple):
     """One softmax of edge form: ``queries`` and ``keys`` are tokens, int64."""
 
     queries: np.ndarray
@@ -33,32 +33,22 @@ class Read(NamedTuple):
 
 
 class Problem:
-    """A case's tokens and attention sets.
-
-    Attributes:
-        case, layout, topology: what was declared.
-        place: int64 (n,), the canvas position of each token.
-        reads: list of :class:`Read`.
-    """
+    """A case's ``tokens``, n, at canvas positions ``place``, int64 (n,), and its attention ``sets``."""
 
     def __init__(self, case: Case):
         self.case = case
         self.layout, self.topology = layout, topology = case.declare()
         every = np.arange(layout.num_positions)
         self.place = np.concatenate([layout.region_index(r).numpy() for r in case.sequence]) if case.sequence else every
+        self.tokens = len(self.place)
         token = np.full(layout.num_positions, -1)
-        token[self.place] = np.arange(len(self.place))
-        self.reads = [
-            Read(token[queries.numpy()], token[keys.numpy()], connection.weight * fraction)
+        token[self.place] = np.arange(self.tokens)
+        self.sets = [
+            AttentionSet(token[queries.numpy()], token[keys.numpy()], connection.weight * fraction)
             for connection in topology.connections
             if connection.weight and topology.resolve_fn(connection, layout) != "none"
-            for queries, keys, fraction in reads_of(layout, connection)
+            for queries, keys, fraction in attention_sets(layout, connection)
         ]
-
-    @property
-    def tokens(self) -> int:
-        """n, the length of q, k and v."""
-        return len(self.place)
 
     def plan(self, form: str) -> AttentionPlan:
         """The compiled plan over the tokens; ``form`` "joint" or "edge"."""
@@ -75,10 +65,10 @@ class Problem:
         """int32 (n,): equal for tokens that are queries of the same sets and keys of the same sets."""
         generator = np.random.default_rng(0)
         mark = np.zeros(self.tokens, np.uint64)
-        for read in self.reads:
+        for one in self.sets:
             as_query, as_key = generator.integers(1, 2**63, 2, dtype=np.uint64)
-            mark[read.queries] ^= as_query
-            mark[read.keys] ^= as_key
+            mark[one.queries] ^= as_query
+            mark[one.keys] ^= as_key
         return np.unique(mark, return_inverse=True)[1].reshape(-1).astype(np.int32)
 
     @cached_property
@@ -86,9 +76,9 @@ class Problem:
         """float64 (kinds, kinds): the largest weight of a set that pairs a query and a key of these kinds; 0: none."""
         count = int(self.kinds.max()) + 1
         weight = np.zeros((count, count))
-        for read in self.reads:
-            cell = np.ix_(np.unique(self.kinds[read.queries]), np.unique(self.kinds[read.keys]))
-            weight[cell] = np.maximum(weight[cell], read.weight)
+        for one in self.sets:
+            cell = np.ix_(np.unique(self.kinds[one.queries]), np.unique(self.kinds[one.keys]))
+            weight[cell] = np.maximum(weight[cell], one.weight)
         return weight
 
     @property
@@ -105,8 +95,8 @@ class Problem:
     def total_weight(self) -> np.ndarray:
         """float64 (n,): the sum of the weights of a token's attention sets; 1 where there are none."""
         total = np.zeros(self.tokens)
-        for read in self.reads:
-            total[read.queries] += read.weight
+        for one in self.sets:
+            total[one.queries] += one.weight
         return np.where(total > 0, total, 1.0)
 
     def sample(self) -> np.ndarray:
@@ -122,51 +112,38 @@ class Problem:
         rest = np.setdiff1d(order, chosen)
         return np.sort(np.concatenate([chosen, generator.choice(rest, count - len(chosen), replace=False)]))
 
-    def exact(
-        self, form: str, tensors: list[Tensor], rows: np.ndarray, dtype: torch.dtype = torch.float64
-    ) -> dict[str, Tensor]:
-        """Exact results where the upstream gradient is zero but at ``rows``.
-
-        Args:
-            tensors: q, k, v and the upstream gradient, (B, H, n, D).
-            rows: tokens, ascending.
-            dtype: in another one than float64, what plain dense attention makes of the same inputs.
-
-        Returns:
-            "out" and "dq" at ``rows``, "dk" and "dv".
-        """
+    def exact(self, form: str, tensors: list[Tensor], rows: np.ndarray, dtype=torch.float64) -> dict[str, Tensor]:
+        """Exact "out" and "dq" at token ``rows``, ascending, "dk" and "dv", of q, k, v and an upstream gradient
+        that is zero elsewhere, (B, H, n, D); in another dtype, what plain dense attention makes of the same inputs."""
         device, scale = tensors[0].device, self.case.head_dim**-0.5
         at = torch.from_numpy(rows).to(device)
         q, k, v, upstream = (x.detach().to(dtype) for x in tensors)
         q, upstream = q[:, :, at], upstream[:, :, at]
         sums = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in zip(RESULTS, (q, q, k, v))}
-        for part, keys, bias, share in self._softmaxes(form, rows, device, dtype):
+        for part, keys, bias, share in self._softmaxes(form, rows, device):
             slots = torch.from_numpy(np.searchsorted(rows, part)).to(device)
             leaves = [x.requires_grad_() for x in (q[:, :, slots], k[:, :, keys], v[:, :, keys])]
             with torch.enable_grad():
-                scores = scale * (leaves[0] @ leaves[1].transpose(-1, -2)) + bias
-                out = (scores.softmax(-1) @ leaves[2]) * share
+                scores = scale * (leaves[0] @ leaves[1].transpose(-1, -2)) + bias.to(dtype)
+                out = (scores.softmax(-1) @ leaves[2]) * share.to(dtype)
                 gradients = torch.autograd.grad(out, leaves, upstream[:, :, slots])
             for name, where, value in zip(RESULTS, (slots, slots, keys, keys), (out.detach(), *gradients)):
                 sums[name].index_add_(2, where, value.double())
         return {name: x.to(dtype) for name, x in sums.items()}
 
-    def _softmaxes(
-        self, form: str, rows: np.ndarray, device: torch.device, dtype: torch.dtype
-    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor | float, Tensor]]:
+    def _softmaxes(self, form: str, rows: np.ndarray, device: torch.device) -> Iterator[tuple]:
         """Some of ``rows``, their keys, bias and share in the output: each softmax of the form, in chunks of rows."""
         if form == "joint":
             for part in np.array_split(rows, -(-len(rows) // CHUNK_ROWS)):
                 weights = self.weights(part, device)
                 share = weights.any(1, keepdim=True)  # rows without keys have no softmax; their output is 0
                 keys = weights.any(0).nonzero()[:, 0]
-                bias = weights[:, keys].masked_fill(~share, 1.0).log()
-                yield part, keys, bias.to(dtype), share.to(dtype)
+                yield part, keys, weights[:, keys].masked_fill(~share, 1.0).log(), share
             return
         chosen = np.zeros(self.tokens, bool)
         chosen[rows] = True
-        for read in self.reads:
-            queries, keys = read.queries[chosen[read.queries]], torch.from_numpy(read.keys).to(device)
+        for queries, keys, weight in self.sets:
+            queries, keys = queries[chosen[queries]], torch.from_numpy(keys).to(device)
             for part in np.split(queries, range(CHUNK_ROWS, len(queries), CHUNK_ROWS)) if len(queries) else ():
-                share = torch.from_numpy(read.weight / self.total_weight[part]).to(device, dtype)[:, None]
-                yield part, keys, 0.0, share
+                share = torch.from_numpy(weight / self.total_weight[part]).to(device)[:, None]
+                yield part, keys, share.new_zeros(()), share

@@ -1,8 +1,8 @@
 """Who computes attention on q, k and v: functions of a problem, each within one form, built before they are timed.
 
-Joint form (one softmax per query): "ours"; "ours_torch", the torch backend, which is ours on a CPU; "sdpa_mask",
+Joint form (one softmax per query): "ours"; "ours_torch", its torch backend, which "ours" is on a CPU; "sdpa_mask",
 scaled_dot_product_attention under a dense mask of all tokens; "sdpa_mask_used", of those that attend or are attended
-to; "flex" and "flex_packed", compiled FlexAttention in canvas order and in ours; on GPUs "flex_flash", by
+to; "flex" and "flex_packed", compiled FlexAttention in canvas and in packed order; on GPUs "flex_flash", by
 FlashAttention-4. Edge form (one softmax per attention set, averaged by weight): "ours"; "ours_torch";
 "per_edge_loop", which gathers, attends and scatters set by set; "grouped", sets of equal shape in one batched call by
 hand, on views where they lie at equal distances; on GPUs "varlen", all sets as one batch through FlashAttention.
@@ -31,47 +31,37 @@ from canvas_engineering.plan import compile_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Build = Callable[[Problem, str, torch.dtype], Attend]
-GPU_BYTES = 16 << 30
-"""What a provider may hold on a GPU for its mask."""
+MASK_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
+"""What a provider may hold for its mask."""
 FLEX_BLOCK, FLEX_KINDS = 128, 64
 """FlexAttention's table of kinds is padded to a multiple of this, so that one compilation serves many patterns."""
 BLOCK_BYTES = 40
 """What a pair of FlexAttention's blocks takes: four int32 tables, and as much again and more while they are sorted."""
-MOST_RUNS = 4
+MAX_RUNS = 4
 """Of sets of one shape by hand: more runs of evenly spaced ranges than this are gathered together."""
 REFERENCE_TOKENS = {"cpu": 1024, "cuda": 16384}
 EAGER_ERRORS = 2.0
 """In 16 bits errors may be this many times those of plain dense attention in the same dtype, and a correct rounding of
 the result is always let through."""
 GATED_HEADS = 4
-ON_GPUS = ("flex_flash", "varlen")
 
 
 def of(device: str, backend: str = "auto") -> list[tuple[str, str, Build]]:
-    """(form, name, build) of everyone, ours first in each form. ``build`` raises Unavailable where it cannot run."""
-    runs_torch = backend == "torch" or (backend, device) == ("auto", "cpu")
-    others = {
-        "joint": (sdpa_mask, sdpa_mask_used, flex, flex_packed, flex_flash),
-        "edge": (per_edge_loop, grouped, varlen),
-    }
+    """(form, name, build) of everyone, "ours" first in each form. ``build`` raises Unavailable where it cannot run."""
+    own_torch = "refused" if backend == "torch" or (backend, device) == ("auto", "cpu") else "torch"
     everyone = []
-    for form, builds in others.items():
-        own_torch = _refuse("ours runs the torch backend here") if runs_torch else partial(ours, form, "torch")
-        everyone += [(form, "ours", partial(ours, form, backend)), (form, "ours_torch", own_torch)]
-        for build in builds:
-            missing = device == "cpu" and build.__name__ in ON_GPUS
-            everyone.append((form, build.__name__, _refuse("it needs a GPU") if missing else build))
+    for form, builds in (
+        ("joint", (sdpa_mask, sdpa_mask_used, flex, flex_packed, flex_flash)),
+        ("edge", (per_edge_loop, grouped, varlen)),
+    ):
+        everyone += [(form, "ours", partial(ours, form, backend)), (form, "ours_torch", partial(ours, form, own_torch))]
+        everyone += [(form, build.__name__, build) for build in builds]
     return everyone
 
 
-def _refuse(why: str) -> Build:
-    def build(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
-        raise Unavailable(why)
-
-    return build
-
-
 def ours(form: str, backend: str, problem: Problem, device: str, dtype: torch.dtype) -> Attend:
+    if backend == "refused":
+        raise Unavailable("ours runs the torch backend here")
     plan = problem.plan(form).to(device)
     return lambda q, k, v: canvas_attention(q, k, v, plan, backend=backend)
 
@@ -85,25 +75,20 @@ def attention(case: Case, settings: Settings) -> Contest:
     problem, device, dtype = Problem(case), settings.device, settings.dtype
     compile_attention.cache_clear()  # the plan's time is that of a first use
     resolve_frames.cache_clear()
-    inputs = problem.inputs(device, dtype)
-
-    def provider(form: str, name: str, build: Build) -> Provider:
-        def run() -> Run:
-            attend = build(problem, device, dtype)
-            order = (attend.pack, attend.unpack) if isinstance(attend, Packed) else ()
-            *own, upstream = map(order[0], inputs) if order else inputs
-            backward = not (device == "cpu" and name.startswith("flex"))
-            own = [x.detach().requires_grad_(backward) for x in own]
-            return Run(attend, own, dict(zip(RESULTS[1:], own)) if backward else {}, upstream, *order)
-
-        return Provider(form, name, run)
-
-    rows = problem.sample()
+    inputs, rows = problem.inputs(device, dtype), problem.sample()
     at = torch.from_numpy(rows).to(device)
     heads = torch.linspace(0, case.heads - 1, min(case.heads, GATED_HEADS)).long().to(device)
     entries = sorted({0, case.batch - 1})
     upstream = torch.zeros_like(inputs[3]).index_copy_(2, at, inputs[3][:, :, at])
     compared = [x[entries][:, heads] for x in (*inputs[:3], upstream)]
+
+    def build_run(name: str, build: Build) -> Run:
+        attend = build(problem, device, dtype)
+        order = (attend.pack, attend.unpack) if isinstance(attend, Packed) else ()
+        *own, grad = map(order[0], inputs) if order else inputs
+        backward = not (device == "cpu" and name.startswith("flex"))
+        own = [x.detach().requires_grad_(backward) for x in own]
+        return Run(attend, own, dict(zip(RESULTS[1:], own)) if backward else {}, grad, *order)
 
     def select(name: str, x: Tensor) -> Tensor:
         x = x[entries][:, heads]
@@ -119,47 +104,42 @@ def attention(case: Case, settings: Settings) -> Contest:
         pairs = problem.plan(form).table.pairs
         return {"pairs": pairs, "density": pairs / problem.tokens**2}
 
-    def flops(form: str) -> dict[str, int]:
-        table, count = problem.plan(form).table, (case.head_dim, case.batch * case.heads)
-        forward, backward = table.flops(*count), table.flops(*count, backward=True)
-        return {"forward": forward, "backward": backward, "step": forward + backward}
-
-    shape = {name: getattr(case, name) for name in ("batch", "heads", "head_dim")}
-    facts = {"tokens": problem.tokens, "connections": len(problem.topology.connections), "reads": len(problem.reads)}
-    everyone = [provider(*who) for who in of(device, settings.backend)]
-    contest = Contest(
-        everyone, lambda form: problem.exact(form, compared, rows), shape | facts, of_form, select, budgets
-    )
-    contest.upstream, contest.flops = upstream, flops
+    facts = {name: getattr(case, name) for name in ("batch", "heads", "head_dim")} | {"tokens": problem.tokens}
+    facts |= {"connections": len(problem.topology.connections), "attention_sets": len(problem.sets)}
     tokens = case.options.get("reference_tokens") or settings.reference_tokens or REFERENCE_TOKENS[device]
-    contest.reference, contest.reference_flops = _unmasked(case, settings, tokens)
-    contest.facts["reference_tokens"] = tokens
-    return contest
+    return Contest(
+        [Provider(form, name, partial(build_run, name, build)) for form, name, build in of(device, settings.backend)],
+        lambda form: problem.exact(form, compared, rows),
+        facts | {"reference_tokens": tokens},
+        of_form,
+        select,
+        budgets,
+        upstream,
+        _unmasked(case, settings, tokens),
+    )
 
 
-def _unmasked(case: Case, settings: Settings, tokens: int) -> tuple[Run, int]:
-    """Attention without a mask, and the operations of its forward: the rate that the device gives. Which kernel that
-    is, torch chooses, as for anyone."""
-    generator = torch.Generator(settings.device).manual_seed(1)
-    shape = (1, tokens, case.heads, case.head_dim)
+def _unmasked(case: Case, settings: Settings, tokens: int) -> Run:
+    """Attention without a mask: the rate that the device gives. Torch chooses the kernel, as for anyone."""
+    shape, generator = (1, tokens, case.heads, case.head_dim), torch.Generator(settings.device).manual_seed(1)
     tensors = (torch.randn(shape, generator=generator, device=settings.device) for _ in range(4))
     *leaves, upstream = (x.to(settings.dtype).transpose(1, 2).requires_grad_() for x in tensors)
     run = Run(F.scaled_dot_product_attention, leaves, dict(zip("qkv", leaves)), upstream.detach())
     run.results()
-    return run, 4 * case.head_dim * case.heads * tokens**2
+    return run
 
 
 def _fits(needed: int, device: str, what: str = "a mask") -> None:
-    """:class:`Unavailable` for more bytes than a provider may hold: on a CPU three quarters of what is free."""
-    if device == "cuda":
-        most, why = GPU_BYTES, "that are allowed"
-    else:
-        most, why = 3 * measure.free_bytes() // 4, "that are three quarters of what is free here"
-    if needed > most:
-        raise Unavailable(f"{what} of {needed / 2**30:,.1f} GiB, more than the {most / 2**30:,.1f} GiB {why}")
+    """Raise Unavailable for more bytes than a provider may hold."""
+    if needed > MASK_BYTES[device]:
+        most = f"{MASK_BYTES[device] / 2**30:,.1f} GiB that are allowed"
+        raise Unavailable(f"{what} of {needed / 2**30:,.1f} GiB, more than the {most}")
 
 
-def _package(name: str) -> ModuleType:
+def _package(name: str, device: str) -> ModuleType:
+    """A package that runs on GPUs only; raises Unavailable without it or without one."""
+    if device == "cpu":
+        raise Unavailable("it needs a GPU")
     try:
         return importlib.import_module(name)
     except ImportError as cause:
@@ -167,10 +147,7 @@ def _package(name: str) -> ModuleType:
 
 
 class Packed(NamedTuple):
-    """A provider whose tokens lie in another order: :meth:`pack` its inputs, :meth:`unpack` its results.
-
-    Tokens are packed before timing: a user may stay in that order from layer to layer.
-    """
+    """A provider whose tokens lie in another order. They are packed before timing: a user may stay in that order."""
 
     attend: Attend
     order: Tensor
@@ -209,7 +186,7 @@ def sdpa_mask(problem: Problem, device: str, dtype: torch.dtype, tokens: np.ndar
 
 def sdpa_mask_used(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     """A dense mask over the tokens that attend or are attended to, which are gathered before and put back behind."""
-    used = np.unique(np.concatenate([tokens for read in problem.reads for tokens in read[:2]]))
+    used = np.unique(np.concatenate([tokens for one in problem.sets for tokens in one[:2]]))
     if len(used) == problem.tokens:
         raise Unavailable("every token attends or is attended to")
     own, at = sdpa_mask(problem, device, dtype, used), torch.from_numpy(used).to(device)
@@ -234,10 +211,9 @@ def flex(
 ) -> Attend:
     _fits(BLOCK_BYTES * (-(-problem.tokens // FLEX_BLOCK)) ** 2, device, "block tables")
     kinds = torch.from_numpy(problem.kinds if order is None else problem.kinds[order]).to(device)
-    count = -(-len(problem.weight_of_kinds) // FLEX_KINDS) * FLEX_KINDS
-    weight = torch.zeros(count, count, device=device)
     known = torch.from_numpy(problem.weight_of_kinds)
-    weight[: len(known), : len(known)] = known
+    padding = (0, -len(known) % FLEX_KINDS)
+    weight = F.pad(known, padding * 2).float().to(device)
     mask, logs = block_mask(kinds, weight > 0), weight.log()
     score = (lambda score, b, h, query, key: score + logs[kinds[query], kinds[key]]) if problem.weighted else None
     attend = compiled_flex(dynamic=device == "cuda")
@@ -274,21 +250,21 @@ def flex_packed(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
 
 def flex_flash(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     """FlashAttention-4's kernels, which torch takes where flash-attn-4 is installed."""
-    _package("flash_attn.cute")
+    _package("flash_attn.cute", device)
     return flex(problem, device, dtype, options={"BACKEND": "FLASH"})
 
 
-def _shares(problem: Problem, device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _shares(problem: Problem, device: str, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Queries, keys, and the share of the output (rows, 1), of each attention set."""
     sets = []
-    for queries, keys, weight in problem.reads:
-        arrays = queries, keys, weight / problem.total_weight[queries][:, None]
-        sets.append(tuple(torch.from_numpy(x).to(device) for x in arrays))
+    for queries, keys, weight in problem.sets:
+        share = torch.from_numpy(weight / problem.total_weight[queries][:, None]).to(device, dtype)
+        sets.append((torch.from_numpy(queries).to(device), torch.from_numpy(keys).to(device), share))
     return sets
 
 
 def per_edge_loop(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
-    sets = [(queries, keys, share.to(dtype)) for queries, keys, share in _shares(problem, device)]
+    sets = _shares(problem, device, dtype)
 
     def attend(q, k, v):
         total = torch.zeros_like(q)
@@ -320,8 +296,7 @@ class Ranges(NamedTuple):
         if self.step is None:
             x = x.index_select(2, self.index.flatten()).unflatten(2, (count, length))
         else:
-            first = int(self.index[0, 0])
-            x = x[:, :, first : first + self.step * (count - 1) + length]
+            x = x.narrow(2, int(self.index[0, 0]), self.step * (count - 1) + length)
             if self.step == 0:
                 x = x.unsqueeze(2).expand(-1, -1, count, -1, -1)
             elif self.step == length:
@@ -337,8 +312,7 @@ class Ranges(NamedTuple):
         total = torch.zeros_like(like) if total is None else total
         if self.step != self.index.shape[1]:
             return total.index_add_(2, self.index.flatten(), x)
-        first = int(self.index[0, 0])
-        total[:, :, first : first + x.shape[2]] += x
+        total.narrow(2, int(self.index[0, 0]), x.shape[2]).add_(x)
         return total
 
     def covers(self, tokens: int) -> bool:
@@ -355,22 +329,21 @@ def _runs(sets: list) -> list[list]:
             runs[-1].append(one)
         else:
             runs.append([one])
-    return runs if len(runs) <= MOST_RUNS else [sets]
+    return runs if len(runs) <= MAX_RUNS else [sets]
 
 
 def grouped(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     """All sets of a shape in one call: on views where they lie at equal distances, else gathered and added back."""
     by_shape: dict[tuple[int, int], list] = {}
-    for one in _shares(problem, device):
+    for one in _shares(problem, device, dtype):
         by_shape.setdefault((len(one[0]), len(one[1])), []).append(one)
-    if len(by_shape) == len(problem.reads):
+    if len(by_shape) == len(problem.sets):
         raise Unavailable("no two sets are of one shape: this is the loop")
     groups = []
-    for sets in by_shape.values():
-        for queries, keys, share in (zip(*run) for run in _runs(sets)):
-            share = torch.cat(share).to(dtype)
-            is_one = bool((share == 1).all())
-            groups.append((Ranges.of(queries), Ranges.of(keys), None if is_one else share))
+    for run in (run for sets in by_shape.values() for run in _runs(sets)):
+        queries, keys, share = zip(*run)
+        share = torch.cat(share)
+        groups.append((Ranges.of(queries), Ranges.of(keys), None if (share == 1).all() else share))
     groups.sort(key=lambda group: not group[0].covers(problem.tokens))  # what writes every token leaves none to clear
 
     def attend(q, k, v):
@@ -387,13 +360,12 @@ def grouped(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
 
 def varlen(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     """https://docs.pytorch.org/docs/stable/nn.attention.varlen.html: (tokens, H, D), where each sequence starts."""
-    varlen_attn = _package("torch.nn.attention.varlen").varlen_attn
-    n, batch = problem.tokens, problem.case.batch
-    reads = _shares(problem, device)
-    queries, keys, share = (torch.cat(column) for column in zip(*reads))
+    varlen_attn = _package("torch.nn.attention.varlen", device).varlen_attn
+    n, batch, sets = problem.tokens, problem.case.batch, _shares(problem, device, dtype)
+    queries, keys, share = (torch.cat(column) for column in zip(*sets))
     queries, keys = ((at + n * torch.arange(batch, device=device)[:, None]).flatten() for at in (queries, keys))
-    share = share.to(dtype).repeat(batch, 1)[:, None]
-    sizes = [torch.tensor([0] + [len(read[side]) for read in reads] * batch) for side in (0, 1)]
+    share = share.repeat(batch, 1)[:, None]
+    sizes = [torch.tensor([0] + [len(one[side]) for one in sets] * batch) for side in (0, 1)]
     starts = [size.cumsum(0).to(device, torch.int32) for size in sizes]
     longest = [int(size.max()) for size in sizes]
 

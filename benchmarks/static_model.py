@@ -23,16 +23,12 @@ from typing import NamedTuple
 MULTIPROCESSORS, CLOCK, EFFICIENCY = 132, 1.755e9, 0.87
 TENSOR_FLOP, SHARED_BYTES = 4096, 128
 """Of 16-bit products with 32-bit sums, and of shared memory: per clock and multiprocessor."""
-MEMORY_BYTES = 4.8e12
-"""Per second, of device memory."""
-SLOT_KEYS = 1024
-"""Keys of a (segment, row) where the edge form stores its output: about the median of the canvases of more than 8,192
-positions that ``make gpu`` times."""
+MEMORY_BYTES, SLOT_KEYS = 4.8e12, 1024
+"""Of device memory per second; and keys of a (segment, row) where the edge form stores its output, about the median of
+the canvases of more than 8,192 positions that ``make gpu`` times."""
 DOTS = {"forward": 2, "delta": 2, "dq": 3, "dkv": 4}
 """Matrix products per block of each pass, each of 2 · block_m · block_n · D FLOP."""
-FLOP_PER_PAIR = {"forward": 4, "backward": 10}
-"""In units of D."""
-
+FLOP_PER_PAIR = {"forward": 4, "backward": 10}  # in units of D
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?(U?P\w+)\s+)?([\w.]+)\s*(.*?)\s*;")
 _LABEL = re.compile(r"(\.L_[\w.]+):")
 _TARGET = re.compile(r"`\((\.L_[\w.]+)\)")
@@ -59,22 +55,15 @@ class Instruction(NamedTuple):
         return self.opcode.split(".")[0]
 
 
-def tool(name: str) -> str:
-    """The path of a CUDA program that comes with Triton; FileNotFoundError where it does not."""
+def run_tool(name: str, *options: str, cubin: bytes) -> str:
+    """What a CUDA program that comes with Triton prints of a compiled kernel."""
     import triton
 
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    if not path.exists():
-        raise FileNotFoundError(f"Triton {triton.__version__} came without {path}")
-    return str(path)
-
-
-def run_tool(name: str, *options: str, cubin: bytes) -> str:
-    """What the program prints of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool(name), *options, file.name], capture_output=True, text=True, check=True).stdout
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / name, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def parse(listing: str) -> list[Instruction]:
@@ -111,10 +100,10 @@ def product_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
             continue
         skipped = set()
         for index in range(first, last):
-            jump = instructions[index]
-            ahead = jump.guard and jump.target is not None and index < jump.target <= last
-            if ahead and not has_products(instructions[index + 1 : jump.target]):
-                skipped |= set(range(index + 1, jump.target))
+            target = instructions[index].target
+            ahead = instructions[index].guard and target is not None and index < target <= last
+            if ahead and not has_products(instructions[index + 1 : target]):
+                skipped |= set(range(index + 1, target))
         bodies.append([instructions[index] for index in range(first, last + 1) if index not in skipped])
     # of a loop's copies, those that do less than the others are what pipelining has split off
     most = max(map(product_flop, bodies), default=0)
@@ -164,23 +153,13 @@ def tflops(flop: float, spent: dict[str, float]) -> float:
 def describe(
     cubin: bytes, stage: str, block_m: int, block_n: int, block_d: int, num_warps: int, consumers: int = 1
 ) -> dict:
-    """What the machine code of a pass shows. Figures are of an iteration of the loop of full blocks.
+    """What the machine code of a pass shows, of an iteration of the loop of full blocks; {} without matrix products.
 
-    Args:
-        cubin: the compiled kernel.
-        stage: a key of :data:`DOTS`.
-        block_m, block_n, block_d: rows of the tile, walked rows, padded head dimension.
-        num_warps: warps of a program, or of each consumer.
-        consumers: of a warp-specialised kernel, the groups of warps that share a tile, each with loops of its own;
-            that one's work may hide behind another's is not counted.
-
-    Returns:
-        ``instructions``: per warp; ``other_instructions``: those of the longest other loop, None without one.
-        ``waste``: matrix work executed over work asked for. ``exp2``: executed per pair. ``waits``: for matrix
-        products. ``serialised``: products that wait for the one before, in the worst loop (ptxas's C7515: each is a
-        group of its own). ``local``: local loads and stores in any loop. ``clocks``: as :func:`clocks`; ``bound``: the
-        unit with the most. ``predicted``, ``other_predicted``: TFLOP/s of what is asked for. {} for a kernel without a
-        loop of matrix products.
+    ``stage`` is a key of :data:`DOTS`, the shape that of a tile and its walked block. A warp-specialised kernel has
+    ``consumers``, groups of ``num_warps`` that share a tile, each with loops of its own; that their work may overlap is
+    not counted. "other_" is of the longest other loop; "waste" is matrix work executed over work asked for; "exp2" is
+    per pair; "serialised" counts products that wait for the one before (ptxas's C7515), "local" loads and stores of the
+    stack in any loop.
     """
     instructions = parse(run_tool("nvdisasm", "-c", cubin=cubin))
     bodies = product_loops(instructions)
@@ -209,13 +188,10 @@ def describe(
 
 
 def pass_rates(rows: list[dict]) -> list[dict]:
-    """Predicted TFLOP/s on selected pairs of whole passes, from the rows of single kernels.
+    """Predicted TFLOP/s on selected pairs of whole passes, from the rows of single kernels, each with its best tile.
 
     A backward's rate is 10 / (6 / dq + 8 / dkv), with 4 / delta where a pass walks for δ. An edge form without such a
     pass stores each segment's output: 4 · D bytes per (segment, row) of ``SLOT_KEYS`` keys are moved each way.
-
-    Returns:
-        For each head dimension, dtype and form: a row with ``forward`` and ``backward``, of each pass's best tile.
     """
     best: dict[tuple, dict[str, float]] = {}
     for row in rows:
@@ -223,7 +199,7 @@ def pass_rates(rows: list[dict]) -> list[dict]:
         if row.get("predicted") and not row["signed"]:
             rates = best.setdefault((row["head_dim"], row["dtype"], row["form"]), {})
             rates[row["stage"]] = max(rates.get(row["stage"], 0.0), row["predicted"])
-    found = []
+    passes = []
     for (head_dim, dtype, form), rates in sorted(best.items()):
         kept = best.get((head_dim, dtype, "edge"), {})
         if form == "in_place" and "dkv" in kept:  # dK and dV of both edge forms are one pass
@@ -237,5 +213,5 @@ def pass_rates(rows: list[dict]) -> list[dict]:
             # 10^12 bytes in 10^12 FLOP per second: both in units of D per pair
             work = {name: each + 4 / SLOT_KEYS / (MEMORY_BYTES / 1e12) for name, each in work.items()}
         name = {"head_dim": head_dim, "dtype": dtype, "form": form}
-        found.append(name | {part: round(FLOP_PER_PAIR[part] / each, 1) for part, each in work.items()})
-    return found
+        passes.append(name | {part: round(FLOP_PER_PAIR[part] / each, 1) for part, each in work.items()})
+    return passes

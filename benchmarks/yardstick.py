@@ -19,27 +19,18 @@ def _rows(ptr, start, stride_n, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def dense_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    n_positions,
-    scale_log2,
-    stride_n,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    tensors, n, scale_log2, stride_n, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """out = softmax(scale · q kᵀ) v and its log-sum-exp, base 2. All of one stride, heads one after the other."""
-    tile, head = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64) * n_positions
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr = tensors
+    tile, head = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64) * n
     q = tl.load(_rows(q_ptr, head + tile, stride_n, BLOCK_M, HEAD_DIM))
     k_rows = _rows(k_ptr, head, stride_n, BLOCK_N, HEAD_DIM)
     v_rows = _rows(v_ptr, head, stride_n, BLOCK_N, HEAD_DIM)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    for _ in range(0, n_positions, BLOCK_N):
+    for _ in range(0, n, BLOCK_N):
         k, v = tl.load(k_rows), tl.load(v_rows)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         shift = tl.maximum(largest, tl.max(logits, 1) * scale_log2)
@@ -56,23 +47,11 @@ def dense_forward_kernel(
 
 @triton.jit
 def dense_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    dq_ptr,
-    n_positions,
-    scale,
-    scale_log2,
-    stride_n,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    tensors, n, scale, scale_log2, stride_n, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """dq = scale · dS k with dS = p · (dO vᵀ − δ)."""
-    tile, head = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64) * n_positions
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr = tensors
+    tile, head = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64) * n
     q = tl.load(_rows(q_ptr, head + tile, stride_n, BLOCK_M, HEAD_DIM))
     do = tl.load(_rows(do_ptr, head + tile, stride_n, BLOCK_M, HEAD_DIM))
     lse = tl.load(lse_ptr + head + tile + tl.arange(0, BLOCK_M))
@@ -80,7 +59,7 @@ def dense_dq_kernel(
     k_rows = _rows(k_ptr, head, stride_n, BLOCK_N, HEAD_DIM)
     v_rows = _rows(v_ptr, head, stride_n, BLOCK_N, HEAD_DIM)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    for _ in range(0, n_positions, BLOCK_N):
+    for _ in range(0, n, BLOCK_N):
         k, v = tl.load(k_rows), tl.load(v_rows)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
@@ -93,24 +72,11 @@ def dense_dq_kernel(
 
 @triton.jit
 def dense_dkv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    lse_ptr,
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    n_positions,
-    scale,
-    scale_log2,
-    stride_n,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    tensors, n, scale, scale_log2, stride_n, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """dk = scale · dSᵀ q and dv = pᵀ dO: a tile of BLOCK_M keys walks blocks of BLOCK_N queries, all transposed."""
-    tile, head = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64) * n_positions
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr = tensors
+    tile, head = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64) * n
     k = tl.load(_rows(k_ptr, head + tile, stride_n, BLOCK_M, HEAD_DIM))
     v = tl.load(_rows(v_ptr, head + tile, stride_n, BLOCK_M, HEAD_DIM))
     q_rows = _rows(q_ptr, head, stride_n, BLOCK_N, HEAD_DIM)
@@ -119,7 +85,7 @@ def dense_dkv_kernel(
     delta_rows = delta_ptr + head + tl.arange(0, BLOCK_N)
     dk = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     dv = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    for _ in range(0, n_positions, BLOCK_N):
+    for _ in range(0, n, BLOCK_N):
         q, do = tl.load(q_rows), tl.load(do_rows)
         lse, delta = tl.load(lse_rows), tl.load(delta_rows)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])

@@ -33,7 +33,7 @@ from canvas_engineering.plan import compile_attention
 from examples import cartpole_data
 from examples.cartpole_model import FRAMES, OBSERVED, WorldModel, declare
 
-CONTESTANTS = {"block tables": AttentionDispatcher, "per-edge loop": PerEdgeLoop, "dense mask": DenseMask}
+PROVIDERS = {"block tables": AttentionDispatcher, "per-edge loop": PerEdgeLoop, "dense mask": DenseMask}
 
 
 @dataclass(frozen=True)
@@ -152,19 +152,19 @@ def gradients(model: WorldModel) -> dict[str, Tensor]:
 def step_times(
     model: WorldModel, data: tuple[Tensor, Tensor, Tensor], scale: Tensor, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of one training step (forward, backward) per contestant, in interleaved rounds in this process.
+    """Seconds of one training step (forward, backward) per provider, in interleaved rounds in this process.
 
     Before anything is timed, the per-edge loop must give our predictions and our gradients; RuntimeError otherwise. The
     dense mask is another function (all reads of a position share one softmax), so only its cost is comparable here.
     """
-    models = {name: twin(model, attention) for name, attention in CONTESTANTS.items()}
+    models = {name: twin(model, attention) for name, attention in PROVIDERS.items()}
 
-    def step(contestant: WorldModel) -> None:
-        contestant.zero_grad(set_to_none=True)
-        loss_of(contestant, data, scale).backward()
+    def step(provider: WorldModel) -> None:
+        provider.zero_grad(set_to_none=True)
+        loss_of(provider, data, scale).backward()
 
-    for contestant in models.values():
-        step(contestant)
+    for provider in models.values():
+        step(provider)
     ours, loop = (gradients(models[name]) for name in ("block tables", "per-edge loop"))
     for name, expected in loop.items():
         difference = (ours[name] - expected).abs().max()
@@ -173,9 +173,9 @@ def step_times(
 
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
-        for name, contestant in models.items():
+        for name, provider in models.items():
             start = time.perf_counter()
-            step(contestant)
+            step(provider)
             times[name].append(time.perf_counter() - start)
     return times
 

@@ -43,13 +43,9 @@ def test_every_pass_in_every_form_compiles_without_a_fault(compiled):
     assert len(compiled) == 2 * 2 * len(passes)
 
 
-def test_dots_of_large_tiles_are_warp_group_products(compiled):
+def test_dots_of_large_tiles_are_warp_group_products_and_walked_tensors_copied_asynchronously(compiled):
     large = [row for row in compiled if row["tile"] != "16x16"]
-    assert all(row["wgmma"] == row["dots"] >= static_model.DOTS[row["stage"]] for row in large)
-    assert [row for row in large if "waste" not in row] == []
-
-
-def test_walked_tensors_are_copied_asynchronously(compiled):
+    assert all(row["wgmma"] == row["dots"] >= static_model.DOTS[row["stage"]] and "waste" in row for row in large)
     assert all(row["copies"] >= 2 for row in compiled if row["form"] != "dense")
 
 
@@ -58,6 +54,7 @@ def test_walked_tensors_are_copied_asynchronously(compiled):
     [
         ({"wgmma": 3}, "3 of 4 dots are wgmma"),
         ({"copies": 1}, "1 of 2 walked tensors"),
+        ({"wgmma": 3, "waste": None}, "3 of 4 dots are wgmma; no loop of matrix products"),
         ({"shared": 240000}, "240000 bytes of shared memory"),
         ({"spilled": 24}, "spills 24 bytes"),
         ({"waste": 1.01}, "waste 1.01"),
@@ -70,8 +67,8 @@ def test_faults_are_seen(change, complaint):
     sound = {"spilled": 16, "wgmma": 4, "dots": 4, "copies": 2, "shared": 66560}
     sound |= {"waste": 1.0, "serialised": 0, "local": 0}
     assert aot.faults(launch, sound) == []
-    assert complaint in " ".join(aot.faults(launch, sound | change))
-    assert aot.faults(launch, {key: value for key, value in sound.items() if key != "waste"})
+    changed = {key: value for key, value in (sound | change).items() if value is not None}
+    assert complaint in "; ".join(aot.faults(launch, changed))
     small = launch._replace(config=configs.Config(16, 16, 1, 2))
     assert "spills 8 bytes" in aot.faults(small, sound | {"spilled": 8})
 
@@ -102,14 +99,13 @@ def test_the_committed_rows_hold_what_fits():
         assert row["resident"] == aot.resident(*resources) >= 1, row
 
 
-def test_small_tiles_float32_and_other_architectures_need_no_wgmma():
-    row = {"spilled": 0, "wgmma": 0, "copies": 2, "shared": 1024}
-    for launch in (
-        configs.Launch("sm_90", "dq", "joint", False, 64, torch.bfloat16, configs.Config(16, 16, 1, 2)),
-        configs.Launch("sm_90", "dq", "joint", False, 64, torch.float32, configs.Config(64, 32, 8, 2)),
-        configs.Launch("sm_80", "dq", "joint", False, 64, torch.float16, configs.Config(64, 64, 4, 2)),
-    ):
-        assert aot.faults(launch, row) == []
+@pytest.mark.parametrize(
+    ("arch", "dtype", "shape"),
+    [("sm_90", "bf16", (16, 16, 1, 2)), ("sm_90", "fp32", (64, 32, 8, 2)), ("sm_80", "fp16", (64, 64, 4, 2))],
+)
+def test_small_tiles_float32_and_other_architectures_need_no_wgmma(arch, dtype, shape):
+    launch = configs.Launch(arch, "dq", "joint", False, 64, aot.DTYPES[dtype], configs.Config(*shape))
+    assert aot.faults(launch, {"spilled": 0, "wgmma": 0, "copies": 2, "shared": 1024}) == []
 
 
 def test_every_shipped_launch_is_compiled():
@@ -148,13 +144,56 @@ def test_known_faults_become_fewer_and_predicted_rates_no_lower(name):
     assert found["dense", 64]["forward"] > 400 and found["dense", 128]["backward"] > 400
 
 
-def test_each_triton_has_its_own_rows():
-    assert aot.committed("3.6.0").name == "aot-3.6.0.json" and aot.committed("9.9").name == "aot.json"
-
-
 @pytest.mark.parametrize("name", KNOWN_FAULTS)
 def test_the_committed_rows_are_of_what_is_shipped(name):
+    assert aot.committed("3.6.0").name == "aot-3.6.0.json" and aot.committed("9.9").name == "aot.json"
     rows = measure.read_rows(measure.RESULTS / name)
     shipped = [aot.describe(launch) for launch in aot.launches(sorted({row["arch"] for row in rows}))]
     described = [{key: row[key] for key in shipped[0]} for row in rows]
     assert sorted(map(str, described)) == sorted(map(str, shipped))
+
+
+ROW = {"arch": "sm_90", "stage": "dq", "form": "edge", "signed": False, "head_dim": 64, "dtype": "bf16"}
+ROW |= {"tile": "64x64", "registers": 168, "spilled": 0, "shared": 1024, "wgmma": 3, "copies": 2, "resident": 3}
+ROW |= {"waste": 1.5, "serialised": 0, "local": 0, "predicted": 400.0, "faults": ["waste 1.5"], "triton": "3.9.0"}
+
+
+@pytest.mark.parametrize(
+    ("change", "worse"),
+    [
+        ({}, False),
+        ({"registers": 255, "shared": 999, "wgmma": 4, "predicted": 388.1, "instructions": 400}, False),
+        *(({name: ROW[name] + 1}, True) for name in ("spilled", "waste", "serialised", "local")),
+        *(({name: ROW[name] - 1}, True) for name in ("wgmma", "copies", "resident")),
+        ({"predicted": 387.9}, True),
+    ],
+)
+def test_a_kernel_that_is_worse_fails_unless_another_triton_made_it(change, worse):
+    lines, failed = aot.compare([ROW], [ROW | change])
+    assert failed is worse and ("WORSE" in lines[0]) is worse and ("--commit" in lines[-2:][0]) is worse
+    lines, failed = aot.compare([ROW], [ROW | change | {"triton": "9.9"}])
+    assert not failed and "Triton 3.9.0 before, 9.9 now" in lines[0] and ("WORSE" in lines[1]) is worse
+
+
+@pytest.mark.parametrize("triton", ["3.9.0", "9.9"])
+def test_a_configuration_that_is_gone_fails(triton):
+    rows = measure.read_rows(measure.RESULTS / "aot.json")
+    assert aot.compare(rows, rows) == ([lines_of_no_change(rows)], False)
+    lines, failed = aot.compare(rows, [row | {"triton": triton} for row in rows[1:]])
+    assert failed and lines[-3].endswith(f"{rows[0]['tile']}: GONE") and "1 of the earlier ones gone" in lines[-1]
+    assert "--commit" in lines[-2] and aot.compare(rows[1:], rows)[1] is bool(rows[0]["faults"])
+
+
+def lines_of_no_change(rows: list[dict]) -> str:
+    known = sum(bool(row["faults"]) for row in rows)
+    text = f"{len(rows)} configurations, 0 changed, 0 of the earlier ones gone"
+    return text + f", 0 with new faults, {known} with known ones" * bool(known)
+
+
+def test_only_known_faults_are_let_through():
+    sound = ROW | {"waste": 1.0, "faults": []}
+    assert not aot.compare([ROW], [ROW])[1] and not aot.compare([ROW], [sound])[1] and not aot.compare([], [sound])[1]
+    assert aot.compare([ROW], [ROW | {"faults": ["waste 1.5", "spills 8 bytes"]}])[1]
+    # with nothing to compare with, and with another Triton's, every new fault fails
+    for earlier in ([], [sound], [sound | {"triton": "9.9"}]):
+        assert aot.compare(earlier, [ROW])[1]

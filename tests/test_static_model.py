@@ -122,10 +122,10 @@ def test_the_yardstick_is_attention():
     out, dq, dk, dv = (torch.empty_like(q) for _ in range(4))
     lse = torch.empty(heads, n)
     sizes = dict(HEAD_DIM=dim, BLOCK_M=32, BLOCK_N=16)
-    yardstick.dense_forward_kernel[grid](q, k, v, out, lse, n, scale * log2e, dim, **sizes)
+    yardstick.dense_forward_kernel[grid]((q, k, v, out, lse), n, scale * log2e, dim, **sizes)
     delta = (upstream * out).sum(-1)
     inputs, scales = (q, k, v, upstream, lse, delta), (n, scale, scale * log2e, dim)
-    yardstick.dense_dq_kernel[grid](*inputs, dq, *scales, **sizes)
-    yardstick.dense_dkv_kernel[grid](*inputs, dk, dv, *scales, **sizes)
+    yardstick.dense_dq_kernel[grid]((*inputs, dq), *scales, **sizes)
+    yardstick.dense_dkv_kernel[grid]((*inputs, dk, dv), *scales, **sizes)
     for found, expected in zip((out, dq, dk, dv), (wanted, *wanted_gradients)):
         assert (found - expected).abs().max() < 2e-5

@@ -78,7 +78,7 @@ def attention(
             probabilities = torch.sigmoid(logits)
         else:
             slot = int(ranges.slot[c])
-            lse[:, :, slot + own - start] = torch.logsumexp(logits.detach(), -1) / math.log(2)
+            lse[:, :, slot + own - start] = torch.logsumexp(logits.detach(), -1).to(dtype) / math.log(2)
             probabilities = torch.softmax(logits, -1)
         if dropout_p:
             probabilities = F.dropout(probabilities, dropout_p)
