@@ -289,7 +289,7 @@ class AttentionDispatcher(CanvasModule):
     def _attend(self, module, rows, plan, scales: Scales, bias_weight=None) -> torch.Tensor:
         if not is_fused(type(module)):
             return attend_grouped(module, rows, plan, scales)
-        return module.attend(rows, plan, scales, bias_weight, self.backend)
+        return module.attend(rows, plan, scales, bias_weight=bias_weight, backend=self.backend)
 
     def microsteps(self, x: torch.Tensor, plan: Iterable[Iterable[str] | torch.Tensor | None]) -> torch.Tensor:
         """Runs consecutive steps, each with its own active regions, as from ``RegionScheduler.step_plan``."""

@@ -93,7 +93,7 @@ def pairs_of_blocks(blocks, n, m):
     found = torch.zeros(n, m, dtype=torch.int64)
     group = BlockGroup.of(1, blocks, 0, 0)
     seen = (group.bias(torch.ones(1, 1)) == 0).numpy()
-    for queries, keys, pairs, counts in zip(blocks.query, blocks.key, seen, blocks.counts):
+    for queries, keys, pairs, counts in zip(blocks.query, blocks.key, seen, blocks.valid):
         for i, row, counted in zip(queries, pairs, counts):
             assert row.any()  # a softmax of nothing is no number
             if counted:

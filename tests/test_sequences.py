@@ -189,8 +189,8 @@ def test_a_few_ties_and_many_among_long_keys(copies, monkeypatch):
     x_q = torch.randn(1, 6, D_MODEL, dtype=torch.float64, requires_grad=True)
     x_k = torch.randn(1, 10, D_MODEL, dtype=torch.float64).repeat(1, copies, 1).requires_grad_()
     gathered = []
-    whole = top_k._gathered
-    monkeypatch.setattr(top_k, "_gathered", lambda *a: gathered.append(a[3].shape[-1]) or whole(*a))
+    whole = top_k._gathered_attention
+    monkeypatch.setattr(top_k, "_gathered_attention", lambda *a: gathered.append(a[3].shape[-1]) or whole(*a))
     out = module(x_q, x_k, x_k)
     assert gathered == ([4] if copies == 4 else [])  # 20 keys are masked, 40 gathered with a tie, 300 tie too often
     expected = family_oracle.oracle("sparse_attention", tensors(module), x_q, x_k, HEADS, top_k=3)

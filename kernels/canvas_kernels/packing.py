@@ -119,7 +119,7 @@ class IndexMap:
         kind, _, owner = key.rpartition(":")
         index_map = RESOLVERS[kind](owner) if kind else _LIVE.get(key)
         if index_map is None:
-            raise KeyError(f"no live IndexMap has the key {key}: keep its plan alive")
+            raise KeyError(f"no live IndexMap has the key {key}: keep the plan alive")
         return index_map
 
     @derived(limit=4)
