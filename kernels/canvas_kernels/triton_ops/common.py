@@ -96,6 +96,18 @@ def row_scales(tables, factors, segment, n_positions):
 
 
 @triton.jit
+def count_planes(factors):
+    """Planes of lse2 that dK and dV walk: both if the least row scale, all they have of row scales, is negative."""
+    return tl.where(tl.load(factors[ROW_SCALE]) < 0, 2, 1)
+
+
+@triton.jit
+def negative_plane(n_tiles, n_slots):
+    """Slots of all heads: how far the plane of lse2 is where c is negative."""
+    return (tl.num_programs(0) // n_tiles).to(tl.int64) * n_slots
+
+
+@triton.jit
 def load_factor(tables, factors, segment, n_positions, tile_start, BLOCK_M: tl.constexpr):
     """[BLOCK_M] f32: c = w · gain · row_scale of a segment at the tile's rows, 0 where it has none."""
     scale_ptrs = row_scales(tables, factors, segment, n_positions) + tile_start + tl.arange(0, BLOCK_M)
@@ -126,8 +138,10 @@ def load_partial(tables, block, JOINT: tl.constexpr):
 @triton.jit
 def load_mask(tables, mask, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
     """[BLOCK_M, BLOCK_P] bool: the pairs of a partial block."""
-    word = tl.load(tables[MASKS] + mask * BLOCK_M + tl.arange(0, BLOCK_M))
-    return (word[:, None] & (1 << tl.arange(0, BLOCK_P))[None, :]) != 0
+    word = tl.load(tables[MASKS] + mask * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    # tensor cores give a lane columns that differ by constants: only what they have in common is not known beforehand
+    common = tl.arange(0, BLOCK_P)[None, :] & 6
+    return ((word >> common) & (1 << (tl.arange(0, BLOCK_P)[None, :] - common))) != 0
 
 
 @triton.jit
@@ -145,8 +159,11 @@ def row_base(base_ptr, start, stride_n):
 
 @triton.jit
 def tile_offsets(stride_n, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D] int32 offsets of a tile from its first row, which ``row_base`` finds in int64."""
-    return tl.arange(0, BLOCK)[:, None] * (stride_n * VECTOR) + tl.arange(0, BLOCK_D)[None, :]
+    """[BLOCK, BLOCK_D] offsets of a tile from its first row, which ``row_base`` finds in int64.
+
+    Without a sign each takes one register until it is added to an address, with one it takes two.
+    """
+    return (tl.arange(0, BLOCK)[:, None] * (stride_n * VECTOR) + tl.arange(0, BLOCK_D)[None, :]).to(tl.uint32)
 
 
 @triton.jit

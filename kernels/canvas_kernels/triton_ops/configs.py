@@ -88,8 +88,8 @@ _PASSES = (
     ("dkv", "edge"),
     ("dkv", "sigmoid"),
 )
-# "signed": gains may be negative; of the sigmoid's dq, that gains are trained.
-_SIGNS = {("dkv", "edge"): (False, True), ("dq", "sigmoid"): (False, True)}
+# "signed": of the sigmoid's dq, that gains are trained.
+_SIGNS = {("dq", "sigmoid"): (False, True)}
 
 
 # Keys are the largest padded head dimension that a row serves. A pass that has no row takes the edge form's, and that

@@ -113,7 +113,7 @@ def backward(
     kept = kept.contiguous() if stored else lse
     factors = _factors(table, q.device, gain, active, row_scale)
     delta = _empty(q, table.n_slots if need_gain or not sigmoid else 0)
-    lse2 = torch.empty_like(lse) if form in ("edge", "in_place") else lse
+    lse2 = lse.new_empty((2, *lse.shape)) if form in ("edge", "in_place") else lse
     dq, dk, dv = (_empty(q, n, head_dim) for _ in range(3))
     common = (heads, n, table.n_slots, scale, scale * LOG2E)
     strides = _strides(q, k, v, grad_out)
@@ -142,6 +142,10 @@ def backward(
                 **flags,
                 **_constants(config, head_dim),
             )
+    factors_of_keys = factors
+    if row_scale is not None and not sigmoid and row_scale.numel():
+        # their signs are all that dK and dV want; a table's own are positive, whichever is looked at
+        factors_of_keys = (factors[0].amin(), *factors[1:])
     for config, tiling, tables in _launches(table, q, "dkv", form):
         dkv_kernel[(tiling.n_tiles * batch * heads,)](
             q,
@@ -153,11 +157,10 @@ def backward(
             dk,
             dv,
             tables,
-            factors,
+            factors_of_keys,
             strides,
             tiling.n_tiles,
             *common,
-            SIGNED=not flags["JOINT"] and not sigmoid and (gain is not None or row_scale is not None),
             **flags,
             **_constants(config, head_dim),
         )
