@@ -64,11 +64,10 @@ def dq_kernel(
     in_tile = rows < tile_rows
     q_base, q_stride = kit.head_base(q_ptr, batch, head, strides, kit.Q)
     k_base, k_stride = kit.head_base(k_ptr, batch, head, strides, kit.K)
-    v_base, v_stride = kit.head_base(v_ptr, batch, head, strides, kit.V)
+    v_base, _ = kit.head_base(v_ptr, batch, head, strides, kit.V)
     do_base, do_stride = kit.head_base(do_ptr, batch, head, strides, kit.DO)
     q_base, do_base = kit.row_base(q_base, tile_start, q_stride), kit.row_base(do_base, tile_start, do_stride)
     k_offsets = kit.tile_offsets(k_stride, BLOCK_N, BLOCK_D)
-    v_offsets = kit.tile_offsets(v_stride, BLOCK_N, BLOCK_D)
     # [BLOCK_M, BLOCK_D]
     q = kit.load_rows(q_base, kit.tile_offsets(q_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
     do = kit.load_rows(do_base, kit.tile_offsets(do_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
@@ -108,7 +107,7 @@ def dq_kernel(
         for block in range(first_full, first_full + n_full):
             # [BLOCK_N, BLOCK_D]
             k = kit.load_full_rows(kit.row_base(k_base, start, k_stride), k_offsets, HEAD_DIM, BLOCK_D)
-            v = kit.load_full_rows(kit.row_base(v_base, start, v_stride), v_offsets, HEAD_DIM, BLOCK_D)
+            v = kit.load_full_rows(kit.row_base(v_base, start, k_stride), k_offsets, HEAD_DIM, BLOCK_D)
             # [BLOCK_M, BLOCK_N]
             logits = tl.dot(q, tl.trans(k), input_precision="ieee")
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
@@ -125,14 +124,13 @@ def dq_kernel(
             start, bias = kit.load_full(tables, block + 1, JOINT)
 
         partial_k = kit.tile_offsets(k_stride, BLOCK_P, BLOCK_D)
-        partial_v = kit.tile_offsets(v_stride, BLOCK_P, BLOCK_D)
         start, length, mask, bias = kit.load_partial(tables, first_partial, JOINT)
         for block in range(first_partial, first_partial + n_partial):
             keep = kit.load_mask(tables, mask, BLOCK_M, BLOCK_P)
             # [BLOCK_P, BLOCK_D]
             in_block = tl.arange(0, BLOCK_P) < length
             k = kit.load_rows(kit.row_base(k_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
-            v = kit.load_rows(kit.row_base(v_base, start, v_stride), partial_v, in_block, HEAD_DIM, BLOCK_D)
+            v = kit.load_rows(kit.row_base(v_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
             # a key that is not finite made the lse of all that attend to it NaN
             tainted = kit.taint(k) if SIGMOID else tl.zeros([BLOCK_P], tl.float32)
             k = kit.finite(k)
@@ -155,6 +153,9 @@ def dq_kernel(
         if WALK_DELTA:
             tl.store(delta_ptr + slots, delta, mask=covered)
     if WRITE_DQ:
+        # asked again: what waits for the end takes registers all along
+        batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, True)
+        in_tile = rows < tile_rows
         kit.store_rows(dq_ptr, batch_head * n_positions + tile_start, acc * scale, in_tile, HEAD_DIM, BLOCK_D)
 
 

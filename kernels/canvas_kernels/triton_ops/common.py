@@ -50,7 +50,7 @@ def load_tile(tables, n_tiles, n_heads, AGAIN: tl.constexpr = False):
         batch_head % n_heads,
         tl.load(tile_ptr, volatile=AGAIN),
         tl.load(tile_ptr + 1, volatile=AGAIN),
-        tl.load(tile_ptr + 2),
+        tl.load(tile_ptr + 2, volatile=AGAIN),
         tl.load(tile_ptr + 3),
     )
 
@@ -65,7 +65,13 @@ def load_segment(tables, factors, segment, JOINT: tl.constexpr):
         alive = is_active(tables, factors, segment)
         n_full = tl.where(alive, n_full, 0)
         n_partial = tl.where(alive, n_partial, 0)
-    return tl.load(segment_ptr), n_full, tl.load(segment_ptr + 2), n_partial, tl.load(segment_ptr + 4)
+    return tl.load(segment_ptr), n_full, tl.load(segment_ptr + 2), n_partial, load_slot(tables, segment)
+
+
+@triton.jit
+def load_slot(tables, segment):
+    """Slot of row 0 of a segment."""
+    return tl.load(tables[SEGMENTS] + segment * 8 + 4)
 
 
 @triton.jit

@@ -105,12 +105,12 @@ _SIXTEEN_BIT = {
         ("forward", "edge"): {
             32: Config(64, 64, 4, 3),
             64: Config(128, 128, 8, 2),  # 206 (1)
-            128: Config(128, 64, 8, 2),  # 220 (1); with 3.9, 128 × 128 has 72 bytes of stack
+            128: Config(128, 128, 8, 2),
             256: Config(128, 32, 8, 2),
         },
         ("forward", "in_place"): {
             64: Config(64, 64, 4, 3),  # 230 (2)
-            128: Config(128, 32, 8, 2),  # 246 (1); 128 × 64 spills
+            128: Config(128, 64, 8, 2),
             256: Config(32, 32, 8, 2),  # 179
         },
         ("forward", "sigmoid"): {
@@ -131,7 +131,7 @@ _SIXTEEN_BIT = {
         },
         ("dq", "sigmoid"): {
             64: Config(64, 64, 4, 2),
-            128: Config(128, 32, 8, 2),  # 128 × 64 spills where gains are trained
+            128: Config(128, 64, 8, 2),
             256: Config(32, 32, 8, 2, 168),
         },
         ("dkv", "joint"): {

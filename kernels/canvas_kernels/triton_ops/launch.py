@@ -45,13 +45,13 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
     """``(out, lse, kept)`` of segmented block-sparse attention (``kernels/README.md``).
 
     ``q``, ``k``, ``v`` (B, H, n, D) with any strides: copied once where rows are not whole or do not begin at multiples
-    of 8 elements, as those of an odd head_dim. Edge form: ``row_scale`` (2, n), ``gain`` and ``active`` (n_edges,), or
-    None. ``out`` (B, H, n, D) is contiguous in q's dtype, ``lse`` (B, H, n_slots) float32, without slots if
-    ``sigmoid``. ``kept`` is what :func:`backward` wants besides: ``out`` itself in joint form, the outputs of all
-    segments (B, H, n_slots, D) where :func:`.configs.stores_segments` says so, and else nothing. Raises ValueError for
-    devices, dtypes and head dimensions without configurations.
+    of 8 elements, as those of an odd head_dim, or where those of k and v are different strides apart. Edge form:
+    ``row_scale`` (2, n), ``gain`` and ``active`` (n_edges,), or None. ``out`` (B, H, n, D) is contiguous in q's dtype,
+    ``lse`` (B, H, n_slots) float32, without slots if ``sigmoid``. ``kept`` is what :func:`backward` wants besides:
+    ``out`` itself in joint form, the outputs of all segments (B, H, n_slots, D) where :func:`.configs.stores_segments`
+    says so, and else nothing. Raises ValueError for devices, dtypes and head dimensions without configurations.
     """
-    q, k, v = _vectors(q), _vectors(k), _vectors(v)
+    q, (k, v) = _vectors(q), _keys(k, v)
     batch, heads, n, head_dim = q.shape
     form = configs.form_of(table, sigmoid)
     out, lse = _empty(q, n, head_dim), _empty(q, 0 if sigmoid else table.n_slots)
@@ -106,7 +106,7 @@ def backward(
     ``gradients`` are dq, dk, dv (B, H, n, D), contiguous, in the inputs' dtype; dgain is (n_edges,) in gain's, None
     unless ``need_gain``.
     """
-    q, k, v, grad_out = _vectors(q), _vectors(k), _vectors(v), _vectors(grad_out)
+    q, (k, v), grad_out = _vectors(q), _keys(k, v), _vectors(grad_out)
     batch, heads, n, head_dim = q.shape
     form = configs.form_of(table, sigmoid)
     stored = form in ("joint", "edge")
@@ -204,6 +204,16 @@ def _vectors(x: torch.Tensor) -> torch.Tensor:
     *outer, unit = ((size > 1) * stride for size, stride in zip(x.shape, x.stride()))
     if unit in (0, 1) and x.stride(3) == 1 and not any(s % VECTOR for s in outer) and x.data_ptr() % 16 == 0:
         return x
+    return _padded(x)
+
+
+def _keys(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``k`` and ``v`` as :func:`_vectors`, with one stride of rows: copies unless they lie alike, as they mostly do."""
+    k, v = _vectors(k), _vectors(v)
+    return (k, v) if k.stride(2) == v.stride(2) else (_padded(k), _padded(v))
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
     dim = x.shape[3]
     rows = torch.empty((*x.shape[:3], -(-dim // VECTOR) * VECTOR), dtype=x.dtype, device=x.device)
     return rows[..., :dim].copy_(x)
