@@ -19,7 +19,6 @@ from .backward import dkv_kernel, dq_kernel
 from .configs import Config
 from .forward import forward_kernel, gather_kernel
 from .steps import VECTOR
-from .tiling import TENSORS
 
 LOG2E = math.log2(math.e)
 
@@ -175,10 +174,10 @@ def _launches(table: BlockTable, q: torch.Tensor, stage: str, form: str):
     if not q.numel():
         return
     found = configs.lookup(arch_of(q.device), q.shape[3], q.dtype, stage, form)
-    config_of = {(config.block_m, config.block_n): config for config in found}
     by_slot = (stage, form) == ("forward", "edge")
     for tiling in table.device_tilings(q.device, configs.classes(found), stage == "dkv", by_slot):
-        yield config_of[tiling.block_m, tiling.block_n], tiling, tuple(getattr(tiling, name) for name in TENSORS)
+        size = (tiling.block_m, tiling.block_n)
+        yield next(config for config in found if config[:2] == size), tiling, tiling.tensors
 
 
 def _factors(table: BlockTable, device, gain, active, row_scale) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -201,8 +200,9 @@ def _empty(q: torch.Tensor, rows: int, *dim: int) -> torch.Tensor:
 def _vectors(x: torch.Tensor) -> torch.Tensor:
     """``x`` if lanes can load 8 elements at once, else a copy with its rows padded to that: loads of single elements
     take more than twice the instructions, in every block that a row is part of."""
-    *outer, unit = ((size > 1) * stride for size, stride in zip(x.shape, x.stride()))
-    if unit in (0, 1) and x.stride(3) == 1 and not any(s % VECTOR for s in outer) and x.data_ptr() % 16 == 0:
+    *outer, unit = x.stride()
+    whole = unit == 1 and x.data_ptr() % 16 == 0
+    if whole and not any(stride % VECTOR and size > 1 for stride, size in zip(outer, x.shape)):
         return x
     return _padded(x)
 
