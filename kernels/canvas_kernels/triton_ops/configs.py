@@ -125,7 +125,7 @@ _SIXTEEN_BIT = {
         },
         ("dq", "joint"): {
             32: Config(64, 64, 4, 3),  # 118
-            64: Config(64, 64, 4, 2, 168),  # 155 (3), in edge form 168; unbounded 170 (2)
+            64: Config(64, 64, 4, 2),  # 154 (3), in edge form 170 (2)
             128: Config(128, 64, 8, 2),  # 201 (1), in edge form 241
             256: Config(32, 32, 8, 2, 168),  # unbounded, ptxas aims at 128 and spills
         },
