@@ -8,8 +8,9 @@ With c_ri the factor of segment r at row i (1 in joint form) and p_rij its softm
     δ_ri  = dO_i · f_r(i) = Σ_j p_rij (dO_i·v_j)        dS_rij = c_ri p_rij (dO_i·v_j − δ_ri)
     dq_i  = scale · Σ_rj dS_rij k_j     dk_j = scale · Σ_ri dS_rij q_i     dv_j = Σ_ri c_ri p_rij dO_i
 
-For dK and dV, |c| is kept inside ``lse2 = lse − log2 |c|``: then |c| p = 2^(logit − lse2) costs nothing, and only a
-sign is left to apply where gains exist.
+For dK and dV, |c| is kept inside ``lse2 = lse − log2 |c|``: then |c| p = 2^(logit − lse2) costs nothing. Neither do
+signs: ``lse2`` has a plane for rows where c is positive and one for those where it is negative, +inf at the others. A
+segment walks one of them, or both where row scales may have any sign, and the sums change sign in between.
 
 SIGMOID, without the normaliser: p_rij = σ(scale · q_i·k_j), δ_ri = Σ_j p_rij (dO_i·v_j) is for gains alone, and
 dS_rij = c_ri p_rij (1 − p_rij) (dO_i·v_j).
@@ -64,11 +65,10 @@ def dq_kernel(
     in_tile = rows < tile_rows
     q_base, q_stride = kit.head_base(q_ptr, batch, head, strides, kit.Q)
     k_base, k_stride = kit.head_base(k_ptr, batch, head, strides, kit.K)
-    v_base, v_stride = kit.head_base(v_ptr, batch, head, strides, kit.V)
+    v_base, _ = kit.head_base(v_ptr, batch, head, strides, kit.V)
     do_base, do_stride = kit.head_base(do_ptr, batch, head, strides, kit.DO)
     q_base, do_base = kit.row_base(q_base, tile_start, q_stride), kit.row_base(do_base, tile_start, do_stride)
     k_offsets = kit.tile_offsets(k_stride, BLOCK_N, BLOCK_D)
-    v_offsets = kit.tile_offsets(v_stride, BLOCK_N, BLOCK_D)
     # [BLOCK_M, BLOCK_D]
     q = kit.load_rows(q_base, kit.tile_offsets(q_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
     do = kit.load_rows(do_base, kit.tile_offsets(do_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
@@ -98,15 +98,17 @@ def dq_kernel(
             delta = tl.load(delta_ptr + slots, mask=covered, other=0.0)
         if not JOINT and not SIGMOID:
             if STORED or not WRITE_DQ:
-                lse2 = tl.where(factor == 0, float("inf"), lse - tl.log2(tl.where(factor == 0, 1.0, tl.abs(factor))))
-                tl.store(lse2_ptr + slots, lse2, mask=covered)
+                lse2 = lse - tl.log2(tl.where(factor == 0, 1.0, tl.abs(factor)))
+                tl.store(lse2_ptr + slots, tl.where(factor <= 0, float("inf"), lse2), mask=covered)
+                negative_ptr = lse2_ptr + kit.negative_plane(n_tiles, n_slots)
+                tl.store(negative_ptr + slots, tl.where(factor >= 0, float("inf"), lse2), mask=covered)
             factor_delta = tl.where(factor == 0, 0.0, factor * delta)
 
         start, bias = kit.load_full(tables, first_full, JOINT)
         for block in range(first_full, first_full + n_full):
             # [BLOCK_N, BLOCK_D]
             k = kit.load_full_rows(kit.row_base(k_base, start, k_stride), k_offsets, HEAD_DIM, BLOCK_D)
-            v = kit.load_full_rows(kit.row_base(v_base, start, v_stride), v_offsets, HEAD_DIM, BLOCK_D)
+            v = kit.load_full_rows(kit.row_base(v_base, start, k_stride), k_offsets, HEAD_DIM, BLOCK_D)
             # [BLOCK_M, BLOCK_N]
             logits = tl.dot(q, tl.trans(k), input_precision="ieee")
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
@@ -123,14 +125,13 @@ def dq_kernel(
             start, bias = kit.load_full(tables, block + 1, JOINT)
 
         partial_k = kit.tile_offsets(k_stride, BLOCK_P, BLOCK_D)
-        partial_v = kit.tile_offsets(v_stride, BLOCK_P, BLOCK_D)
         start, length, mask, bias = kit.load_partial(tables, first_partial, JOINT)
         for block in range(first_partial, first_partial + n_partial):
             keep = kit.load_mask(tables, mask, BLOCK_M, BLOCK_P)
             # [BLOCK_P, BLOCK_D]
             in_block = tl.arange(0, BLOCK_P) < length
             k = kit.load_rows(kit.row_base(k_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
-            v = kit.load_rows(kit.row_base(v_base, start, v_stride), partial_v, in_block, HEAD_DIM, BLOCK_D)
+            v = kit.load_rows(kit.row_base(v_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
             # a key that is not finite made the lse of all that attend to it NaN
             tainted = kit.taint(k) if SIGMOID else tl.zeros([BLOCK_P], tl.float32)
             k = kit.finite(k)
@@ -153,6 +154,9 @@ def dq_kernel(
         if WALK_DELTA:
             tl.store(delta_ptr + slots, delta, mask=covered)
     if WRITE_DQ:
+        # asked again: what waits for the end takes registers all along
+        batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, True)
+        in_tile = rows < tile_rows
         kit.store_rows(dq_ptr, batch_head * n_positions + tile_start, acc * scale, in_tile, HEAD_DIM, BLOCK_D)
 
 
@@ -177,7 +181,6 @@ def dkv_kernel(
     scale_log2,
     JOINT: tl.constexpr,
     SIGMOID: tl.constexpr,
-    SIGNED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -202,16 +205,28 @@ def dkv_kernel(
     v = kit.load_rows(v_base, kit.tile_offsets(v_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    sign, turns = 1.0, 1
     if JOINT:
         count = 1
+    elif not SIGMOID:
+        turns = kit.count_planes(factors)
     # a count of 1 leaves no loop
-    for index in range(count):
-        segment = first + index
+    for index in range(count * turns):
+        segment = first + index // turns
         first_full, n_full, first_partial, n_partial, slot = kit.load_segment(tables, factors, segment, JOINT)
-        slot_base = batch_head * n_slots + slot
-        if SIGNED or SIGMOID:
+        delta_base = delta_ptr + batch_head * n_slots + slot
+        lse2_base = lse2_ptr + batch_head * n_slots + slot
+        if not JOINT:
             weight = kit.load_weight(tables, factors, segment)
+        if SIGMOID:
             scale_ptr = kit.row_scales(tables, factors, segment, n_positions)
+        elif not JOINT:
+            negative = tl.where(turns == 2, index % 2 == 1, weight < 0)
+            lse2_base += tl.where(negative, kit.negative_plane(n_tiles, n_slots), 0)
+            turn = tl.where(negative, -sign, sign)
+            sign *= turn
+            dk *= turn
+            dv *= turn
 
         start, bias = kit.load_full(tables, first_full, JOINT)
         for block in range(first_full, first_full + n_full):
@@ -225,11 +240,9 @@ def dkv_kernel(
                 sigma = kit.sigmoid(logits * scale_log2)
                 p = sigma * (tl.load(scale_ptr + queries) * weight)[None, :]
             else:
-                lse2 = tl.load(lse2_ptr + slot_base + start + tl.arange(0, BLOCK_N))
-                delta = tl.load(delta_ptr + slot_base + start + tl.arange(0, BLOCK_N))
+                lse2 = tl.load(lse2_base + start + tl.arange(0, BLOCK_N))
+                delta = tl.load(delta_base + start + tl.arange(0, BLOCK_N))
                 p = tl.exp2(logits * scale_log2 - (lse2 - bias)[None, :])
-                if SIGNED:
-                    p *= tl.where(weight * tl.load(scale_ptr + queries) < 0, -1.0, 1.0)[None, :]
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             ds = p * (1.0 - sigma) * dp if SIGMOID else p * (dp - delta[None, :])
@@ -255,15 +268,12 @@ def dkv_kernel(
                 factor = tl.load(scale_ptr + queries, mask=in_block, other=0.0) * weight
                 p = tl.where(keep, sigma * factor[None, :], 0.0)
             else:
-                lse2 = tl.load(lse2_ptr + slot_base + start + tl.arange(0, BLOCK_P), mask=in_block, other=float("inf"))
-                delta = tl.load(delta_ptr + slot_base + start + tl.arange(0, BLOCK_P), mask=in_block, other=0.0)
+                lse2 = tl.load(lse2_base + start + tl.arange(0, BLOCK_P), mask=in_block, other=0.0)
+                delta = tl.load(delta_base + start + tl.arange(0, BLOCK_P), mask=in_block, other=0.0)
                 # a query that is not finite has an lse of NaN, a gradient that is not one a δ of NaN, which taints p
                 lse2 += delta * 0.0
                 delta = kit.finite(delta)
                 p = tl.exp2(tl.where(keep, logits * scale_log2 - (lse2 - bias)[None, :], float("-inf")))
-                if SIGNED:
-                    row_scale = tl.load(scale_ptr + queries, mask=in_block, other=0.0)
-                    p *= tl.where(weight * row_scale < 0, -1.0, 1.0)[None, :]
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             # keys that nothing attends to may hold anything
@@ -275,5 +285,5 @@ def dkv_kernel(
     batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, True)
     in_tile = tl.arange(0, BLOCK_M) < tile_rows
     row = batch_head * n_positions + tile_start
-    kit.store_rows(dk_ptr, row, dk * scale, in_tile, HEAD_DIM, BLOCK_D)
-    kit.store_rows(dv_ptr, row, dv, in_tile, HEAD_DIM, BLOCK_D)
+    kit.store_rows(dk_ptr, row, dk * (sign * scale), in_tile, HEAD_DIM, BLOCK_D)
+    kit.store_rows(dv_ptr, row, dv * sign, in_tile, HEAD_DIM, BLOCK_D)

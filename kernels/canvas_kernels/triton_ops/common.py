@@ -51,7 +51,7 @@ def load_tile(tables, n_tiles, n_heads, AGAIN: tl.constexpr = False):
         batch_head % n_heads,
         tl.load(tile_ptr, volatile=AGAIN),
         tl.load(tile_ptr + 1, volatile=AGAIN),
-        tl.load(tile_ptr + 2),
+        tl.load(tile_ptr + 2, volatile=AGAIN),
         tl.load(tile_ptr + 3),
     )
 
@@ -66,7 +66,13 @@ def load_segment(tables, factors, segment, JOINT: tl.constexpr):
         alive = is_active(tables, factors, segment)
         n_full = tl.where(alive, n_full, 0)
         n_partial = tl.where(alive, n_partial, 0)
-    return tl.load(segment_ptr), n_full, tl.load(segment_ptr + 2), n_partial, tl.load(segment_ptr + 4)
+    return tl.load(segment_ptr), n_full, tl.load(segment_ptr + 2), n_partial, load_slot(tables, segment)
+
+
+@triton.jit
+def load_slot(tables, segment):
+    """Slot of row 0 of a segment."""
+    return tl.load(tables[SEGMENTS] + segment * 8 + 4)
 
 
 @triton.jit
@@ -94,6 +100,18 @@ def load_weight(tables, factors, segment):
 def row_scales(tables, factors, segment, n_positions):
     """Address of row 0's row_scale in the segment's class."""
     return factors[ROW_SCALE] + tl.load(tables[SEGMENTS] + segment * 8 + 7) * n_positions
+
+
+@triton.jit
+def count_planes(factors):
+    """Planes of lse2 that dK and dV walk: both if the least row scale, all they have of row scales, is negative."""
+    return tl.where(tl.load(factors[ROW_SCALE]) < 0, 2, 1)
+
+
+@triton.jit
+def negative_plane(n_tiles, n_slots):
+    """Slots of all heads: how far the plane of lse2 is where c is negative."""
+    return (tl.num_programs(0) // n_tiles).to(tl.int64) * n_slots
 
 
 @triton.jit
@@ -127,8 +145,10 @@ def load_partial(tables, block, JOINT: tl.constexpr):
 @triton.jit
 def load_mask(tables, mask, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
     """[BLOCK_M, BLOCK_P] bool: the pairs of a partial block."""
-    word = tl.load(tables[MASKS] + mask * BLOCK_M + tl.arange(0, BLOCK_M))
-    return (word[:, None] & (1 << tl.arange(0, BLOCK_P))[None, :]) != 0
+    word = tl.load(tables[MASKS] + mask * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    # tensor cores give a lane columns that differ by constants: only what they have in common is not known beforehand
+    common = tl.arange(0, BLOCK_P)[None, :] & 6
+    return ((word >> common) & (1 << (tl.arange(0, BLOCK_P)[None, :] - common))) != 0
 
 
 @triton.jit
@@ -146,8 +166,11 @@ def row_base(base_ptr, start, stride_n):
 
 @triton.jit
 def tile_offsets(stride_n, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D] int32 offsets of a tile from its first row, which ``row_base`` finds in int64."""
-    return tl.arange(0, BLOCK)[:, None] * (stride_n * VECTOR) + tl.arange(0, BLOCK_D)[None, :]
+    """[BLOCK, BLOCK_D] offsets of a tile from its first row, which ``row_base`` finds in int64.
+
+    Without a sign each takes one register until it is added to an address, with one it takes two.
+    """
+    return (tl.arange(0, BLOCK)[:, None] * (stride_n * VECTOR) + tl.arange(0, BLOCK_D)[None, :]).to(tl.uint32)
 
 
 @triton.jit

@@ -42,9 +42,8 @@ def forward_kernel(
     in_tile = rows < tile_rows
     q_base, q_stride = kit.head_base(q_ptr, batch, head, strides, kit.Q)
     k_base, k_stride = kit.head_base(k_ptr, batch, head, strides, kit.K)
-    v_base, v_stride = kit.head_base(v_ptr, batch, head, strides, kit.V)
+    v_base, _ = kit.head_base(v_ptr, batch, head, strides, kit.V)
     k_offsets = kit.tile_offsets(k_stride, BLOCK_N, BLOCK_D)
-    v_offsets = kit.tile_offsets(v_stride, BLOCK_N, BLOCK_D)
     # [BLOCK_M, BLOCK_D]
     q_offsets = kit.tile_offsets(q_stride, BLOCK_M, BLOCK_D)
     q = kit.load_rows(kit.row_base(q_base, tile_start, q_stride), q_offsets, in_tile, HEAD_DIM, BLOCK_D)
@@ -77,19 +76,18 @@ def forward_kernel(
                 running_sum = running_sum * correction + tl.sum(p, 1)
                 acc *= correction[:, None]
             # [BLOCK_N, BLOCK_D]
-            v = kit.load_full_rows(kit.row_base(v_base, start, v_stride), v_offsets, HEAD_DIM, BLOCK_D)
+            v = kit.load_full_rows(kit.row_base(v_base, start, k_stride), k_offsets, HEAD_DIM, BLOCK_D)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
             start, bias = kit.load_full(tables, block + 1, JOINT)
 
         partial_k = kit.tile_offsets(k_stride, BLOCK_P, BLOCK_D)
-        partial_v = kit.tile_offsets(v_stride, BLOCK_P, BLOCK_D)
         start, length, mask, bias = kit.load_partial(tables, first_partial, JOINT)
         for block in range(first_partial, first_partial + n_partial):
             keep = kit.load_mask(tables, mask, BLOCK_M, BLOCK_P)
             # [BLOCK_P, BLOCK_D]
             in_block = tl.arange(0, BLOCK_P) < length
             k = kit.load_rows(kit.row_base(k_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
-            v = kit.load_rows(kit.row_base(v_base, start, v_stride), partial_v, in_block, HEAD_DIM, BLOCK_D)
+            v = kit.load_rows(kit.row_base(v_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
             # [BLOCK_M, BLOCK_P]
             logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + (kit.taint(v) + bias)[None, :]
             if SIGMOID:
@@ -113,6 +111,11 @@ def forward_kernel(
             # true of NaN too
             seen = running_sum != 0
             safe_sum = tl.where(seen, running_sum, 1.0)
+            if not IN_PLACE:
+                # asked again, as below: what waits for the end takes registers all along
+                batch_head, _, _, tile_start, tile_rows, segment, _ = kit.load_tile(tables, n_tiles, n_heads, True)
+                in_tile = rows < tile_rows
+                slot = kit.load_slot(tables, segment)
             covered = kit.covered_rows(tables, segment, BLOCK_M)
             lse = tl.where(seen, running_max + tl.log2(safe_sum), float("inf"))
             slot_base = batch_head * n_slots + slot + tile_start
@@ -125,6 +128,8 @@ def forward_kernel(
             else:
                 kit.store_rows(out_ptr, slot_base, acc, in_tile, HEAD_DIM, BLOCK_D)
     if IN_PLACE:
+        batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, True)
+        in_tile = rows < tile_rows
         kit.store_rows(out_ptr, batch_head * n_positions + tile_start, total, in_tile, HEAD_DIM, BLOCK_D)
 
 

@@ -20,7 +20,6 @@ from .backward import dkv_kernel, dq_kernel
 from .configs import Config
 from .forward import forward_kernel, gather_kernel
 from .steps import VECTOR
-from .tiling import TENSORS
 
 LOG2E = math.log2(math.e)
 
@@ -46,13 +45,13 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
     """``(out, lse, kept)`` of segmented block-sparse attention (``kernels/README.md``).
 
     ``q``, ``k``, ``v`` (B, H, n, D) with any strides: copied once where rows are not whole or do not begin at multiples
-    of 8 elements, as those of an odd head_dim. Edge form: ``row_scale`` (2, n), ``gain`` and ``active`` (n_edges,), or
-    None. ``out`` (B, H, n, D) is contiguous in q's dtype, ``lse`` (B, H, n_slots) float32, without slots if
-    ``sigmoid``. ``kept`` is what :func:`backward` wants besides: ``out`` itself in joint form, the outputs of all
-    segments (B, H, n_slots, D) where :func:`.configs.stores_segments` says so, and else nothing. Raises ValueError for
-    devices, dtypes and head dimensions without configurations.
+    of 8 elements, as those of an odd head_dim, or where those of k and v are different strides apart. Edge form:
+    ``row_scale`` (2, n), ``gain`` and ``active`` (n_edges,), or None. ``out`` (B, H, n, D) is contiguous in q's dtype,
+    ``lse`` (B, H, n_slots) float32, without slots if ``sigmoid``. ``kept`` is what :func:`backward` wants besides:
+    ``out`` itself in joint form, the outputs of all segments (B, H, n_slots, D) where :func:`.configs.stores_segments`
+    says so, and else nothing. Raises ValueError for devices, dtypes and head dimensions without configurations.
     """
-    q, k, v = _vectors(q), _vectors(k), _vectors(v)
+    q, (k, v) = _vectors(q), _keys(k, v)
     batch, heads, n, head_dim = q.shape
     form = configs.form_of(table, sigmoid)
     out, lse = _empty(q, n, head_dim), _empty(q, 0 if sigmoid else table.n_slots)
@@ -107,14 +106,14 @@ def backward(
     ``gradients`` are dq, dk, dv (B, H, n, D), contiguous, in the inputs' dtype; dgain is (n_edges,) in gain's, None
     unless ``need_gain``.
     """
-    q, k, v, grad_out = _vectors(q), _vectors(k), _vectors(v), _vectors(grad_out)
+    q, (k, v), grad_out = _vectors(q), _keys(k, v), _vectors(grad_out)
     batch, heads, n, head_dim = q.shape
     form = configs.form_of(table, sigmoid)
     stored = form in ("joint", "edge")
     kept = kept.contiguous() if stored else lse
     factors = _factors(table, q.device, gain, active, row_scale)
     delta = _empty(q, table.n_slots if need_gain or not sigmoid else 0)
-    lse2 = torch.empty_like(lse) if form in ("edge", "in_place") else lse
+    lse2 = lse.new_empty((2, *lse.shape)) if form in ("edge", "in_place") else lse
     dq, dk, dv = (_empty(q, n, head_dim) for _ in range(3))
     common = (heads, n, table.n_slots, scale, scale * LOG2E)
     strides = _strides(q, k, v, grad_out)
@@ -143,6 +142,10 @@ def backward(
                 **flags,
                 **_constants(config, head_dim),
             )
+    factors_of_keys = factors
+    if row_scale is not None and not sigmoid and row_scale.numel():
+        # their signs are all that dK and dV want; a table's own are positive, whichever is looked at
+        factors_of_keys = (factors[0].amin(), *factors[1:])
     for config, tiling, tables in _launches(table, q, "dkv", form):
         dkv_kernel[(tiling.n_tiles * batch * heads,)](
             q,
@@ -154,11 +157,10 @@ def backward(
             dk,
             dv,
             tables,
-            factors,
+            factors_of_keys,
             strides,
             tiling.n_tiles,
             *common,
-            SIGNED=not flags["JOINT"] and not sigmoid and (gain is not None or row_scale is not None),
             **flags,
             **_constants(config, head_dim),
         )
@@ -173,10 +175,10 @@ def _launches(table: BlockTable, q: torch.Tensor, stage: str, form: str):
     if not q.numel():
         return
     found = configs.lookup(arch_of(q.device), q.shape[3], q.dtype, stage, form)
-    config_of = {(config.block_m, config.block_n): config for config in found}
     by_slot = (stage, form) == ("forward", "edge")
     for tiling in table.device_tilings(q.device, configs.classes(found), stage == "dkv", by_slot):
-        yield config_of[tiling.block_m, tiling.block_n], tiling, tuple(getattr(tiling, name) for name in TENSORS)
+        size = (tiling.block_m, tiling.block_n)
+        yield next(config for config in found if config[:2] == size), tiling, tiling.tensors
 
 
 def _factors(table: BlockTable, device, gain, active, row_scale) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -199,9 +201,20 @@ def _empty(q: torch.Tensor, rows: int, *dim: int) -> torch.Tensor:
 def _vectors(x: torch.Tensor) -> torch.Tensor:
     """``x`` if lanes can load 8 elements at once, else a copy with its rows padded to that: loads of single elements
     take more than twice the instructions, in every block that a row is part of."""
-    *outer, unit = ((size > 1) * stride for size, stride in zip(x.shape, x.stride()))
-    if unit in (0, 1) and x.stride(3) == 1 and not any(s % VECTOR for s in outer) and x.data_ptr() % 16 == 0:
+    *outer, unit = x.stride()
+    whole = unit == 1 and x.data_ptr() % 16 == 0
+    if whole and not any(stride % VECTOR and size > 1 for stride, size in zip(outer, x.shape)):
         return x
+    return _padded(x)
+
+
+def _keys(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``k`` and ``v`` as :func:`_vectors`, with one stride of rows: copies unless they lie alike, as they mostly do."""
+    k, v = _vectors(k), _vectors(v)
+    return (k, v) if k.stride(2) == v.stride(2) else (_padded(k), _padded(v))
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
     dim = x.shape[3]
     rows = torch.empty((*x.shape[:3], -(-dim // VECTOR) * VECTOR), dtype=x.dtype, device=x.device)
     return rows[..., :dim].copy_(x)

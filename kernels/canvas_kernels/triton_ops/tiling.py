@@ -3,6 +3,7 @@ format)."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -67,9 +68,13 @@ class Tiling:
         """Tiles that walk more than twice the mean: they start first, of all heads."""
         return _count_long(self.blocks)
 
+    @functools.cached_property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, name) for name in TENSORS)
+
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in TENSORS)
+        return sum(x.nbytes for x in self.tensors)
 
     def to(self, device: torch.device | str) -> Tiling:
         return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
