@@ -207,7 +207,7 @@ DATA = "data/chunk-000/file-000.parquet"
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("meta/info.json", changed(codebase_version="v1.6"), r"codebase version 'v1\.6'; v3\.0 and v2\.1 are supported"),
+        ("meta/info.json", changed(codebase_version="v1.6"), r"codebase version 'v1\.6'; v3\.0 and v2\.1"),
         ("meta/info.json", lambda content: b"{", r"info\.json"),
         ("meta/info.json", changed(fps=None), "lacks fps"),
         (VIDEO, lambda content: content[: len(content) // 3], r"file-000\.mp4"),
