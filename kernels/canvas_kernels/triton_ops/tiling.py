@@ -147,7 +147,7 @@ def build_tilings(
         parent, number = expand_ranges(np.zeros(len(largest)), -(-length // tile_class.block_m))
         start = largest[parent] + number * tile_class.block_m
         cuts.append((parent, start, np.diff(np.append(start, axes.n))))
-        walks.append(_walk(table, axes, *cuts[-1][1:], tile_class))
+        walks.append(_walk(table, axes, start, cuts[-1][2], tile_class))
         costs.append(np.bincount(parent, walks[-1]["blocks"] * tile_class.cost, len(largest)))
     cost = np.stack(costs)
     choice, total = cost.argmin(0), cost.sum(1)
@@ -166,7 +166,7 @@ def build_tilings(
 def _tiling(tile_class: TileClass, walk: dict) -> Tiling:
     # longest walks first: the short ones fill the last wave
     order = np.argsort(-walk["blocks"], kind="stable")
-    blocks, behind = walk["blocks"][order], np.int32([[_count_long(walk["blocks"]), 0, 0, 0]])
+    blocks, behind = walk["blocks"][order], np.array([[_count_long(walk["blocks"]), 0, 0, 0]], np.int32)
     walk = walk | {"tiles": np.concatenate([walk["tiles"][order], behind])}
     walked = int(blocks.sum() * tile_class.block_m * tile_class.block_n)
     tensors = {name: torch.from_numpy(walk[name]) for name in TENSORS}
