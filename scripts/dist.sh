@@ -38,6 +38,6 @@ echo "wheel: doctor's checks pass; inspect, draw and explore run"
 tar xzf "$out"/*.tar.gz
 cd canvas_engineering-*/
 export PYTHONPATH="$PWD:$PWD/kernels"
-OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider tests/test_attention.py tests/test_schema.py tests/test_explore.py \
-    tests/test_main.py tests/test_setup.py tests/test_gallery.py
+OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider tests/attention/test_attention.py tests/declare/test_schema.py tests/look/test_explore.py \
+    tests/look/test_main.py tests/house/test_setup.py tests/look/test_gallery.py
 ls -lh "$out"

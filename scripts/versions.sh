@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/kernels" OMP_NUM_THREADS=1
 
 declare -A python_of=([oldest]=3.10 [reference]=3.12 [newest]=3.13)
-readme=(tests/test_readme_snippets.py tests/test_house.py::test_code_on_pages_runs_and_prints_what_they_say)
+readme=(tests/house/test_readme_snippets.py tests/house/test_house.py::test_code_on_pages_runs_and_prints_what_they_say)
 logs=out/versions
 table="$logs/table.txt"
 

@@ -1,4 +1,4 @@
-"""Public names by module, frozen: what users may import. Printed by ``python -m tests.test_house``."""
+"""Public names by module, frozen: what users may import. Printed by ``python -m tests.house.test_house``."""
 
 PUBLIC_NAMES = {
     "canvas_engineering": (

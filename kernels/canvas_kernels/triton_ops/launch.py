@@ -190,7 +190,8 @@ def _factors(table: BlockTable, device, gain, active, row_scale) -> tuple[torch.
     row_scale = table.row_scale(device, torch.float32) if row_scale is None else row_scale.to(torch.float32)
     # of any dtype: converting them would be a launch
     given = (row_scale, ones if gain is None else gain, ones if active is None else active)
-    return tuple([x.detach().contiguous() for x in given])
+    scales, gains, activity = (x.detach().contiguous() for x in given)
+    return scales, gains, activity
 
 
 def _empty(q: torch.Tensor, rows: int, *dim: int) -> torch.Tensor:

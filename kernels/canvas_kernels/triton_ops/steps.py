@@ -96,7 +96,8 @@ def _chunks(table: BlockTable, device: torch.device) -> tuple[torch.Tensor, torc
     chunks = np.stack([row, stop, ptr[owner], stop_ptr[owner]], 1)
     entries = np.stack([table.edge[lead], table.replace[lead]], 1)
     arrays = (chunks.astype(np.int32), entries.astype(np.int32), table.weight[lead])
-    return tuple(to_device(a, device) for a in arrays)
+    ranges, owners, weights = (to_device(array, device) for array in arrays)
+    return ranges, owners, weights
 
 
 def row_scale(active: torch.Tensor, table: BlockTable) -> torch.Tensor:
@@ -155,7 +156,9 @@ def _parts(table: BlockTable, device: torch.device) -> tuple[torch.Tensor, torch
     stop = np.minimum(first + PART_ROWS, (start + length)[owner])
     parts = np.stack([first, stop, position[first], replace[first]], 1)
     of_edge = np.searchsorted(edge[first], np.arange(table.n_edges + 1))
-    return tuple(to_device(a, device) for a in (parts.astype(np.int32), weight[first], of_edge.astype(np.int32)))
+    arrays = (parts.astype(np.int32), weight[first], of_edge.astype(np.int32))
+    ranges, weights, owners = (to_device(array, device) for array in arrays)
+    return ranges, weights, owners
 
 
 def gain_gradient(delta: torch.Tensor, table: BlockTable, row_scale: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from ..ranges import expand_ranges
 
@@ -80,7 +81,7 @@ class Tiling:
         return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
 
-def cut_tiles(n: int, start: np.ndarray, stop: np.ndarray, block: int, borders: np.ndarray = ()) -> np.ndarray:
+def cut_tiles(n: int, start: np.ndarray, stop: np.ndarray, block: int, borders: ArrayLike = ()) -> np.ndarray:
     """Tile starts for rows [0, n), ascending, int64: no tile is longer than ``block`` or lies across ``borders``.
 
     Ranges of at least ``block`` rows get tiles of their own (a tile across two of them would walk both); stretches of
@@ -114,17 +115,17 @@ class _Axes(NamedTuple):
 
     @classmethod
     def of(cls, table: BlockTable, transposed: bool, by_slot: bool) -> _Axes:
-        arrays = (table.q_start, table.q_stop), (table.k_start, table.k_stop)
-        queries, keys = ([x.astype(np.int64) for x in pair] for pair in arrays)
-        span = table.slot - queries[0]
+        bounds = (table.q_start, table.q_stop, table.k_start, table.k_stop)
+        start, stop, key_start, key_stop = (x.astype(np.int64) for x in bounds)
+        span = table.slot - start
         if transposed:
-            return cls(table.n_positions, *keys, *queries, span, np.zeros_like(span), span[:0])
+            return cls(table.n_positions, key_start, key_stop, start, stop, span, np.zeros_like(span), span[:0])
         if not by_slot:
-            return cls(table.n_positions, *queries, *keys, span, np.zeros_like(span), span[:0])
-        start, stop = queries[0] + span, queries[1] + span
+            return cls(table.n_positions, start, stop, key_start, key_stop, span, np.zeros_like(span), span[:0])
+        start, stop = start + span, stop + span
         # rectangles lie by segment and first query: a range begins where the span or the segment changes
         fresh = np.append(True, (span[1:] != span[:-1]) | (table.segment[1:] != table.segment[:-1]))[: len(span)]
-        return cls(table.n_slots, start, stop, *keys, span, -span, start[fresh])
+        return cls(table.n_slots, start, stop, key_start, key_stop, span, -span, start[fresh])
 
 
 def build_tilings(
@@ -146,11 +147,11 @@ def build_tilings(
         parent, number = expand_ranges(np.zeros(len(largest)), -(-length // tile_class.block_m))
         start = largest[parent] + number * tile_class.block_m
         cuts.append((parent, start, np.diff(np.append(start, axes.n))))
-        walks.append(_walk(table, axes, *cuts[-1][1:], tile_class))
+        walks.append(_walk(table, axes, start, cuts[-1][2], tile_class))
         costs.append(np.bincount(parent, walks[-1]["blocks"] * tile_class.cost, len(largest)))
-    costs = np.stack(costs)
-    choice, total = costs.argmin(0), costs.sum(1)
-    if total.min() <= ONE_CLASS * costs.min(0).sum():
+    cost = np.stack(costs)
+    choice, total = cost.argmin(0), cost.sum(1)
+    if total.min() <= ONE_CLASS * cost.min(0).sum():
         choice[:] = total.argmin()
     tilings = []
     for i, tile_class in enumerate(classes):
@@ -165,7 +166,7 @@ def build_tilings(
 def _tiling(tile_class: TileClass, walk: dict) -> Tiling:
     # longest walks first: the short ones fill the last wave
     order = np.argsort(-walk["blocks"], kind="stable")
-    blocks, behind = walk["blocks"][order], np.int32([[_count_long(walk["blocks"]), 0, 0, 0]])
+    blocks, behind = walk["blocks"][order], np.array([[_count_long(walk["blocks"]), 0, 0, 0]], np.int32)
     walk = walk | {"tiles": np.concatenate([walk["tiles"][order], behind])}
     walked = int(blocks.sum() * tile_class.block_m * tile_class.block_n)
     tensors = {name: torch.from_numpy(walk[name]) for name in TENSORS}

@@ -13,7 +13,7 @@ import torch
 from benchmarks import aot, measure, static_model, yardstick
 from canvas_kernels.triton_ops import configs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from benchmarks.naive import PerEdgeLoop
 from canvas_engineering import AttentionDispatcher
 from canvas_kernels.triton_ops import configs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Here:

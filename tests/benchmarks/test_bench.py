@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import base, bench, cases, measure, plot
-from tests.test_benchmarks import SMALL, git, quick, tangled
+from tests.benchmarks.test_benchmarks import SMALL, git, quick, tangled
 
 README = str(measure.ROOT / "README.md")
 

@@ -26,7 +26,7 @@ from canvas_engineering import (
 from canvas_engineering.derived_buffers import CanvasModule
 from canvas_engineering.looped_block import LoopParameters
 from canvas_engineering.scheduling import LearnedScheduler
-from tests.test_processes import D_MODEL, Programmed, canvases, declaration, programmed
+from tests.run.test_processes import D_MODEL, Programmed, canvases, declaration, programmed
 
 MODULES = {
     "dispatcher": lambda: Programmed().dispatcher,

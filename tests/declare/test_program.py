@@ -47,7 +47,7 @@ from canvas_engineering.program import (
 )
 from canvas_engineering.program.checks import check_program
 from canvas_engineering.program.connections import apply_program
-from tests.test_clock_ir import expressions
+from tests.declare.test_clock_ir import expressions
 
 LAYOUT = CanvasLayout(
     T=2, spatial_shape=(6,), d_model=8, regions={name: (0, 2, i, i + 1) for i, name in enumerate("abcd")}

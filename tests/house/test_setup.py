@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "setup.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "setup.sh"
 # Every environment variable is the exit status of one thing that setup asks for.
 STAND_IN = """#!/bin/sh
 case "$*" in

@@ -14,7 +14,7 @@ import pytest
 from canvas_engineering import ConnectivityPolicy, compile_attention, compile_schema
 from examples.fleet import Fleet, Vehicle
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 LARGE = """
 import json

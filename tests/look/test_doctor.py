@@ -14,7 +14,7 @@ import torch
 
 from canvas_engineering import doctor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_backend_that_is_here_is_right():

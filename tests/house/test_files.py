@@ -140,7 +140,7 @@ def test_new_files_go_by_the_umask(tmp_path):
 
 
 def python_path() -> dict[str, str]:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     return {"PYTHONPATH": f"{root}:{root / 'kernels'}"}
 
 

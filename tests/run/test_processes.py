@@ -139,11 +139,11 @@ def grafted(freeze: str):
 
 
 TASKS = [
-    Task("tests.test_processes:programmed", budget=1e-10),
+    Task("tests.run.test_processes:programmed", budget=1e-10),
     # no region that is named on the second rank attends to anything
-    Task("tests.test_processes:named", (["a", "b", "c"], []), budget=1e-10),
-    Task("tests.test_processes:grafted", ("none",), ("blocks.0", "blocks.1"), 1e-10),
-    Task("tests.test_processes:grafted", ("full",), budget=1e-10),
+    Task("tests.run.test_processes:named", (["a", "b", "c"], []), budget=1e-10),
+    Task("tests.run.test_processes:grafted", ("none",), ("blocks.0", "blocks.1"), 1e-10),
+    Task("tests.run.test_processes:grafted", ("full",), budget=1e-10),
 ]
 
 

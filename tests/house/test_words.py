@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("canvas_engineering", "kernels/canvas_kernels")
 # folders whose words follow later
 EXEMPT_FOLDERS = ("kernels/canvas_kernels/triton_ops",)

@@ -10,7 +10,7 @@ import torch
 from canvas_kernels import block_attention
 from canvas_kernels.block_table import BlockTable
 from canvas_kernels.torch_ops import sigmoid
-from tests.test_kernels_triton import TABLES, membership
+from tests.kernels.test_kernels_triton import TABLES, membership
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EDGE_TABLES = [name for name in TABLES if not name.startswith("joint")]
