@@ -109,7 +109,7 @@ _SIXTEEN_BIT = {
             256: Config(128, 32, 8, 2),
         },
         ("forward", "in_place"): {
-            64: Config(64, 64, 4, 3),  # 230 (2)
+            64: Config(64, 64, 4, 3),  # 186 (2)
             128: Config(128, 64, 8, 2),  # 236 (1)
             256: Config(32, 32, 8, 2),  # 179
         },
@@ -135,8 +135,8 @@ _SIXTEEN_BIT = {
             256: Config(32, 32, 8, 2, 168),
         },
         ("dkv", "joint"): {
-            32: Config(64, 64, 4, 3),  # 168
-            64: Config(64, 64, 4, 2),  # 221 (2), in edge form 254
+            32: Config(64, 64, 4, 3),  # 170 (2); bounded by 168, the edge form spills in its loops
+            64: Config(64, 64, 4, 2),  # 218 (2), in edge form 255
             128: Config(128, 32, 8, 2),  # 255 (1)
             256: Config(32, 32, 8, 2),  # 255
         },
@@ -166,7 +166,8 @@ _SIXTEEN_BIT = {
     },
 }
 
-# Regions of a few positions: 64-row tiles would be nearly empty. One warp spills.
+# Regions of a few positions: 64-row tiles would be nearly empty. One warp spills. Bounded by 255, head_dim ≤ 64 would
+# keep no 8 bytes of stack, and run 8 programs where 14 fit.
 _SMALL = {
     64: Config(16, 16, 2, 2),
     128: Config(16, 16, 2, 2, 255),  # unbounded, ptxas aims at 168 registers and spills
