@@ -8,8 +8,8 @@ import pytest
 
 from canvas_engineering import ClockSpec, ConnectionProgram, ConstraintSpec, LearningSpec, RegionProgram
 
-PROGRAM, DISPATCH, COMPILER = "test_program", "test_program_dispatch", "test_compiler"
-CLOCKS, SCHEDULES, CONSTRAINTS = "test_clock_ir", "test_scheduling", "test_constraints"
+PROGRAM, DISPATCH, COMPILER = "declare.test_program", "run.test_program_dispatch", "run.test_compiler"
+CLOCKS, SCHEDULES, CONSTRAINTS = "declare.test_clock_ir", "run.test_scheduling", "declare.test_constraints"
 
 # document, row: module and tests
 HELD = {
@@ -29,7 +29,7 @@ HELD = {
     "dispatch: trigger": (DISPATCH, "test_triggers_see_the_summaries_at_the_beginning_of_the_step"),
     "dispatch: trigger syntax": (DISPATCH, "test_every_comparison_on_the_device"),
     "dispatch: write_mode replace, gate, add": (
-        "test_dispatch",
+        "run.test_dispatch",
         "test_replace_silences_the_others_and_gates_start_half_open",
     ),
     "dispatch: write_mode gate": (DISPATCH, "test_gates_are_learned_per_connection_and_fade_out"),
@@ -72,7 +72,7 @@ HELD = {
     "api: ConstraintSpec.conservation": (CONSTRAINTS, "test_unknown_values_are_reported"),
     "api: ConstraintSpec.causal_direction": (CONSTRAINTS, "test_unknown_values_are_reported"),
     "api: ConstraintSpec.monotonicity": (CONSTRAINTS, "test_unknown_values_are_reported"),
-    "api: RegionProgram.family": ("test_canvas", "test_family_and_carrier_embeddings"),
+    "api: RegionProgram.family": ("declare.test_canvas", "test_family_and_carrier_embeddings"),
     "api: RegionProgram.tags": (PROGRAM, "test_fields_become_region_programs"),
     "api: RegionProgram.carrier": (DISPATCH, "test_residuals_go_by_either_carrier_and_by_what_is_kept"),
     "api: RegionProgram.clock": (DISPATCH, "test_clocks_drive_the_active_set_and_inner_steps"),
@@ -95,7 +95,7 @@ HELD = {
     "issue: activity compiles nothing": (DISPATCH, "test_a_hundred_changes_of_activity_compile_once"),
     "issue: activity waits for nothing": (DISPATCH, "test_a_hundred_changes_of_activity_wait_for_nothing_on_a_gpu"),
     "issue: one call a function": (DISPATCH, "test_one_call_a_function_whatever_the_mix"),
-    "issue: what skipping saves": ("test_benchmarks", "test_regions_that_rest_pass_through"),
+    "issue: what skipping saves": ("benchmarks.test_benchmarks", "test_regions_that_rest_pass_through"),
 }
 
 

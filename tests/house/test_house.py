@@ -305,7 +305,8 @@ def jit_functions(tree: ast.AST) -> list[ast.FunctionDef]:
 
 
 def kernel_faults(tree: ast.AST) -> list[str]:
-    """What a tree's jit functions do against the conventions: UPPER iff constexpr, pointers end in _ptr."""
+    """What a tree's jit functions do against the conventions: UPPER iff constexpr; pointers end in _ptr, those to a
+    program's own head or segment in _base."""
     faults = []
     for function in jit_functions(tree):
         arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
@@ -318,7 +319,7 @@ def kernel_faults(tree: ast.AST) -> list[str]:
                 pointer = call.args[0]
                 while isinstance(pointer, ast.BinOp):
                     pointer = pointer.left
-                if isinstance(pointer, ast.Name) and not re.search(r"_ptrs?$", pointer.id):
+                if isinstance(pointer, ast.Name) and not re.search(r"_(ptrs?|base)$", pointer.id):
                     faults.append(f"{function.name}:{call.lineno} uses {pointer.id} as a pointer")
     return faults
 
