@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from benchmarks.cases import CLAIMS
 from benchmarks.measure import RESULTS, ROOT, read_rows
 from benchmarks.static_model import FLOP_PER_PAIR, pass_rates
 from canvas_engineering.files import replace_file, replacing
@@ -120,7 +121,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "tokens": lambda row: _value(row, "tokens", ","),
     "rectangles": lambda row: _value(row, "rectangles", ","),
     "density": lambda row: _value(row, "density", ".3g", 100.0) + " %" * ("density" in row),
-    "claimed": lambda row: row.get("claim", ""),
+    "claimed": lambda row: CLAIMS.get(row.get("fn", ""), ""),
     "time exponent": lambda row: _value(row, "time_exponent", ".2f"),
     "memory exponent": lambda row: _value(row, "memory_exponent", ".2f"),
     "declaration, ms": lambda row: _value(row, "declare_seconds", ".4g", 1e3),

@@ -123,4 +123,10 @@ class _PackRotary(_Hook):
         return args, kwargs
 
     def _pack(self, rotary):
+        n_video = len(self.order.video)
+        if any(len(table) != n_video for table in rotary):
+            raise ValueError(
+                f"the layout is of {n_video} video tokens, the rotary embedding of {len(rotary[0])}: build the layout "
+                "with cogvideox_layout for this video's size"
+            )
         return tuple(self.take(table, "video", 0) for table in rotary)

@@ -365,6 +365,11 @@ def test_a_packed_model_names_a_wrong_size():
     given["encoder_hidden_states"] = given["encoder_hidden_states"][:, :3]
     with pytest.raises(ValueError, match=r"layout is of 69 tokens, text and video; got 67"):
         model(**given)
+    given = inputs("5b")  # a shorter video
+    given["hidden_states"] = given["hidden_states"][:, :2]
+    given["image_rotary_emb"] = tuple(table[:32] for table in given["image_rotary_emb"])
+    with pytest.raises(ValueError, match="of 64 video tokens, the rotary embedding of 32"):
+        model(**given)
 
 
 @pytest.mark.parametrize(
