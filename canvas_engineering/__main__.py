@@ -33,7 +33,7 @@ frames: t → t-1: src at each frame attends to dst at the previous frame; all: 
 fill: how frames of dst are chosen where it has none at that time
 attention set: queries and keys of one softmax; rectangle: a block of the table that attention runs on
 density: computed share of all pairs of positions; tile fill: computed share of the pairs in a GPU's tiles
-balance: share of a pass's time in which a GPU's multiprocessors are busy, and the share that whole tiles allow
+multiprocessors that work: the mean over a pass of the forward or backward; little work leaves most of a GPU idle
 log-sum-exp rows: numbers that each head saves for the backward pass
 in the picture: queries down, keys across; the darker, the more pairs are computed
 """
@@ -98,15 +98,16 @@ def describe_call(plan, batch: int, heads: int, head_dim: int, dtype: str) -> st
     """Describes one attention call over the plan: FLOPs, bytes of its tensors, and fill by tile size."""
     forward, backward = (plan.flops(head_dim, batch * heads, is_backward) / 1e9 for is_backward in (False, True))
     tensors = 4 * batch * heads * plan.n_positions * head_dim * DTYPES[dtype]
-    fills = "".join(f", {tile} tiles {share:.0%} full" for tile, share in plan.fill_by_tile.items())
+    fills = ", ".join(f"{share:.0%} of {tile} tiles" for tile, share in plan.fill_by_tile.items())
     return (
         f"batch {batch}, {heads} head{'s' * (heads != 1)} of {head_dim}, {dtype}: {forward:.3g} GFLOP forward, "
-        f"{backward:.3g} backward; q, k, v and the result {tensors / 2**20:.3g} MiB{fills}"
+        f"{backward:.3g} backward; q, k, v and the output take {tensors / 2**20:.3g} MiB"
+        + (f"\n  tile fill, as a GPU cuts the table: {fills}" if fills else "")
     )
 
 
 def describe_balance(plan, batch: int, heads: int, head_dim: int, dtype: str) -> str:
-    """Describes the load balance of each pass on an H200; empty where no kernel is built for it."""
+    """Describes the share of each pass in which an H200 is busy; empty where no kernel is built for it."""
     import torch
 
     from canvas_engineering.plan.balance import MULTIPROCESSORS, balance
@@ -116,8 +117,8 @@ def describe_balance(plan, batch: int, heads: int, head_dim: int, dtype: str) ->
     except ValueError:
         return ""
     names = {"forward": "forward", "dq": "dQ", "dkv": "dK and dV"}
-    passes = ", ".join(f"{names[b.name]} {b.predicted:.2f} of {b.possible:.2f}" for b in balances)
-    return f"balance on {MULTIPROCESSORS} multiprocessors, predicted of possible: {passes}"
+    passes = ", ".join(f"{names[b.name]} {b.predicted:.0%} (whole tiles allow {b.possible:.0%})" for b in balances)
+    return f"  share of {MULTIPROCESSORS} multiprocessors that work, predicted: {passes}"
 
 
 def _caption_truncated(table, total: int) -> None:

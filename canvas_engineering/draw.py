@@ -6,6 +6,7 @@ matplotlib is imported when a picture is drawn, not before.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
@@ -35,7 +36,6 @@ MAX_LABELS = 40
 MAX_NAMED = 12
 MAX_OUTLINED = 1000
 CHARACTERS_PER_PANEL = 44
-OFFSETS = "in squares: t_src, t_dst; all: all frames\n0, 0: a frame attends to itself; 0, -1: to the one before"
 BOUNDS = ("q_start", "q_stop", "k_start", "k_stop")
 
 
@@ -189,35 +189,37 @@ def topology_figure(topology: CanvasTopology) -> Figure:
     """Which region attends to which: a row for each query region, a column for each key/value region; the colour is the
     sum of the weights.
 
-    With up to 12 regions every square names its connections: the frames (t_src, t_dst), or "all" for no offsets. The
-    title says so.
+    With up to 12 regions every square names the frames that its connections attend to, seen from the query's frame:
+    "same frame", "1 to 8 frames back", or "all frames" for no offsets. Where only one of (t_src, t_dst) is given, it
+    names both, "all" for the other.
     """
     import numpy as np
 
     names = sorted(topology.regions)
     place = {name: i for i, name in enumerate(names)}
     weights = np.zeros((len(names), len(names)))
-    cells: dict[tuple[int, int], list[str]] = {}
+    cells: dict[tuple[int, int], list[tuple[int | None, int | None]]] = {}
     for connection in topology.connections:
         cell = place[connection.src], place[connection.dst]
         weights[cell] += connection.weight
-        cells.setdefault(cell, []).append(_offsets(connection.t_src, connection.t_dst))
+        cells.setdefault(cell, []).append((connection.t_src, connection.t_dst))
 
-    side = min(14.0, 3.0 + 0.6 * len(names))
+    side = min(14.0, 3.0 + 0.9 * len(names))
     figure = _figure(width=side + 1.0, height=side)
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_equal(weights, 0.0), cmap="Blues", vmin=0.0)
     figure.colorbar(image, ax=axes, shrink=0.7, label="sum of weights")
     if len(names) <= MAX_NAMED:
-        for (row, column), texts in cells.items():
+        size = 7.5 if len(names) <= MAX_NAMED // 2 else 6.5
+        for (row, column), offsets in cells.items():
             dark = weights[row, column] > 0.6 * weights.max()
-            axes.text(column, row, "\n".join(texts), ha="center", va="center", fontsize=7, color="w" if dark else "k")
+            text = textwrap.fill(_in_words(offsets), 13, break_long_words=False)
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color="w" if dark else "k")
     if len(names) <= MAX_LABELS:
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set(xlabel="key/value region (dst)", ylabel="query region (src)")
-    title = f"{len(topology.connections)} connections between {len(names)} regions"
-    axes.set_title(f"{title}\n{OFFSETS}" if len(names) <= MAX_NAMED else title, fontsize=9)
+    axes.set_title(f"{len(topology.connections)} connections between {len(names)} regions", fontsize=10)
     return figure
 
 

@@ -13,19 +13,20 @@ const boxes = regions.bounds.map(plane);
 const N = boxes.length;
 const LAST_TIME = Math.max(0, ...regions.period.map((p, r) => p * (boxes[r][1] - 1)));
 
+// apart from the three colours of what the pointer marks, below
 const PALETTE = [
-  "#4e79a7",
-  "#f28e2b",
-  "#59a14f",
-  "#e15759",
-  "#b07aa1",
-  "#76b7b2",
-  "#edc948",
-  "#ff9da7",
-  "#9c755f",
-  "#5b5ea6",
-  "#86bc86",
-  "#d37295",
+  "#7b5ea7",
+  "#d1699b",
+  "#8d6e53",
+  "#b8433f",
+  "#6b7a8f",
+  "#c58bd6",
+  "#a3a14e",
+  "#4b4f8a",
+  "#e0a3a0",
+  "#5c4a3f",
+  "#94bcc4",
+  "#9c2f66",
 ];
 const OTHER = "#9aa5b1",
   FOCUS = "#f08c00",

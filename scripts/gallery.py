@@ -193,10 +193,10 @@ def run(code: str) -> dict:
     return names
 
 
-def picture(figure, crop: str | None = "tight") -> bytes:
+def picture(figure, crop: str | None = "tight", dpi: int = 90) -> bytes:
     """A figure as PNG."""
     file = BytesIO()
-    figure.savefig(file, format="png", dpi=90, bbox_inches=crop)
+    figure.savefig(file, format="png", dpi=dpi, bbox_inches=crop)
     return file.getvalue()
 
 
@@ -219,18 +219,23 @@ def hero() -> bytes:
     from examples.cartpole_model import declare
 
     layout, topology = declare(96)
-    figures = (
+    volume, pairs, table = (
         draw.volume_figure(layout),
         draw.topology_figure(topology),
         draw.plan_figure(compile_attention(layout, topology)),
     )
-    panels = [Image.open(BytesIO(picture(figure))).convert("RGB") for figure in figures]
-    height = 420
-    panels = [panel.resize((round(panel.width * height / panel.height), height)) for panel in panels]
+    table.axes[0].get_legend().remove()  # the topology beside it names the connections
+    table.axes[0].set_title(table.axes[0].get_title().replace("form, ", "form\n"), fontsize=9)
+    sizes = {volume: (5.6, 4.4), pairs: (5.4, 4.6), table: (4.6, 4.6)}
+    panels = []
+    for figure, inches in sizes.items():
+        figure.set_size_inches(inches)
+        panels.append(Image.open(BytesIO(picture(figure, dpi=150))).convert("RGB"))
+    height = max(panel.height for panel in panels)
     sheet = Image.new("RGB", (sum(panel.width for panel in panels) + 40, height), "white")
     left = 0
     for panel in panels:
-        sheet.paste(panel, (left, 0))
+        sheet.paste(panel, (left, (height - panel.height) // 2))
         left += panel.width + 20
     file = BytesIO()
     sheet.save(file, format="PNG", optimize=True)

@@ -95,11 +95,11 @@ def test_inspect_prints_flops_bytes_and_fill_of_what_it_is_asked_for(path):
     printed = run("inspect", path, *(text for option in call.items() for text in option)).output
     pairs = plan.table.pairs
     assert f"batch 2, 48 heads of 32, bfloat16: {pairs * 2 * 48 * 32 * 4 / 1e9:.3g} GFLOP forward, " in printed
-    assert f"{pairs * 2 * 48 * 32 * 10 / 1e9:.3g} backward; q, k, v and the result 1.5 MiB, " in printed
-    assert all(f", {tile} tiles {fill:.0%} full" in printed for tile, fill in plan.fill_by_tile.items())
+    assert f"{pairs * 2 * 48 * 32 * 10 / 1e9:.3g} backward; q, k, v and the output take 1.5 MiB" in printed
+    assert all(f"{fill:.0%} of {tile} tiles" in printed for tile, fill in plan.fill_by_tile.items())
     assert "batch 1, 1 head of 64, float32: " in run("inspect", path).output
-    assert "predicted of possible: forward 0." in printed
-    assert "predicted of possible" not in run("inspect", path, "--head-dim", "512").output, "no kernel is built for it"
+    assert "multiprocessors that work, predicted: forward " in printed
+    assert "predicted" not in run("inspect", path, "--head-dim", "512").output, "no kernel is built for it"
     for wrong in (("--dtype", "int8"), ("--heads", "0")):
         assert run("inspect", path, *wrong).exit_code == 2
 
