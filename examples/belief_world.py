@@ -3,9 +3,9 @@
 A cart (gymnasium's CartPole) whose motor changes strength now and then, unseen. The model predicts how the state will
 change; for that it must infer the motor's strength from recent transitions. They lie in a memory region, which a belief
 region digests: nearly all of the attention. Both are scheduled by an event clock: they update when the prediction
-error, a running average, is high, or after so many steps of silence. Between updates the prediction reads the belief as
-it stands. Printed are how many region updates that skips, and errors and times with and without it, step by step in
-turns over the same simulated motion.
+error, a running average, is high, or after so many steps of silence. Between updates the prediction attends to the
+belief as it stands. Printed are how many region updates that skips, and errors and times with and without it, step by
+step in turns over the same simulated motion.
 """
 
 from __future__ import annotations

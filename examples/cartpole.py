@@ -155,7 +155,7 @@ def step_times(
     """Seconds of one training step (forward, backward) per provider, in interleaved rounds in this process.
 
     Before anything is timed, the per-edge loop must give our predictions and our gradients; RuntimeError otherwise. The
-    dense mask is another function (all reads of a position share one softmax), so only its cost is comparable here.
+    dense mask is another function (one softmax over all that a position attends to): only its cost is comparable.
     """
     models = {name: twin(model, attention) for name, attention in PROVIDERS.items()}
 

@@ -31,7 +31,7 @@ Attention = Callable[[CanvasTopology, CanvasLayout, int, int], nn.Module]
 
 
 def declare(d_model: int) -> tuple[CanvasLayout, CanvasTopology]:
-    """Where things lie, and who reads whom."""
+    """Returns the layout and the topology."""
     proprioception, summary = ROWS, ROWS + 1
     layout = CanvasLayout(
         T=FRAMES,
@@ -56,7 +56,7 @@ def declare(d_model: int) -> tuple[CanvasLayout, CanvasTopology]:
             Connection("video", "summary", **now, temporal_fill=TemporalFill.HOLD),
             Connection("proprioception", "proprioception"),
             Connection("proprioception", "proprioception", t_src=0, t_dst=-OBSERVED),
-            # What happened since that frame: a read, and so a softmax, per action. Outputs add up, as pushes do.
+            # What happened since that frame: a connection, and so a softmax, per action. Outputs add up, as pushes do.
             *(Connection("proprioception", "action", t_src=0, t_dst=-k) for k in range(1, OBSERVED + 1)),
             Connection("proprioception", "video", **now),
             Connection("proprioception", "summary", **now, temporal_fill=TemporalFill.INTERPOLATE),
@@ -69,7 +69,7 @@ def declare(d_model: int) -> tuple[CanvasLayout, CanvasTopology]:
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: whoever reads whom, then an MLP on every position."""
+    """Pre-norm residual block: attention along the topology, then an MLP on every position."""
 
     def __init__(self, d_model: int, attention: nn.Module):
         super().__init__()
@@ -79,7 +79,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Only positions that read something change: actions and empty places come back as they were.
+        # Only positions that attend to something change: actions and empty positions come back as they were.
         x = self.attention(self.attention_norm(x), add_to=x)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -1,8 +1,8 @@
 """A fleet of vehicles and their dispatcher: ``python examples/fleet.py``.
 
-Dispatch reads each vehicle's 4 x 4 summary and is read by it; no vehicle reads another's camera. Connections grow with
-the number of vehicles, not with its square: 27 for each, 1,351 for fifty. Plans and actions are predicted from what the
-vehicles see and from what dispatch knows.
+Dispatch and each vehicle's 4 x 4 summary attend to each other; no vehicle attends to another's camera. Connections grow
+with the number of vehicles, not with its square: 27 for each, 1,351 for fifty. Plans and actions are predicted from the
+vehicles' cameras and from what dispatch holds.
 """
 
 from __future__ import annotations

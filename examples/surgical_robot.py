@@ -1,8 +1,9 @@
 """A surgical robot, declared as nested types: ``python examples/surgical_robot.py``.
 
-Its sensor and its two arms are types of their own. The parent sees each through one coarse field: 2 x 4 for the sensor
-because its class says so, 2 x 4 for the left arm because this robot says so, a scalar for the right arm. The arms do
-not see each other's joints, only what passes through ``safety``. Grippers and safety are predicted from all else.
+Its sensor and its two arms are types of their own. The parent attends to each through one coarse field: 2 x 4 for the
+sensor because its class says so, 2 x 4 for the left arm because this robot says so, a scalar for the right arm. The
+arms do not attend to each other's joints, only to what passes through ``safety``. Grippers and safety are predicted
+from all else.
 """
 
 from __future__ import annotations

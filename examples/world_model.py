@@ -1,8 +1,9 @@
 """Two economies in one world, three levels deep: ``python examples/world_model.py``.
 
 What the one country's output says about the other's prices must climb to the country's summary, cross the regime that
-both read, and descend again: six reads in a row, where a dense canvas needs one. `hops` counts them from the topology;
-a model needs as many blocks. The example predicts politics and the regime from both countries' macro-economic figures.
+both attend to, and descend again: six connections in a row, where a dense canvas needs one. `hops` counts them from the
+topology; a model needs as many blocks. The example predicts politics and the regime from both countries' macro-economic
+figures.
 """
 
 from __future__ import annotations
@@ -51,20 +52,20 @@ def declare() -> BoundSchema:
     return compile_schema(World(), d_model=32)
 
 
-def hops(topology: CanvasTopology, reader: str, read: str) -> int:
-    """Reads in a row that it takes for ``read`` to reach ``reader``: the least number of blocks."""
-    reached, count = {reader}, 0
-    while read not in reached:
+def hops(topology: CanvasTopology, query: str, key: str) -> int:
+    """Returns how many connections in a row bring ``key`` to ``query``: the least number of blocks."""
+    reached, count = {query}, 0
+    while key not in reached:
         further = reached | {c.dst for c in topology.connections if c.src in reached}
         if further == reached:
-            raise ValueError(f"{reader!r} never learns of {read!r}")
+            raise ValueError(f"{query!r} never learns of {key!r}")
         reached, count = further, count + 1
     return count
 
 
 def main(argv: list[str] | None = None) -> int:
     bound = declare()
-    print(f"Chinese inflation learns of the US GDP after {hops(bound.topology, *ACROSS)} reads")
+    print(f"Chinese inflation learns of the US GDP after {hops(bound.topology, *ACROSS)} connections")
     blocks = max(min(hops(bound.topology, wanted, observed) for observed in OBSERVED) for wanted in WANTED)
     return run(argv, "world_model", __doc__, bound, OBSERVED, WANTED, n_blocks=blocks)
 

@@ -1,4 +1,4 @@
-"""Pages of the site that live elsewhere in the tree: README, CHANGELOG and the kernels' contract (a hook of mkdocs)."""
+"""Pages of the site that live elsewhere in the tree: README, CHANGELOG, kernels, examples (a hook of mkdocs)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "kernels.md": "kernels/README.md"}
+PAGES = {
+    "index.md": "README.md",
+    "changelog.md": "CHANGELOG.md",
+    "kernels.md": "kernels/README.md",
+    "examples.md": "examples/README.md",
+}
 # Links to files of the repository that are no pages, and badges, which another host draws.
-OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:examples|CONTRIBUTING\.md|CITATION\.cff|LICENSE|\.\./)[^)]*)\)")
+FILES = r"examples|CONTRIBUTING\.md|CITATION\.cff|LICENSE|\.\./|\w+\.(?:py|ipynb)\b"
+OUTSIDE = re.compile(rf"\[([^\]]*)\]\(((?:{FILES})[^)]*)\)")
 BADGES = re.compile(r"^\[?!\[[^\]]*\]\(https://img.shields.io.*\n", re.MULTILINE)
 
 
 def on_files(files, config):
     """Adds the pages, their links turned to the site's."""
     for name, source in PAGES.items():
-        text = (ROOT / source).read_text().replace("](docs/", "](")
+        text = (ROOT / source).read_text().replace("](docs/", "](").replace("](../docs/", "](")
         for page, path in PAGES.items():
             text = text.replace(f"]({path})", f"]({page})")
         text = OUTSIDE.sub(r"\1 (`\2`)", BADGES.sub("", text))

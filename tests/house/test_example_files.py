@@ -37,6 +37,11 @@ def test_examples_run_as_files(name, tmp_path):
     assert list(tmp_path.iterdir()) == [site]
 
 
+def test_the_index_links_every_example():
+    links = re.findall(r"\]\((\w+\.(?:py|ipynb))\)", (EXAMPLES / "README.md").read_text())
+    assert sorted({*links}) == sorted([*FILES, "tutorial.ipynb"])
+
+
 def test_the_documents_examples_are_there():
     assert {"quickstart.py", "graft_cogvideox.py", "define_canvas.py"} <= set(FILES)
 
