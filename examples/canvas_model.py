@@ -53,7 +53,6 @@ class Coder(nn.Module):
         # at first zero: of a held region the last known frame
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        self.unknown = nn.Parameter(0.02 * torch.randn(width))
 
     def encode(self, values: Tensor) -> Tensor:
         """(B, frames, *shape) → (B, frames, cells, d_model)."""
@@ -75,6 +74,18 @@ class Coder(nn.Module):
         return self.out(x.flatten(2)).unflatten(-1, self.shape)
 
 
+class TextCoder(nn.Module):
+    """Text, a position for a token: bytes (B, n) by a table, or a language model's (B, n, size) by a linear map."""
+
+    def __init__(self, width: int, shape: tuple[int, ...]):
+        super().__init__()
+        self.into = nn.Embedding(257, width) if len(shape) == 1 else nn.Linear(shape[-1], width)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Returns (B, n, d_model)."""
+        return self.into(values)
+
+
 class CanvasModel(nn.Module):
     """Predicts what of a clip is not known.
 
@@ -85,6 +96,8 @@ class CanvasModel(nn.Module):
         held: regions that are predicted as a change from their last known frame, as what moves slowly is; others are
             predicted as they are.
         depth, n_heads: of the transformer.
+        texts: regions that hold text, all of it known, to the shape of a sample: (n,) bytes, or (n, size).
+        backbone: called with x and the time of flow matching in place of the transformer, as a `VideoBackbone` is.
     """
 
     def __init__(
@@ -96,15 +109,23 @@ class CanvasModel(nn.Module):
         held: Collection[str] = (),
         depth: int = 4,
         n_heads: int = 4,
+        texts: Mapping[str, tuple[int, ...]] | None = None,
+        backbone: nn.Module | None = None,
     ):
         super().__init__()
         self.layout, self.held = layout, frozenset(held)
         self.canvas = SpatiotemporalCanvas(layout)
         self.coders = nn.ModuleDict({name: Coder(name, layout, tuple(shape)) for name, shape in shapes.items()})
-        self.blocks = nn.Sequential(*(Block(layout, topology, n_heads) for _ in range(depth)))
+        self.texts = nn.ModuleDict({name: TextCoder(layout.d_model, shape) for name, shape in (texts or {}).items()})
+        self.blocks = nn.ModuleList(Block(layout, topology, n_heads) for _ in range(depth if backbone is None else 0))
+        self.backbone = backbone
         self.norm = nn.LayerNorm(layout.d_model)
-        self.time = nn.Sequential(nn.Linear(16, layout.d_model), nn.GELU(), nn.Linear(layout.d_model, layout.d_model))
         self.diffusive = tuple(name for name in shapes if layout.region_spec(name).carrier == "diffusive")
+        width = layout.d_model
+        if self.diffusive:  # what no loss reaches would stop data parallel training
+            self.time = nn.Sequential(nn.Linear(16, width), nn.GELU(), nn.Linear(width, width))
+        others = [name for name in shapes if name not in self.diffusive]
+        self.unknown = nn.ParameterDict({name: nn.Parameter(0.02 * torch.randn(width)) for name in others})
         for name in shapes:
             spec = layout.region_spec(name)
             real = torch.arange(*spec.bounds[:2]) * spec.period
@@ -121,16 +142,22 @@ class CanvasModel(nn.Module):
         ``t``: (B,), the time of flow matching.
         """
         x = self.canvas.create_empty(len(t)).to(t.device)
-        steps = torch.exp2(torch.arange(8, device=t.device)) * torch.pi * t[:, None]
-        time = self.time(torch.cat([steps.sin(), steps.cos()], -1))[:, None, None]
+        if noisy:
+            steps = torch.exp2(torch.arange(8, device=t.device)) * torch.pi * t[:, None]
+            time = self.time(torch.cat([steps.sin(), steps.cos()], -1))[:, None, None]
         for name, coder in self.coders.items():
             known = self.known(name)[:, None, None]
-            other = coder.encode(noisy[name]) + time if name in noisy else coder.unknown
+            other = coder.encode(noisy[name]) + time if name in noisy else self.unknown[name]
             x = self.canvas.place(x, torch.where(known, coder.encode(clip[name]), other).flatten(1, 2), name)
-        x = self.norm(self.blocks(x))
+        for name, text in self.texts.items():
+            x = self.canvas.place(x, text(clip[name]), name)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x if self.backbone is None else self.backbone(x, t))
         decoded = {name: coder.decode(self.canvas.extract(x, name)) for name, coder in self.coders.items()}
         changes = self.held - noisy.keys()
-        return {name: y + self.last_known(name, clip) if name in changes else y for name, y in decoded.items()}
+        # sums, as FSDP2 wants no views of what a model returns
+        return {name: y + (self.last_known(name, clip) if name in changes else 0.0) for name, y in decoded.items()}
 
     def last_known(self, name: str, clip: Mapping[str, Tensor]) -> Tensor:
         """(B, 1, *shape): a region's last known frame; 0 where none is known."""
@@ -145,7 +172,7 @@ class CanvasModel(nn.Module):
         ``mask``: (B, frames). ``run``: this model as DistributedDataParallel or FSDP wraps it, whose forward is called.
         """
         some = clip[next(iter(self.coders))]
-        t = torch.rand(len(some), device=some.device)
+        t = torch.rand(len(some), device=some.device) if self.diffusive else some.new_ones(len(some))
         noise = {name: torch.randn_like(clip[name]) for name in self.diffusive}
         at = {name: t.view(-1, *[1] * (clip[name].dim() - 1)) for name in noise}
         noisy = {name: (1 - at[name]) * noise[name] + at[name] * clip[name] for name in noise}
@@ -166,7 +193,7 @@ class CanvasModel(nn.Module):
         some = clip[next(iter(self.coders))]
         noisy = {name: torch.randn_like(clip[name]) for name in self.diffusive}
         for i in range(steps if noisy else 1):
-            t = torch.full((len(some),), i / steps, device=some.device)
+            t = some.new_full((len(some),), i / steps if noisy else 1.0)
             found = self(clip, noisy, t)
             noisy = {name: x + found[name] / steps for name, x in noisy.items()}
         result = {}

@@ -5,10 +5,13 @@ environment. A canvas holds what was seen (camera, states, actions up to now) an
 latter, actions first of all. Held-out error is printed beside persistence (the last known value, repeated), and, where
 the environment is there, the policy plays it: its return beside a random policy's and the data's.
 
-One process or many (``accelerate launch examples/train_bridge_v2.py …``), with mixed precision, gradient accumulation,
-averaged weights, and checkpoints that ``--resume`` goes on from as if nothing had happened. The folder ``--out`` gets
-losses (losses.jsonl, losses.png, TensorBoard's with ``--log tensorboard``), a held-out clip beside its prediction
-(sample.mp4) and result.json.
+``--vae`` puts a VAE's latents in place of the camera's pixels, ``--model`` a grafted CogVideoX in place of the small
+transformer, ``--text`` the episode's task on the canvas.
+
+One process or many (``accelerate launch examples/train_bridge_v2.py …``; ``--shard`` spreads the parameters over them,
+FSDP2), with mixed precision, gradient accumulation, averaged weights, and checkpoints that ``--resume`` goes on from as
+if nothing had happened. The folder ``--out`` gets losses (losses.jsonl, losses.png, and TensorBoard's or W&B's with
+``--log``), a held-out clip beside its prediction (sample.mp4) and result.json.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -27,15 +31,25 @@ from typing import Any, get_type_hints
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 if not __package__:  # run as a file, whose folder has no package `examples`
     sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
 
-from canvas_engineering import CanvasLayout, CanvasTopology, Connection, RegionSpec
+from canvas_engineering import CanvasLayout, CanvasTopology
 from canvas_engineering.data import LeRobotCanvasDataset, LeRobotFolder
 from canvas_engineering.data.video import write_video
 from canvas_engineering.files import replace_file, replacing
+from examples.bridge_data import Clips, batches, byte_text, canvas_of, t5_text
+from examples.canvas_cogvideox import FrameVAE, VideoBackbone, load_transformer, load_vae
 from examples.canvas_model import CanvasModel
 from examples.record_robot import make, record
 from examples.robot_data import shrink
@@ -58,15 +72,22 @@ class Settings:
     out: Path = setting(OUT, "folder for data, checkpoints, losses and results")  # noqa: RUF009
     observed: int = setting(4, "frames that are known")
     future: int = setting(4, "frames that are predicted")
-    patch: int = setting(20, "pixels of a camera's cell, each way")
-    width: int = setting(96, "channels of a position")
+    patch: int = setting(20, "pixels of a camera's cell, each way; under --vae latents, under --model the model's own")
+    width: int = setting(96, "channels of a position; under --model the model's own")
     depth: int = setting(3, "transformer blocks")
+    vae: str | None = setting(None, "a CogVideoX VAE for the camera: a folder, an id on the Hub, or tiny")
+    model: str | None = setting(None, "a CogVideoX in place of the transformer, with its VAE: a folder, an id, or tiny")
+    loops: int = setting(2, "loops of the model's blocks")
+    freeze: str = setting("none", "of the model: none, half or full")
+    text: str = setting("none", "the task on the canvas: none, bytes (a learned table), or a T5 encoder's folder or id")
+    tokens: int = setting(24, "tokens of the text, at least")
     diffusive: bool = setting(False, "predict the camera by flow matching in place of regression")
     steps: int = setting(1000, "batches to train on")
     batch: int = setting(16, "clips of a batch, over all processes")
     lr: float = setting(1e-3, "learning rate at its highest")
     accumulate: int = setting(1, "batches whose gradients are summed for one update")
     ema: float = setting(0.99, "decay of the averaged weights, which are what is evaluated")
+    shard: bool = setting(False, "spread parameters, gradients and optimizer over the processes (FSDP2)")
     mixed_precision: str = setting("no", "no, bf16 or fp16")
     save_every: int = setting(500, "steps between checkpoints")
     workers: int = setting(2, "processes that load clips")
@@ -76,52 +97,65 @@ class Settings:
     resume: bool = setting(False, "go on from the last checkpoint in --out")
 
 
-def canvas_of(source: LeRobotFolder, settings: Settings) -> tuple[CanvasLayout, CanvasTopology, dict[str, str]]:
-    """A canvas of the dataset's first camera, its state and its action: (layout, topology, feature to region)."""
-    T = settings.observed + settings.future
-    features, regions, rows, columns = {}, {}, 0, 1
-    if source.video_keys:
-        camera = source.video_keys[0]
-        features[camera] = "camera"
-        rows, columns = (size // settings.patch for size in source.features[camera]["shape"][:2])
-        carrier = "diffusive" if settings.diffusive else "deterministic"
-        regions["camera"] = RegionSpec((0, T, 0, rows, 0, columns), carrier=carrier)
-    for feature, region, weight in (("observation.state", "state", 1.0), ("action", "action", 4.0)):
-        if feature in source.features:
-            features[feature] = region
-            regions[region] = RegionSpec((0, T, rows, rows + 1, 0, 1), loss_weight=weight)
-            rows += 1
-    layout = CanvasLayout(
-        T=T, d_model=settings.width, spatial_shape=(rows, columns), regions=regions, t_current=settings.observed
+@dataclass
+class Parts:
+    """What is made from the settings and the data before anything is trained."""
+
+    layout: CanvasLayout
+    topology: CanvasTopology
+    trained: Clips
+    held: Clips
+    model: CanvasModel
+
+
+def build(settings: Settings, device: torch.device) -> Parts:
+    """Declares the canvas of the data, and makes the model; ValueError where the camera does not divide."""
+    root = settings.data or settings.out / "data"
+    source = LeRobotFolder(root) if Path(root).exists() else LeRobotCanvasDataset(root, CanvasLayout(T=1)).source
+    vae, text, backbone = None, None, None
+    cell, width, tokens = settings.patch, settings.width, 0 if settings.text == "none" else settings.tokens
+    if settings.vae or settings.model:
+        vae = FrameVAE(load_vae(settings.vae or settings.model or "").to(device))
+        cell *= 8
+    if settings.model:
+        backbone = load_transformer(settings.model)
+        cell, width = 8 * backbone.config.patch_size, backbone.config.in_channels * backbone.config.patch_size**2
+    layout, topology, features = canvas_of(
+        source, settings.observed, settings.future, cell, width, tokens, settings.diffusive
     )
-    others = [name for name in regions if name != "camera"]
-    connections = [Connection(a, b) for a in others for b in others]
-    if "camera" in regions:
-        # frames attend to themselves and those before; what is short attends to all of the video, and the reverse
-        connections += [Connection("camera", "camera", t_src=0, t_dst=-k) for k in range(settings.observed)]
-        connections += [pair for name in others for pair in (Connection(name, "camera"), Connection("camera", name))]
-    return layout, CanvasTopology(connections), features
+    if tokens:
+        tokens = layout.region_numel("task")
+        text = byte_text(tokens) if settings.text == "bytes" else t5_text(settings.text, tokens)
+    if backbone is not None:
+        backbone = VideoBackbone(backbone, layout, topology, settings.loops, settings.freeze)
+    held_out = max(1, len(source.episodes) // 10)
+    normalize = {} if vae is None else dict.fromkeys(source.video_keys, "none")
+    trained, held = (
+        Clips(
+            LeRobotCanvasDataset(root, layout, features, normalize=normalize, episodes=[e.index for e in episodes]),
+            device,
+            vae,
+            text,
+        )
+        for episodes in (source.episodes[:-held_out], source.episodes[-held_out:])
+    )
+    first, _ = trained.of(torch.utils.data.default_collate([trained.dataset[0]]))
+    shapes = {name: tuple(first[name].shape[2:]) for name in trained.dataset.regions}
+    texts = {name: tuple(first[name].shape[1:]) for name in first.keys() - shapes.keys()}
+    now = settings.observed - 1
+    known = {name: now - (name == "action") for name in shapes}
+    # what is done next does not follow what was done before
+    held_regions = shapes.keys() - {"action"}
+    model = CanvasModel(
+        layout, topology, shapes, known, held_regions, settings.depth, texts=texts, backbone=backbone
+    ).to(device)
+    return Parts(layout, topology, trained, held, model)
 
 
-def batches(count: int, size: int, first: int, last: int, seed: int, rank: int = 0, ranks: int = 1):
-    """Indices of this rank's part of the batches ``first`` to ``last``: those of an endless run of shuffled epochs."""
-    per_epoch = max(1, count // size)
-    for step in range(first, last):
-        epoch, place = divmod(step, per_epoch)
-        order = np.random.default_rng((seed, epoch)).permutation(count)
-        yield order[place * size : (place + 1) * size][rank::ranks].tolist()
-
-
-def clip_of(batch: dict, regions: dict[str, str], device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(values, masks) of a batch, on the device."""
-    values = {name: batch[name].to(device) for name in regions}
-    return values, {name: batch["mask"][name].to(device) for name in regions}
-
-
-def train(settings: Settings) -> dict:
-    """Trains, evaluates and writes everything into ``settings.out``; returns what is printed."""
+def train(settings: Settings) -> None:
+    """Trains, evaluates, and writes everything into ``settings.out``; the main process prints what was measured."""
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import DistributedType, set_seed
 
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
@@ -130,75 +164,133 @@ def train(settings: Settings) -> dict:
         log_with=None if settings.log == "none" else settings.log,
         project_dir=settings.out,
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("launch without FSDP settings of accelerate: --shard does that")
     accelerator.init_trackers("bridge", {name: str(value) for name, value in asdict(settings).items()})
     set_seed(settings.seed)
     settings.out.mkdir(parents=True, exist_ok=True)
-    root = settings.data or settings.out / "data"
-    if settings.record and accelerator.is_main_process and not Path(root).exists():
+    root = Path(settings.data or settings.out / "data")
+    if settings.record and accelerator.is_main_process and not root.exists():
         accelerator.print(f"recording {settings.episodes} episodes of {settings.record}")
-        record(settings.record, Path(root), settings.episodes, seed=settings.seed)
+        size = (48, 64) if settings.vae or settings.model else None  # what a VAE and patches of its latents divide
+        record(settings.record, root, settings.episodes, size=size, seed=settings.seed)
     accelerator.wait_for_everyone()
-    source = LeRobotFolder(root) if Path(root).exists() else LeRobotCanvasDataset(root, CanvasLayout(T=1)).source
-    layout, topology, features = canvas_of(source, settings)
-    held_out = max(1, len(source.episodes) // 10)
-    parts = [source.episodes[:-held_out], source.episodes[-held_out:]]
-    trained, held = (
-        LeRobotCanvasDataset(root, layout, features, episodes=[episode.index for episode in part]) for part in parts
-    )
-    shapes = {name: tuple(trained[0][name].shape[1:]) for name in trained.regions}
-    now = settings.observed - 1
-    known = {name: now - (name == "action") for name in shapes}
-    # what is done next does not follow what was done before
-    model = CanvasModel(layout, topology, shapes, known, shapes.keys() - {"action"}, settings.depth)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(1.0, s / settings.steps)))
-    )
-    run, optimizer = accelerator.prepare(model, optimizer)
-    averaged.to(accelerator.device)
-    accelerator.register_for_checkpointing(averaged, schedule)
-    first = _resume(accelerator, settings.out) if settings.resume else 0
-    log = _Log(settings.out / "losses.jsonl", first)
-    sampler = batches(
-        len(trained), settings.batch, first, settings.steps, settings.seed,
-        accelerator.process_index, accelerator.num_processes,
-    )  # fmt: skip
-    # a generator of its own: starting workers must not draw from the one that noise comes from
-    loader = torch.utils.data.DataLoader(
-        trained, batch_sampler=list(sampler), num_workers=settings.workers, generator=torch.Generator()
-    )
-    steps = _Steps(loader, settings.steps - first, accelerator.is_main_process)
+    parts = build(settings, accelerator.device)
+    model = parts.model
+    if settings.shard:
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for block in model.blocks if model.backbone is None else model.backbone.transformer.transformer_blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, settings.lr, weight_decay=0.01)
+    run = model if settings.shard else accelerator.prepare(model)  # what is sharded is not wrapped once more
+    optimizer = accelerator.prepare(optimizer)
+    averaged = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    checkpoint = Checkpoint(settings.out, model, optimizer.optimizer, averaged, accelerator.scaler)
+    first = checkpoint.load() if settings.resume else 0
+    log = Log(settings.out / "losses.jsonl", first) if accelerator.is_main_process else None
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    clips = parts.trained
+    sampler = batches(len(clips.dataset), settings.batch, first, settings.steps, settings.seed, rank, ranks)
+    loader = torch.utils.data.DataLoader(clips.dataset, batch_sampler=list(sampler), num_workers=settings.workers)
+    steps = Steps(loader, settings.steps - first, accelerator.is_main_process)
     for step, batch in enumerate(steps, first):
-        clip, mask = clip_of(batch, trained.regions, accelerator.device)
+        # noise follows from the step, so that a resumed run draws the same
+        torch.manual_seed((settings.seed * 1_000_003 + step) * ranks + rank)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * rate(step, settings.steps)
+        clip, mask = clips.of(batch)
         with accelerator.accumulate(run), accelerator.autocast():
             loss, errors = model.loss(clip, mask, run)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(run.parameters(), 1.0)
+                accelerator.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        schedule.step()
-        averaged.update_parameters(accelerator.unwrap_model(run))
-        log.add(step, loss.item(), errors)
-        accelerator.log({"loss": loss.item(), **errors}, step=step)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.values()), trainable, 1 - min(settings.ema, step / (step + 1)))
+        means = accelerator.reduce(torch.tensor([loss.item(), *errors.values()], device=accelerator.device), "mean")
+        row = dict(zip(("loss", *errors), means.tolist()))
+        if log is not None:
+            log.add(step, row)
+        accelerator.log(row, step=step)
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            _save(accelerator, settings.out, step + 1)
-            accelerator.print(f"step {step + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in errors.items()))
+            checkpoint.save(step + 1, accelerator.is_main_process)
+            accelerator.print(f"step {step + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in row.items()))
     result: dict = {"parameters": sum(p.numel() for p in model.parameters()), "loading": steps.shares()}
-    accelerator.end_training()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in averaged:
+                parameter.copy_(averaged[name])
+    best = whole(settings, accelerator, model)
     if accelerator.is_main_process:
-        best = averaged.module.eval()
+        best.eval()
         draw_losses(settings.out)
-        sample(best, held, settings.out / "sample.mp4", accelerator.device)
-        result |= held_out_errors(best, held, accelerator.device, settings)
+        sample(best, parts.held, settings.out / "sample.mp4")
+        result |= held_out_errors(best, parts.held, settings.batch)
         if settings.record and settings.play:
-            result["returns"] = play(best, held, settings, accelerator.device)
+            result["returns"] = play(best, parts.held, settings)
         replace_file(settings.out / "result.json", f"{json.dumps(result, indent=2)}\n".encode())
-    return result
+        print(report(result))
+    accelerator.end_training()
 
 
-class _Log:
+def rate(step: int, steps: int) -> float:
+    """Share of the highest learning rate: fifty steps up, then half a cosine down."""
+    return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def whole(settings: Settings, accelerator, model: CanvasModel) -> CanvasModel:
+    """Returns the model with all of its parameters here; of a sharded one that is a copy on the main process."""
+    if not settings.shard:
+        return model
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)  # of all processes together
+    if not accelerator.is_main_process:
+        return model
+    copy = build(settings, accelerator.device).model
+    copy.load_state_dict(state)
+    return copy
+
+
+class Checkpoint:
+    """Everything a run goes on from, by torch.distributed.checkpoint: each process writes what it holds, and any number
+    of processes reads it. The one before is there until this one is whole."""
+
+    def __init__(self, out: Path, model: CanvasModel, optimizer, averaged: dict[str, Tensor], scaler):
+        self.out, self.model, self.optimizer = out, model, optimizer
+        self.averaged, self.scaler = averaged, scaler
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        scaler = {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+        return {"model": model, "optimizer": optimizer, "averaged": self.averaged, **scaler}
+
+    def save(self, step: int, is_main: bool) -> None:
+        """Writes checkpoint-``step``; called by all processes."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # one process is one by intent
+            distributed_checkpoint.save(self._state(), checkpoint_id=self.out / f"checkpoint-{step}")
+        if is_main:
+            replace_file(self.out / "latest.json", json.dumps({"step": step}).encode())
+
+    def load(self) -> int:
+        """Reads the last whole checkpoint; returns the step to go on with, 0 where there is none."""
+        if not (self.out / "latest.json").exists():
+            return 0
+        step = json.loads((self.out / "latest.json").read_text())["step"]
+        state = self._state()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+            distributed_checkpoint.load(state, checkpoint_id=self.out / f"checkpoint-{step}")
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        return step
+
+
+class Log:
     """Losses, a JSON line for each step; a resumed run goes on behind the step that it resumes from."""
 
     def __init__(self, path: Path, first: int):
@@ -206,12 +298,12 @@ class _Log:
         path.write_text("".join(f"{line}\n" for line in lines))
         self.path = path
 
-    def add(self, step: int, loss: float, errors: dict[str, float]) -> None:
+    def add(self, step: int, row: dict[str, float]) -> None:
         with self.path.open("a") as file:
-            file.write(f"{json.dumps({'step': step, 'loss': loss, **errors})}\n")
+            file.write(f"{json.dumps({'step': step, **row})}\n")
 
 
-class _Steps:
+class Steps:
     """Batches of a loader, with a progress bar, and the time that was spent waiting for them."""
 
     def __init__(self, loader: torch.utils.data.DataLoader, count: int, shown: bool):
@@ -240,37 +332,22 @@ class _Steps:
         return {"steps_per_second": (self.done - 1) / self.total, "waiting": self.waited / self.total}
 
 
-def _save(accelerator, out: Path, step: int) -> None:
-    """A checkpoint of everything; the one before is there until this one is whole."""
-    folder = out / f"checkpoint-{step}"
-    accelerator.save_state(str(folder))
-    if accelerator.is_main_process:
-        replace_file(out / "latest.json", json.dumps({"step": step}).encode())
-
-
-def _resume(accelerator, out: Path) -> int:
-    """The step to go on with: that of the last whole checkpoint, 0 where there is none."""
-    if not (out / "latest.json").exists():
-        return 0
-    step = json.loads((out / "latest.json").read_text())["step"]
-    accelerator.load_state(str(out / f"checkpoint-{step}"))
-    return step
-
-
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def held_out_errors(model: CanvasModel, held: LeRobotCanvasDataset, device, settings: Settings) -> dict:
+def held_out_errors(model: CanvasModel, held: Clips, size: int) -> dict:
     """Mean squared error of what is predicted beside persistence's, by region; of cameras also PSNR in dB."""
-    sums: dict[str, np.ndarray] = {name: np.zeros(3) for name in held.regions}
-    for batch in torch.utils.data.DataLoader(held, batch_size=settings.batch):
-        clip, mask = clip_of(batch, held.regions, device)
+    sums: dict[str, np.ndarray] = {name: np.zeros(3) for name in held.dataset.regions}
+    for batch in torch.utils.data.DataLoader(held.dataset, batch_size=size):
+        clip, mask = held.of(batch)
         filled = model.predict(clip)
-        for name in held.regions:
+        for name in sums:
+            # in the dataset's own units: what a VAE loses counts
+            truth = held.dataset.denormalize(name, batch[name].to(held.device))
             wanted = mask[name] & ~model.known(name)
-            for place, guess in enumerate((filled[name], model.last_known(name, clip))):
-                error = (held.denormalize(name, guess) - held.denormalize(name, clip[name])).square()
+            for place, guess in enumerate((held.decode(name, filled[name]), model.last_known(name, {name: truth}))):
+                error = (guess - truth).square()
                 sums[name][place] += float((error.flatten(2).mean(-1) * wanted).sum())
             sums[name][2] += float(wanted.sum())
     result = {}
@@ -300,35 +377,38 @@ def draw_losses(out: Path) -> None:
 
 
 @torch.no_grad()
-def sample(model: CanvasModel, held: LeRobotCanvasDataset, path: Path, device, scale: int = 6) -> None:
+def sample(model: CanvasModel, held: Clips, path: Path, scale: int = 6) -> None:
     """A video of one held-out clip, enlarged ``scale`` times: what happened left, the prediction right."""
-    if "camera" not in held.regions:
+    if "camera" not in held.dataset.regions:
         return
-    clip, _ = clip_of(torch.utils.data.default_collate([held[len(held) // 2]]), held.regions, device)
-    sides = [held.denormalize("camera", frames["camera"][0].cpu()) for frames in (clip, model.predict(clip))]
+    batch = torch.utils.data.default_collate([held.dataset[len(held.dataset) // 2]])
+    truth = held.dataset.denormalize("camera", batch["camera"])
+    sides = [truth[0], held.decode("camera", model.predict(held.of(batch)[0])["camera"])[0].cpu()]
     pixels = (torch.cat(sides, dim=-1).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    write_video(path, pixels.numpy(), max(1, round(held.fps)), "h264")
+    write_video(path, pixels.numpy(), max(1, round(held.dataset.fps)), "h264")
 
 
 @torch.no_grad()
-def play(model: CanvasModel, held: LeRobotCanvasDataset, settings: Settings, device) -> dict:
+def play(model: CanvasModel, held: Clips, settings: Settings) -> dict:
     """Returns of whole episodes: the policy's, a random one's, and those of the controller that made the data."""
     from examples.record_robot import controller_of
 
     world, layout = make(settings.record), model.layout
     discrete = not world.action_space.shape
-    size = held.source.features[held.source.video_keys[0]]["shape"][:2] if held.source.video_keys else None
-    repeats = max(1, round(world.metadata.get("render_fps", held.fps) / held.fps))
+    source, fps = held.dataset.source, held.dataset.fps
+    size = source.features[source.video_keys[0]]["shape"][:2] if source.video_keys else None
+    repeats = max(1, round(world.metadata.get("render_fps", fps) / fps))
+    task = held.task([source.episodes[0].tasks[0] if source.episodes[0].tasks else ""])
     now, T = settings.observed - 1, layout.T
 
     def policy(history: deque) -> np.ndarray | int:
         frames = [history[0]] * (settings.observed - len(history)) + list(history)
-        clip = {name: torch.zeros(1, T, *model.coders[name].shape, device=device) for name in model.coders}
-        for name in held.regions:
+        clip = {name: torch.zeros(1, T, *model.coders[name].shape, device=held.device) for name in model.coders}
+        for name in held.dataset.regions:
             values = torch.from_numpy(np.stack([frame[name] for frame in frames]).astype(np.float32))
-            clip[name][0, : settings.observed] = held.normalize(name, values).to(device)
-        action = held.denormalize("action", model.predict(clip)["action"][0, now].cpu()).numpy()
+            clip[name][:, : settings.observed] = held.encode(name, values[None])
+        action = held.decode("action", model.predict(clip | task)["action"][0, now].cpu()).numpy()
         if discrete:
             return int(np.clip(round(float(action[0])), 0, world.action_space.n - 1))
         return np.clip(action, world.action_space.low, world.action_space.high).astype(np.float32)
@@ -393,7 +473,7 @@ def main(argv: list[str] | None = None) -> int:
         settings.out = Path(settings.out)
         if not (settings.data or settings.record):
             raise click.UsageError("what to train on: --data FOLDER or ID, or --record ENVIRONMENT")
-        print(report(train(settings)))
+        train(settings)
 
     # an option for each setting: those that are not given come from the file, or stay
     kinds = {"config": Path} | get_type_hints(Settings)
