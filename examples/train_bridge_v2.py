@@ -21,7 +21,6 @@ import json
 import math
 import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -53,6 +52,7 @@ from examples.canvas_cogvideox import FrameVAE, VideoBackbone, load_transformer,
 from examples.canvas_model import CanvasModel
 from examples.record_robot import make, record
 from examples.robot_data import shrink
+from examples.train_robot import alone_by_intent
 
 OUT = Path("out/bridge")
 
@@ -269,8 +269,7 @@ class Checkpoint:
 
     def save(self, step: int, is_main: bool) -> None:
         """Writes checkpoint-``step``; called by all processes."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # one process is one by intent
+        with alone_by_intent():
             distributed_checkpoint.save(self._state(), checkpoint_id=self.out / f"checkpoint-{step}")
         if is_main:
             replace_file(self.out / "latest.json", json.dumps({"step": step}).encode())
@@ -281,8 +280,7 @@ class Checkpoint:
             return 0
         step = json.loads((self.out / "latest.json").read_text())["step"]
         state = self._state()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        with alone_by_intent():
             distributed_checkpoint.load(state, checkpoint_id=self.out / f"checkpoint-{step}")
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         if self.scaler is not None:

@@ -5,19 +5,25 @@ THUDM/CogVideoX-2b`` (or a folder of one) the same command grafts onto its weigh
 The data is simulated: clips of a gymnasium environment with the actions that were taken, or ``--latents`` from a file.
 
 The loss is v-prediction on noised latents plus the squared error of an ActionHead that reads the mean action of a clip
-off the prediction. Loops follow a curriculum. ``torchrun --nproc-per-node 2 examples/train_robot.py`` trains on the
-same samples, to the same losses, as one process does. What a run writes: ``metrics.jsonl``, ``loss.png``,
-``samples.png``, ``loops.safetensors``, and ``checkpoint/``, from which ``--resume`` goes on as if nothing had happened.
+off the prediction. Loops follow a curriculum. What trains: everything (``--freeze none``), loops alone (``--freeze
+full``), or loops and LoRA (``--freeze full --lora 16``), whose ``pytorch_lora_weights.safetensors`` pipelines load.
+
+``torchrun --nproc-per-node 2 examples/train_robot.py`` trains on the same samples, to the same losses, as one process
+does. A run writes ``metrics.jsonl``, ``loss.png``, ``samples.png``, ``loops.safetensors``, and ``checkpoint/``, from
+which ``--resume`` goes on as if nothing had happened, on any number of processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import statistics
 import sys
+import warnings
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +31,8 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 if not __package__:  # run as a file, whose folder has no package `examples`
     sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
@@ -39,7 +47,6 @@ from canvas_engineering import (
     tile_topology,
     window_topology,
 )
-from canvas_engineering.checkpoint import load_loop_checkpoint
 from canvas_engineering.files import replace_file, replacing
 from examples import robot_data
 from examples.cartpole import progress
@@ -58,6 +65,7 @@ TINY = {
     "sample_frames": FRAMES,
     "max_text_seq_length": 16,
 }
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TOPOLOGIES = {"dense": None, "window": window_topology(), "tiles": tile_topology(2, 2)}
 
 
@@ -76,6 +84,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--loops", type=int, default=3, help="loops at the end of the curriculum")
     parser.add_argument("--freeze", choices=["full", "half", "none"], default="none", help="of the backbone")
+    parser.add_argument("--lora", type=int, default=0, help="rank of LoRA on the backbone's attention; 0 for none")
     parser.add_argument("--topology", choices=TOPOLOGIES, default="window", help="who attends to whom")
     parser.add_argument("--sharpen", type=float, default=1.0, help="factor on the attention scale in the last loop")
     parser.add_argument("--action-weight", type=float, default=0.1)
@@ -148,6 +157,10 @@ def build(
         layout=layout,
         topology=topology,
     )
+    if options.lora:
+        from peft import LoraConfig
+
+        model.add_adapter(LoraConfig(r=options.lora, lora_alpha=options.lora, target_modules=LORA_TARGETS))
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return blocks, head
@@ -222,50 +235,78 @@ def sample(model, conditions, scheduler, shape: tuple[int, ...], seed: int, step
 
 
 class Checkpoint:
-    """A folder that is replaced as a whole: loops (and what else of the model trains), optimizer, losses.
+    """A folder that is replaced as a whole: what trains of the model, the head and the optimizer, and the losses.
 
-    ``scaler``: the gradient scaler of float16 training, or None.
+    Tensors are written by torch.distributed.checkpoint, each process its part, and read by any number of processes.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, blocks: list[nn.Module], head: ActionHead, optimizer, scaler):
+    def __init__(
+        self, folder: Path, model: nn.Module, blocks: list[nn.Module], head: ActionHead, optimizer, accelerator
+    ):
         self.folder, self.previous = folder, folder.with_name(f"{folder.name}.previous")
-        self.model, self.blocks, self.head = model, blocks, head
-        self.stateful = {"optimizer": optimizer} | ({} if scaler is None else {"scaler": scaler})
+        self.modules = nn.ModuleDict({"model": model, "head": head})
+        self.blocks, self.head, self.optimizer, self.accelerator = blocks, head, optimizer, accelerator
         self.log: list[dict] = []
-        loop_names = {id(p) for block in blocks for p in block.loop.parameters()}
-        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.backbone = {name: p for name, p in trainable if id(p) not in loop_names}
+
+    def _state(self) -> dict[str, dict]:
+        options = StateDictOptions(ignore_frozen_params=True)
+        state = get_state_dict(self.modules, self.optimizer, options=options)
+        return dict(zip(("model", "optimizer"), state))
 
     def save(self) -> None:
+        """Called by all processes."""
         # one name for all: what a killed run left is cleared away by the next
         unfinished = self.folder.with_name(f"{self.folder.name}.partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_loop_checkpoint(self.blocks, self.head, unfinished / "loops.safetensors", {"step": len(self.log)})
-        state = {"log": self.log, **{name: part.state_dict() for name, part in self.stateful.items()}}
-        state["backbone"] = {name: p.detach().cpu() for name, p in self.backbone.items()}
-        with replacing(unfinished / "trainer.pt") as file:
-            torch.save(state, file)
-        if self.folder.exists():  # at no time is there neither
+        if self.accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with alone_by_intent():
+            distributed_checkpoint.save(self._state(), checkpoint_id=unfinished)
+        if self.accelerator.is_main_process:
+            save_loop_checkpoint(self.blocks, self.head, unfinished / "loops.safetensors", {"step": len(self.log)})
+            scaler = self.accelerator.scaler
+            told = {"log": self.log, "scaler": None if scaler is None else scaler.state_dict()}
+            replace_file(unfinished / "log.json", json.dumps(told).encode())
+            if self.folder.exists():  # at no time is there neither
+                shutil.rmtree(self.previous, ignore_errors=True)
+                os.replace(self.folder, self.previous)
+            os.replace(unfinished, self.folder)
             shutil.rmtree(self.previous, ignore_errors=True)
-            os.replace(self.folder, self.previous)
-        os.replace(unfinished, self.folder)
-        shutil.rmtree(self.previous, ignore_errors=True)
 
     def load(self) -> int:
-        """The optimizer step to go on with. ValueError: a checkpoint of another model, with what differs."""
+        """The optimizer step to go on with. ValueError: a checkpoint of other parameters, with what differs."""
         folder = self.folder if self.folder.exists() or not self.previous.exists() else self.previous
-        load_loop_checkpoint(self.blocks, self.head, folder / "loops.safetensors")
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        if set(state["backbone"]) != set(self.backbone):
-            raise ValueError(f"{self.folder} was trained with another --freeze: other parameters of the backbone")
-        with torch.no_grad():
-            for name, parameter in self.backbone.items():
-                parameter.copy_(state["backbone"][name])
-        for name, part in self.stateful.items():
-            part.load_state_dict(state[name])
-        self.log = state["log"]
+        state = self._state()
+        saved = distributed_checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+        saved = {name.removeprefix("model.") for name in saved if name.startswith("model.")}
+        if differing := sorted(saved ^ set(state["model"])):
+            raise ValueError(
+                f"{self.folder} was trained with another --freeze or --lora: it and this run do not share "
+                f"{len(differing)} parameters, {differing[0]} first"
+            )
+        with alone_by_intent():
+            distributed_checkpoint.load(state, checkpoint_id=folder)
+        options = StateDictOptions(ignore_frozen_params=True, strict=False)
+        set_state_dict(
+            self.modules,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=options,
+        )
+        told = json.loads((folder / "log.json").read_text())
+        if told["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(told["scaler"])
+        self.log = told["log"]
         return len(self.log)
+
+
+@contextlib.contextmanager
+def alone_by_intent() -> Iterator[None]:
+    """Without torch's warning that a checkpoint is that of a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        yield
 
 
 def train(options, accelerator, model, blocks, head, conditions, scheduler, data, console) -> list[dict]:
@@ -273,7 +314,7 @@ def train(options, accelerator, model, blocks, head, conditions, scheduler, data
     parameters = [p for module in (model, head) for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
     curriculum = CurriculumScheduler(options.loops, options.steps)
-    checkpoint = Checkpoint(options.out / "checkpoint", model, blocks, head, optimizer, accelerator.scaler)
+    checkpoint = Checkpoint(options.out / "checkpoint", model, blocks, head, optimizer, accelerator)
     first = checkpoint.load() if options.resume else 0
     log = checkpoint.log
     model, head, optimizer = accelerator.prepare(model, head, optimizer)
@@ -303,7 +344,7 @@ def train(options, accelerator, model, blocks, head, conditions, scheduler, data
                 sums = [total + mean / options.accumulate for total, mean in zip(sums, means)]
             log.append({"step": step, "loops": loops, "diffusion": sums[0], "action": sums[1]})
             advance(loss=statistics.fmean(entry["diffusion"] for entry in log[-20:]))
-            if accelerator.is_main_process and ((step + 1) % options.save_every == 0 or step + 1 == last):
+            if (step + 1) % options.save_every == 0 or step + 1 == last:
                 checkpoint.save()
     return log
 
@@ -370,6 +411,11 @@ def main(argv: list[str] | None = None) -> int:
     if accelerator.is_main_process:
         replace_file(options.out / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
         save_loop_checkpoint(blocks, head, options.out / "loops.safetensors", {"command": vars_as_text(options)})
+        if options.lora:  # as pipelines load it: pipe.load_lora_weights(out)
+            from diffusers import CogVideoXPipeline
+            from peft import get_peft_model_state_dict
+
+            CogVideoXPipeline.save_lora_weights(options.out, transformer_lora_layers=get_peft_model_state_dict(model))
         model.eval()
         sampled = sample(model, conditions, scheduler, latents[:1].shape, options.seed)
         draw(options.out, log, torch.cat([latents[:1], sampled]), vae)

@@ -99,10 +99,22 @@ def test_a_resumed_run_is_an_uninterrupted_one(freeze, latents, tmp_path):
     assert any(tensor.abs().sum() > 0 for name, tensor in a.items() if "loop_gate" in name)
 
 
+def test_lora_trains_beside_loops_and_loads_into_a_pipelines_model(latents, tmp_path):
+    options = ("--freeze", "full", "--lora", "2", "--topology", "window")
+    whole = run(tmp_path / "a", latents, *options)
+    run(tmp_path / "b", latents, *options, "--stop-after", "2")
+    assert run(tmp_path / "b", latents, *options, "--resume") == whole
+    layers = safetensors.torch.load_file(tmp_path / "a/pytorch_lora_weights.safetensors")
+    assert any(tensor.abs().sum() > 0 for name, tensor in layers.items() if "lora_B" in name)
+    plain = diffusers.CogVideoXTransformer3DModel(**train_robot.TINY)
+    plain.load_lora_adapter(layers)
+    assert plain.peft_config
+
+
 def test_a_checkpoint_of_another_freeze_is_refused(latents, tmp_path):
     run(tmp_path, latents, "--freeze", "full", "--stop-after", "2")
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(ValueError, match="trained with another --freeze"):
+    with pytest.raises(ValueError, match=r"trained with another --freeze.* do not share [0-9]+ parameters"):
         train_robot.main(["--out", str(tmp_path), "--latents", str(latents), "--freeze", "half", "--resume"])
 
 
