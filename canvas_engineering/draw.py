@@ -213,7 +213,7 @@ def topology_figure(topology: CanvasTopology) -> Figure:
         size = 7.5 if len(names) <= MAX_NAMED // 2 else 6.5
         for (row, column), offsets in cells.items():
             dark = weights[row, column] > 0.6 * weights.max()
-            text = textwrap.fill(_in_words(offsets), 13, break_long_words=False)
+            text = textwrap.fill(_in_words(offsets), 12, break_long_words=False)
             axes.text(column, row, text, ha="center", va="center", fontsize=size, color="w" if dark else "k")
     if len(names) <= MAX_LABELS:
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
@@ -259,7 +259,7 @@ def plan_figure(plan: AttentionPlan) -> Figure:
     axes.set_xscale("function", functions=functions)
     axes.set_yscale("function", functions=functions)
     axes.set(xlim=(0, end), ylim=(end, 0), box_aspect=1)
-    axes.set(xlabel="keys, packed order", ylabel="queries, packed order")
+    axes.set(xlabel="keys, packed order (√ scale)", ylabel="queries, packed order (√ scale)")
     axes.set_title(
         f"{len(table.weight):,} rectangles, {plan.normalize} form, density {100 * plan.density:.2f} %, "
         f"{plan.n_packed:,} of {plan.n_positions:,} positions in use",

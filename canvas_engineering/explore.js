@@ -335,7 +335,7 @@ function describeTable(rectangle) {
   const fills = Object.entries(table.fills).map(([tile, fill]) => `${tile} tiles ${Math.round(100 * fill)} % full`);
   const left =
     table.total > table.rectangles.length ? `, the largest ${table.rectangles.length.toLocaleString()} drawn` : "";
-  const colour = table.form === "edge" ? "; coloured by key/value region" : "";
+  const colour = table.form === "edge" && !focus() ? "; coloured by key/value region" : "";
   $("block").textContent =
     [
       `${table.total.toLocaleString()} rectangles${left}, ${table.form} form`,

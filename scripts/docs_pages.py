@@ -13,9 +13,10 @@ PAGES = {
     "changelog.md": "CHANGELOG.md",
     "kernels.md": "kernels/README.md",
     "examples.md": "examples/README.md",
+    "contributing.md": "CONTRIBUTING.md",
 }
 # Links to files of the repository that are no pages, and badges, which another host draws.
-FILES = r"examples|CONTRIBUTING\.md|CITATION\.cff|LICENSE|\.\./|\w+\.(?:py|ipynb)\b"
+FILES = r"examples|CITATION\.cff|LICENSE|\.\./|\w+\.(?:py|ipynb)\b"
 OUTSIDE = re.compile(rf"\[([^\]]*)\]\(((?:{FILES})[^)]*)\)")
 BADGES = re.compile(r"^\[?!\[[^\]]*\]\(https://img.shields.io.*\n", re.MULTILINE)
 

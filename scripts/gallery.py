@@ -219,13 +219,15 @@ def hero() -> bytes:
     from examples.cartpole_model import declare
 
     layout, topology = declare(96)
-    volume, pairs, table = (
-        draw.volume_figure(layout),
-        draw.topology_figure(topology),
-        draw.plan_figure(compile_attention(layout, topology)),
-    )
-    table.axes[0].get_legend().remove()  # the topology beside it names the connections
-    table.axes[0].set_title(table.axes[0].get_title().replace("form, ", "form\n"), fontsize=9)
+    plan = compile_attention(layout, topology)
+    volume, pairs, table = draw.volume_figure(layout), draw.topology_figure(topology), draw.plan_figure(plan)
+    volume.axes[0].set_title(f"{len(layout.regions)} regions on frames × rows × columns", fontsize=10)
+    # the topology beside it names the connections; the table takes the colour of the region that is attended to
+    table.axes[0].get_legend().remove()
+    colours = dict(zip(layout.regions, matplotlib.colormaps["tab20"].colors))
+    table.axes[0].collections[0].set_facecolor([colours[plan.connections[i].dst] for i in plan.table.edge.tolist()])
+    title = table.axes[0].get_title().replace("form, ", "form\n")
+    table.axes[0].set_title(f"{title}\ncoloured by key/value region", fontsize=9)
     sizes = {volume: (5.6, 4.4), pairs: (5.4, 4.6), table: (4.6, 4.6)}
     panels = []
     for figure, inches in sizes.items():
