@@ -237,10 +237,7 @@ def set_attention(
 ) -> None:
     """Gives all blocks of a looped model a processor and its sharpening; without a processor they keep theirs."""
     adapter = transformer.canvas_adapter
-    if packed and adapter.packed_at is None:
-        raise ValueError(
-            f"packed=True: the tokens of a {adapter.model_class} stay in raster order: {adapter.why_unpacked}"
-        )
+    check_packed(adapter, packed)
     if processor is not None:
         pack = adapter.packed_at is not None and packed is not False
         processor.packed = pack and processor.plan is not None and packing.can_pack(processor)
@@ -276,10 +273,7 @@ def graft_model(
     config = transformer.config
     # Everything that can be refused is refused before anything is changed.
     processor = processor_for(adapter, sharpening, schemas, max_loops, backend)
-    if packed and adapter.packed_at is None:
-        raise ValueError(
-            f"packed=True: the tokens of a {adapter.model_class} stay in raster order: {adapter.why_unpacked}"
-        )
+    check_packed(adapter, packed)
     if is_looped(transformer):
         if (config["max_loops"], config["gate"]) != (max_loops, gate):
             raise ValueError(
