@@ -38,6 +38,16 @@ _WAN = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
     "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32,
 }  # fmt: skip
+MASK = torch.tensor([[1] * TEXT, [1] * (TEXT - 2) + [0] * 2])
+_HUNYUAN = {
+    "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1,
+    "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 16, "pooled_projection_dim": 8,
+    "rope_axes_dim": (4, 4, 4), "guidance_embeds": False,
+}  # fmt: skip
+_HUNYUAN_MORE = {
+    "encoder_attention_mask": MASK,
+    "pooled_projections": torch.linspace(-1.0, 1.0, BATCH * 8).reshape(BATCH, 8),
+}
 TINY = {
     "wan": Tiny("WanTransformer3DModel", _WAN, (64, 64, 9), (4, 3, 8, 8), 16),
     # Wan 2.2's 5B: a timestep for each token
@@ -60,8 +70,30 @@ TINY = {
         16,
         {
             "num_frames": GRID[0], "height": GRID[1], "width": GRID[2],
-            "encoder_attention_mask": torch.tensor([[1] * TEXT, [1] * (TEXT - 2) + [0] * 2]),
+            "encoder_attention_mask": MASK,
         },
+    ),
+    "mochi": Tiny(
+        "MochiTransformer3DModel",
+        {
+            "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "pooled_projection_dim": 12,
+            "in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": TEXT,
+        },
+        (64, 64, 13),
+        (4, 3, 8, 8),
+        16,
+        {"encoder_attention_mask": MASK.bool()},
+        True,
+    ),
+    "hunyuan": Tiny("HunyuanVideoTransformer3DModel", _HUNYUAN, (64, 64, 9), (4, 3, 8, 8), 16, _HUNYUAN_MORE, True),
+    "hunyuan i2v": Tiny(
+        "HunyuanVideoTransformer3DModel",
+        {**_HUNYUAN, "image_condition_type": "token_replace"},
+        (64, 64, 9),
+        (4, 3, 8, 8),
+        16,
+        _HUNYUAN_MORE,
+        True,
     ),
 }  # fmt: skip
 
@@ -134,12 +166,12 @@ def token_mask(name: str, model: Any, layout, topology) -> torch.Tensor:
 class Masked:
     """The model's own processor, whose scaled_dot_product_attention has the addends ln M besides."""
 
-    sharpens = True
-
     def __init__(self, stock: Any, M: torch.Tensor):
-        self.stock, self.bias, self.scale = stock, M.log(), 1.0
+        self.stock, self.bias = stock, M.log()
 
-    def __call__(self, attn, *args, **kwargs):
+    # diffusers drops what is not among the names of this signature
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        given = (hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         plain = F.scaled_dot_product_attention
 
         def masked(query, key, value, attn_mask=None, **options):
@@ -151,7 +183,7 @@ class Masked:
 
         F.scaled_dot_product_attention = masked
         try:
-            return self.stock(attn, *args, **kwargs)
+            return self.stock(attn, *given)
         finally:
             F.scaled_dot_product_attention = plain
 

@@ -14,7 +14,7 @@ TEXT, VIDEO = "text", "video"
 
 
 class ModelAdapter:
-    """What canvas attention and looping need to know of a model; the next model is one subclass of this.
+    """Describes a model to canvas attention and looping; the next model is one subclass of this.
 
     Attributes:
         name: short name, as :class:`CanvasAttnProcessor` takes it.
@@ -81,7 +81,7 @@ class ModelAdapter:
         and rotated as the model's own processor does."""
         raise NotImplementedError
 
-    def output(self, attn: nn.Module, out: torch.Tensor, n_text: int) -> Any:
+    def output(self, attn: nn.Module, out: torch.Tensor, n_text: int, text_mask: torch.Tensor | None) -> Any:
         """Returns what the model's own processor returns, from attention's results (B, tokens, inner_dim)."""
         raise NotImplementedError
 
@@ -99,6 +99,10 @@ class ModelAdapter:
     def stock_processor(self, fused: bool) -> Any:
         """Returns a processor as diffusers makes it for the model."""
         raise NotImplementedError
+
+    def check_call(self, given: Mapping[str, Any]) -> None:
+        """ValueError for arguments of the model's forward, by name, that the model's own processor treats otherwise
+        than canvas attention can."""
 
     # -- looping -------------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ class CogVideoX(ModelAdapter):
             q, k = (_rotate(x, text.shape[1], rotary) for x in (q, k))
         return q, k, v
 
-    def output(self, attn, out, n_text):
+    def output(self, attn, out, n_text, text_mask):
         out = attn.to_out[1](attn.to_out[0](out))
         return out[:, n_text:], out[:, :n_text]
 

@@ -32,8 +32,8 @@ class Hook:
 class CheckGrid(Hook):
     """Refuses calls with another token grid than the processor's; ``grid`` is that of the call that runs.
 
-    It acts while some block has canvas attention with a declaration: whoever sets other processors everywhere takes
-    any grid.
+    It acts while some block has canvas attention with a declaration: a model with other processors everywhere takes any
+    grid.
     """
 
     def __init__(self, adapter: ModelAdapter, processor: CanvasAttnProcessor, names: list[str]):
@@ -49,6 +49,7 @@ class CheckGrid(Hook):
         if grid is None:
             return None
         self.processor.check_grid(grid)
+        self.adapter.check_call(given)
         self.grid = grid
         if len(self.processor.plans) > 1 and not self.adapter.rotary:
             given["attention_kwargs"] = {**(given.get("attention_kwargs") or {}), "grid": grid}

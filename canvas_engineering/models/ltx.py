@@ -35,7 +35,7 @@ class LTXVideo(ModelAdapter):
         q, k, v = (split_heads(x, attn.heads) for x in (q, k, v))
         return q, k, v
 
-    def output(self, attn, out, n_text):
+    def output(self, attn, out, n_text, text_mask):
         return attn.to_out[1](attn.to_out[0](out))
 
     def stock_processor(self, fused):

@@ -26,7 +26,7 @@ OWN_CONFIG = ("max_loops", "loops", "gate", "sharpening", "canvas", "backend", "
 
 
 class LoopedModel:
-    """What a looped model has beyond diffusers' class: its config says how it loops and attends.
+    """Adds loops and their attention to diffusers' class, and to its config.
 
     ``graft_looped_blocks`` turns a stock model into one, in place. Further config: ``max_loops``; ``loops`` (of all
     blocks, or a list with a number for each); ``gate`` ("tanh" or "sigmoid"); ``sharpening`` (a factor for each loop,

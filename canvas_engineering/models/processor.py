@@ -14,7 +14,7 @@ from ..checked import checked_bool, checked_choice, checked_kind
 from ..connectivity import CanvasTopology
 from ..plan import AttentionPlan
 from ..schema import CanvasSchema
-from .adapter import TEXT
+from .adapter import TEXT, VIDEO
 from .layout import grid_of
 from .registry import ADAPTERS
 from .tokens import token_plan
@@ -148,14 +148,21 @@ class CanvasAttnProcessor:
             *image_rotary_emb, grid, sharpness = image_rotary_emb
         n_text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         plan = self._plan_of(n_text, hidden_states.shape[1], grid)
-        adapter.key_mask(attention_mask, n_text)
+        text_mask = adapter.key_mask(attention_mask, n_text)
+        key_mask = None
+        if text_mask is not None:
+            video = text_mask.new_ones(()).expand(len(text_mask), hidden_states.shape[1])
+            masks = {TEXT: text_mask, VIDEO: video}
+            key_mask = torch.cat([masks[stream] for stream in adapter.streams], 1)
         q, k, v = adapter.project(attn, hidden_states, encoder_hidden_states, image_rotary_emb, self.fused)
         scale = q.shape[-1] ** -0.5 * sharpness
         if plan is None:
-            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            mask = None if key_mask is None else key_mask[:, None, None]
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         else:
-            out = canvas_attention(q, k, v, plan, scale=scale, backend=self.backend, packed=self.packed)
-        return adapter.output(attn, out.transpose(1, 2).flatten(2), n_text)
+            options: Any = {"scale": scale, "backend": self.backend, "packed": self.packed, "key_mask": key_mask}
+            out = canvas_attention(q, k, v, plan, **options)
+        return adapter.output(attn, out.transpose(1, 2).flatten(2), n_text, text_mask)
 
     def with_fused(self, fused: bool = True) -> CanvasAttnProcessor:
         """Returns this processor with fused (or separate) projections; the plan is shared."""

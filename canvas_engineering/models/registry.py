@@ -9,10 +9,14 @@ from torch import nn
 
 from .adapter import ModelAdapter
 from .cogvideox import CogVideoX
+from .hunyuan_video import HunyuanVideo
 from .ltx import LTXVideo
+from .mochi import Mochi
 from .wan import Wan
 
-ADAPTERS: dict[str, ModelAdapter] = {adapter.name: adapter for adapter in (CogVideoX(), Wan(), LTXVideo())}
+ADAPTERS: dict[str, ModelAdapter] = {
+    adapter.name: adapter for adapter in (CogVideoX(), Wan(), HunyuanVideo(), LTXVideo(), Mochi())
+}
 """Adapters by name."""
 _PACKAGES = ("diffusers", "canvas_engineering")
 

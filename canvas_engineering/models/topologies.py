@@ -118,8 +118,8 @@ def sliding_tiles(
         )
     axes = [_slide(_cut(size, side), width) for size, side, width in zip(grid_of(layout), tile, around)]
     regions, connections = _Regions(layout), _text(layout)
-    for cells in product(*axes):
-        own, keys = (tuple(bound for cell in cells for bound in cell[which]) for which in (0, 1))
+    for ranges in product(*axes):
+        own, keys = (tuple(bound for pair in ranges for bound in pair[which]) for which in (0, 1))
         connections.append(Connection(regions.name("tile", own), regions.name("tiles", keys)))
     return regions.layout(), CanvasTopology(connections)
 
@@ -229,15 +229,15 @@ def _cut(size: int, side: int) -> list[tuple[int, int]]:
     return [(start, min(start + side, size)) for start in range(0, size, side)]
 
 
-def _slide(cells: list[tuple[int, int]], width: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Each cell with the range of the 2 · width + 1 cells around it, moved inside."""
-    count = min(2 * width + 1, len(cells))
-    starts = [min(max(number - width, 0), len(cells) - count) for number in range(len(cells))]
-    return [(cell, (cells[start][0], cells[start + count - 1][1])) for cell, start in zip(cells, starts)]
+def _slide(tiles: list[tuple[int, int]], width: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Returns each tile of an axis with the range of the 2 · width + 1 tiles around it, moved inside."""
+    count = min(2 * width + 1, len(tiles))
+    starts = [min(max(number - width, 0), len(tiles) - count) for number in range(len(tiles))]
+    return [(tile, (tiles[start][0], tiles[start + count - 1][1])) for tile, start in zip(tiles, starts)]
 
 
 def _centred(own: tuple[int, int], length: int, size: int) -> tuple[int, int]:
-    """A range of ``length``, at least that of ``own``, around ``own``, moved inside of ``size``."""
+    """Returns a range of ``length``, at least that of ``own``, around ``own``, moved inside of ``size``."""
     start, stop = own
     length = max(length, stop - start)
     first = min(max((start + stop - length) // 2, 0), size - length)

@@ -36,7 +36,7 @@ class Wan(ModelAdapter):
             q, k = (_rotate(x, *rotary) for x in (q, k))
         return q, k, v
 
-    def output(self, attn, out, n_text):
+    def output(self, attn, out, n_text, text_mask):
         return attn.to_out[1](attn.to_out[0](out))
 
     def stock_processor(self, fused):
