@@ -111,7 +111,7 @@ def graft_looped_blocks(
     adapter = find_adapter(transformer) if wrapper_class in (None, LoopedCogVideoXBlock) else None
     if adapter is not None and block_attr not in ("transformer_blocks", *adapter.block_lists):
         adapter = None
-    originals = [] if adapter is not None else _blocks(transformer, block_attr)
+    originals = _blocks(transformer, block_attr if adapter is None else adapter.block_lists[0])
     running = checked_loops(1 if loops is None else loops, max_loops)
     if loops is not None and loops > max_loops:
         raise ValueError(f"loops={loops} are more than max_loops={max_loops}")

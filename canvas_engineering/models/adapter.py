@@ -75,13 +75,13 @@ class ModelAdapter:
     # -- attention -----------------------------------------------------------------------------------------------------
 
     def project(
-        self, attn: nn.Module, video: torch.Tensor, text: torch.Tensor | None, rotary: tuple | None, fused: bool
+        self, attn: Any, video: torch.Tensor, text: Any, rotary: tuple | None, fused: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns q, k and v, (B, heads, tokens, head_dim), tokens in the order of ``streams``: projected, normalised
         and rotated as the model's own processor does."""
         raise NotImplementedError
 
-    def output(self, attn: nn.Module, out: torch.Tensor, n_text: int, text_mask: torch.Tensor | None) -> Any:
+    def output(self, attn: Any, out: torch.Tensor, n_text: int, text_mask: torch.Tensor | None) -> Any:
         """Returns what the model's own processor returns, from attention's results (B, tokens, inner_dim)."""
         raise NotImplementedError
 

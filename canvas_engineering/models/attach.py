@@ -71,6 +71,16 @@ def remove_canvas_attention(transformer: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: an unknown model, or a grafted one, which :func:`ungraft` restores.
+
+    >>> from diffusers import LTXVideoTransformer3DModel
+    >>> from canvas_engineering.models import topologies, video_layout
+    >>> model = LTXVideoTransformer3DModel(
+    ...     in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+    ...     cross_attention_dim=32, caption_channels=16,
+    ... )
+    >>> _ = set_canvas_attention(model, *topologies.previous_frame(video_layout(model, 128, 128, 17)))
+    >>> type(remove_canvas_attention(model).transformer_blocks[0].attn1.processor).__name__
+    'LTXVideoAttnProcessor'
     """
     adapter = adapter_of(transformer)
     if type(transformer).__name__ != adapter.model_class:

@@ -90,7 +90,7 @@ def video_layout(
     (21, 30, 52)
     """
     adapter = adapter_of(model_or_config)
-    config = model_or_config.config if isinstance(model_or_config, nn.Module) else model_or_config
+    config: Any = model_or_config.config if isinstance(model_or_config, nn.Module) else model_or_config
     return token_layout(adapter, config, height, width, num_frames, regions, text_tokens, vae_scale, vae_frames)
 
 

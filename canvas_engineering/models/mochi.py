@@ -44,7 +44,7 @@ class Mochi(ModelAdapter):
         is_prefix = (mask[:, 1:] <= mask[:, :-1]).all()
         message = "encoder_attention_mask must keep the first tokens of each text: padding lies behind them"
         if torch.compiler.is_compiling() or not mask.is_cpu:
-            torch._assert_async(is_prefix, message)
+            torch.ops.aten._assert_async.msg(is_prefix, message)
         elif not is_prefix:
             raise ValueError(message)
 

@@ -160,7 +160,7 @@ def _register_for_caches() -> None:
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
     for block in LOOPED_BLOCKS:
-        text = 1 if block.two_streams else None
+        text: Any = 1 if block.two_streams else None
         metadata = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=text)
         TransformerBlockRegistry.register(block, metadata)
 
@@ -222,8 +222,8 @@ def processor_for(
         raise ValueError(f"sharpening must hold a positive factor for each of {max_loops} loops, got {sharpening}")
     if not schemas:
         return None if sharpening is None else CanvasAttnProcessor(backend=backend, model=adapter.name)
-    layouts, topologies = [s.layout for s in schemas], [s.topology for s in schemas]
-    return CanvasAttnProcessor(layouts, topologies, backend=backend, model=adapter.name)
+    topologies: Any = [s.topology for s in schemas]  # a schema without one is refused there
+    return CanvasAttnProcessor([s.layout for s in schemas], topologies, backend=backend, model=adapter.name)
 
 
 def check_packed(adapter: ModelAdapter, packed: bool | None) -> None:

@@ -145,7 +145,8 @@ class CanvasAttnProcessor:
         adapter = ADAPTERS[self.model]
         self._check_kernels()
         if image_rotary_emb is not None and len(image_rotary_emb) > 2:
-            *image_rotary_emb, grid, sharpness = image_rotary_emb
+            *tables, grid, sharpness = image_rotary_emb
+            image_rotary_emb = tuple(tables)
         n_text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         plan = self._plan_of(n_text, hidden_states.shape[1], grid)
         text_mask = adapter.key_mask(attention_mask, n_text)

@@ -33,7 +33,6 @@ _MAX_COUNT = 100_000  # frames of a window, each a connection
 _DROP = TemporalFill.DROP
 
 Declared = tuple[CanvasLayout, CanvasTopology]
-Box = tuple[int, int, int, int, int, int]
 
 
 # -- functions of a layout ---------------------------------------------------------------------------------------------
@@ -111,12 +110,12 @@ def sliding_tiles(
     >>> len(declared[1].connections)
     12
     """
-    tile, around = checked_ints(tile, "tile"), checked_ints(around, "around")
-    if len(tile) != 3 or min(tile) < 1 or len(around) != 3 or min(around) < 0:
+    sides, widths = checked_ints(tile, "tile"), checked_ints(around, "around")
+    if len(sides) != 3 or min(sides) < 1 or len(widths) != 3 or min(widths) < 0:
         raise ValueError(
             f"tile must be three sizes of at least 1, and around three of at least 0; got {tile}, {around}"
         )
-    axes = [_slide(_cut(size, side), width) for size, side, width in zip(grid_of(layout), tile, around)]
+    axes = [_around(_cut(size, side), 2 * width + 1) for size, side, width in zip(grid_of(layout), sides, widths)]
     regions, connections = _Regions(layout), _text(layout)
     for ranges in product(*axes):
         own, keys = (tuple(bound for pair in ranges for bound in pair[which]) for which in (0, 1))
@@ -126,11 +125,11 @@ def sliding_tiles(
 
 def radial(layout: CanvasLayout, rows: int = 8, columns: int = 8) -> Declared:
     """Returns radial attention: a tile of ``rows`` × ``columns`` tokens attends to its own frame and the two next to it
-    as a whole, and in frames at distance d to a window around it whose sides halve each time that d doubles, down to
-    the tile itself.
+    as a whole, and in frames at distance d to a window of tiles around it whose sides halve each time that d doubles,
+    down to the tile itself.
 
-    At 2^k ≤ d < 2^(k+1) the window has ⌈side of the frame / 2^k⌉ rows and columns, and at the borders lies inside of
-    the frame.
+    At 2^k ≤ d < 2^(k+1) the window has ⌈tiles of a side / 2^k⌉ tiles on that side; at the borders it lies inside of the
+    frame.
 
     Raises:
         ValueError: a tile size below 1.
@@ -141,15 +140,15 @@ def radial(layout: CanvasLayout, rows: int = 8, columns: int = 8) -> Declared:
     [-2, -1, 0, 1, 2]
     """
     sides = [checked_int(side, "the side of a tile", 1) for side in (rows, columns)]
-    T, H, W = grid_of(layout)
+    T, *size = grid_of(layout)
+    axes = [_cut(length, side) for length, side in zip(size, sides)]
     regions, connections = _Regions(layout), [*_text(layout), *_window(min(1, T - 1), min(1, T - 1))]
-    for row, column in product(_cut(H, sides[0]), _cut(W, sides[1])):
-        own = regions.name("tile", (0, T, *row, *column))
-        for distance in range(2, T):
-            shrunk = 1 << (distance.bit_length() - 1)
-            spans = (_centred(row, -(-H // shrunk), H), _centred(column, -(-W // shrunk), W))
-            keys = regions.name("around", (0, T, *spans[0], *spans[1]))
-            connections += [Connection(own, keys, t_src=0, t_dst=d, temporal_fill=_DROP) for d in (distance, -distance)]
+    for distance in range(2, T):
+        halved = [-(-len(tiles) // (1 << (distance.bit_length() - 1))) for tiles in axes]
+        for ranges in product(*(_around(tiles, count) for tiles, count in zip(axes, halved))):
+            own, keys = (tuple(bound for pair in ranges for bound in pair[which]) for which in (0, 1))
+            names = regions.name("tile", (0, T, *own)), regions.name("tiles", (0, T, *keys))
+            connections += [Connection(*names, t_src=0, t_dst=d, temporal_fill=_DROP) for d in (distance, -distance)]
     return regions.layout(), CanvasTopology(connections)
 
 
@@ -202,7 +201,7 @@ class _Regions:
 
     def __init__(self, layout: CanvasLayout):
         self.base, self.placed = layout, dict(layout.regions)
-        self.names: dict[tuple[str, Box], str] = {}
+        self.names: dict[tuple[str, tuple[int, ...]], str] = {}
 
     def name(self, kind: str, bounds: tuple[int, ...]) -> str:
         if (kind, bounds) not in self.names:
@@ -229,19 +228,11 @@ def _cut(size: int, side: int) -> list[tuple[int, int]]:
     return [(start, min(start + side, size)) for start in range(0, size, side)]
 
 
-def _slide(tiles: list[tuple[int, int]], width: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Returns each tile of an axis with the range of the 2 · width + 1 tiles around it, moved inside."""
-    count = min(2 * width + 1, len(tiles))
-    starts = [min(max(number - width, 0), len(tiles) - count) for number in range(len(tiles))]
+def _around(tiles: list[tuple[int, int]], count: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Returns each tile of an axis with the range of the ``count`` tiles around it, moved inside."""
+    count = min(count, len(tiles))
+    starts = [min(max(number - count // 2, 0), len(tiles) - count) for number in range(len(tiles))]
     return [(tile, (tiles[start][0], tiles[start + count - 1][1])) for tile, start in zip(tiles, starts)]
-
-
-def _centred(own: tuple[int, int], length: int, size: int) -> tuple[int, int]:
-    """Returns a range of ``length``, at least that of ``own``, around ``own``, moved inside of ``size``."""
-    start, stop = own
-    length = max(length, stop - start)
-    first = min(max((start + stop - length) // 2, 0), size - length)
-    return first, first + length
 
 
 # -- topologies alone, of CogVideoX's layouts --------------------------------------------------------------------------
