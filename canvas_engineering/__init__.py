@@ -72,6 +72,7 @@ from canvas_engineering.identity import IdentitySpec, SlotBindingModule
 from canvas_engineering.learning import FAMILY_DEFAULTS, default_learning
 from canvas_engineering.looped_block import LoopedBlockWrapper
 from canvas_engineering.masks import MaskSpec, Rect, mask_to_index_pairs, rect_cover
+from canvas_engineering.models import remove_canvas_attention, set_canvas_attention, video_layout
 from canvas_engineering.plan import AttentionPlan, compile_attention
 from canvas_engineering.program import (
     CARRIERS,
@@ -224,6 +225,9 @@ __all__ = [
     "measure_topology",
     "tile_topology",
     "window_topology",
+    "remove_canvas_attention",
+    "set_canvas_attention",
+    "video_layout",
     "graft_looped_blocks",
     "ungraft",
     "freeze_full",

@@ -14,11 +14,15 @@ from .attention import BACKENDS
 from .canvas import CanvasLayout
 from .checked import checked_bool, checked_int, checked_items, checked_kind, checked_number, checked_string, shown
 from .cogvideox import LoopedCogVideoXBlock, TopologyMeasure, detect_inner_dim, measure_topology
-from .cogvideox.model import graft_cogvideox, is_cogvideox, is_looped_cogvideox, ungraft_cogvideox
 from .connectivity import CanvasTopology
 from .derived_buffers import outside_inference, refuse_inference_tensors
 from .looped_block import LOOP_PARAMETER_NAMES, LoopedBlockWrapper, can_loop, checked_loops, set_loops
+from .models.block import LoopedBlock
+from .models.model import graft_model, is_looped, ungraft_model
+from .models.processor import declarations
+from .models.registry import ADAPTERS, find_adapter
 from .notices import warn
+from .schema import CanvasSchema
 
 __all__ = ["freeze_full", "freeze_half", "graft_looped_blocks", "ungraft"]
 
@@ -40,36 +44,39 @@ def graft_looped_blocks(
     loops: int | None = None,
     gate: str = "tanh",
     sharpening: Callable[[int], float] | Sequence[float] | None = None,
-    layout: CanvasLayout | None = None,
-    topology: CanvasTopology | None = None,
+    layout: CanvasLayout | Sequence[CanvasLayout] | None = None,
+    topology: CanvasTopology | Sequence[CanvasTopology] | None = None,
     backend: str = "auto",
-    packed: bool = True,
+    packed: bool | None = None,
     measure_on: Mapping[str, Any] | None = None,
 ) -> tuple[list[nn.Module], ActionHead]:
     """Make the blocks of a model loop, in place; :func:`ungraft` undoes it.
 
-    The grafted model gives the backbone's outputs bit for bit until its loop parameters are trained. diffusers'
-    CogVideoX model becomes a ``LoopedCogVideoXTransformer3DModel`` that keeps its state-dict keys, config and
-    processors; blocks of other models are wrapped in :class:`LoopedBlockWrapper`.
+    The grafted model gives the backbone's outputs bit for bit until its loop parameters are trained. diffusers' video
+    models that are known (CogVideoX, Wan, HunyuanVideo, LTX-Video, Mochi) become looped classes, like
+    ``LoopedCogVideoXTransformer3DModel``, that keep their state-dict keys, config and processors; blocks of other
+    models are wrapped in :class:`LoopedBlockWrapper`.
 
     Args:
         transformer: a model with a ``nn.ModuleList`` of blocks.
         max_loops: the most loops that a block can run.
-        block_attr: dotted name of the list of blocks.
+        block_attr: dotted name of the list of blocks; all blocks of a known model loop.
         wrapper_class: called as ``wrapper_class(block, number, max_loops, inner_dim)`` instead.
         inner_dim: width of the blocks' streams; see :func:`detect_inner_dim` for the default.
         action_dim, latent_channels: of the ActionHead that is made.
         freeze: "full" leaves only loop parameters trainable, "half" freezes the patch embedding only, "none" nothing.
         loops: loops to run, up to ``max_loops``; by default 1, until ``set_loops`` or a CurriculumScheduler says more.
         gate: "tanh", or "sigmoid" for loop checkpoints of the published package.
-        sharpening: a factor on the attention scale for each loop: a :class:`SharpeningSchedule`, or a list. CogVideoX
-            only, as everything below.
+        sharpening: a factor on the attention scale for each loop: a :class:`SharpeningSchedule`, or a list. Of known
+            models only, as everything below.
         layout, topology: canvas attention: each token attends, in one softmax, to its keys under the topology.
-            From :func:`cogvideox_layout` and the likes of :func:`window_topology`. A UserWarning says how much of dense
-            attention it computes. A model that is grafted already keeps its attention if neither this nor sharpening
-            is given.
+            From :func:`video_layout` and the likes of :func:`window_topology`. A list of layouts, with a topology
+            for each or one for all, is for videos of several sizes: each is compiled here, and every call takes the one
+            of its grid; other grids are refused. A UserWarning says how much of dense attention the (first) topology
+            computes. A model that is grafted already keeps its attention if neither this nor sharpening is given.
         backend: see :func:`canvas_attention`.
-        packed: keep tokens in the plan's packed order from the first block to the last, where that order moves any.
+        packed: keep tokens in the plan's packed order from the first block to the last, where that order moves any;
+            by default where the model can, which is CogVideoX.
         measure_on: arguments of the model's forward: the warning then says how far the attention outputs move.
 
     Returns:
@@ -78,8 +85,8 @@ def graft_looped_blocks(
     Raises:
         ValueError: no such list of blocks, an unknown ``freeze``, ``gate`` or ``backend``, a model that is grafted
             otherwise already, blocks that are offloaded, inference tensors in the model, a declaration that attention
-            over tokens cannot compute, one of ``layout`` and ``topology`` without the other, or attention options for
-            a model that is not CogVideoX.
+            over tokens cannot compute, one of ``layout`` and ``topology`` without the other, packing of a model that
+            cannot, or attention options for a model that is not known.
 
     >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2)
     >>> blocks, _ = graft_looped_blocks(encoder, block_attr="layers", loops=2)
@@ -90,10 +97,9 @@ def graft_looped_blocks(
         raise ValueError(f"freeze must be one of {', '.join(_FREEZE)}; got {freeze!r}")
     checked_kind(transformer, "transformer", nn.Module)
     checked_string(block_attr, "block_attr")
-    checked_kind(layout, "layout", CanvasLayout, optional=True)
-    checked_kind(topology, "topology", CanvasTopology, optional=True)
+    declared = declarations(layout, topology)
     checked_kind(measure_on, "measure_on", Mapping, optional=True)
-    packed = checked_bool(packed, "packed")
+    packed = None if packed is None else checked_bool(packed, "packed")
     max_loops = checked_int(max_loops, "max_loops", kind="an int of at least 1", least=1)
     if wrapper_class is not None and not callable(wrapper_class):
         raise ValueError(f"wrapper_class must be a class of blocks, got {shown(wrapper_class)}")
@@ -102,30 +108,32 @@ def graft_looped_blocks(
     if measure_on is not None and topology is None:
         raise ValueError("measure_on= is what a topology is measured on: give layout= and topology= too")
     refuse_inference_tensors(transformer, "the model")
-    originals = _blocks(transformer, block_attr)
+    adapter = find_adapter(transformer) if wrapper_class in (None, LoopedCogVideoXBlock) else None
+    if adapter is not None and block_attr not in ("transformer_blocks", *adapter.block_lists):
+        adapter = None
+    originals = _blocks(transformer, block_attr if adapter is None else adapter.block_lists[0])
     running = checked_loops(1 if loops is None else loops, max_loops)
     if loops is not None and loops > max_loops:
         raise ValueError(f"loops={loops} are more than max_loops={max_loops}")
     inner_dim = detect_inner_dim(transformer) if inner_dim is None else checked_int(inner_dim, "inner_dim", 1)
     frozen = frozenset(name for name, parameter in transformer.named_parameters() if not parameter.requires_grad)
-    in_place = wrapper_class in (None, LoopedCogVideoXBlock)
-    if in_place and is_cogvideox(transformer) and block_attr == "transformer_blocks":
-        if (layout is None) != (topology is None):
-            raise ValueError("give both layout= and topology=, or neither for dense attention")
-        if layout is not None and topology is not None:
-            measured = None if measure_on is None else measure_topology(transformer, layout, topology, measure_on)
+    if adapter is not None:
+        measured = None
+        if measure_on is not None:
+            measured = measure_topology(transformer, *declared[0], measure_on)
         betas = [sharpening(loop) for loop in range(max_loops)] if callable(sharpening) else sharpening
         if betas is not None:
             betas = [checked_number(beta, "sharpening") for beta in checked_items(betas, "sharpening", "numbers")]
-        looped = graft_cogvideox(transformer, max_loops, inner_dim, gate, betas, layout, topology, backend, packed)
+        schemas = [CanvasSchema(*pair) for pair in declared]
+        looped = graft_model(transformer, max_loops, gate, betas, schemas, backend, packed)
         set_loops([transformer], running)
-        if topology is not None:
-            _warn_of_topology(looped[0].attn1.processor.plan.density, measured)
+        if declared:
+            _warn_of_topology(getattr(looped[0], looped[0].attention).processor.plan.density, measured)
         blocks: list[nn.Module] = [*looped]
-    elif sharpening is not None or layout is not None or topology is not None:
+    elif sharpening is not None or declared:
+        known = ", ".join(adapter.model_class for adapter in ADAPTERS.values())
         raise ValueError(
-            "sharpening, layout and topology are for diffusers' CogVideoXTransformer3DModel, got "
-            f"{type(transformer).__name__}"
+            f"sharpening, layout and topology are for diffusers' {known}, got {type(transformer).__name__}"
         )
     else:
         blocks = _wrap(originals, wrapper_class, max_loops, inner_dim, gate)
@@ -174,14 +182,16 @@ def ungraft(transformer: nn.Module, block_attr: str = "transformer_blocks") -> n
     >>> type(ungraft(model, "layers").layers[0]).__name__
     'TransformerEncoderLayer'
     """
-    blocks = _blocks(transformer, block_attr)
-    if not any(map(can_loop, blocks)):
-        return transformer
-    if is_looped_cogvideox(transformer):
-        ungraft_cogvideox(transformer)
+    if is_looped(transformer):
+        ungraft_model(transformer)
     else:
+        adapter = find_adapter(transformer)
+        known = adapter is not None and block_attr == "transformer_blocks"
+        blocks = _blocks(transformer, adapter.block_lists[0] if adapter is not None and known else block_attr)
+        if not any(map(can_loop, blocks)):
+            return transformer
         for number, block in enumerate(blocks):
-            if isinstance(block, LoopedCogVideoXBlock):
+            if isinstance(block, LoopedBlock):
                 block.ungraft()
                 continue
             original = getattr(block, "original", None)

@@ -48,14 +48,17 @@ class LoopParameters(CanvasModule):
             g = 0 is the block alone. "sigmoid": c_l = σ(g_l) for all l, the mixing of older checkpoints.
         gate_init: what the gates start at; the embeddings start at 0.
         device, dtype: of the parameters.
+        encoder_dim: width of the encoder stream, by default ``dim``.
 
     Attributes:
         loop_emb: (max_loops, dim).
-        loop_emb_enc: (max_loops, dim), or None for one stream.
+        loop_emb_enc: (max_loops, encoder_dim), or None for one stream.
         loop_gate: (max_loops, 1).
     """
 
-    def __init__(self, max_loops, dim, streams=1, gate="tanh", gate_init=0.0, device=None, dtype=None):
+    def __init__(
+        self, max_loops, dim, streams=1, gate="tanh", gate_init=0.0, device=None, dtype=None, encoder_dim=None
+    ):
         super().__init__()
         if not isinstance(gate, str) or gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}; got {shown(gate)}")
@@ -67,7 +70,8 @@ class LoopParameters(CanvasModule):
         self.max_loops, self.gate = max_loops, gate
         zeros = {"device": device, "dtype": torch.float32 if dtype in HALVES else dtype}
         self.loop_emb = nn.Parameter(torch.zeros(max_loops, dim, **zeros))
-        self.loop_emb_enc = nn.Parameter(torch.zeros(max_loops, dim, **zeros)) if streams == 2 else None
+        of_encoder = dim if encoder_dim is None else checked_int(encoder_dim, "the width of the encoder stream", 1)
+        self.loop_emb_enc = nn.Parameter(torch.zeros(max_loops, of_encoder, **zeros)) if streams == 2 else None
         self.loop_gate = nn.Parameter(torch.full((max_loops, 1), gate_init, **zeros))
 
     def forward(self, loop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:

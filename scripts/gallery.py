@@ -123,6 +123,32 @@ CASES: list[tuple[str, str, str]] = [
         figure = draw.plan_figure(CanvasAttnProcessor(layout, window_topology(past=1)).plan)
         """,
     ),
+    *(
+        (
+            f"topology_{name}",
+            f"Video topologies: {title}",
+            f"""
+        from canvas_engineering import draw, video_layout
+        from canvas_engineering.models import topologies
+        from canvas_engineering.models.tokens import token_plan
+
+        config = {{"_class_name": "WanTransformer3DModel", "patch_size": (1, 2, 2), "in_channels": 16,
+                  "num_attention_heads": 12, "attention_head_dim": 128}}
+        layout = video_layout(config, 192, 256, 33)   # 9 × 12 × 16 tokens
+        layout, topology = topologies.{name}(layout{arguments})
+        figure = draw.plan_figure(token_plan(layout, topology, ("video",)))
+        """,
+        )
+        for name, arguments, title in (
+            ("window", ", past=2, future=1", "window, a frame attends to two before and one after it"),
+            ("previous_frame", "", "previous_frame, a frame attends to itself and the one before"),
+            ("spatial_tiles", ", 4, 4", "spatial_tiles, a tile attends to itself in all frames"),
+            ("sliding_tiles", ", (3, 4, 4), (1, 1, 1)", "sliding_tiles (STA), a tile attends to the tiles around it"),
+            ("radial", ", 4, 4", "radial, the window around a tile halves as frames get more distant"),
+            ("first_frame_and_text_global", "", "first_frame_and_text_global, the first frame is global"),
+            ("block_causal", ", 3", "block_causal, blocks of three frames attend to what came before"),
+        )
+    ),
     (
         "distances",
         "Transfer distances between what regions mean (the embeddings here are made by hand)",

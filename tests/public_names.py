@@ -1,4 +1,4 @@
-"""Public names by module, frozen: what users may import. Printed by ``python -m tests.house.test_house``."""
+"""Public names by module, frozen: what users may import. By ``python -m tests.house.test_house``."""
 
 PUBLIC_NAMES = {
     "canvas_engineering": (
@@ -110,13 +110,16 @@ PUBLIC_NAMES = {
         "program_distance",
         "rect_cover",
         "register_attention",
+        "remove_canvas_attention",
         "resolve_operator_defaults",
         "save_loop_checkpoint",
+        "set_canvas_attention",
         "surviving_state",
         "tile_topology",
         "transfer_distance",
         "ungraft",
         "validate_constraints",
+        "video_layout",
         "window_topology",
     ),
     "canvas_engineering.action_heads": (
@@ -298,6 +301,54 @@ PUBLIC_NAMES = {
         "pattern_cover",
         "rect_cover",
         "split_boxes",
+    ),
+    "canvas_engineering.models": (
+        "ADAPTERS",
+        "CanvasAttnProcessor",
+        "LoopedBlock",
+        "LoopedTwoStreamBlock",
+        "ModelAdapter",
+        "PixelBox",
+        "TopologyMeasure",
+        "adapter_of",
+        "measure_topology",
+        "remove_canvas_attention",
+        "set_canvas_attention",
+        "topologies",
+        "video_layout",
+    ),
+    "canvas_engineering.models.attach": (
+        "remove_canvas_attention",
+        "set_canvas_attention",
+    ),
+    "canvas_engineering.models.block": (
+        "LoopedBlock",
+        "LoopedCogVideoXBlock",
+        "LoopedTwoStreamBlock",
+    ),
+    "canvas_engineering.models.layout": (
+        "PixelBox",
+        "video_layout",
+    ),
+    "canvas_engineering.models.measure": (
+        "TopologyMeasure",
+        "measure_topology",
+    ),
+    "canvas_engineering.models.processor": (
+        "CanvasAttnProcessor",
+    ),
+    "canvas_engineering.models.topologies": (
+        "block_causal",
+        "dense",
+        "dense_topology",
+        "first_frame_and_text_global",
+        "previous_frame",
+        "radial",
+        "sliding_tiles",
+        "spatial_tiles",
+        "tile_topology",
+        "window",
+        "window_topology",
     ),
     "canvas_engineering.plan": (
         "AttentionPlan",

@@ -26,6 +26,7 @@ def canvas_attention(
     backend: str = "auto",
     packed: bool = False,
     activation: str = "softmax",
+    key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes every attention set of a plan in one call (docs/semantics.md, sections 3 and 4).
 
@@ -45,6 +46,8 @@ def canvas_attention(
         backend: "triton", "torch" (grouped rectangles), "reference" (slow, any dtype), or "auto": Triton for tensors
             on a GPU, torch elsewhere. A named backend never falls back.
         activation: "softmax", or in edge form "sigmoid": σ(scale · q·k) for each pair, without normalisation.
+        key_mask: bool (B, positions), in the order of k: False for keys, as padding of a text, that nothing attends to
+            in that sample. Joint form only.
 
     Returns:
         A tensor like q; rows without keys are 0. Derivatives of any order, forward and reverse mode, and transforms of
@@ -86,5 +89,6 @@ def canvas_attention(
         dropout_p=dropout_p,
         backend=backend,
         activation=activation,
+        key_mask=key_mask,
         rows=None if packed else plan.order_map,
     )

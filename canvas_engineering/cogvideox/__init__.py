@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..models.model import looped_class_named
 from .block import LoopedCogVideoXBlock
 from .layout import PixelBox, cogvideox_layout, dense_topology, tile_topology, window_topology
 from .measure import TopologyMeasure, measure_topology
@@ -27,17 +28,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "LoopedCogVideoXTransformer3DModel":
-        from .model import looped_model_class
-
-        return looped_model_class()
-    if name == "ModelMixin":
-        # A saved pipeline names this module as the library of its transformer, and diffusers takes a class of a library
-        # for one that loads if it finds the library's own ModelMixin among its bases.
-        from diffusers.models.modeling_utils import ModelMixin
-
-        return ModelMixin
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return looped_class_named(name, __name__)
 
 
 def detect_inner_dim(transformer: nn.Module) -> int:

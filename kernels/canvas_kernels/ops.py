@@ -30,6 +30,7 @@ from .autograd import (
 )
 from .block_table import BlockTable
 from .block_table import row_scale as table_row_scale
+from .key_mask import check_key_mask, mask_keys
 from .packing import IndexMap, empty_in, gather_rows, put_rows, scatter_rows, take_rows
 from .torch_ops import composition, frames, sigmoid
 from .torch_ops import executor as grouped
@@ -89,6 +90,7 @@ def block_attention(
     return_lse: bool = False,
     activation: str = "softmax",
     rows: IndexMap | None = None,
+    key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Segmented block-sparse attention; ``kernels/README.md`` has the formulas.
 
@@ -113,6 +115,8 @@ def block_attention(
         activation: "softmax", or in edge form "sigmoid": σ(scale · q·k) without normalisation and lse.
         rows: a distinct gather from n_canvas positions; q, k, v and the result then hold those instead of n, and
             positions that are not gathered get 0.
+        key_mask: bool (batch, positions of k), False for keys that nothing attends to in that sample; the table stays
+            one for all samples. Joint form only. Rows whose keys are all masked are 0.
 
     Returns:
         ``out`` like q, or ``(out, lse)``. Rows without keys are 0.
@@ -130,6 +134,11 @@ def block_attention(
         _check_edge_inputs(q, table, gain, active, row_scale)
     if activation != "softmax":
         _check_activation(activation, table, return_lse)
+    if key_mask is not None:
+        check_key_mask(key_mask, q, table, return_lse)
+        masked = mask_keys(q, k, v, key_mask, autocast_dtype(q))
+        options = {"scale": scale, "backend": backend, "dropout_p": dropout_p, "rows": rows}
+        return block_attention(*masked, table, **options)[..., : q.shape[3]]  # pyright: ignore[reportCallIssue, reportArgumentType] no lse
     backend = _check_backend(backend, q, dropout_p)
     q, k, v = autocast(q, k, v)
     if active is not None:

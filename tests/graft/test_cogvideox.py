@@ -558,47 +558,48 @@ def test_fsdp2(processes, dtype, tmp_path):
             torch.testing.assert_close(ours[name], value, rtol=1.3e-6 + scale, atol=1e-5 + scale)
 
 
-# -- another diffusers transformer ------------------------------------------------------------------------------------
+# -- a diffusers transformer without an adapter -----------------------------------------------------------------------
 
 
-def test_wan_blocks_are_wrapped():
+def test_blocks_of_other_models_are_wrapped():
     torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
-        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    model = diffusers.LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
+        patch_size=2, caption_channels=12, cross_attention_dim=16, video_length=2, norm_type="ada_norm_single",
     ).eval()  # fmt: skip
     plain = copy.deepcopy(model)
-    blocks, _ = graft_looped_blocks(model, 3, "blocks", loops=3)
-    assert all(isinstance(block, LoopedBlockWrapper) and block.embed_dim == 24 for block in blocks)
+    blocks, _ = graft_looped_blocks(model, 3, loops=3)
+    assert all(isinstance(block, LoopedBlockWrapper) and block.embed_dim == 16 for block in blocks)
     given = {
         "hidden_states": torch.randn(1, 4, 2, 8, 8),
         "timestep": torch.tensor([5]),
-        "encoder_hidden_states": torch.randn(1, 6, 16),
+        "encoder_hidden_states": torch.randn(1, 6, 12),
         "return_dict": False,
     }
     assert torch.equal(model(**given)[0], plain(**given)[0])
     randomise_loops(blocks)
     assert not torch.equal(model(**given)[0], plain(**given)[0])
-    ungraft(model, "blocks")
+    ungraft(model)
     assert torch.equal(model(**given)[0], plain(**given)[0])
 
 
-@pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype")  # Mochi's own
-def test_two_streams_of_mochi_want_a_wrapper_of_their_own():
-    torch.manual_seed(0)
-    model = diffusers.MochiTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=4,
-        text_embed_dim=16, time_embed_dim=8, max_sequence_length=6,
-    ).eval()  # fmt: skip
-    given = {
-        "hidden_states": torch.randn(2, 4, 2, 8, 8),
-        "encoder_hidden_states": torch.randn(2, 6, 16),
-        "timestep": torch.tensor([5, 5]),
-        "encoder_attention_mask": torch.ones(2, 6, dtype=torch.bool),
-        "return_dict": False,
-    }
-    expected = model(**given)[0]
-    graft_looped_blocks(model, 2, loops=2)
-    with pytest.raises(ValueError, match=r"block 0, a MochiTransformerBlock, returns 2 items.*give wrapper_class="):
-        model(**given)
-    assert torch.equal(ungraft(model)(**given)[0], expected)
+def test_two_streams_of_other_models_want_a_wrapper_of_their_own():
+    class TwoStreams(nn.Module):
+        def forward(self, video, text):
+            return video + text.mean(), text + video.mean()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.transformer_blocks = nn.ModuleList([TwoStreams()])
+
+        def forward(self, video, text):
+            return self.transformer_blocks[0](video, text)
+
+    model = Model()
+    given = torch.randn(2, 6, 8), torch.randn(2, 3, 8)
+    expected = model(*given)
+    graft_looped_blocks(model, 2, loops=2, inner_dim=8)
+    with pytest.raises(ValueError, match=r"block 0, a TwoStreams, returns 2 items.*give wrapper_class="):
+        model(*given)
+    assert all(map(torch.equal, ungraft(model)(*given), expected))

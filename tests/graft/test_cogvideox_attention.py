@@ -95,9 +95,10 @@ class Float64Processor:
 
 def in_float64(model, M):
     twin = copy.deepcopy(model).double()
-    from canvas_engineering.cogvideox import packing
+    from canvas_engineering.models import grid, packing
 
     packing.remove(twin)
+    grid.remove(twin)
     twin.set_attn_processor(Float64Processor(M))
     return twin
 
@@ -206,9 +207,7 @@ class MaskedStock:
         from diffusers.models.embeddings import apply_rotary_emb
 
         tokens, n = torch.cat([encoder_hidden_states, hidden_states], dim=1), encoder_hidden_states.shape[1]
-        q, k, v = (
-            f(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        q, k, v = (f(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
         q, k = attn.norm_q(q), attn.norm_k(k)
         if image_rotary_emb is not None:
             q, k = (torch.cat([x[:, :, :n], apply_rotary_emb(x[:, :, n:], image_rotary_emb)], 2) for x in (q, k))
@@ -354,9 +353,16 @@ def test_what_it_cannot_honour_is_refused():
     model.patch_embed.use_positional_embeddings = False
     with pytest.raises(ValueError, match=r"layout is of 5 text and 64 video tokens; got 3 and 64"):
         model(**short)
-    model.set_attention_backend("native")
-    with pytest.raises(ValueError, match="attention backend <AttentionBackendName"):
+    model.transformer_blocks[0].attn1.processor._attention_backend = "sage"  # as set_attention_backend does
+    with pytest.raises(ValueError, match="attention backend 'sage'"):
         model(**given)
+
+
+def test_diffusers_own_default_kernel_is_none():
+    model = grafted("2b", "window")
+    expected = run(model)
+    model.set_attention_backend("native")
+    assert torch.equal(run(model), expected)
 
 
 def test_a_packed_model_names_a_wrong_size():
@@ -368,7 +374,7 @@ def test_a_packed_model_names_a_wrong_size():
     given = inputs("5b")  # a shorter video
     given["hidden_states"] = given["hidden_states"][:, :2]
     given["image_rotary_emb"] = tuple(table[:32] for table in given["image_rotary_emb"])
-    with pytest.raises(ValueError, match="of 64 video tokens, the rotary embedding of 32"):
+    with pytest.raises(ValueError, match="is 4 × 4 × 4, this video's 2 × 4 × 4"):
         model(**given)
 
 
@@ -401,7 +407,7 @@ def test_wrong_layouts_are_refused():
     with pytest.raises(ValueError, match="got 'cuda'"):
         CanvasAttnProcessor(backend="cuda")
     encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2), 1, enable_nested_tensor=False)
-    with pytest.raises(ValueError, match="are for diffusers' CogVideoXTransformer3DModel, got TransformerEncoder"):
+    with pytest.raises(ValueError, match=r"are for diffusers' CogVideoX.*, got TransformerEncoder"):
         graft_looped_blocks(encoder, 2, "layers", layout=layout, topology=dense_topology())
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 
 from canvas_engineering import CanvasLayout, RegionSpec, compile_attention
 from canvas_engineering.cogvideox import PixelBox, cogvideox_layout, dense_topology, tile_topology, window_topology
-from canvas_engineering.cogvideox.tokens import token_plan
+from canvas_engineering.models.tokens import token_plan
 from tests import oracle, strategies
 
 CONFIG = {
@@ -35,9 +35,7 @@ def test_the_2b_grid_and_where_its_tokens_lie():
     assert (video.flatten().diff() > 0).all() and video[2, 3, 4] == layout.flat_index(2, 3, 4)
 
 
-@pytest.mark.parametrize(
-    ("frames", "latent"), [(1, 1), (5, 2), (9, 3), (13, 4), (49, 13), (48, 12)]
-)
+@pytest.mark.parametrize(("frames", "latent"), [(1, 1), (5, 2), (9, 3), (13, 4), (49, 13), (48, 12)])
 def test_latent_frames(frames, latent):
     assert latent == cogvideox_layout(CONFIG, 32, 32, frames).T
     assert -(-latent // 2) == cogvideox_layout(CONFIG_1_5, 32, 32, frames).T

@@ -29,7 +29,7 @@ LAYERS = {
     "program learning clock_ir cortex identity",
     "plan": "plan compiler region_parameters",
     "run": "attention dispatch scheduling clock_formulas residuals",
-    "graft": "data looped_block cogvideox graft curriculum sharpening action_heads checkpoint",
+    "graft": "data looped_block models cogvideox graft curriculum sharpening action_heads checkpoint",
     "look": "draw explore doctor __main__",
 }
 # attention alone executes tables. plan builds them, orders rows and sums weights; dispatch moves rows into that order.
@@ -386,7 +386,7 @@ def test_every_public_name_has_a_page():
     assert sorted(named) == sorted(PUBLIC_NAMES["canvas_engineering"])
 
 
-PAGES = {"README.md": False, "docs/howto.md": False, "docs/tutorial.md": True}
+PAGES = {"README.md": False, "docs/howto.md": False, "docs/models.md": False, "docs/tutorial.md": True}
 """Pages whose code runs: whether a block goes on from the one before."""
 
 

@@ -1,4 +1,4 @@
-"""A declaration compiled for a model's token sequence: text first, then the video frame by frame."""
+"""A declaration compiled for a model's token sequence: its streams one after the other, the video frame by frame."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from ..canvas import CanvasLayout, RegionSpec
 from ..connectivity import CanvasTopology, Connection
 from ..masks import MaskSpec, rect_cover
 from ..plan import AttentionPlan, compile_attention
-from .layout import TEXT, VIDEO
+from .adapter import TEXT, VIDEO
 
 _SOFTMAX = ("cross_attention", "self_attention", "cogvideox", "none")
 
 
-def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
-    """Returns the joint-form plan (docs/semantics.md, section 3) over tokens: region "text", then "video".
+def token_plan(
+    layout: CanvasLayout, topology: CanvasTopology, streams: tuple[str, ...] = (TEXT, VIDEO)
+) -> AttentionPlan:
+    """Returns the joint-form plan (docs/semantics.md, section 3) over tokens: those of the regions ``streams``, in
+    their order.
 
     Tokens without keys attend to themselves.
 
@@ -23,18 +26,21 @@ def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
         ValueError: no such regions, regions of connections that hold other positions, or what joint form cannot do:
             attention functions other than softmax, write modes other than "add".
     """
-    for name in (TEXT, VIDEO):
+    needed = " and ".join(repr(name) for name in sorted(streams))
+    for name in streams:
         if name not in layout.regions:
-            raise ValueError(f"a layout of tokens has the regions 'text' and 'video'; this one has {[*layout.regions]}")
-    positions = np.concatenate([layout.region_positions(name) for name in (TEXT, VIDEO)])
+            raise ValueError(f"a layout of tokens has the regions {needed}; this one has {[*layout.regions]}")
+    positions = np.concatenate([layout.region_positions(name) for name in streams])
     token = np.full(layout.num_positions, -1, np.int64)
     token[positions] = np.arange(len(positions))
     if (token >= 0).sum() != len(positions):
-        raise ValueError("the regions 'text' and 'video' overlap: a token lies in one of them")
+        raise ValueError(f"the regions {needed} overlap: a token lies in one of them")
     for name in topology.regions:
         if name in layout.regions and (token[layout.region_positions(name)] < 0).any():
             bounds = layout.region_spec(name).bounds
-            raise ValueError(f"region {name!r} at {bounds} holds positions that are neither text nor video")
+            raise ValueError(
+                f"region {name!r} at {bounds} holds positions that are neither {' nor '.join(sorted(streams))}"
+            )
     for number, (c, fn) in enumerate(zip(topology.connections, topology.resolve_fns(layout))):
         if fn not in _SOFTMAX or c.write_mode != "add":
             raise ValueError(
@@ -42,9 +48,9 @@ def token_plan(layout: CanvasLayout, topology: CanvasTopology) -> AttentionPlan:
                 f"{c.write_mode!r}: a token has one softmax over all of its keys, so only softmax attention with write "
                 "mode 'add' is possible"
             )
-    # Text first and video next, then by name: the packed order keeps the text in front, and a declaration that went
-    # through JSON, which sorts names, gives the same one.
-    names = [TEXT, VIDEO, *sorted(layout.regions.keys() - {TEXT, VIDEO})]
+    # The streams in order, then by name: the packed order keeps the text in front where it is, and a declaration that
+    # went through JSON, which sorts names, gives the same one.
+    names = [*streams, *sorted(layout.regions.keys() - set(streams))]
     layout = _with_regions(layout, {name: layout.regions[name] for name in names})
     plan = compile_attention(layout, topology, normalize="joint")
     alone = np.zeros(layout.num_positions, bool)

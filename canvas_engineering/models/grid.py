@@ -1,0 +1,89 @@
+"""Hooks of a model with canvas attention: the grid of every call is checked, and told to attention where it chooses."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .adapter import ModelAdapter
+from .block import tag_rotary
+from .processor import CanvasAttnProcessor
+
+Grid = tuple[int, int, int]
+
+
+class Hook:
+    """Base class of this package's hooks."""
+
+    @staticmethod
+    def remove(modules: Iterable[nn.Module], kinds: tuple[type, ...]) -> None:
+        """Takes hooks of these kinds from the modules, and nothing else."""
+        for module in modules:
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for number, hook in list(hooks.items()):
+                    if isinstance(hook, kinds):
+                        del hooks[number]
+                        module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+class CheckGrid(Hook):
+    """Refuses calls with another token grid than the processor's; ``grid`` is that of the call that runs.
+
+    It acts while some block has canvas attention with a declaration: a model with other processors everywhere takes any
+    grid.
+    """
+
+    def __init__(self, adapter: ModelAdapter, processor: CanvasAttnProcessor, names: list[str]):
+        self.adapter, self.processor, self.names = adapter, processor, names
+        self.grid: Grid | None = None
+
+    def __call__(self, transformer, args, kwargs):
+        self.grid = None
+        if not any(getattr(attn.processor, "plan", None) for _, attn in self.adapter.attentions(transformer)):
+            return None
+        given = {**dict(zip(self.names, args)), **kwargs}
+        grid = self.adapter.grid(transformer.config, given)
+        if grid is None:
+            return None
+        self.processor.check_grid(grid)
+        self.adapter.check_call(given)
+        self.grid = grid
+        if len(self.processor.plans) > 1 and not self.adapter.rotary:
+            given["attention_kwargs"] = {**(given.get("attention_kwargs") or {}), "grid": grid}
+            return (), given
+        return None
+
+
+class TagRotary(Hook):
+    """Appends the grid of the call to the rotary tables."""
+
+    def __init__(self, check: CheckGrid):
+        self.check = check
+
+    def __call__(self, module, args, rotary):
+        return rotary if self.check.grid is None else tag_rotary(rotary, grid=self.check.grid)
+
+
+def install(transformer: nn.Module, adapter: ModelAdapter, processor: CanvasAttnProcessor) -> CheckGrid:
+    """Hooks a model so that calls with other grids are refused, and several layouts are told apart."""
+    remove(transformer)
+    names = [*inspect.signature(type(transformer).forward).parameters][1:]
+    check = CheckGrid(adapter, processor, names)
+    transformer.register_forward_pre_hook(check, with_kwargs=True)
+    if len(processor.plans) > 1 and adapter.rotary:
+        transformer.get_submodule("rope").register_forward_hook(TagRotary(check))
+    return check
+
+
+def remove(transformer: nn.Module) -> None:
+    """Takes :func:`install`'s hooks away."""
+    ropes: list[Any] = [module for name, module in transformer.named_children() if name == "rope"]
+    Hook.remove([transformer, *ropes], (CheckGrid, TagRotary))
+
+
+def check_of(transformer: nn.Module) -> CheckGrid | None:
+    """Returns the model's grid check, if it has one."""
+    return next((hook for hook in transformer._forward_pre_hooks.values() if isinstance(hook, CheckGrid)), None)
