@@ -11,12 +11,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import cases
-from benchmarks.host import TorchLaunches, inputs, stub_kernels
 from canvas_engineering.attention import canvas_attention
 from canvas_engineering.plan import compile_attention
 from canvas_kernels import block_table, packing
 from canvas_kernels.triton_ops import launch, steps
 from canvas_kernels.triton_ops.tiling import Tiling
+from tests.kernels.launches import TorchLaunches, inputs, stub_kernels
 
 PASSES = {"forward_kernel", "gather_kernel", "dq_kernel", "dkv_kernel"}
 

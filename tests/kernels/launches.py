@@ -1,4 +1,4 @@
-"""Host time of a call on Triton with every launch a stub: ``python -m benchmarks.host`` (no GPU is needed).
+"""Host time of a call on Triton with every launch a stub: ``python -m tests.kernels.launches`` (no GPU is needed).
 
 Printed as a ratio to a bare autograd function that launches as many stubs in the same process. Both are the least of
 many short runs, so that other work on the machine counts little.
