@@ -173,17 +173,6 @@ def left_out(rows: list[dict]) -> str:
     return "".join(f"- {why} ({names})\n" for why, names in cells) or "Nothing.\n"
 
 
-def kernels(rows: list[dict]) -> str:
-    """What the configurations of each architecture take at most, from the committed rows of ``benchmarks.aot``."""
-    shipped = [row for row in read_rows(RESULTS / "aot.json") if row["form"] != "dense"]
-    cells = []
-    for arch in dict.fromkeys(row["arch"] for row in shipped):
-        own = [row for row in shipped if row["arch"] == arch]
-        most = (str(max(row[name] for row in own)) for name in ("registers", "spilled", "shared"))
-        cells.append([arch, str(len(own)), *most, str(sum(row["wgmma"] for row in own))])
-    return table(["architecture", "configurations", "registers", "bytes spilled", "shared memory", "wgmma dots"], cells)
-
-
 def rates(rows: list[dict]) -> str:
     """The predicted rates of passes in bfloat16, by each Triton's committed rows of ``benchmarks.aot``."""
     titles, cells = [], {}
@@ -192,7 +181,7 @@ def rates(rows: list[dict]) -> str:
         new = [f"{part}, Triton {compiled[0]['triton']}" for part in FLOP_PER_PAIR]
         titles += new
         for row in (row for row in pass_rates(compiled) if row["dtype"] == "bf16"):
-            rate = {title: f"{row[part]:.0f}" for title, part in zip(new, FLOP_PER_PAIR)}
+            rate = {title: f"{row[part]:.0f}" for title, part in zip(new, FLOP_PER_PAIR) if part in row}
             cells.setdefault((row["head_dim"], row["form"]), {}).update(rate)
     lines = [[f"{dim}, {form}", *(cells[dim, form].get(title, "") for title in titles)] for dim, form in sorted(cells)]
     return table(["head_dim, form", *titles], lines)
@@ -207,7 +196,6 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "functions": lambda rows: functions(rows, "functions"),
     "queries": lambda rows: functions(rows, "queries"),
     "left_out": left_out,
-    "kernels": kernels,
     "rates": rates,
 }
 
