@@ -79,7 +79,7 @@ def compare(ref: str, chosen: Sequence[Case], settings: Settings) -> int:
         for worker in workers.values():
             stack.callback(worker.close)
         for case in chosen:
-            for form in settings.forms or ("joint", "edge"):
+            for form in settings.forms:
                 calls = {
                     name: partial(one.call, step_seconds, case.name, form, *shared) for name, one in workers.items()
                 }

@@ -47,15 +47,13 @@ def run(chosen: Sequence[Case], settings: Settings) -> Iterator[list[dict]]:
 
 def run_case(case: Case, settings: Settings) -> list[dict]:
     """The rows of one case."""
-    contest = KINDS[case.kind](case, settings)
-    described = _described(case, settings)
+    contest, described = KINDS[case.kind](case, settings), _described(case, settings)
     if isinstance(contest, list):
         return [described | row for row in contest]
     wanted = settings.only or [name for _, name, _ in contest.providers]
     if settings.long and not case.long:
         wanted = [name for name in wanted if name in case.slow]
-    forms = settings.forms or ("joint", "edge")
-    contest.providers = [p for p in contest.providers if p.name in ("ours", *wanted) and p.form in forms]
+    contest.providers = [p for p in contest.providers if p.name in ("ours", *wanted) and p.form in settings.forms]
     without = dict.fromkeys(() if settings.long else case.slow, TOO_LONG) | dict.fromkeys(case.never, NEVER)
     return measure.time_contest(contest, described, settings, without)
 
@@ -100,15 +98,16 @@ def parser_of_options() -> argparse.ArgumentParser:
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
     """The cases that were asked for; ValueError where a pattern fits none."""
     everyone = cases.CPU if options.device == "cpu" else cases.GPU
-    if options.long:
-        everyone = [case for case in everyone if case.long or case.slow]
-    for pattern in options.case or ():
-        if not fnmatch.filter([case.name for case in everyone], pattern):
+    if options.long or not options.case:
+        everyone = [case for case in everyone if (case.long or case.slow if options.long else not case.long)]
+    chosen: dict[str, Case] = {}
+    for pattern in options.case or ("*",):
+        fitting = {case.name: case for case in everyone if fnmatch.fnmatch(case.name, pattern)}
+        if not fitting:
             names = ", ".join(case.name for case in everyone)
             raise ValueError(f"no {'long ' * options.long}case is called {pattern!r}; there are {names}")
-    if not options.case:
-        return [case for case in everyone if options.long or not case.long]
-    return [case for case in everyone if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.case)]
+        chosen |= fitting
+    return [*chosen.values()]
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -122,7 +121,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     options.save.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     dtype = DTYPES[options.dtype or ("float32" if options.device == "cpu" else "bfloat16")]
-    names = {"only": options.provider or (), "forms": options.form or ()}
+    names = {"only": options.provider or (), "forms": options.form or Settings.forms}
     return Settings(options.device, dtype, options.seconds, long=options.long, **names)
 
 
@@ -130,9 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = parser_of_options()
     options = parser.parse_args(argv)
     if options.documents:
-        plot.write_documents(
-            [row for name in ("bench", "long") for row in measure.read_rows(measure.RESULTS / f"{name}.json")]
-        )
+        plot.write_documents()
         return 0
     try:
         chosen = chosen_cases(options)
@@ -151,10 +148,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"[{number}/{len(chosen)}]", *map(plot.line, new), sep="\n  ", flush=True)
         rows += new
         measure.write_rows(rows, options.save)
-    failed = [
+    faults = [
         f"{r['case']}, {r['form']} form: {r['failed']}" for r in rows if r["provider"] == "ours" and "failed" in r
     ]
-    faults = failed or ["nothing was timed"] * (not plot.timed(rows))
+    faults = faults or ["nothing was timed"] * (not plot.timed(rows))
     print(*faults, f"rows: {options.save}", sep="\n")
     return int(bool(faults))
 

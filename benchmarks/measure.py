@@ -63,7 +63,7 @@ class Settings:
     backend: str = "auto"
     reference_tokens: int | None = None
     only: Sequence[str] = ()  # the providers that are timed, () for all
-    forms: Sequence[str] = ()
+    forms: Sequence[str] = ("joint", "edge")
     long: bool = False  # what other runs leave out, alone
     deadline: float = math.inf  # of time.perf_counter: then only ``ours`` is timed, and no case begun
     environment: dict = field(default_factory=dict)  # what every row says of the machine

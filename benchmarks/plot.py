@@ -205,8 +205,9 @@ def filled(text: str, rows: list[dict]) -> str:
     return MARKS.sub(lambda match: f"{match[1]}{TABLES[match[2]](rows)}{match[3]}", text)
 
 
-def write_documents(rows: list[dict]) -> None:
+def write_documents() -> None:
     """Write the tables of the report, docs/performance.md and docs/families.md, and the report's figure."""
+    rows = read_rows(RESULTS / "bench.json") + read_rows(RESULTS / "long.json")
     with replacing(DOCUMENTS[0].parent / "speedup.png") as file:
         speedup(rows).savefig(file, format="png", dpi=120, bbox_inches="tight")
     for path in DOCUMENTS:
