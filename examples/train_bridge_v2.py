@@ -159,7 +159,7 @@ def train(settings: Settings) -> dict:
     averaged.to(accelerator.device)
     accelerator.register_for_checkpointing(averaged, schedule)
     first = _resume(accelerator, settings.out) if settings.resume else 0
-    log = _Log(settings.out / "losses.jsonl", first)
+    log = Log(settings.out / "losses.jsonl", first)
     sampler = batches(
         len(trained), settings.batch, first, settings.steps, settings.seed,
         accelerator.process_index, accelerator.num_processes,
@@ -198,7 +198,7 @@ def train(settings: Settings) -> dict:
     return result
 
 
-class _Log:
+class Log:
     """Losses, a JSON line for each step; a resumed run goes on behind the step that it resumes from."""
 
     def __init__(self, path: Path, first: int):

@@ -238,7 +238,7 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
 
 
 def test_variable_lengths_are_exact_with_a_stand_in(monkeypatch):
-    monkeypatch.setattr(providers, "_package", lambda *_: SimpleNamespace(varlen_attn=varlen_attn))
+    monkeypatch.setattr(providers, "package_on_gpu", lambda *_: SimpleNamespace(varlen_attn=varlen_attn))
     for problem in PROBLEMS:
         agrees(problem, "edge", providers.varlen(problem, "cpu", torch.float32))
 
@@ -253,7 +253,7 @@ def test_who_cannot_run_says_why(monkeypatch):
     with pytest.raises(measure.Unavailable, match=r"a mask of .* GiB, more than the .* GiB"):
         providers.sdpa_mask(PROBLEMS[0], "cpu", torch.float32)
     with pytest.raises(measure.Unavailable, match="no_such_package"):
-        providers._package("no_such_package", "cuda")
+        providers.package_on_gpu("no_such_package", "cuda")
 
 
 @pytest.mark.parametrize(

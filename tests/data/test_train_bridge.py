@@ -37,17 +37,17 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(tmp_path, diffusive, m
     class Killed(Exception):
         pass
 
-    add = train_bridge_v2._Log.add
+    add = train_bridge_v2.Log.add
 
     def die(self, step, loss, errors):
         add(self, step, loss, errors)
         if step == 4:
             raise Killed
 
-    monkeypatch.setattr(train_bridge_v2._Log, "add", die)
+    monkeypatch.setattr(train_bridge_v2.Log, "add", die)
     with pytest.raises(Killed):
         train_bridge_v2.main([*data, "--out", str(tmp_path / "cut"), "--steps", "8"])
-    monkeypatch.setattr(train_bridge_v2._Log, "add", add)
+    monkeypatch.setattr(train_bridge_v2.Log, "add", add)
     assert len(losses(tmp_path / "cut")) == 5
     train_bridge_v2.main([*data, "--out", str(tmp_path / "cut"), "--steps", "8", "--resume"])
     assert losses(tmp_path / "cut") == whole

@@ -67,7 +67,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", Device)
     stub_kernels(lambda name: seen.add(current[0]), monkeypatch.setattr)
     # a fake tensor has no address to be aligned
-    monkeypatch.setattr(launch, "_vectors", lambda x: x)
+    monkeypatch.setattr(launch, "aligned_rows", lambda x: x)
     # tables stay where they are: there is no second device to copy them to
     monkeypatch.setattr(Tiling, "to", lambda self, device: self)
     for module in (steps, packing, block_table):
