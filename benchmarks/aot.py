@@ -40,12 +40,10 @@ FLOAT32_POINTERS = ("lse_ptr", "lse2_ptr", "delta_ptr")
 SPILL_FREE_UP_TO, STACK = 128, 16
 # Bytes that a program may have. sm_86, sm_89 and sm_120 run sm_80's configurations and have 99 of its 163 KiB.
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-PRINTED = ("registers", "resident", "spilled", "shared", "wgmma", "copies", "seconds", "instructions", "waste", "bound")
-PRINTED += ("serialised", "local", "predicted")
-RESOURCES = ("arch", "stage", "form", "signed", "head_dim", "dtype", "tile")
-REPORTED, AT_MOST = ("registers", "shared", "instructions"), ("spilled", "waste", "serialised", "local")
+KEY = ("arch", "stage", "form", "signed", "head_dim", "dtype", "tile")
+AT_MOST = ("spilled", "waste", "serialised", "local")
 AT_LEAST = {"wgmma": 1, "copies": 1, "resident": 1, "predicted": 0.97}
-"""What is compared of a kernel: what is only shown, what may not grow, the share of it that has to be left."""
+"""What is compared of a kernel: what may not grow, and the share of it that has to be left."""
 
 
 def launches(archs=configs.ARCHITECTURES, head_dims=configs.HEAD_DIMS, dtypes=tuple(DTYPES)) -> list[Launch]:
@@ -53,11 +51,8 @@ def launches(archs=configs.ARCHITECTURES, head_dims=configs.HEAD_DIMS, dtypes=tu
     shipped = (launch for arch in archs for launch in configs.shipped(arch, tuple(head_dims)))
     chosen = [launch for launch in shipped if DTYPE_NAMES[launch.dtype] in dtypes]
     if "sm_90" in archs and "bf16" in dtypes:
-        chosen += [
-            Launch("sm_90", stage, "dense", False, head_dim, torch.bfloat16, config)
-            for head_dim in {64, 128}.intersection(head_dims)
-            for stage, config in yardstick.CONFIGS.items()
-        ]
+        plain = ((dim, torch.bfloat16, yardstick.CONFIG) for dim in {64, 128}.intersection(head_dims))
+        chosen += [Launch("sm_90", "forward", "dense", False, *each) for each in plain]
     return sorted(chosen, key=lambda launch: -launch.head_dim)
 
 
@@ -140,8 +135,8 @@ def _signature(launch: Launch):
     from canvas_kernels.triton_ops.backward import dkv_kernel, dq_kernel
     from canvas_kernels.triton_ops.forward import forward_kernel
 
-    own = {"forward": forward_kernel, "delta": dq_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
-    function = (yardstick.KERNELS if launch.form == "dense" else own)[launch.stage]
+    passes = {"forward": forward_kernel, "delta": dq_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+    function = yardstick.dense_forward_kernel if launch.form == "dense" else passes[launch.stage]
     sigmoid = launch.form == "sigmoid"
     values = {"JOINT": launch.form == "joint", "SIGMOID": sigmoid, "IN_PLACE": launch.form in ("in_place", "sigmoid")}
     values |= {"STORED": launch.form in ("joint", "edge"), "WRITE_DQ": launch.stage == "dq", "SIGNED": launch.signed}
@@ -151,8 +146,7 @@ def _signature(launch: Launch):
     tuples = {"tables": ("*i32", "*i32", "*fp32", "*i64", "*i32", "*i32"), "factors": ("*fp32",) * 3}
     tuples["strides"] = ("i32",) * (9 if launch.stage == "forward" else 12)
     half, full = f"*{DTYPE_NAMES[launch.dtype]}", "*fp32"
-    dense = {"forward": (full,), "dq": (full, full, half), "dkv": (full, full, half, half)}
-    tuples["tensors"] = (*[half] * 4, *dense.get(launch.stage, ()))
+    tuples["tensors"] = (*[half] * 4, full)
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(function.arg_names):
         if name in values:
@@ -197,41 +191,41 @@ def committed(triton: str) -> Path:
 
 def compare(earlier: list[dict], later: list[dict]) -> tuple[list[str], bool]:
     """Lines on what has become worse, is gone or has new faults; and whether that fails, as the module's text says."""
-    old, new = ({tuple(row[key] for key in RESOURCES): row for row in rows} for rows in (earlier, later))
-    tritons = [" and ".join(sorted({row.get("triton", "unknown") for row in rows.values()})) for rows in (old, new)]
-    lines, same, changed, worse = [], tritons[0] == tritons[1], 0, 0
+    old, new = ({tuple(row[key] for key in KEY): row for row in rows} for rows in (earlier, later))
+    tritons = [" and ".join(sorted({row["triton"] for row in rows.values()})) for rows in (old, new)]
+    lines, worse, unknown, same = [], 0, 0, tritons[0] == tritons[1]
     if old and not same:
         lines.append(f"Triton {tritons[0]} before, {tritons[1]} now: what has become worse is shown, and does not fail")
-    for key in (key for key in old if key in new):
-        both = (name for name in (*REPORTED, *AT_MOST, *AT_LEAST) if name in old[key] and name in new[key])
-        pairs = {name: (old[key][name], new[key][name]) for name in both}
-        is_worse = any(b > a for name, (a, b) in pairs.items() if name in AT_MOST)
-        is_worse |= any(b < AT_LEAST[name] * a for name, (a, b) in pairs.items() if name in AT_LEAST)
-        changes = [f"{name} {a} → {b}" for name, (a, b) in pairs.items() if a != b]
-        changed, worse = changed + bool(changes), worse + is_worse
-        if is_worse or (changes and same):
-            lines.append(f"{' '.join(map(str, key))}: {', '.join(changes)}{' WORSE' * is_worse}")
-    gone = [" ".join(map(str, key)) for key in old if key not in new]
-    lines += [f"{name}: GONE" for name in gone]
-    faulty = {key: row["faults"] for key, row in new.items() if row.get("faults")}
-    # of what is known, the amounts are compared above
-    unknown = {key: texts for key, texts in faulty.items() if len(texts) > len(old.get(key, {}).get("faults", ()))}
-    lines += [f"{' '.join(map(str, key))}: FAULT, {'; '.join(texts)}" for key, texts in unknown.items()]
+    for key, row in new.items():
+        before, words = old.get(key, {}), []
+        for name in (*AT_MOST, *AT_LEAST):
+            a, b = before.get(name), row.get(name)
+            if a is not None and b is not None and (b > a if name in AT_MOST else b < AT_LEAST[name] * a):
+                words.append(f"{name} {a} → {b}")
+        worse += bool(words)
+        # of known faults, the amounts are compared here
+        if len(row["faults"]) > len(before.get("faults", ())):
+            unknown += 1
+            words += ["FAULT", *row["faults"]]
+        if words:
+            lines.append(f"{' '.join(map(str, key))}: {', '.join(words)}")
+    gone = [f"{' '.join(map(str, key))}: GONE" for key in old if key not in new]
+    lines += gone
     if gone or (worse and same):
         lines.append("if that is meant: python -m benchmarks.aot --commit")
-    lines.append(f"{len(new)} configurations, {changed} changed, {len(gone)} of the earlier ones gone")
-    if faulty:
-        lines[-1] += f", {len(unknown)} with new faults, {len(faulty) - len(unknown)} with known ones"
+    faulty = sum(bool(row["faults"]) for row in new.values())
+    lines.append(
+        f"{len(new)} configurations: {worse} worse, {len(gone)} gone, {faulty} with faults, {unknown} of them new"
+    )
     return lines, bool(gone or unknown) or (same and worse > 0)
 
 
 def line(row: dict) -> str:
     """A row as a line of a terminal."""
-    text = f"{row['arch']:6} {row['stage']:7} {row['form']:8} {'signed' if row['signed'] else '':6} "
-    text += f"D {row['head_dim']:3} {row['dtype']} {row['tile']:7} {row['num_warps']} warps {row['num_stages']} stages"
-    text += f" ≤{row['max_registers']}" if row["max_registers"] else ""
-    text += ": " + ", ".join(f"{name} {row[name]}" for name in PRINTED if name in row)
-    return text + "; ".join(["", *row["faults"]])
+    told = (
+        f"{name} {value}" for name, value in row.items() if name not in (*KEY, "faults", "clocks") and value is not None
+    )
+    return f"{' '.join(str(row[key]) for key in KEY)}: {', '.join(told)}{''.join(map('; {}'.format, row['faults']))}"
 
 
 def main(argv=None) -> int:
@@ -248,22 +242,17 @@ def main(argv=None) -> int:
     import triton
 
     archs, dtypes = options.arch.split(","), options.dtype.split(",")
-    head_dims = [int(head_dim) for head_dim in options.head_dim.split(",")]
-    asked = {"arch": archs, "head_dim": head_dims, "dtype": dtypes}
+    asked = {"arch": archs, "head_dim": [int(size) for size in options.head_dim.split(",")], "dtype": dtypes}
     path, rows = committed(triton.__version__), []
     every = measure.read_rows(path) if path.exists() else []
     earlier = [row for row in every if all(row[key] in values for key, values in asked.items())]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for row in pool.map(compile_launch, launches(archs, head_dims, dtypes)):
+        for row in pool.map(compile_launch, launches(*asked.values())):
             rows.append(row | {"triton": triton.__version__})
             print(line(row), flush=True)
-    print("\npredicted for an H200, TFLOP/s of selected pairs:")
-    print(
-        *(", ".join(f"{key} {value}" for key, value in row.items()) for row in static_model.pass_rates(rows)), sep="\n"
-    )
     lines, failed = compare(earlier, rows)
-    print(f"\nTriton {triton.__version__}, {sum(row['seconds'] for row in rows):.0f} s of compiling, against {path}")
-    print(*lines, sep="\n")
+    print("\npredicted for an H200, TFLOP/s of selected pairs:", *static_model.pass_rates(rows), sep="\n")
+    print(f"\nTriton {triton.__version__}, against {path}:", *lines, sep="\n")
     if options.save:
         measure.write_rows(rows, options.save)
     if options.commit:
@@ -271,7 +260,7 @@ def main(argv=None) -> int:
         if any(row["triton"] != triton.__version__ for row in kept):
             parser.error(f"{path} is another Triton's: all of it has to be compiled")
         # in one order, whatever was compiled
-        measure.write_rows(sorted(kept + rows, key=lambda row: [str(row[key]) for key in RESOURCES]), path)
+        measure.write_rows(sorted(kept + rows, key=lambda row: [str(row[key]) for key in KEY]), path)
     return int(failed and not options.commit)
 
 

@@ -7,22 +7,21 @@ cases. This tree is slower where it took more than ``BETWEEN`` longer in three q
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks import cases, measure
+from benchmarks import bench, cases, measure
 from benchmarks.cases import Case
-from benchmarks.measure import ROOT, Settings
+from benchmarks.measure import ROOT, Run, Settings
+from benchmarks.worker import Failed, Worker
 
 BETWEEN = 0.05
 """Two processes of the same code differ by up to so much, whatever the rounds: 12 pairs came to 0.978 to 1.009."""
@@ -46,95 +45,67 @@ def worktree(ref: str) -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", str(tree)], capture_output=True)
 
 
-class Worker:
-    """A process that runs the code of a tree."""
-
-    def __init__(self, tree: Path, settings: Settings):
-        paths = os.pathsep.join(map(str, (tree, tree / "kernels")))
-        options = [settings.device, str(settings.dtype).removeprefix("torch."), str(torch.get_num_threads())]
-        command = [sys.executable, "-m", "benchmarks.base", *options]
-        environment = os.environ | {"PYTHONPATH": paths}
-        self.process = subprocess.Popen(command, cwd=tree, env=environment, stdin=-1, stdout=-1, text=True)
-
-    def seconds(self, case: str, form: str, steps: int = 1) -> float:
-        """CPU seconds of so many steps of a case. Raises Unavailable where they cannot be taken there."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps([case, form, steps]) + "\n")
-            self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline() or '"its process died"')
-        if isinstance(answer, str):
-            raise measure.Unavailable(answer)
-        return answer
-
-
-def serve(device: str, dtype: str, threads: str) -> None:
-    """Answer each line of stdin, a case, form and number of steps, with the CPU seconds of these, or why not."""
-    from benchmarks.bench import KINDS
-
-    torch.set_num_threads(int(threads))
+@lru_cache(maxsize=1)
+def built(name: str, form: str, device: str, dtype: torch.dtype, threads: int) -> Run | None:
+    """The "ours" of a case after its first call, None where the case has no such form."""
+    torch.set_num_threads(threads)
     measure.keep_pages()
-    known = {case.name: case for case in (cases.CPU if device == "cpu" else cases.GPU)}
-    answers, sys.stdout = sys.stdout, sys.stderr
-    settings, built, run = Settings(device, getattr(torch, dtype)), None, None
-    for line in sys.stdin:
-        name, form, steps = json.loads(line)
-        try:
-            if built != (name, form):
-                providers = KINDS[known[name].kind](known[name], settings).providers
-                build = {provider[:2]: provider.build for provider in providers}.get((form, "ours"))
-                if build is None:
-                    raise measure.Unavailable("no such form")
-                run, built = build(), (name, form)
-                run.results()
-            start = time.process_time()
-            for _ in range(steps):
-                run.results()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            answer = time.process_time() - start
-        except Exception as cause:
-            answer, built = measure.told(cause), None
-        print(json.dumps(answer), file=answers, flush=True)
+    case = {case.name: case for case in (cases.CPU if device == "cpu" else cases.GPU)}[name]
+    run = bench.ours(case, form, Settings(device, dtype))
+    if run:
+        run.results()
+    return run
+
+
+def step_seconds(name: str, form: str, device: str, dtype: torch.dtype, threads: int, steps: int) -> float | None:
+    """CPU seconds of so many steps of "ours" on a case; None where the case has no such form."""
+    run = built(name, form, device, dtype, threads)
+    start = time.process_time()
+    for _ in range(steps if run else 0):
+        run.results()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.process_time() - start if run else None
 
 
 def compare(ref: str, chosen: Sequence[Case], settings: Settings) -> int:
     """Print a line for each case and form; 1 where this tree is slower, or cannot run, in one of them."""
-    chosen = [case for case in chosen if case.kind not in ("plan", "scaling")]
+    chosen = [case for case in chosen if case.kind != "plan"]
     if not chosen:
-        raise ValueError("--base: what plans and sizes cost has no forward and backward to compare")
-    bad = 0
+        raise ValueError("--base: what plans cost has no forward and backward to compare")
+    bad, shared = 0, (settings.device, settings.dtype, torch.get_num_threads())
     with worktree(ref) as tree, contextlib.ExitStack() as stack:
-        workers = {"base": Worker(tree, settings), "here": Worker(ROOT, settings)}
+        workers = {"base": Worker(tree), "here": Worker(ROOT)}
         for worker in workers.values():
-            stack.enter_context(worker.process)
+            stack.callback(worker.close)
         for case in chosen:
-            for form in settings.forms or ("joint", "edge"):
-                bad += _compare_one(workers, case.name, form, settings.seconds)
+            for form in settings.forms:
+                calls = {
+                    name: partial(one.call, step_seconds, case.name, form, *shared) for name, one in workers.items()
+                }
+                bad += _is_worse(f"{case.name}, {form}", calls, settings.seconds)
     return int(bad > 0)
 
 
-def _compare_one(workers: dict[str, Worker], case: str, form: str, seconds: float) -> bool:
-    """Whether this tree is slower, or cannot run, in a case and form; prints a line unless there is no such form."""
-    for name, worker in reversed(workers.items()):
+def _is_worse(what: str, seconds: dict[str, Callable], budget: float) -> bool:
+    """Whether this tree is slower, or cannot run; prints a line unless there is no such form."""
+    once = 0.0
+    for name in ("here", "base"):
         try:
-            once = worker.seconds(case, form)
-        except measure.Unavailable as cause:
-            if "no such form" in str(cause):
-                return False
-            print(f"{case}, {form}: {name}: {cause}", flush=True)
+            once = seconds[name](1)
+        except Failed as cause:
+            print(f"{what}: {name}: {cause}", flush=True)
             return name == "here"
+        if once is None:
+            return False
     steps = max(int(TURN_SECONDS / max(once, 1e-6)), 1)
-    rounds = int(np.clip(seconds / (2 * steps * max(once, 1e-6)), *ROUNDS))
-    times = {name: [] for name in workers}
-    for names in measure.turns([*workers], rounds):
+    rounds = int(np.clip(budget / (2 * steps * max(once, 1e-6)), *ROUNDS))
+    times = {name: [] for name in seconds}
+    for names in measure.turns([*seconds], rounds):
         for name in names:
-            times[name].append(workers[name].seconds(case, form, steps) / steps)
+            times[name].append(seconds[name](steps) / steps)
     low, middle, high = np.quantile(np.array(times["here"]) / np.array(times["base"]), (0.25, 0.5, 0.75))
     verdict = "SLOWER" if low > 1 + BETWEEN else "faster" if high < 1 / (1 + BETWEEN) else "the same"
     spread = f"{middle:.3f} ({low:.3f} to {high:.3f}) of the time of base, {verdict}"
-    print(f"{case}, {form}: {1e3 * np.median(times['here']):.2f} ms, {spread}", flush=True)
+    print(f"{what}: {1e3 * np.median(times['here']):.2f} ms, {spread}", flush=True)
     return verdict == "SLOWER"
-
-
-if __name__ == "__main__":
-    serve(*sys.argv[1:])

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import base, cases, layers, measure, plot, providers
+from benchmarks import cases, layers, measure, plot, providers
 from benchmarks.cases import Case
-from benchmarks.measure import Settings
+from benchmarks.measure import Run, Settings
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = {"attention": providers.attention} | layers.KINDS
-PROVIDERS = [*dict.fromkeys((*(name for _, name, _ in providers.of("cuda")), *layers.PROVIDERS))]
+TOO_LONG, NEVER = "too long: `bench --long` times it", "left out of this case"
+PROVIDERS = [*dict.fromkeys(name for _, name, _ in providers.of("cuda")), "dense_mask"]
 
 
 def run(chosen: Sequence[Case], settings: Settings) -> Iterator[list[dict]]:
@@ -45,29 +46,26 @@ def run(chosen: Sequence[Case], settings: Settings) -> Iterator[list[dict]]:
 
 
 def run_case(case: Case, settings: Settings) -> list[dict]:
-    """The rows of one case, with its targets."""
-    contest = KINDS[case.kind](case, settings)
-    described = _described(case, settings)
+    """The rows of one case."""
+    contest, described = KINDS[case.kind](case, settings), _described(case, settings)
     if isinstance(contest, list):
         return [described | row for row in contest]
-    late = {name for name, why in case.without.items() if why in cases.TOO_LONG.values()}
     wanted = settings.only or [name for _, name, _ in contest.providers]
     if settings.long and not case.long:
-        wanted = [name for name in wanted if name in late]
-    forms = settings.forms or ("joint", "edge")
-    contest.providers = [p for p in contest.providers if p.name in ("ours", *wanted) and p.form in forms]
-    without = {name: why for name, why in case.without.items() if not (settings.long and name in late)}
-    rows = measure.time_contest(contest, described, settings, without)
-    for row in rows:
-        if row["provider"] in case.at_least:
-            row["at_least"] = case.at_least[row["provider"]]
-        elif row["provider"] == "ours" and "sdpa_unmasked" in case.at_least:
-            row["at_least_of_reference"] = case.at_least["sdpa_unmasked"]
-    return rows
+        wanted = [name for name in wanted if name in case.slow]
+    contest.providers = [p for p in contest.providers if p.name in ("ours", *wanted) and p.form in settings.forms]
+    without = dict.fromkeys(() if settings.long else case.slow, TOO_LONG) | dict.fromkeys(case.never, NEVER)
+    return measure.time_contest(contest, described, settings, without)
+
+
+def ours(case: Case, form: str, settings: Settings) -> Run | None:
+    """The "ours" of a case, None where it has no such form."""
+    contest = KINDS[case.kind](case, settings)
+    return next((provider.build() for provider in contest.providers if provider[:2] == (form, "ours")), None)
 
 
 def _described(case: Case, settings: Settings) -> dict:
-    dtype = str(settings.dtype).removeprefix("torch.") if case.kind in ("attention", "layer") else "float32"
+    dtype = str(settings.dtype).removeprefix("torch.") if case.kind != "plan" else "float32"
     row = {"case": case.name, "group": case.group, "form": "joint", "provider": "ours", "dtype": dtype}
     return row | {"seconds_per_case": settings.seconds} | ({"long": True} if settings.long else {})
 
@@ -100,16 +98,16 @@ def parser_of_options() -> argparse.ArgumentParser:
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
     """The cases that were asked for; ValueError where a pattern fits none."""
     everyone = cases.CPU if options.device == "cpu" else cases.GPU
-    if options.long:
-        late = cases.TOO_LONG.values()
-        everyone = [case for case in everyone if case.long or any(why in late for why in case.without.values())]
-    for pattern in options.case or ():
-        if not fnmatch.filter([case.name for case in everyone], pattern):
+    if options.long or not options.case:
+        everyone = [case for case in everyone if (case.long or case.slow if options.long else not case.long)]
+    chosen: dict[str, Case] = {}
+    for pattern in options.case or ("*",):
+        fitting = {case.name: case for case in everyone if fnmatch.fnmatch(case.name, pattern)}
+        if not fitting:
             names = ", ".join(case.name for case in everyone)
             raise ValueError(f"no {'long ' * options.long}case is called {pattern!r}; there are {names}")
-    if not options.case:
-        return [case for case in everyone if options.long or not case.long]
-    return [case for case in everyone if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.case)]
+        chosen |= fitting
+    return [*chosen.values()]
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -123,7 +121,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     options.save.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     dtype = DTYPES[options.dtype or ("float32" if options.device == "cpu" else "bfloat16")]
-    names = {"only": options.provider or (), "forms": options.form or ()}
+    names = {"only": options.provider or (), "forms": options.form or Settings.forms}
     return Settings(options.device, dtype, options.seconds, long=options.long, **names)
 
 
@@ -131,9 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = parser_of_options()
     options = parser.parse_args(argv)
     if options.documents:
-        plot.write_documents(
-            [row for name in ("bench", "long") for row in measure.read_rows(measure.RESULTS / f"{name}.json")]
-        )
+        plot.write_documents()
         return 0
     try:
         chosen = chosen_cases(options)
@@ -142,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         settings = settings_of(options)
         if options.base:
+            from benchmarks import base  # which builds "ours" by this module
+
             return base.compare(options.base, chosen, settings)
     except (ValueError, OSError) as cause:
         parser.error(str(cause))
@@ -150,10 +148,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"[{number}/{len(chosen)}]", *map(plot.line, new), sep="\n  ", flush=True)
         rows += new
         measure.write_rows(rows, options.save)
-    failed = [
+    faults = [
         f"{r['case']}, {r['form']} form: {r['failed']}" for r in rows if r["provider"] == "ours" and "failed" in r
     ]
-    faults = failed or ["nothing was timed"] * (not plot.timed(rows))
+    faults = faults or ["nothing was timed"] * (not plot.timed(rows))
     print(*faults, f"rows: {options.save}", sep="\n")
     return int(bool(faults))
 

@@ -28,12 +28,8 @@ class Case:
     batch: int = 1
     heads: int = 4
     head_dim: int = 64
-    # provider → the least ratio of its time to that of "ours"; of "sdpa_unmasked", of its time for as many pairs
-    at_least: dict[str, float] = field(default_factory=dict)
-    at_most: float | None = None  # CPU seconds that "ours" may take
-    without: dict[str, str] = field(
-        default_factory=dict
-    )  # provider → why it is left out; if TOO_LONG, not of long runs
+    slow: tuple[str, ...] = ()  # providers that only long runs time
+    never: tuple[str, ...] = ()  # and those that none does
     long: bool = False  # only long runs, and runs that name it, time it
     options: dict = field(default_factory=dict)  # what else its kind needs
     about: str = ""  # one line; by default the first that ``declare`` says of itself, or the name
@@ -142,36 +138,27 @@ form is to take at most 0.96 ms forward and 3.24 ms backward."""
 FRAMES = (2, 4, 10, 20, 50, 100)
 """Of :func:`separate_frames`: densities 50 %, 25 %, 10 %, 5 %, 2 %, 1 %."""
 LENGTHS = (2**10, 2**12, 2**14, 2**16, 2**20)
-TOO_LONG = {"cpu": "too long: `bench --long` times it", "cuda": "too long for `make gpu`, whose time is short"}
-"""Why providers are left out of a device's runs for the time that they take."""
-NEVER = "three quarters of an hour a step: nothing times it"
-"""For a loop over the million positions' 8,191 sets, each of which clears and adds gradients of the whole canvas."""
-LONG_ON_COGVIDEOX = {
-    "dense": ("sdpa_mask", "per_edge_loop"),
-    "three_frames": ("sdpa_mask",),
-    "tiles": ("sdpa_mask", "flex"),
-}
-LONG_ON_A_FLEET = dict.fromkeys(("per_edge_loop", "sdpa_mask", "sdpa_mask_used", "flex"), TOO_LONG["cpu"])
 
 
-def _cogvideox(model: str, heads: int, long: dict[str, tuple[str, ...]] | None = None, **more) -> tuple[Case, ...]:
-    """``long``: providers that a topology's ordinary runs leave out; ``more``: topologies besides TOPOLOGIES."""
-    grid, cases = {"group": "cogvideox", "sequence": ("text", "video"), "heads": heads}, []
-    for name, (topology, about) in (more | TOPOLOGIES).items():
-        without = dict.fromkeys((long or {}).get(name, ()), TOO_LONG["cpu"])
-        cases.append(Case(f"{model}_{name}", partial(cogvideox, topology, heads), about=about, without=without, **grid))
-    return tuple(cases)
+def _cogvideox(model: str, heads: int, slow: dict[str, tuple[str, ...]] | None = None, **more) -> tuple[Case, ...]:
+    """``slow``: a topology's providers that only long runs time; ``more``: topologies besides TOPOLOGIES."""
+    grid = {"group": "cogvideox", "sequence": ("text", "video"), "heads": heads}
+    return tuple(
+        Case(
+            f"{model}_{name}", partial(cogvideox, topology, heads), about=about, slow=(slow or {}).get(name, ()), **grid
+        )
+        for name, (topology, about) in (more | TOPOLOGIES).items()
+    )
 
 
-def _lengths(heads: int, device: str, longest: dict[str, int]) -> tuple[Case, ...]:
-    """Causal videos with frames of 16 × 16: every position attends to 512. ``longest``: tokens that a provider takes at
-    most in runs on ``device``."""
+def _lengths(heads: int, most: dict[str, int], never: tuple[str, ...] = ()) -> tuple[Case, ...]:
+    """Causal videos with frames of 16 × 16: every position attends to 512. ``most``: the longest that a provider takes
+    outside of long runs; ``never``: who is left out of the longest."""
     cases = []
-    for length in LENGTHS:
-        without = {name: TOO_LONG[device] for name, most in longest.items() if length > most}
-        without |= {"per_edge_loop": NEVER} if (device, length) == ("cpu", LENGTHS[-1]) else {}
-        video = partial(long_video, length // 256, 16)
-        cases.append(Case(f"video_{length}", video, group="length", heads=heads, without=without))
+    for n in LENGTHS:
+        slow, out = tuple(name for name, longest in most.items() if n > longest), never if n == LENGTHS[-1] else ()
+        video = partial(long_video, n // 256, 16)
+        cases.append(Case(f"video_{n}", video, group="length", heads=heads, slow=slow, never=out))
     return tuple(cases)
 
 
@@ -180,10 +167,11 @@ def _densities(tokens: int, heads: int, dim: int) -> tuple[Case, ...]:
     return tuple(Case(f"frames_{n}_d{dim}", partial(separate_frames, n, tokens), **shape) for n in FRAMES)
 
 
-def _of(kind: str, name: str, declare=None, at_least=None, at_most=None, long=True, group="layer", **options) -> Case:
-    """A case of :mod:`benchmarks.layers`."""
-    targets = {"at_least": at_least or {}, "at_most": at_most}
-    return Case(name, declare, kind, group, long=long, options=options, **targets)
+def one_function(fn: str, keys: int, queries: int = 0) -> Declaration:
+    """One connection of an attention function: from so many queries, or with 0 from the keys themselves."""
+    regions = {"keys": (0, 1, 0, keys)} | ({"queries": (0, 1, keys, keys + queries)} if queries else {})
+    layout = CanvasLayout(T=1, d_model=64, spatial_shape=(keys + queries,), regions=regions)
+    return layout, CanvasTopology([Connection("queries" if queries else "keys", "keys", fn=fn)])
 
 
 DISPATCH = (Case("robot", robot), Case("causal_video", causal_video), Case("multi_rate", multi_rate))
@@ -191,29 +179,18 @@ DISPATCH = (Case("robot", robot), Case("causal_video", causal_video), Case("mult
 _CANVASES = (
     *DISPATCH,
     Case("surgical_robot", surgical_robot),
-    Case("fleet", fleet, without=LONG_ON_A_FLEET),
+    Case("fleet", fleet, slow=("per_edge_loop", "sdpa_mask", "sdpa_mask_used", "flex")),
     Case("computer_use", computer_use, heads=1),
 )
-_AT_LEAST = {
-    "robot": {"per_edge_loop": 2.0},
-    "causal_video": {"per_edge_loop": 3.7, "dense_mask": 5.0},
-    "multi_rate": {"per_edge_loop": 4.0},
-}
 LAYERS = (
-    *(_of("layer", f"layer_{c.name}", c.declare, _AT_LEAST[c.name], long=False) for c in DISPATCH),
-    _of("layer", "layer_fleet", fleet, {"per_edge_loop": 40.0}, forms=("edge",)),
-    *(_of("program", f"program_{c.name}", c.declare, {"without_program": 0.97}) for c in DISPATCH),
-    # where half of the updates of memory and belief are skipped, attention takes 40 % less time
-    _of("skipping", "skipping", at_least={"everything": 5.0}),
-    _of("packed", "cogvideox_packed", size=(256, 384, 17)),
+    *(Case(f"layer_{case.name}", case.declare, "layer", "layer") for case in DISPATCH),
+    Case("layer_fleet", fleet, "layer", "layer", long=True, options={"forms": ("edge",)}),
 )
 _VIDEOS = {f"video_of_{frames}_frames": partial(long_video, frames) for frames in (16, 32, 64, 128, 256)}
 _PLANS = {case.name: case.declare for case in DISPATCH} | {"computer_use": computer_use} | _VIDEOS
 _FLEETS = {f"fleet_{vehicles}": partial(fleet, vehicles, 1) for vehicles in (1_250, 2_500, 5_000, 10_000)}
-_SECONDS = {"computer_use": 0.050, "video_of_256_frames": 1.0, "fleet_10000": 5.0}
 PLANS = tuple(
-    _of("plan", f"plan_{name}", declare, None, _SECONDS.get(name), name in _FLEETS, "plan")
-    for name, declare in (_PLANS | _FLEETS).items()
+    Case(f"plan_{name}", declare, "plan", "plan", long=name in _FLEETS) for name, declare in (_PLANS | _FLEETS).items()
 )
 _SAME_AS = ("self_attention", "cogvideox", "pooling_attention", "none")
 """Other names of cross_attention and pooling, and none: what they cost is known."""
@@ -223,23 +200,29 @@ CLAIMS = {
     if fn not in _SAME_AS and fn in ATTENTION_REGISTRY
 }
 """Each attention function once, and the complexity that its description states."""
-_SCALED = {"group": "scaling", "sizes": tuple(2**i for i in range(6, 14)), "width": 64}
-_SCANNED = {"group": "scan", "keys": 4096, "width": 256}
-_EDGES = {"group": "edges", "edges": 200, "size": 16, "width": 256}
-FUNCTIONS = (
-    *(_of("scaling", f"scaling_{fn}", **_SCALED, fn=fn, claim=claim, queries=0) for fn, claim in CLAIMS.items()),
-    *(_of("scaling", f"queries_{fn}", **_SCALED, fn=fn, claim=claim, queries=64) for fn, claim in CLAIMS.items()),
-    # a softmax of 4,096 queries over as many rows is most of mamba's time, and the same in the loops: no target
-    _of("scan", "scan_mamba_64", at_least={"indexed_loop": 20.0}, **_SCANNED, fn="mamba", queries=64),
-    _of("scan", "scan_mamba_4096", **_SCANNED, fn="mamba", queries=4096),
-    _of("scan", "scan_rwkv_4096", at_least={"indexed_loop": 20.0}, **_SCANNED, fn="rwkv", queries=4096),
-    *(_of("edges", f"edges_{fn}", at_least={"batch": 2 / 3}, **_EDGES, fn=fn) for fn in CLAIMS),
+FUNCTIONS = tuple(
+    Case(
+        f"{fn}_of_{keys}" + f"_by_{queries}" * bool(queries),
+        partial(one_function, fn, keys, queries),
+        "layer",
+        "queries" if queries else "functions",
+        long=True,
+        options={"forms": ("edge",), "fn": fn, "keys": keys},
+    )
+    for queries in (0, 64)
+    for fn in CLAIMS
+    for keys in (2**8, 2**10, 2**12)
 )
 CPU = (
     *_CANVASES,
     *_densities(4200, 2, 64),
-    *_lengths(1, "cpu", {"per_edge_loop": 2**14, "sdpa_mask": 2**14, "flex": 2**16, "grouped": 2**16}),
-    *_cogvideox("cogvideox", 2, LONG_ON_COGVIDEOX),
+    # of the million positions' 8,191 sets, each clears and adds gradients of the whole canvas: 45 minutes a step
+    *_lengths(1, {"per_edge_loop": 2**14, "sdpa_mask": 2**14, "flex": 2**16, "grouped": 2**16}, ("per_edge_loop",)),
+    *_cogvideox(
+        "cogvideox",
+        2,
+        {"dense": ("sdpa_mask", "per_edge_loop"), "three_frames": ("sdpa_mask",), "tiles": ("sdpa_mask", "flex")},
+    ),
     # against what its users have today: unmasked attention over all tokens is its reference line
     Case(
         "cogvideox_stock",
@@ -247,8 +230,7 @@ CPU = (
         group="cogvideox",
         sequence=("text", "video"),
         heads=2,
-        at_least={"sdpa_unmasked": 0.8},
-        without=dict.fromkeys(("sdpa_mask", "flex", "per_edge_loop", "grouped"), "cogvideox_previous_frame times it"),
+        never=("sdpa_mask", "flex", "per_edge_loop", "grouped"),  # cogvideox_previous_frame times them
         long=True,
         options={"reference_tokens": 17776},
     ),
@@ -262,9 +244,13 @@ GPU = (
     *(case for dim, heads in ((64, 32), (128, 16)) for case in _densities(16_800, heads, dim)),
     Case("long_video_d64", partial(long_video, 16, 32), batch=2, heads=16),
     Case("long_video_d128", partial(long_video, 16, 32), batch=2, heads=8, head_dim=128),
-    *(dataclasses.replace(case, batch=4, heads=16, without={}) for case in _CANVASES),
-    *_lengths(8, "cuda", dict.fromkeys(("per_edge_loop", "grouped"), 2**16)),
+    *(dataclasses.replace(case, batch=4, heads=16, slow=()) for case in _CANVASES),
+    *_lengths(8, dict.fromkeys(("per_edge_loop", "grouped"), 2**16)),
     *_cogvideox("cogvideox_2b", 30),
+    *(
+        Case(f"layer_{case.name}", case.declare, "layer", "layer", batch=4, options={"forms": ("edge",)})
+        for case in (*DISPATCH, _CANVASES[-1])
+    ),
 )
 """What a GPU is measured on, what matters most first: its time is short."""
 EARLY_ON_A_GPU = ("cogvideox_5b_previous_frame", "video_65536")
@@ -284,5 +270,8 @@ def toy() -> Declaration:
     return layout, CanvasTopology(connections)
 
 
-TOY = (Case("toy", toy, sequence=("caption", "video"), heads=1, head_dim=16),)
+TOY = (
+    Case("toy", toy, sequence=("caption", "video"), heads=1, head_dim=16),
+    Case("layer_toy", toy, "layer", "layer", heads=1, options={"forms": ("edge",)}),
+)
 """For Triton's interpreter."""

@@ -9,8 +9,7 @@ ours         the cases (``bench.py``): canvas_attention and unmasked attention, 
 correctness  every other configuration, dtype, head dimension and layout
 providers    the same cases, against everyone else
 sweep        tile candidates per pass, for ``configs.py``: checked in many processes, then timed
-profile      torch.profiler on the slowest case of the second phase
-dispatcher   AttentionDispatcher against the per-edge loop, and how long kernels wait for launches
+profile      torch.profiler on the slowest case of the second phase; how long the dispatcher's kernels wait for launches
 tools        compute-sanitizer, and ncu on the slowest case, where the machine has them
 
 Every phase has a deadline. Its rows are in ``DIR/<phase>.jsonl`` as soon as they are known, each with the ``item`` that
@@ -23,38 +22,33 @@ Triton's interpreter; ``--plan`` runs no kernel, only what comes before.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import math
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton
 from torch.profiler import ProfilerActivity
 
-from benchmarks import aot, bench, cases, gpu_checks, layers, measure, plot
+from benchmarks import aot, bench, cases, measure, plot
 from benchmarks.measure import Run
 from benchmarks.problem import Problem
-from canvas_engineering.attention import canvas_attention
+from benchmarks.worker import Failed, Worker
 from canvas_engineering.files import replace_file
 from canvas_kernels.triton_ops.configs import Config
+from tests.kernels import device_checks
 
 Calls = dict[str, Callable[[], list[dict]]]
-PHASES = {"defaults": 60, "ours": 160, "correctness": 215, "providers": 290, "sweep": 325}
-PHASES |= {"profile": 332, "dispatcher": 340, "tools": 350}
+PHASES = {"defaults": 60, "ours": 160, "correctness": 215, "providers": 290, "sweep": 325, "profile": 340, "tools": 350}
 """Seconds after the start at which each phase takes up nothing more."""
 RESUMED, UNHURRIED, GRACE, PATIENCE = 230 / 350, 10.0, 5.0, 30.0
 """The share of these that a resumed run has, and one in the interpreter, where no device waits; seconds that an item
@@ -67,7 +61,7 @@ SWEEP = {
     64: ((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4)),
     128: ((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)),
 }
-SWEPT_CASES, SWEEP_SECONDS = ("frames_2_d128", "frames_2_d64"), 0.1
+SWEPT_CASES, SWEEP_STEPS = ("frames_2_d128", "frames_2_d64"), 9
 WORKERS = {False: 14, True: 1}
 """Processes of checks on a device, and in the interpreter."""
 
@@ -77,8 +71,8 @@ class Pool:
     was at: another process goes on."""
 
     def __init__(self) -> None:
-        self.context, self.telling = get_context("spawn"), threading.Lock()
-        self.idle: list[tuple] = []
+        self.telling = threading.Lock()
+        self.idle: list[Worker] = []
 
     def run(
         self, calls: Calls, until: float, on_rows: Callable[[str, list[dict]], None], workers: int = 1
@@ -94,21 +88,19 @@ class Pool:
             if began >= until:
                 return False
             try:
-                process, pipe = self.idle.pop()
+                worker = self.idle.pop()
             except IndexError:
-                process, pipe = self._start()
+                worker = Worker()
             try:
-                pipe.send(calls[name])
-                late = not pipe.poll(until + GRACE - began)
-                rows, is_sound = ([{"failed": "it took too long"}], False) if late else pipe.recv()
-            except (EOFError, OSError):
-                rows, is_sound, late = [{"failed": "its process died"}], False, False
-            if is_sound:
-                self.idle.append((process, pipe))
-            else:
-                process.kill()
-            if late and time.time() - began < PATIENCE:
-                return False
+                rows = worker.call(in_worker, calls[name], seconds=until + GRACE - began)
+            except TimeoutError as cause:
+                if time.time() - began < PATIENCE:
+                    return False
+                rows = [{"failed": str(cause)}]
+            except Failed as cause:
+                rows = [{"failed": str(cause)}]
+            if worker.is_sound:
+                self.idle.append(worker)
             with self.telling:
                 on_rows(name, rows)
             return True
@@ -116,40 +108,22 @@ class Pool:
         with ThreadPoolExecutor(workers) as threads:
             return [name for name, was_run in zip(calls, list(threads.map(run_one, calls))) if not was_run]
 
-    def _start(self) -> tuple:
-        pipe, other = self.context.Pipe()
-        process = self.context.Process(target=_serve, args=(other,), daemon=True)
-        process.start()
-        other.close()
-        return process, pipe
+    def close(self) -> None:
+        """End the processes."""
+        while self.idle:
+            self.idle.pop().close()
+
+
+def in_worker(call: Callable[[], list[dict]]) -> list[dict]:
+    """Make a call; in the interpreter without what the reference machine lacks."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        forget_absent()
+    return call()
 
 
 def forget_absent() -> None:
     """Imports of what the reference machine lacks fail from now on."""
     sys.modules.update({name: None for name in ABSENT if name not in sys.modules})
-
-
-def _serve(pipe: Connection) -> None:
-    """Make calls and send their rows, and whether the device still answers: after a fault in a kernel it does not."""
-    is_sound = True
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        forget_absent()
-    while is_sound:
-        try:
-            call = pipe.recv()
-        except EOFError:  # there are no more
-            return
-        try:
-            rows = call()
-        except Exception as cause:
-            traceback.print_exc()
-            rows = [{"failed": measure.told(cause)}]
-        with contextlib.suppress(RuntimeError):
-            is_sound = False
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            is_sound = True
-        pipe.send((rows, is_sound))
 
 
 @dataclass(frozen=True)
@@ -182,14 +156,6 @@ class Session:
         """The time of the phase's deadline."""
         return self.began + PHASES[phase] * self.share
 
-    def settings(self, phase: str, only: Iterable[str] = ()) -> measure.Settings:
-        """How cases are timed in a phase."""
-        settings = measure.Settings(self.device, self.dtype, 0.5, only=tuple(only), environment=self.environment)
-        settings.deadline = time.perf_counter() + self.until(phase) - time.time()
-        if self.interpret:
-            settings.backend, settings.reference_tokens, settings.seconds = "triton", 16, 0.0
-        return settings
-
     def rows(self, phase: str) -> list[dict]:
         """What is known of a phase."""
         path = self.out / f"{phase}.jsonl"
@@ -211,14 +177,14 @@ class Session:
         if late:
             self.say(f"{phase}: no time was left for {len(late)}: {', '.join(late)[:200]}")
 
-    def attention(self, name: str, form: str) -> Run:
+    def settings(self, **more) -> measure.Settings:
+        """How cases are timed."""
+        toy = {"backend": "triton", "reference_tokens": 16, "seconds": 0.0} if self.interpret else {"seconds": 0.5}
+        return measure.Settings(self.device, self.dtype, environment=self.environment, **toy | more)
+
+    def ours(self, name: str, form: str) -> Run:
         """The kernels on a case."""
-        problem = Problem(self.cases[name])
-        plan = problem.plan(form).to(self.device)
-        *inputs, upstream = problem.inputs(self.device, self.dtype)
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        leaves = dict(zip(gpu_checks.RESULTS[1:], inputs))
-        return Run(lambda q, k, v: canvas_attention(q, k, v, plan, backend="triton"), inputs, leaves, upstream)
+        return bench.ours(self.cases[name], form, self.settings())
 
     def slowest(self) -> tuple[str, str]:
         """Case and form of "ours" that took the longest in this run; without one, the first."""
@@ -238,10 +204,10 @@ def line(row: dict) -> str:
     if "provider" in row:
         return plot.line(row)
     shares = [row["errors"][name] / budget for name, budget in row.get("budgets", {}).items()]
-    found = (
+    result = (
         f"{1e3 * row['seconds']:.3f} ms" if "seconds" in row else f"{max(shares):.2f} of the budget" if shares else ""
     )
-    return f"{row['item']}: {wrong_in(row) or row.get('skipped') or found or 'done'}"
+    return f"{row['item']}: {wrong_in(row) or row.get('skipped') or result or 'done'}"
 
 
 def wrong_in(row: dict) -> str:
@@ -251,8 +217,8 @@ def wrong_in(row: dict) -> str:
 
 def check_tasks(session: Session, phase: str, pool: Pool) -> None:
     """Tasks of the kernels, in many processes: compiling takes most of the time."""
-    tasks = gpu_checks.tasks(session.interpret)[phase == "correctness"]
-    calls = {task.name: partial(gpu_checks.run_task, task, session.device) for task in tasks}
+    tasks = device_checks.tasks(session.interpret)[phase == "correctness"]
+    calls = {task.name: partial(device_checks.run_task, task, session.device) for task in tasks}
     session.run(phase, calls, pool, WORKERS[session.interpret])
 
 
@@ -263,66 +229,71 @@ def time_cases(session: Session, phase: str, pool: Pool) -> None:
 
 def time_case(session: Session, phase: str, name: str) -> list[dict]:
     toy = ("ours", "ours_torch", "sdpa_mask", "per_edge_loop", "grouped") if session.interpret else ()
-    return next(bench.run([session.cases[name]], session.settings(phase, ("ours",) if phase == "ours" else toy)))
+    deadline = time.perf_counter() + session.until(phase) - time.time()
+    settings = session.settings(only=("ours",) if phase == "ours" else toy, deadline=deadline)
+    return next(bench.run([session.cases[name]], settings))
 
 
 def sweep(session: Session, phase: str, pool: Pool) -> None:
     """Times one pass at a time with candidate tiles, the others as shipped. What does not compile, or is wrong, is a
     row, too. Candidates are compiled and checked in many processes first: that takes most of the time."""
     tried = {}
-    for name in session.cases if session.interpret else SWEPT_CASES:
+    for name in ("toy",) if session.interpret else SWEPT_CASES:
         head_dim = session.cases[name].head_dim
         for form, stage in SWEPT_PASSES[:: 3 if session.interpret else 1]:
             for shape in ((16, 16, 1, 2),) if session.interpret else SWEEP[head_dim]:
-                candidate = gpu_checks.Candidate(stage, Config(*shape))
-                positions = 40 if session.interpret else gpu_checks.POSITIONS
-                task = gpu_checks.Task(head_dim, session.dtype, form, False, positions, candidate=candidate)
+                candidate = device_checks.Candidate(stage, Config(*shape))
+                positions = 40 if session.interpret else device_checks.POSITIONS
+                task = device_checks.Task(head_dim, session.dtype, form, False, positions, candidate=candidate)
                 tried[f"{name} {stage} {form} {'x'.join(map(str, shape))}"] = name, task
-    now, checked = time.time(), {}
-    known = {row["item"] for row in session.rows(phase)}
-    checks = {i: partial(gpu_checks.run_task, task, session.device) for i, (_, task) in tried.items() if i not in known}
-    half = now + (session.until(phase) - now) / 2
-    pool.run(checks, half, lambda item, rows: checked.update({item: wrong_in(rows[0])}), WORKERS[session.interpret])
-    calls = {item: partial(time_tiles, session, *what, checked.get(item)) for item, what in tried.items()}
+    checks = {f"check {i}": partial(device_checks.run_task, task, session.device) for i, (_, task) in tried.items()}
+    half = (time.time() + session.until(phase)) / 2
+    session.run(phase, checks, pool, WORKERS[session.interpret], half)
+    wrong = {row["item"].removeprefix("check ") for row in session.rows(phase) if wrong_in(row)}
+    calls = {item: partial(time_tiles, session, *what) for item, what in tried.items() if item not in wrong}
     session.run(phase, calls, pool)
 
 
-def time_tiles(session: Session, name: str, task: gpu_checks.Task, fault: str | None) -> list[dict]:
-    row = {"case": name, "form": task.form, "stage": task.candidate.stage, "config": list(task.candidate.config)}
-    if fault:
-        return [row | {"failed": fault}]
-    run, shipped = _shipped(session.interpret, name, task.form)
-    return [row | time_candidate(run, shipped, task.candidate, session.device)]
+def time_tiles(session: Session, name: str, task: device_checks.Task) -> list[dict]:
+    candidate, (run, shipped) = task.candidate, _shipped(session.interpret, name, task.form)
+    row = {"case": name, "form": task.form, "stage": candidate.stage, "config": list(candidate.config)}
+    return [row | time_candidate(run, shipped, candidate, session.device)]
 
 
 @lru_cache(maxsize=1)
 def _shipped(interpret: bool, name: str, form: str) -> tuple[Run, dict]:
-    run = Session(Path(), interpret).attention(name, form)
+    run = Session(Path(), interpret).ours(name, form)
     return run, run.results()
 
 
-def time_candidate(run: Run, shipped: dict, candidate: gpu_checks.Candidate, device: str) -> dict:
+def time_candidate(run: Run, shipped: dict, candidate: device_checks.Candidate, device: str) -> dict:
     """Errors and seconds of the forward, or of the whole backward, with one pass's tiles replaced. Raises Wrong where a
     result is further than two units in the last place of the largest from ``shipped``, that of the shipped tiles."""
     dtype = shipped["out"].dtype
-    budget = gpu_checks.FLOAT32_BUDGET if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-    with gpu_checks.replaced(candidate):
+    budget = device_checks.FLOAT32_BUDGET if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    with device_checks.replaced(candidate):
         checked = measure.compare(run.results(), shipped, dict.fromkeys(shipped, budget))
         if checked["faults"]:
             raise measure.Wrong("; ".join(checked["faults"]))
-        part = "forward" if candidate.stage == "forward" else "backward"
-        seconds = measure.quantiles(measure.repeat(run, SWEEP_SECONDS, device, part))["p50"]
-    return {"errors": checked["errors"], "seconds": seconds}
+        run.times.clear()
+        for _ in range(SWEEP_STEPS):
+            run.step(device)
+    seconds = run.seconds("forward" if candidate.stage == "forward" else "backward")
+    return {"errors": checked["errors"], "seconds": float(np.median(seconds))}
 
 
 def profile(session: Session, phase: str, pool: Pool) -> None:
-    """Where the time of the slowest case goes, kernel by kernel: ``profile.txt``."""
-    session.run(phase, {"slowest": partial(record_profile, session)}, pool)
+    """Where the time of the slowest case goes, kernel by kernel: ``profile.txt``; and what launches cost layers."""
+    calls = {"slowest": partial(record_profile, session)}
+    if session.device == "cuda":
+        named = (name for name, case in session.cases.items() if case.kind == "layer")
+        calls |= {name: partial(launch_gaps, session, name) for name in named}
+    session.run(phase, calls, pool)
 
 
 def record_profile(session: Session) -> list[dict]:
     name, form = session.slowest()
-    run, on_gpu = session.attention(name, form), session.device == "cuda"
+    run, on_gpu = session.ours(name, form), session.device == "cuda"
     run.results()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as recorded:
@@ -331,30 +302,12 @@ def record_profile(session: Session) -> list[dict]:
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     text = f"{name}, {form} form\n{recorded.key_averages().table(sort_by=order, row_limit=25)}\n"
     replace_file(session.out / "profile.txt", text.encode())
-    print(text, flush=True)
     return [{"case": name, "form": form}]
 
 
-def dispatcher(session: Session, phase: str, pool: Pool) -> None:
-    """AttentionDispatcher and the per-edge loop with equal parameters, as the layers of ``bench.py``."""
-    computer = cases.Case("computer_use", cases.computer_use)
-    chosen = cases.TOY if session.interpret else (*cases.DISPATCH, computer)
-    session.run(phase, {case.name: partial(time_layer, session, phase, case) for case in chosen}, pool)
-
-
-def time_layer(session: Session, phase: str, case: cases.Case) -> list[dict]:
-    batch = 1 if session.interpret else 4
-    case = dataclasses.replace(case, kind="layer", batch=batch, options={"forms": ("edge",)})
-    settings = session.settings(phase)
-    rows = bench.run_case(case, settings)
-    if session.device == "cuda" and "step_seconds" in rows[0]:
-        rows[0]["launch_gaps"] = launch_gaps(layers.layer(case, settings).providers[0].build())
-        print(f"{case.name}: {100 * rows[0]['launch_gaps']:.0f} % of the time between kernels", flush=True)
-    return rows
-
-
-def launch_gaps(run: Run, steps: int = 5) -> float:
+def launch_gaps(session: Session, name: str, steps: int = 5) -> list[dict]:
     """The share of time, from the first kernel of several steps to the end of the last, in which no kernel runs."""
+    run = session.ours(name, "edge")
     run.results()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
@@ -362,10 +315,11 @@ def launch_gaps(run: Run, steps: int = 5) -> float:
             run.results()
         torch.cuda.synchronize()
     spans = [event.time_range for event in recorded.events() if event.device_type.name == "CUDA"]
-    if not spans:  # without the right to trace
-        return math.nan
+    if not spans:
+        return [{"case": name, "skipped": "no right to trace"}]
     elapsed = max(span.end for span in spans) - min(span.start for span in spans)
-    return 1 - sum(span.end - span.start for span in spans) / elapsed  # of one stream: kernels follow each other
+    # of one stream: kernels follow each other
+    return [{"case": name, "launch_gaps": 1 - sum(span.end - span.start for span in spans) / elapsed}]
 
 
 def tools(session: Session, phase: str, pool: Pool) -> None:
@@ -395,7 +349,7 @@ def run_tool(session: Session, phase: str, name: str, options: list[str], what: 
 
 
 WORK = {"defaults": check_tasks, "ours": time_cases, "correctness": check_tasks, "providers": time_cases}
-WORK |= {"sweep": sweep, "profile": profile, "dispatcher": dispatcher, "tools": tools}
+WORK |= {"sweep": sweep, "profile": profile, "tools": tools}
 
 
 def faults(session: Session, phases: Iterable[str]) -> list[str]:
@@ -412,8 +366,8 @@ def plan() -> int:
         pairs = [f"{form} {Problem(case).plan(form).table.pairs:,}" for form in ("joint", "edge")]
         print(f"{case.name}: {', '.join(pairs)} pairs", flush=True)
     print(aot.line(aot.compile_launch(aot.launches(["sm_90"], [64], ["bf16"])[0])))
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "numpy": sys.modules["numpy"].__version__}
-    print(f"{len(cases.GPU)} cases planned, {sum(map(len, gpu_checks.tasks()))} checks known; {versions}")
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "numpy": np.__version__}
+    print(f"{len(cases.GPU)} cases planned, {sum(map(len, device_checks.tasks()))} checks known; {versions}")
     return 0
 
 
@@ -436,7 +390,7 @@ def main(argv=None) -> int:
     share = UNHURRIED if options.interpret else RESUMED if options.resume else 1.0
     session = Session(options.out, options.interpret, share=share)
     if options.once:
-        session.attention(*options.once).results()
+        session.ours(*options.once).results()
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     for phase in () if options.resume else phases:
@@ -451,8 +405,11 @@ def main(argv=None) -> int:
         WORK[phase](session, phase, pool)
     wrong = faults(session, phases)
     session.say("\n".join(["FAULTS", *wrong]) if wrong else "done")
+    pool.close()
     return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from benchmarks import gpu  # by its name: other processes look for its functions there
+
+    sys.exit(gpu.main())

@@ -7,7 +7,6 @@ call: on a CPU as torch's profiler counts them, on a GPU as the allocator does.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.metadata
 import itertools
@@ -15,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import time
@@ -63,7 +63,7 @@ class Settings:
     backend: str = "auto"
     reference_tokens: int | None = None
     only: Sequence[str] = ()  # the providers that are timed, () for all
-    forms: Sequence[str] = ()
+    forms: Sequence[str] = ("joint", "edge")
     long: bool = False  # what other runs leave out, alone
     deadline: float = math.inf  # of time.perf_counter: then only ``ours`` is timed, and no case begun
     environment: dict = field(default_factory=dict)  # what every row says of the machine
@@ -160,16 +160,15 @@ class Contest:
 
 def error(value: Tensor, exact: Tensor, scale: float | None = None) -> float:
     """max |difference| / ``scale``, by default max |exact| (1 where that is 0); infinite where NaN."""
-    scale = float(exact.abs().max()) if scale is None else scale
-    result = float((value.double() - exact).abs().max()) / (scale or 1.0)
+    scale = (float(exact.abs().max()) if scale is None else scale) or 1.0
+    result = float((value.double() - exact).abs().max()) / scale
     return math.inf if math.isnan(result) else result
 
 
 def compare(results: dict[str, Tensor], exact: dict[str, Tensor], budgets: dict[str, float], scales=None) -> dict:
     """The "errors" of results by name, their "budgets", and "faults": what exceeds them, or is missing, in words."""
-    scales = scales or {}
-    errors = {n: error(results[n], exact[n], scales.get(n)) if n in results else math.inf for n in exact}
-    faults = [f"{n}: error {found:.2e} over {budgets[n]:.2e}" for n, found in errors.items() if not found <= budgets[n]]
+    errors = {n: error(results[n], exact[n], (scales or {}).get(n)) if n in results else math.inf for n in exact}
+    faults = [f"{n}: error {off:.2e} over {budgets[n]:.2e}" for n, off in errors.items() if not off <= budgets[n]]
     return {"errors": errors, "budgets": {name: budgets[name] for name in errors}, "faults": faults}
 
 
@@ -250,23 +249,11 @@ def _prepare(provider: Provider, contest: Contest, known: tuple[dict, dict], dev
     return run
 
 
-def repeat(run: Run, budget: float, device: str = "cpu", part: str = "step") -> np.ndarray:
-    """Seconds of as many steps as the budget holds, at least 2 and at most 30, after one to warm up. A first step that
-    takes more than the budget is the only one."""
-    run.times.clear()
-    while len(run.times) < 3 or (sum(map(sum, run.times[1:])) < budget and len(run.times) < 31):
-        run.step(device)
-        if sum(run.times[0]) > budget:
-            return run.seconds(part)
-    return run.seconds(part)[1:]
-
-
 def turns(providers: Sequence[T], rounds: int) -> Iterator[list[T]]:
     """The providers of each round, in another order each, drawn once and for ever: whoever came before has filled the
     caches, and rotating alone would leave that one the same in most rounds."""
     generator = np.random.default_rng(0)
-    for _ in range(rounds):
-        yield [providers[i] for i in generator.permutation(len(providers))]
+    yield from ([providers[i] for i in generator.permutation(len(providers))] for _ in range(rounds))
 
 
 def take_turns(runs: dict[tuple[str, str], Run], reference: Run | None, settings: Settings) -> None:
@@ -300,17 +287,18 @@ def take_turns(runs: dict[tuple[str, str], Run], reference: Run | None, settings
 
 
 def timings(run: Run, own: Run | None, reference: Run | None, facts: dict) -> dict:
-    """Times, rates and ratios to ``ours`` of a row, paired round by round."""
+    """Times, rates and ratios to ``own``, the run of "ours", of a row; paired round by round."""
     rounds = len(run.times)
     row = {"rounds": rounds}
     for part in run.parts:
         seconds = run.seconds(part)
         row[f"{part}_seconds"] = quantiles(seconds)
         if reference:
-            flops, of_reference = _flops(part, facts, facts["pairs"], facts["batch"]), _reference_flops(part, facts)
-            rate = of_reference / reference.seconds(part).reshape(-1, 2)[:rounds].mean(1)
-            row[f"{part}_tflops"] = flops / float(np.median(seconds)) / 1e12
-            row[f"{part}_roofline"] = quantiles(flops / seconds / rate)
+            flop = _flop(part, facts, facts["pairs"] * facts["batch"])
+            unmasked = _flop(part, facts, facts["reference_tokens"] ** 2)
+            rate = unmasked / reference.seconds(part).reshape(-1, 2)[:rounds].mean(1)
+            row[f"{part}_tflops"] = flop / float(np.median(seconds)) / 1e12
+            row[f"{part}_roofline"] = quantiles(flop / seconds / rate)
         if own not in (None, run):
             both = min(rounds, len(own.times))
             row[f"{part}_ratio"] = quantiles(seconds[:both] / own.seconds(part)[:both])
@@ -321,16 +309,12 @@ def _reference_line(run: Run, facts: dict) -> dict:
     """What the reference's row says. Noise is by how much two like calls differ in nine of ten rounds: 0.05 is 5 %."""
     row = {f"{part}_seconds": quantiles(run.seconds(part)) for part in run.parts}
     pairs = np.log(run.seconds("step")).reshape(-1, 2)
-    row["step_tflops"] = _reference_flops("step", facts) / row["step_seconds"]["p50"] / 1e12
+    row["step_tflops"] = _flop("step", facts, facts["reference_tokens"] ** 2) / row["step_seconds"]["p50"] / 1e12
     return row | {"noise": float(np.quantile(np.abs(pairs[:, 0] - pairs[:, 1]), 0.9))}
 
 
-def _flops(part: str, facts: dict, pairs: int, batch: int) -> float:
-    return {"forward": 4, "backward": 10, "step": 14}[part] * pairs * facts["head_dim"] * facts["heads"] * batch
-
-
-def _reference_flops(part: str, facts: dict) -> float:
-    return _flops(part, facts, facts["reference_tokens"] ** 2, batch=1)
+def _flop(part: str, facts: dict, pairs: int) -> int:
+    return {"forward": 4, "backward": 10, "step": 14}[part] * pairs * facts["head_dim"] * facts["heads"]
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
@@ -358,10 +342,9 @@ def _output_of(*command: str) -> str:
 
 def environment(device: str = "cpu") -> dict[str, str | int]:
     """Device, versions and commit of a row; on a GPU also its driver and the versions of what providers stand on."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
+    named = re.search(r"model name\s*:\s*(.*)", _output_of("cat", "/proc/cpuinfo"))
     result = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else (*names, platform.machine())[0],
+        "device": torch.cuda.get_device_name() if device == "cuda" else named[1] if named else platform.machine(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -371,10 +354,9 @@ def environment(device: str = "cpu") -> dict[str, str | int]:
     }
     if device == "cuda":
         driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        result["driver"] = driver.split("\n")[0]
-        for name in ("triton", "flash-attn-4"):
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                result[name] = importlib.metadata.version(name)
+        versions = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+        result |= {"driver": driver.split("\n")[0]}
+        result |= {name: versions[name] for name in ("triton", "flash-attn-4") if name in versions}
     return result
 
 

@@ -41,9 +41,8 @@ def part_of(row: dict) -> str:
 
 
 def seconds_of(row: dict) -> dict[str, float] | None:
-    """Quantiles of the seconds that a row is judged by; of several sizes, those of the largest."""
-    seconds = row.get(f"{part_of(row)}_seconds") or row.get("seconds")
-    return seconds[-1] if isinstance(seconds, list) else seconds
+    """Quantiles of the seconds that a row is judged by."""
+    return row.get(f"{part_of(row)}_seconds") or row.get("seconds")
 
 
 def noise_in(rows: Iterable[dict]) -> Callable[[dict], float]:
@@ -68,20 +67,6 @@ def spread(ratio: dict[str, float], rounds: int) -> str:
     return f"{middle} ({few if rounds < FEW else f'{low} to {high}'})"
 
 
-def targets_of(row: dict) -> list[tuple[str, float, dict[str, float], bool]]:
-    """(what, target, quantiles, whether it is reached) of a row's targets."""
-    targets, ratio = [], row.get(f"{part_of(row)}_ratio")
-    if ratio and "at_least" in row:
-        targets.append((f"time of {row['provider']} over ours, at least", row["at_least"], ratio))
-    for part in ("forward", "backward"):
-        if "at_least_of_reference" in row and f"{part}_roofline" in row:
-            what = f"{part}: share of unmasked attention's rate, at least"
-            targets.append((what, row["at_least_of_reference"], row[f"{part}_roofline"]))
-    if row.get("at_most") and "seconds" in row:
-        targets.append(("CPU seconds, at most", row["at_most"], row["seconds"]))
-    return [(*t, t[2]["p50"] <= t[1] if "at most" in t[0] else t[2]["p50"] >= t[1]) for t in targets]
-
-
 def line(row: dict) -> str:
     """A row as a line of a terminal."""
     words = f"{row['case']:26} {row['form']:9} {row['provider']:15}"
@@ -90,9 +75,7 @@ def line(row: dict) -> str:
         return f"{words} {why}"
     words += f" {1e3 * seconds['p50']:10.2f} ms" + (f", {spread(ratio, row['rounds'])} of ours" if ratio else "")
     rates = (f"{part} {row[f'{part}_tflops']:.3g}" for part in ("forward", "backward") if f"{part}_tflops" in row)
-    words += "".join(f", {rate} TFLOP/s" for rate in rates)
-    verdicts = (f"; {what} {target:.3g}: {'reached' if ok else 'MISSED'}" for what, target, _, ok in targets_of(row))
-    return words + "".join(verdicts)
+    return words + "".join(f", {rate} TFLOP/s" for rate in rates)
 
 
 def table(titles: Sequence[str], cells: list[Sequence[str]]) -> str:
@@ -106,12 +89,7 @@ def _value(row: dict, name: str, digits: str, factor: float = 1, of: str = "p50"
     """A number of a row, or the median of its quantiles, in so many digits; "" where there is none."""
     value = row.get(name)
     value = value.get(of) if isinstance(value, dict) else value
-    return "" if value is None or isinstance(value, list) else f"{factor * value:{digits}}"
-
-
-def _at(row: dict, size: int) -> str:
-    seconds = dict(zip(row.get("sizes", ()), row.get("seconds", ()))).get(size)
-    return _value({"seconds": seconds}, "seconds", ".3g", 1e3, "p10")
+    return "" if value is None else f"{factor * value:{digits}}"
 
 
 COLUMNS: dict[str, Callable[[dict], str]] = {
@@ -121,18 +99,12 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "tokens": lambda row: _value(row, "tokens", ","),
     "rectangles": lambda row: _value(row, "rectangles", ","),
     "density": lambda row: _value(row, "density", ".3g", 100.0) + " %" * ("density" in row),
-    "claimed": lambda row: CLAIMS.get(row.get("fn", ""), ""),
-    "time exponent": lambda row: _value(row, "time_exponent", ".2f"),
-    "memory exponent": lambda row: _value(row, "memory_exponent", ".2f"),
     "declaration, ms": lambda row: _value(row, "declare_seconds", ".4g", 1e3),
     "ms": lambda row: _value(row, "seconds", ".4g", 1e3),
-    "ms at 2⁸": lambda row: _at(row, 256),
-    "ms at 2¹⁰": lambda row: _at(row, 1024),
-    "ms at 2¹³": lambda row: _at(row, 8192),
     "forward, ms": lambda row: _value(row, "forward_seconds", ".4g", 1e3),
     "forward + backward, ms": lambda row: _value(row, "step_seconds", ".4g", 1e3),
     "of SDPA's rate": lambda row: _value(row, f"{part_of(row)}_roofline", ".2f"),
-    "MiB": lambda row: _value({"peak_bytes": row.get("bytes", [None])[-1]} | row, "peak_bytes", ".3g", 2**-20),
+    "MiB": lambda row: _value(row, "peak_bytes", ".3g", 2**-20),
     "resident MiB": lambda row: _value(row, "resident_bytes", ".3g", 2**-20),
 }
 
@@ -161,14 +133,20 @@ def by_provider(rows: list[dict], *groups: str) -> str:
     return table(["case", *titles], [[name, *(cells.get((name, title), "") for title in titles)] for name in names])
 
 
-def targets(rows: list[dict]) -> str:
-    """Every target, what was measured (10 % to 90 %), and whether it is reached."""
-    cells = []
-    for row in timed(rows):
-        for what, target, q, ok in targets_of(row):
-            measured = f"{q['p50']:.3g} ({q['p10']:.3g} to {q['p90']:.3g})"
-            cells.append([row["case"], what, f"{target:.3g}", measured, "reached" if ok else "**missed**"])
-    return table(["case", "what", "target", "measured", "verdict"], cells)
+def functions(rows: list[dict], group: str) -> str:
+    """A line for each attention function: the complexity that it claims, times by number of keys, and memory."""
+    own = {(row["fn"], row["keys"]): row for row in timed(rows, group) if row["provider"] == "ours"}
+    sizes = sorted({keys for _, keys in own})
+    cells = [
+        [
+            fn,
+            CLAIMS[fn],
+            *(COLUMNS["forward + backward, ms"](own[fn, keys]) for keys in sizes),
+            COLUMNS["MiB"](own[fn, sizes[-1]]),
+        ]
+        for fn in dict.fromkeys(fn for fn, _ in own)
+    ]
+    return table(["function", "claimed", *(f"ms at {keys:,}" for keys in sizes), "MiB"], cells)
 
 
 def machines(rows: list[dict]) -> str:
@@ -195,17 +173,6 @@ def left_out(rows: list[dict]) -> str:
     return "".join(f"- {why} ({names})\n" for why, names in cells) or "Nothing.\n"
 
 
-def kernels(rows: list[dict]) -> str:
-    """What the configurations of each architecture take at most, from the committed rows of ``benchmarks.aot``."""
-    shipped = [row for row in read_rows(RESULTS / "aot.json") if row["form"] != "dense"]
-    cells = []
-    for arch in dict.fromkeys(row["arch"] for row in shipped):
-        own = [row for row in shipped if row["arch"] == arch]
-        most = (str(max(row[name] for row in own)) for name in ("registers", "spilled", "shared"))
-        cells.append([arch, str(len(own)), *most, str(sum(row["wgmma"] for row in own))])
-    return table(["architecture", "configurations", "registers", "bytes spilled", "shared memory", "wgmma dots"], cells)
-
-
 def rates(rows: list[dict]) -> str:
     """The predicted rates of passes in bfloat16, by each Triton's committed rows of ``benchmarks.aot``."""
     titles, cells = [], {}
@@ -214,7 +181,7 @@ def rates(rows: list[dict]) -> str:
         new = [f"{part}, Triton {compiled[0]['triton']}" for part in FLOP_PER_PAIR]
         titles += new
         for row in (row for row in pass_rates(compiled) if row["dtype"] == "bf16"):
-            rate = {title: f"{row[part]:.0f}" for title, part in zip(new, FLOP_PER_PAIR)}
+            rate = {title: f"{row[part]:.0f}" for title, part in zip(new, FLOP_PER_PAIR) if part in row}
             cells.setdefault((row["head_dim"], row["form"]), {}).update(rate)
     lines = [[f"{dim}, {form}", *(cells[dim, form].get(title, "") for title in titles)] for dim, form in sorted(cells)]
     return table(["head_dim, form", *titles], lines)
@@ -226,13 +193,9 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "canvases": lambda rows: by_provider(rows, "canvas", "cogvideox"),
     "layers": lambda rows: by_provider(rows, "layer"),
     "plans": lambda rows: everything(rows, "plan"),
-    "targets": targets,
-    "scaling": lambda rows: everything([row for row in rows if not row.get("queries")], "scaling"),
-    "queries": lambda rows: everything([row for row in rows if row.get("queries")], "scaling"),
-    "scans": lambda rows: everything(rows, "scan"),
-    "edges": lambda rows: everything(rows, "edges"),
+    "functions": lambda rows: functions(rows, "functions"),
+    "queries": lambda rows: functions(rows, "queries"),
     "left_out": left_out,
-    "kernels": kernels,
     "rates": rates,
 }
 
@@ -242,8 +205,9 @@ def filled(text: str, rows: list[dict]) -> str:
     return MARKS.sub(lambda match: f"{match[1]}{TABLES[match[2]](rows)}{match[3]}", text)
 
 
-def write_documents(rows: list[dict]) -> None:
+def write_documents() -> None:
     """Write the tables of the report, docs/performance.md and docs/families.md, and the report's figure."""
+    rows = read_rows(RESULTS / "bench.json") + read_rows(RESULTS / "long.json")
     with replacing(DOCUMENTS[0].parent / "speedup.png") as file:
         speedup(rows).savefig(file, format="png", dpi=120, bbox_inches="tight")
     for path in DOCUMENTS:

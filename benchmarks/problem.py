@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.naive import attention_sets
 from canvas_engineering.plan import AttentionPlan, compile_attention
+from examples.plain_attention import attention_sets
 
 SAMPLED_PAIRS = 1 << 23
 SAMPLED_ROWS = (48, 768)

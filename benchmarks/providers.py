@@ -136,7 +136,7 @@ def _fits(needed: int, device: str, what: str = "a mask") -> None:
         raise Unavailable(f"{what} of {needed / 2**30:,.1f} GiB, more than the {most}")
 
 
-def _package(name: str, device: str) -> ModuleType:
+def package_on_gpu(name: str, device: str) -> ModuleType:
     """A package that runs on GPUs only; raises Unavailable without it or without one."""
     if device == "cpu":
         raise Unavailable("it needs a GPU")
@@ -250,7 +250,7 @@ def flex_packed(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
 
 def flex_flash(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     """FlashAttention-4's kernels, which torch takes where flash-attn-4 is installed."""
-    _package("flash_attn.cute", device)
+    package_on_gpu("flash_attn.cute", device)
     return flex(problem, device, dtype, options={"BACKEND": "FLASH"})
 
 
@@ -360,7 +360,7 @@ def grouped(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
 
 def varlen(problem: Problem, device: str, dtype: torch.dtype) -> Attend:
     """https://docs.pytorch.org/docs/stable/nn.attention.varlen.html: (tokens, H, D), where each sequence starts."""
-    varlen_attn = _package("torch.nn.attention.varlen", device).varlen_attn
+    varlen_attn = package_on_gpu("torch.nn.attention.varlen", device).varlen_attn
     n, batch, sets = problem.tokens, problem.case.batch, _shares(problem, device, dtype)
     queries, keys, share = (torch.cat(column) for column in zip(*sets))
     queries, keys = ((at + n * torch.arange(batch, device=device)[:, None]).flatten() for at in (queries, keys))

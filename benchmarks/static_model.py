@@ -204,10 +204,12 @@ def pass_rates(rows: list[dict]) -> list[dict]:
         kept = best.get((head_dim, dtype, "edge"), {})
         if form == "in_place" and "dkv" in kept:  # dK and dV of both edge forms are one pass
             rates["dkv"] = kept["dkv"]
-        if not {"forward", "dq", "dkv"} <= rates.keys():
+        if "forward" not in rates:
             continue
-        work = {"forward": 4 / rates["forward"], "backward": 6 / rates["dq"] + 8 / rates["dkv"]}
-        if "delta" in rates:
+        work = {"forward": 4 / rates["forward"]}
+        if {"dq", "dkv"} <= rates.keys():
+            work["backward"] = 6 / rates["dq"] + 8 / rates["dkv"]
+        if "delta" in rates and "backward" in work:
             work["backward"] += 4 / rates["delta"]
         elif form == "edge":
             # 10^12 bytes in 10^12 FLOP per second: both in units of D per pair

@@ -145,7 +145,7 @@ class AttentionDispatcher(CanvasModule):
         # regions outside the layout that schedulers may fire
         self._elsewhere = frozenset() if program is None else program.regions.keys() - regions.keys()
         self.residual_accumulator = residual_accumulator
-        self._errors = self._residual_connections(program, compiled)
+        self.residual_connections = self._residual_connections(program, compiled)
         self.triggers = None
         if plan.triggers:
             self.triggers = TriggerFlags(plan.triggers, plan.n_connections, residual_accumulator)
@@ -192,7 +192,7 @@ class AttentionDispatcher(CanvasModule):
         dtype = torch.promote_types(x.dtype, torch.float32)
         row_scale = None if active is None else self.plan.row_scale(active, dtype, x.device)
         rows = self._rows(x, active, row_scale)
-        if self._errors and self.residual_accumulator is not None:
+        if self.residual_connections and self.residual_accumulator is not None:
             self._accumulate(self.residual_accumulator, x, rows, active)
         written = self._attended(rows, active, row_scale)
         written = gather_rows(written, self._written, 1)
@@ -364,7 +364,7 @@ class AttentionDispatcher(CanvasModule):
             # replaced connections count here
             on = torch.ones(self.plan.n_connections, device=x.device) if active is None else (active != 0).float()
             rows = self._rows(x, active, row_sums(self.plan.table, on))
-        for errors in self._errors:
+        for errors in self.residual_connections:
             attended = self._attend(self.fn_modules[errors.fn], rows, errors.plan, Scales())
             error = gather_rows(attended, errors.attending, 1) - gather_rows(rows, errors.attending, 1)
             if not error.shape[0]:

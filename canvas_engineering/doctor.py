@@ -78,7 +78,7 @@ def _extras() -> dict[str, list[tuple[str, str, bool]]]:
         extras[extra] = []
         for wanted in dict.fromkeys(_requirements(PACKAGE, extra)):
             name, _, least = wanted.partition(">=")
-            version = _version_of(name)
+            version = version_of(name)
             extras[extra].append((wanted, version, bool(version) and _numbers(version) >= _numbers(least)))
     return extras
 
@@ -131,7 +131,7 @@ def doctor() -> int:
     """Prints versions, devices, extras and checks. Returns 1 if a number is wrong or a backend fails, else 0."""
     print(f"{PACKAGE} {__version__} in {Path(__file__).parent}")
     print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-    print(", ".join(f"{name} {_version_of(name) or 'missing'}" for name in ("torch", "triton", "numpy", "einops")))
+    print(", ".join(f"{name} {version_of(name) or 'missing'}" for name in ("torch", "triton", "numpy", "einops")))
     print("\ndevices")
     for device in _devices():
         name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
@@ -166,7 +166,8 @@ def _print_extras() -> None:
         print(f"  {extra:<10} {words}")
 
 
-def _version_of(name: str) -> str:
+def version_of(name: str) -> str:
+    """Returns the version of an installed package, "" where there is none."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

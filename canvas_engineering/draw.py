@@ -271,7 +271,7 @@ def plan_figure(plan: AttentionPlan) -> Figure:
         for pair, c in zip(pairs, plan.connections):
             frames[pair].append((c.t_src, c.t_dst))
         handles = [
-            Patch(color=colours[pair], label=f"{pair[0]} attends to {pair[1]}: {_in_words(offsets)}")
+            Patch(color=colours[pair], label=f"{pair[0]} attends to {pair[1]}: {offsets_in_words(offsets)}")
             for pair, offsets in list(frames.items())[:MAX_LABELS]
         ]
         size = 8 if len(handles) <= 20 else 7
@@ -297,7 +297,7 @@ def _name_regions(axes: Axes, plan: AttentionPlan, pairs: list[tuple[str, str]])
         axes.set_yticks(runs, names, fontsize=8)
 
 
-def _in_words(offsets: list[tuple[int | None, int | None]]) -> str:
+def offsets_in_words(offsets: list[tuple[int | None, int | None]]) -> str:
     """Describes the frames of connections with these (t_src, t_dst): "same frame, 1 to 3 frames back"."""
     words = []
     steps = [dst - src for src, dst in offsets if src is not None and dst is not None]

@@ -26,12 +26,12 @@ from torch import Tensor
 if not __package__:  # run as a file, whose folder has no package `examples`
     sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels")]
 
-from benchmarks.naive import DenseMask, PerEdgeLoop
 from canvas_engineering import AttentionDispatcher, draw
 from canvas_engineering.files import replacing
 from canvas_engineering.plan import compile_attention
 from examples import cartpole_data
 from examples.cartpole_model import FRAMES, OBSERVED, WorldModel, declare
+from examples.plain_attention import DenseMask, PerEdgeLoop
 
 PROVIDERS = {"block tables": AttentionDispatcher, "per-edge loop": PerEdgeLoop, "dense mask": DenseMask}
 

@@ -32,11 +32,11 @@ def _region(layout, name):
     return raw.bounds, raw.period, raw.default_attn
 
 
-def _positions(bounds) -> list[tuple[int, ...]]:
+def positions(bounds) -> list[tuple[int, ...]]:
     return list(itertools.product(*(range(low, high) for low, high in zip(bounds[::2], bounds[1::2]))))
 
 
-def _flat(layout, position) -> int:
+def flat(layout, position) -> int:
     index = 0
     for coordinate, size in zip(position, (layout.T, *layout.spatial_shape)):
         index = index * size + coordinate
@@ -87,9 +87,9 @@ def frame_reads(
 
 def _masked(layout, mask, queries, keys, src_bounds, dst_bounds) -> Iterator[dict[int, tuple[int, ...]]]:
     """The reads that a mask makes of one read, whose queries and keys are positions."""
-    key_list = tuple(_flat(layout, key) for key in keys)
+    key_list = tuple(flat(layout, key) for key in keys)
     if mask is None or mask.kind == "full":
-        yield {_flat(layout, query): key_list for query in queries}
+        yield {flat(layout, query): key_list for query in queries}
     elif mask.kind == "tile":
         n = len(layout.spatial_shape)
         size = mask.tile_shape or ((mask.tile_h, mask.tile_w) + (1,) * n)[:n]
@@ -98,12 +98,12 @@ def _masked(layout, mask, queries, keys, src_bounds, dst_bounds) -> Iterator[dic
             return tuple(coordinate // extent for coordinate, extent in zip(position[1:], size))
 
         for this in sorted({tile(query) for query in queries}):
-            own = tuple(_flat(layout, key) for key in keys if tile(key) == this) or key_list
-            yield {_flat(layout, query): own for query in queries if tile(query) == this}
+            own = tuple(flat(layout, key) for key in keys if tile(key) == this) or key_list
+            yield {flat(layout, query): own for query in queries if tile(query) == this}
     else:
         assert mask.kind == "sparse", mask.kind
         pattern = torch.tensor(mask.pattern)
-        src, dst = _positions(src_bounds), _positions(dst_bounds)
+        src, dst = positions(src_bounds), positions(dst_bounds)
         shape = tuple(high - low for low, high in zip(dst_bounds[::2], dst_bounds[1::2]))
         if tuple(pattern.shape) == shape:
             pattern = pattern.reshape(1, -1).expand(len(src), -1)
@@ -111,9 +111,9 @@ def _masked(layout, mask, queries, keys, src_bounds, dst_bounds) -> Iterator[dic
         marked = {}
         for query in queries:
             row = pattern[src.index(query)]
-            own = tuple(_flat(layout, key) for key in keys if row[dst.index(key)])
+            own = tuple(flat(layout, key) for key in keys if row[dst.index(key)])
             if own:
-                marked[_flat(layout, query)] = own
+                marked[flat(layout, query)] = own
         yield marked
 
 
@@ -135,8 +135,8 @@ def reads(layout, topology, banks=None) -> list[Read]:
             c.temporal_fill.value, c.interpolation_order,
         )  # fmt: skip
         for q_frames, k_frames, share in frames:
-            queries = [position for position in _positions(src) if position[0] in q_frames]
-            keys = [position for position in _positions(dst) if position[0] in k_frames]
+            queries = [position for position in positions(src) if position[0] in q_frames]
+            keys = [position for position in positions(dst) if position[0] in k_frames]
             for pairs in _masked(layout, c.mask, queries, keys, src, dst):
                 if c.dst in (banks or {}):
                     pairs = dict.fromkeys(pairs, banks[c.dst])

@@ -140,7 +140,7 @@ def running(layout, topology, program=None, cortex=None, active_regions=None, su
 
 def observed(layout, region) -> list[int]:
     """The positions of a region, in canvas order: what its slots bind to."""
-    return [oracle._flat(layout, position) for position in oracle._positions(_bounds(layout, region))]
+    return [oracle.flat(layout, position) for position in oracle.positions(_bounds(layout, region))]
 
 
 def step(

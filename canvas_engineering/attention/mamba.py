@@ -11,8 +11,8 @@ from torch import nn
 from canvas_kernels.torch_ops.dense import dense_attention
 
 from ..checked import checked_int, checked_sizes
-from ._scan import selective_scan
 from .base import MemoryAttention
+from .scan import selective_scan
 
 
 class MambaAttention(MemoryAttention):

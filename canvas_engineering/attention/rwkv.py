@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..checked import checked_sizes
-from ._scan import decayed_sums
 from .base import MemoryAttention
+from .scan import decayed_sums
 
 # exp(−exp(8)) is 0 even in float64, and its powers stay finite.
 FASTEST = 8.0

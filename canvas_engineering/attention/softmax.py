@@ -53,7 +53,7 @@ class CrossAttention(CanvasModule):
         q, k, v = (
             self._heads(proj(x)) for proj, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
         )
-        q, k = self._logit_factors(q, k)
+        q, k = self.logit_factors(q, k)
         dropout = self.dropout if self.training else 0.0
         out = self._single_set(q, k, v, dropout)
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -101,13 +101,13 @@ class CrossAttention(CanvasModule):
         # (B, n, 3 · heads · head_dim) as three views (B, heads, n, head_dim)
         projected = F.linear(x, weight, bias).unflatten(2, (3, self.n_heads, -1))
         q, k, v = projected.permute(2, 0, 3, 1, 4).unbind()
-        return self._logit_factors(q, k) + (v,)
+        return self.logit_factors(q, k) + (v,)
 
     def _single_set(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float) -> torch.Tensor:
         """Runs one attention set: (B, heads, n, head_dim) over (B, heads, m, head_dim)."""
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self._scale)
 
-    def _logit_factors(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def logit_factors(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Transforms q and k (B, heads, rows, head_dim) before their products are scaled by ``_scale``."""
         return q, k
 
@@ -140,7 +140,7 @@ class CosineAttention(CrossAttention):
         super().__init__(d_model, n_heads, dropout)
         self.temperature = nn.Parameter(torch.tensor(10.0))
 
-    def _logit_factors(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def logit_factors(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # norms in float32 at least: squares of 16-bit values overflow or underflow
         wide_q, wide_k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
         wide_q = F.normalize(wide_q, dim=-1) * self.temperature

@@ -84,7 +84,7 @@ def top_k_attention(
     if q.is_cpu and is_plain(q) and k.shape[2] >= MIN_GATHER_RATIO * top_k + MAX_TIES:
         keys = _top_keys(q, k, top_k, rows)
         if keys is not None:
-            return _gathered_attention(q, k, v, *keys, dropout)
+            return gathered_attention(q, k, v, *keys, dropout)
     chunks = q.split(rows, 2)
     if len(chunks) == 1:
         return _masked_attention(q, k, v, top_k, dropout)
@@ -117,9 +117,21 @@ def _top_keys(q: torch.Tensor, k: torch.Tensor, top_k: int, rows: int) -> tuple[
     return None if width == top_k + MAX_TIES else (index[..., :width], counts[..., :width])
 
 
-def _gathered_attention(
+def gathered_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor, counts: torch.Tensor, dropout: float
 ) -> torch.Tensor:
+    """Attends from each query to keys of its own.
+
+    Args:
+        q: (batch, heads, n, head_dim).
+        k, v: (batch, heads, m, head_dim).
+        index: int64 (batch, heads, n, width), the keys of each query.
+        counts: bool (batch, heads, n, width), which of them count.
+        dropout: the share of the probabilities that is dropped.
+
+    Returns:
+        (batch, heads, n, head_dim).
+    """
     batch, heads, m, _ = k.shape
     first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * m
     rows = (index + first).flatten()

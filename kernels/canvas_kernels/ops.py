@@ -300,7 +300,7 @@ def _triton_refusal(device_type: str, dtype: torch.dtype) -> str:
     """Returns why Triton cannot run here; empty if it can."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"backend 'triton' computes in float32, float16 and bfloat16, got {dtype}: use 'torch' or 'reference'"
-    if not _has_triton():
+    if not has_triton():
         return "backend 'triton' needs the triton package, which is not installed: use 'torch'"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not interpreted:
@@ -314,7 +314,8 @@ def _triton_refusal(device_type: str, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Returns whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -108,7 +108,7 @@ def test_lengths_of_16_bit_vectors_neither_overflow_nor_vanish():
     module = create_attention("cosine_attention", 8, n_heads=2).half()
     with torch.no_grad():
         for size in (3e-4, 1e3):
-            q, k = module._logit_factors(*(torch.full((1, 2, 3, 4), size, dtype=torch.float16) for _ in range(2)))
+            q, k = module.logit_factors(*(torch.full((1, 2, 3, 4), size, dtype=torch.float16) for _ in range(2)))
             torch.testing.assert_close((q * k).sum(-1), torch.full((1, 2, 3), 10.0).half(), rtol=2e-3, atol=0)
 
 
@@ -412,7 +412,7 @@ def test_keys_that_many_reads_share_are_summed_once():
 
     layout, topology = two_regions(Connection("a", "b", fn="linear_attention", t_src=0), Connection("b", "b"))
     dispatcher = randomised(layout, topology)
-    memories = shared_memories(dispatcher._plans["linear_attention"])
+    memories = shared_memories(dispatcher.plan.for_fn("linear_attention"))
     (group,) = memories.groups
     assert (group.sets, group.m) == (1, 8) and [(part.sets, part.n) for part in group.parts] == [(2, 4)]
 

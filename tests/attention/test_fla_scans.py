@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from canvas_engineering import AttentionDispatcher, CanvasLayout, CanvasTopology, Connection, create_attention
-from canvas_engineering.attention import _scan
-from canvas_engineering.attention._scan import decayed_sums, selective_scan
+from canvas_engineering.attention import scan
+from canvas_engineering.attention.scan import decayed_sums, selective_scan
 
 calls: list[tuple[int, ...]] = []
 
@@ -44,11 +44,11 @@ def stand_in(monkeypatch):
         module.__spec__, module.__path__ = ModuleSpec(name, None), []
         monkeypatch.setitem(sys.modules, name, module)
     sys.modules["fla.ops.hgrn"].fused_recurrent_hgrn = fused_recurrent_hgrn
-    monkeypatch.setattr(_scan, "_is_supported", lambda x: x.dtype == torch.float32)
-    _scan._fla_kernel.cache_clear()
+    monkeypatch.setattr(scan, "is_supported", lambda x: x.dtype == torch.float32)
+    scan.fla_kernel.cache_clear()
     calls.clear()
     yield
-    _scan._fla_kernel.cache_clear()
+    scan.fla_kernel.cache_clear()
 
 
 def scan_inputs(batch=2, length=37, width=5, states=3, device="cpu"):
@@ -71,7 +71,7 @@ def results(function, leaves):
 
 @pytest.mark.parametrize("most", [1 << 24, 2 * 37 * 3 * 2, 1])
 def test_the_scan_and_its_gradients(stand_in, monkeypatch, most):
-    monkeypatch.setattr(_scan, "MAX_STATES", most)
+    monkeypatch.setattr(scan, "MAX_STATES", most)
     *leaves, rate = scan_inputs()
     found = results(lambda *t: selective_scan(*t, rate), leaves)
     widths = {1 << 24: [5], 444: [2, 2, 1], 1: [1] * 5}[most]
@@ -137,8 +137,8 @@ def test_a_step_by_the_kernel_compiles_whole(stand_in, fn):
 
 @pytest.mark.skipif(find_spec("fla") is not None, reason="flash-linear-attention is installed")
 def test_without_the_extra_torch_runs():
-    _scan._fla_kernel.cache_clear()
-    assert _scan._fla_kernel() is None and _scan.fla_recurrence(torch.ones(1)) is None
+    scan.fla_kernel.cache_clear()
+    assert scan.fla_kernel() is None and scan.fla_recurrence(torch.ones(1)) is None
 
 
 def test_an_installation_that_is_broken_is_not_passed_over(stand_in, monkeypatch):

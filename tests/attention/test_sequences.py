@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from canvas_engineering import AttentionDispatcher, CanvasLayout, CanvasTopology, Connection, MaskSpec, create_attention
-from canvas_engineering.attention import _scan, top_k
-from canvas_engineering.attention._scan import decayed_sums, selective_scan
+from canvas_engineering.attention import scan, top_k
 from canvas_engineering.attention.hyena import average_to
+from canvas_engineering.attention.scan import decayed_sums, selective_scan
 from tests import family_oracle, oracle
 from tests.strategies import canvases
 
@@ -189,8 +189,8 @@ def test_a_few_ties_and_many_among_long_keys(copies, monkeypatch):
     x_q = torch.randn(1, 6, D_MODEL, dtype=torch.float64, requires_grad=True)
     x_k = torch.randn(1, 10, D_MODEL, dtype=torch.float64).repeat(1, copies, 1).requires_grad_()
     gathered = []
-    whole = top_k._gathered_attention
-    monkeypatch.setattr(top_k, "_gathered_attention", lambda *a: gathered.append(a[3].shape[-1]) or whole(*a))
+    whole = top_k.gathered_attention
+    monkeypatch.setattr(top_k, "gathered_attention", lambda *a: gathered.append(a[3].shape[-1]) or whole(*a))
     out = module(x_q, x_k, x_k)
     assert gathered == ([4] if copies == 4 else [])  # 20 keys are masked, 40 gathered with a tie, 300 tie too often
     expected = family_oracle.oracle("sparse_attention", tensors(module), x_q, x_k, HEADS, top_k=3)
@@ -272,8 +272,8 @@ def test_the_scan_is_a_proper_operator():
 
 @pytest.mark.parametrize("fn", ["mamba", "rwkv"])
 def test_short_wide_sequences_go_in_one_chunk(fn, monkeypatch):
-    monkeypatch.setattr(_scan, "_WIDE", 1)
-    assert [_scan._chunk(length, 1) for length in (1, 10, 64, 65)] == [1, 10, 64, 16]
+    monkeypatch.setattr(scan, "WIDE", 1)
+    assert [scan.chunk_length(length, 1) for length in (1, 10, 64, 65)] == [1, 10, 64, 16]
     for m in (1, 10, 64):
         agrees(fn, 12, m)
 
@@ -571,7 +571,7 @@ def test_decayed_sums_keep_what_is_small_beside_what_decays(length, backwards):
     x = torch.randn(2, length, 5, generator=torch.Generator().manual_seed(0))
     x[:, ::7] *= 1e6
     given = x.flip(1) if backwards else x
-    found = _scan._sums(given, log_keep, backwards, False)
+    found = scan.chunked_sums(given, log_keep, backwards, False)
     found = found.flip(1) if backwards else found
     keep, total = log_keep.double().exp(), torch.zeros(2, 5, dtype=torch.float64)
     largest = total.clone()

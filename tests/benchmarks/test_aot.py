@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import aot, measure, static_model, yardstick
+from benchmarks import aot, measure, static_model
 from canvas_kernels.triton_ops import configs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,13 +28,13 @@ def compiled(tmp_path_factory) -> list[dict]:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     # of all that are committed, those that were asked for
-    assert " changed, 0 of the earlier ones gone" in done.stdout
+    assert " worse, 0 gone" in done.stdout
     return measure.read_rows(file)
 
 
 def test_every_pass_in_every_form_compiles_without_a_fault(compiled):
     dense = [row for row in compiled if row["form"] == "dense"]
-    assert [(row["stage"], row["head_dim"]) for row in dense] == [(s, d) for d in (128, 64) for s in yardstick.KERNELS]
+    assert [(row["stage"], row["head_dim"]) for row in dense] == [("forward", 128), ("forward", 64)]
     compiled = [row for row in compiled if row["form"] != "dense"]
     passes = {(row["stage"], row["form"], row["signed"]) for row in compiled}
     wanted = {(stage, form, False) for stage in ("forward", "dq", "dkv") for form in ("edge", "joint", "sigmoid")}
@@ -110,7 +110,7 @@ def test_small_tiles_float32_and_other_architectures_need_no_wgmma(arch, dtype, 
 
 def test_every_shipped_launch_is_compiled():
     dense = {launch for launch in aot.launches() if launch.form == "dense"}
-    assert set(aot.launches()) - dense == set(configs.shipped()) and len(dense) == 6
+    assert set(aot.launches()) - dense == set(configs.shipped()) and len(dense) == 2
     assert {launch.dtype for launch in aot.launches(["sm_80"])} == {torch.bfloat16, torch.float16, torch.float32}
 
 
@@ -141,7 +141,7 @@ def test_known_faults_become_fewer_and_predicted_rates_no_lower(name):
     found = {(row["form"], row["head_dim"]): row for row in static_model.pass_rates(rows) if row["dtype"] == "bf16"}
     for key, (forward, backward) in RATES[name].items():
         assert found[key]["forward"] >= forward and found[key]["backward"] >= backward, found[key]
-    assert found["dense", 64]["forward"] > 400 and found["dense", 128]["backward"] > 400
+    assert found["dense", 64]["forward"] > 400 and found["dense", 128]["forward"] > 480
 
 
 @pytest.mark.parametrize("name", KNOWN_FAULTS)
@@ -170,24 +170,20 @@ ROW |= {"waste": 1.5, "serialised": 0, "local": 0, "predicted": 400.0, "faults":
 )
 def test_a_kernel_that_is_worse_fails_unless_another_triton_made_it(change, worse):
     lines, failed = aot.compare([ROW], [ROW | change])
-    assert failed is worse and ("WORSE" in lines[0]) is worse and ("--commit" in lines[-2:][0]) is worse
+    assert failed is worse and (" → " in lines[0]) is worse and ("--commit" in lines[-2:][0]) is worse
     lines, failed = aot.compare([ROW], [ROW | change | {"triton": "9.9"}])
-    assert not failed and "Triton 3.9.0 before, 9.9 now" in lines[0] and ("WORSE" in lines[1]) is worse
+    assert not failed and "Triton 3.9.0 before, 9.9 now" in lines[0] and (" → " in lines[1]) is worse
 
 
 @pytest.mark.parametrize("triton", ["3.9.0", "9.9"])
 def test_a_configuration_that_is_gone_fails(triton):
     rows = measure.read_rows(measure.RESULTS / "aot.json")
-    assert aot.compare(rows, rows) == ([lines_of_no_change(rows)], False)
-    lines, failed = aot.compare(rows, [row | {"triton": triton} for row in rows[1:]])
-    assert failed and lines[-3].endswith(f"{rows[0]['tile']}: GONE") and "1 of the earlier ones gone" in lines[-1]
-    assert "--commit" in lines[-2] and aot.compare(rows[1:], rows)[1] is bool(rows[0]["faults"])
-
-
-def lines_of_no_change(rows: list[dict]) -> str:
     known = sum(bool(row["faults"]) for row in rows)
-    text = f"{len(rows)} configurations, 0 changed, 0 of the earlier ones gone"
-    return text + f", 0 with new faults, {known} with known ones" * bool(known)
+    same = f"{len(rows)} configurations: 0 worse, 0 gone, {known} with faults, 0 of them new"
+    assert aot.compare(rows, rows) == ([same], False)
+    lines, failed = aot.compare(rows, [row | {"triton": triton} for row in rows[1:]])
+    assert failed and lines[-3].endswith(f"{rows[0]['tile']}: GONE") and "1 gone" in lines[-1]
+    assert "--commit" in lines[-2] and aot.compare(rows[1:], rows)[1] is bool(rows[0]["faults"])
 
 
 def test_only_known_faults_are_let_through():

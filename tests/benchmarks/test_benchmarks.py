@@ -16,7 +16,6 @@ import torch
 
 from benchmarks import bench, cases, layers, measure, providers
 from benchmarks.measure import Run, Settings
-from benchmarks.naive import LOOPS, DenseMask, PerEdgeLoop
 from benchmarks.problem import Problem
 from canvas_engineering import (
     AttentionDispatcher,
@@ -27,9 +26,9 @@ from canvas_engineering import (
     RegionSpec,
     TemporalFill,
     compile_attention,
-    create_attention,
 )
-from tests import family_oracle, oracle
+from examples.plain_attention import DenseMask, PerEdgeLoop
+from tests import oracle
 
 HEADS, DIM = 2, 8
 RESULTS = ("out", "dq", "dk", "dv")
@@ -83,7 +82,7 @@ def test_every_case_has_its_name_and_its_kind():
         assert len({case.name for case in known}) == len(known)
         for case in known:
             assert case.kind in bench.KINDS and case.about
-            assert case.at_least.keys() | case.without.keys() <= {*bench.PROVIDERS, "sdpa_unmasked"}
+            assert {*case.slow, *case.never} <= {*bench.PROVIDERS}
 
 
 @pytest.mark.parametrize("case", [c for c in cases.CPU if c.kind == "attention"], ids=lambda case: case.name)
@@ -160,24 +159,13 @@ SPARSE = MaskSpec("sparse", pattern=(((True,) * 3,) * 2,) * 6)
 @pytest.mark.parametrize(
     ("connection", "message"),
     [
-        (Connection("fast", "slow", fn="linear_attention"), "fast → slow: the loop knows .*'linear_attention'"),
-        (Connection("fast", "slow", write_mode="replace"), "fast → slow: the loop has no 'replace' writes"),
+        (Connection("fast", "slow", write_mode="replace"), "fast → slow: 'replace' writes are not done"),
         (Connection("fast", "fast", mask=SPARSE), "fast → fast: 'sparse' masks are not resolved here"),
     ],
 )
 def test_what_the_loop_cannot_do_is_named(connection, message):
     with pytest.raises(ValueError, match=message):
         PerEdgeLoop(CanvasTopology([connection]), tangled()[0], 16, HEADS)
-
-
-@pytest.mark.parametrize("fn", LOOPS)
-def test_loops_over_positions_are_the_oracle(fn):
-    torch.manual_seed(0)
-    module = LOOPS[fn](8, 2).double()
-    x_q, x_k = (torch.randn(2, n, 8, dtype=torch.float64) for n in (7, 5))
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    torch.testing.assert_close(module(x_q, x_k, x_k), family_oracle.oracle(fn, state, x_q, x_k, 2))
-    assert set(module.state_dict()) == set(create_attention(fn, 8, 2).state_dict())
 
 
 def agrees(problem: Problem, form: str, attend) -> None:
@@ -250,7 +238,7 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
 
 
 def test_variable_lengths_are_exact_with_a_stand_in(monkeypatch):
-    monkeypatch.setattr(providers, "_package", lambda *_: SimpleNamespace(varlen_attn=varlen_attn))
+    monkeypatch.setattr(providers, "package_on_gpu", lambda *_: SimpleNamespace(varlen_attn=varlen_attn))
     for problem in PROBLEMS:
         agrees(problem, "edge", providers.varlen(problem, "cpu", torch.float32))
 
@@ -265,7 +253,7 @@ def test_who_cannot_run_says_why(monkeypatch):
     with pytest.raises(measure.Unavailable, match=r"a mask of .* GiB, more than the .* GiB"):
         providers.sdpa_mask(PROBLEMS[0], "cpu", torch.float32)
     with pytest.raises(measure.Unavailable, match="no_such_package"):
-        providers._package("no_such_package", "cuda")
+        providers.package_on_gpu("no_such_package", "cuda")
 
 
 @pytest.mark.parametrize(
@@ -347,8 +335,8 @@ def test_who_fails_is_left_out_or_comes_too_late_is_a_row(monkeypatch):
     monkeypatch.setattr(providers, "of", lambda *args: [everyone[0], ("joint", "sdpa_mask", fails)])
     rows = next(bench.run([SMALL], quick()))
     assert rows[1]["failed"] == "RuntimeError: out of memory" and "step_seconds" in rows[0]
-    left_out = dataclasses.replace(SMALL, without={"sdpa_mask": "no reason"})
-    assert next(bench.run([left_out], quick()))[1]["skipped"] == "no reason"
+    left_out = dataclasses.replace(SMALL, never=("sdpa_mask",))
+    assert next(bench.run([left_out], quick()))[1]["skipped"] == bench.NEVER
     assert next(bench.run([dataclasses.replace(SMALL, declare=fails)], quick()))[0]["failed"].startswith(
         "the whole case"
     )
@@ -358,18 +346,11 @@ def test_who_fails_is_left_out_or_comes_too_late_is_a_row(monkeypatch):
 
 
 def test_a_long_run_times_what_others_leave_out():
-    reasons = {"sdpa_mask": cases.TOO_LONG["cpu"], "per_edge_loop": cases.NEVER}
-    case = dataclasses.replace(SMALL, without=reasons)
+    case = dataclasses.replace(SMALL, slow=("sdpa_mask",), never=("per_edge_loop",))
     *rows, _ = bench.run_case(case, quick(long=True, only=()))
     assert [row["provider"] for row in rows if "step_seconds" in row] == ["ours", "sdpa_mask", "ours"]
     rows = bench.run_case(case, quick(only=("sdpa_mask",)))
-    assert rows[1]["skipped"] == reasons["sdpa_mask"]
-
-
-def test_targets_are_in_the_rows():
-    targets = {"sdpa_mask": 1.5, "sdpa_unmasked": 0.8}
-    rows = bench.run_case(dataclasses.replace(SMALL, at_least=targets), quick())
-    assert rows[1]["at_least"] == 1.5 and rows[0]["at_least_of_reference"] == 0.8 and "at_least" not in rows[-2]
+    assert rows[1]["skipped"] == bench.TOO_LONG
 
 
 class Sleeper(Run):
@@ -434,25 +415,15 @@ def test_a_ratio_is_of_the_same_rounds():
 LAYER = cases.Case("small", tangled, "layer", "layer", heads=HEADS)
 
 
-def rows_of(kind: str, **options) -> list[dict]:
-    """Rows of all providers of a kind on a small canvas."""
-    return bench.run_case(dataclasses.replace(LAYER, kind=kind, options=options), quick(only=()))
-
-
-def verdicts(rows: list[dict]) -> list[tuple]:
-    return [(row["provider"], row.get("failed")) for row in rows]
-
-
 def test_layers_agree_with_float64_and_are_compared_within_a_form():
-    rows = bench.run_case(dataclasses.replace(LAYER, at_least={"per_edge_loop": 1e9}), quick(only=()))
-    assert [(row["form"], row["provider"], sorted(row.keys() & {"step_ratio", "at_least"})) for row in rows] == [
-        ("edge", "ours", []),
-        ("edge", "per_edge_loop", ["at_least", "step_ratio"]),
-        ("joint", "ours", []),
-        ("joint", "dense_mask", ["step_ratio"]),
+    rows = bench.run_case(LAYER, quick(only=()))
+    assert [(row["form"], row["provider"], "step_ratio" in row) for row in rows] == [
+        ("edge", "ours", False),
+        ("edge", "per_edge_loop", True),
+        ("joint", "ours", False),
+        ("joint", "dense_mask", True),
     ]
     assert all(0 < max(row["errors"].values()) <= 1e-5 and "x" in row["errors"] for row in rows)
-    assert {row["form"] for row in rows_of("layer", forms=("edge",))} == {"edge"}
 
 
 @pytest.mark.parametrize("kind", [AttentionDispatcher, PerEdgeLoop, layers.JointAttention, DenseMask])
@@ -464,58 +435,24 @@ def test_the_gate_of_layers_sees_a_wrong_module(kind, monkeypatch):
         return forward(self, x) * (1 + 1e-4 * (x.dtype == torch.float32))
 
     monkeypatch.setattr(kind, "forward", wrong)
-    failed = [row for row in rows_of("layer") if "failed" in row]
+    failed = [row for row in bench.run_case(LAYER, quick(only=())) if "failed" in row]
     assert len(failed) == 1 and " out: error" in failed[0]["failed"]
 
 
-def test_a_program_that_changes_a_bit_is_not_timed(monkeypatch):
-    rows = rows_of("program")
-    assert [row["provider"] for row in rows] == ["ours", "without_program"]
-    assert all(max(row["errors"].values()) == 0 for row in rows) and rows[1]["step_ratio"]["p50"] > 0
-    forward = AttentionDispatcher.forward
-    change = lambda self, x: forward(self, x) * (1 + 1e-6 * (self.residual_accumulator is not None))  # noqa: E731
-    monkeypatch.setattr(AttentionDispatcher, "forward", change)
-    assert "Wrong" in rows_of("program")[0]["failed"]
-
-
-def test_regions_that_rest_pass_through(monkeypatch):
-    belief_world = pytest.importorskip("examples.belief_world", reason="the belief world is gymnasium's")
-    monkeypatch.setattr(belief_world, "WINDOW", 3)
-    monkeypatch.setattr(belief_world, "TIMES", 2)
-    rows = rows_of("skipping")
-    assert [row["provider"] for row in rows] == ["ours", "everything"] and rows[1]["forward_ratio"]["p50"] > 0
-    forward = belief_world.AttentionDispatcher.forward
-    monkeypatch.setattr(belief_world.AttentionDispatcher, "forward", lambda self, x, active: forward(self, x, None))
-    assert "Wrong" in rows_of("skipping")[0]["failed"]
-
-
-def test_packed_order_gives_the_same_training_step(monkeypatch):
-    pytest.importorskip("diffusers", reason="CogVideoX is diffusers'")
-    monkeypatch.setitem(layers.COGVIDEOX, "num_layers", 1)
-    rows = rows_of("packed", size=(64, 128, 5))
-    assert verdicts(rows) == [("ours", None), ("once_per_layer", None)]
-    assert rows[1]["step_ratio"]["p50"] > 0 and len(rows[0]["errors"]) > 10
-
-
-@pytest.mark.parametrize("fn", ["mamba", "rwkv"])
-def test_scans_agree_with_their_loops(fn):
-    rows = rows_of("scan", fn=fn, queries=24, keys=24, width=8)
-    assert verdicts(rows) == [("ours", None), ("indexed_loop", None)]
-
-
 @pytest.mark.parametrize("fn", cases.CLAIMS)
-def test_every_function_is_the_same_over_many_connections_and_scales(fn):
-    assert verdicts(rows_of("edges", fn=fn, edges=3, size=4, width=16)) == [("ours", None), ("batch", None)]
-    for queries in (0, 8):
-        options = {"fn": fn, "claim": cases.CLAIMS[fn], "sizes": (16, 32, 64, 128), "width": 16, "queries": queries}
-        (row,) = rows_of("scaling", **options)
-        assert row["errors"]["out"] <= 1e-6 and len(row["seconds"]) == len(row["bytes"]) == 4 and row["time_exponent"]
+@pytest.mark.parametrize("queries", [0, 8])
+def test_every_function_is_that_of_the_loop(fn, queries):
+    declare = lambda: cases.one_function(fn, 24, queries)  # noqa: E731
+    case = cases.Case("one", declare, "layer", "functions", options={"forms": ("edge",), "fn": fn, "keys": 24})
+    rows = bench.run_case(case, quick(only=()))
+    assert [(row["provider"], row["fn"]) for row in rows] == [("ours", fn), ("per_edge_loop", fn)]
+    assert "failed" not in rows[0] and rows[0]["errors"].keys() >= {"out", "x"}
 
 
 def test_plans_hold_nothing_quadratic():
-    case = cases.Case("plan", lambda: cases.long_video(16), "plan", "plan", at_most=1.0, options={"rounds": 1})
+    case = cases.Case("plan", lambda: cases.long_video(16), "plan", "plan", options={"rounds": 1})
     (row,) = bench.run_case(case, quick())
-    assert (row["tokens"], row["rectangles"], row["at_most"]) == (65_536, 31, 1.0)
+    assert (row["tokens"], row["rectangles"]) == (65_536, 31)
     assert row["peak_bytes"] < 300 * row["tokens"] and row["seconds"]["p50"] > 0
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, gpu, gpu_checks, measure
-from benchmarks.naive import PerEdgeLoop
+from benchmarks import cases, gpu, measure
 from canvas_engineering import AttentionDispatcher
 from canvas_kernels.triton_ops import configs
+from examples.plain_attention import PerEdgeLoop
+from tests.kernels import device_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,15 +37,15 @@ class Here:
 
 @pytest.mark.parametrize("factor", [1 + 1e-4, math.nan])
 def test_a_wrong_or_unwritten_result_is_a_fault(factor, monkeypatch):
-    task = gpu_checks.Task(16, torch.float32, "joint", False, 60)
-    right = gpu_checks.launch.forward
+    task = device_checks.Task(16, torch.float32, "joint", False, 60)
+    right = device_checks.launch.forward
 
     def wrong(*args, **kwargs):
         out, *others = right(*args, **kwargs)
         return out * factor, *others
 
-    monkeypatch.setattr(gpu_checks.launch, "forward", wrong)
-    assert any(fault.startswith("out: error") for fault in gpu_checks.run_task(task, "cpu")[0]["faults"])
+    monkeypatch.setattr(device_checks.launch, "forward", wrong)
+    assert any(fault.startswith("out: error") for fault in device_checks.run_task(task, "cpu")[0]["faults"])
 
 
 @pytest.mark.parametrize(
@@ -57,13 +58,13 @@ def test_a_wrong_or_unwritten_result_is_a_fault(factor, monkeypatch):
     ],
 )
 def test_right_results_are_within_their_budgets(head_dim, dtype, form, gained, layout):
-    (row,) = gpu_checks.run_task(gpu_checks.Task(head_dim, dtype, form, gained, 60, layout), "cpu")
-    assert row["faults"] == [] and set(row["errors"]) == set(gpu_checks.RESULTS[: 4 + gained])
+    (row,) = device_checks.run_task(device_checks.Task(head_dim, dtype, form, gained, 60, layout), "cpu")
+    assert row["faults"] == [] and set(row["errors"]) == set(device_checks.RESULTS[: 4 + gained])
     assert max(row["budgets"].values()) < (1e-4 if dtype == torch.float32 else 5e-3)
 
 
 def test_what_is_allocated_under_the_checks_is_nan():
-    with gpu_checks.poisoned():
+    with device_checks.poisoned():
         assert torch.empty(3).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -72,9 +73,10 @@ def test_what_is_allocated_under_the_checks_is_nan():
 def test_a_wrong_dispatcher_is_not_timed(dtype, tmp_path, monkeypatch):
     session, usual = gpu.Session(tmp_path, True), AttentionDispatcher.load_state_dict
     monkeypatch.setattr(gpu.Session, "dtype", dtype)
+    monkeypatch.setattr(gpu.cases, "TOY", gpu.cases.TOY[1:])
     monkeypatch.setattr(AttentionDispatcher, "__init__", torch_backend(AttentionDispatcher.__init__))
-    gpu.dispatcher(session, "dispatcher", Here())
-    (ours, loop) = session.rows("dispatcher")
+    gpu.time_cases(session, "providers", Here())
+    (ours, loop) = session.rows("providers")
     module = PerEdgeLoop(*reversed(cases.TOY[0].declare()), 32, 1)
     assert set(ours["errors"]) == {"out", "x", *dict(module.named_parameters())} and loop["provider"] == "per_edge_loop"
     assert (max(ours["budgets"].values()) == measure.BUDGET) is (dtype == torch.float32) and "step_seconds" in ours
@@ -85,12 +87,12 @@ def test_a_wrong_dispatcher_is_not_timed(dtype, tmp_path, monkeypatch):
             self.fn_modules["cross_attention"].v_proj.weight.mul_(1.001 if dtype == torch.float32 else 1.1)
 
     monkeypatch.setattr(AttentionDispatcher, "load_state_dict", load)
-    (tmp_path / "dispatcher.jsonl").unlink()
-    gpu.dispatcher(session, "dispatcher", Here())
-    ours = session.rows("dispatcher")[0]
+    (tmp_path / "providers.jsonl").unlink()
+    gpu.time_cases(session, "providers", Here())
+    ours = session.rows("providers")[0]
     assert "step_seconds" not in ours and " out: error" in ours["failed"] and " x: error" in ours["failed"]
-    (told,) = gpu.faults(session, ["dispatcher"])
-    assert told.startswith("dispatcher, toy: Wrong: ")
+    (told,) = gpu.faults(session, ["providers"])
+    assert told.startswith("providers, layer_toy: Wrong: ")
 
 
 def torch_backend(init):
@@ -98,13 +100,13 @@ def torch_backend(init):
     return lambda self, *args, backend="auto", **options: init(self, *args, **options)
 
 
-@pytest.mark.parametrize("which", gpu_checks.RESULTS[:4])
+@pytest.mark.parametrize("which", device_checks.RESULTS[:4])
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.0001), (torch.bfloat16, 1.05)])
 def test_a_tile_candidate_with_other_results_is_not_timed(which, dtype, factor):
-    leaves = {name: torch.randn(1, 1, 4, 8, requires_grad=True) for name in gpu_checks.RESULTS[1:4]}
+    leaves = {name: torch.randn(1, 1, 4, 8, requires_grad=True) for name in device_checks.RESULTS[1:4]}
     attend = torch.nn.functional.scaled_dot_product_attention
     run = measure.Run(attend, [*leaves.values()], leaves, torch.ones(1, 1, 4, 8))
-    candidate = gpu_checks.Candidate("dq", configs.Config(16, 16, 1, 2))
+    candidate = device_checks.Candidate("dq", configs.Config(16, 16, 1, 2))
     shipped = {name: x.to(dtype) for name, x in run.results().items()}
     assert gpu.time_candidate(run, shipped, candidate, "cpu")["seconds"] >= 0
     run.times.clear()
@@ -153,15 +155,15 @@ def test_a_call_that_raises_dies_hangs_or_loses_the_device_takes_no_other_with_i
 
 def test_every_configuration_of_every_architecture_is_run_by_the_checks(monkeypatch):
     for arch in configs.ARCHITECTURES:
-        monkeypatch.setattr(gpu_checks.launch, "arch_of", lambda device, arch=arch: arch)
-        for task in itertools.chain(*gpu_checks.tasks()):
-            assert gpu_checks.unused(gpu_checks.mixed_table(task.form, task.positions), task, "cpu") == []
+        monkeypatch.setattr(device_checks.launch, "arch_of", lambda device, arch=arch: arch)
+        for task in itertools.chain(*device_checks.tasks()):
+            assert device_checks.unused(device_checks.mixed_table(task.form, task.positions), task, "cpu") == []
 
 
 def test_what_most_users_meet_is_checked_first():
-    first, others = gpu_checks.tasks()
+    first, others = device_checks.tasks()
     kinds = {(task.head_dim, task.form, task.gained) for task in first}
-    assert kinds == {(head_dim, *form) for head_dim in (64, 128) for form in gpu_checks.FORMS}
+    assert kinds == {(head_dim, *form) for head_dim in (64, 128) for form in device_checks.FORMS}
     assert {(task.dtype, task.layout) for task in first} == {(torch.bfloat16, "contiguous")}
     assert {40, 72, 88, 120} <= {task.head_dim for task in others}
     assert {"rows", "fused"} == {task.layout for task in others} - {"contiguous"}
@@ -186,6 +188,9 @@ def test_the_command_runs_at_toy_size_and_resumes(tmp_path):
     done = run_command(out, PATH=path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = {phase: measure.read_rows(out / f"{phase}.jsonl") for phase in gpu.PHASES}
+    written = dict(rows)
+    layers = {phase: [row for row in rows[phase] if row["item"] == "layer_toy"] for phase in ("ours", "providers")}
+    rows |= {phase: [row for row in rows[phase] if row["item"] == "toy"] for phase in layers}
     assert [(row["provider"], row["form"]) for row in rows["providers"]] == [
         ("ours", "joint"),
         ("ours_torch", "joint"),
@@ -198,15 +203,16 @@ def test_the_command_runs_at_toy_size_and_resumes(tmp_path):
     ]
     assert [row["provider"] for row in rows["ours"]] == ["ours", "ours", "sdpa_unmasked"]
     for row in (*rows["ours"], *rows["providers"]):
-        assert row["item"] == "toy" and row["commit"] and row["triton"] and row["forward_seconds"]["p50"] > 0
+        assert row["commit"] and row["triton"] and row["forward_seconds"]["p50"] > 0
         assert row["form"] == "reference" or set(row["errors"]) == {"out", "dq", "dk", "dv"}
         assert max(row.get("errors", {"out": 0.0}).values()) < 1e-5
     assert "canvas_kernels::attention" in (out / "profile.txt").read_text()
     counts = {phase: len(rows[phase]) for phase in ("defaults", "correctness", "sweep", "tools")}
-    assert counts == {"defaults": 5, "correctness": 2, "sweep": 3, "tools": 2}
+    assert counts == {"defaults": 5, "correctness": 2, "sweep": 6, "tools": 2}
     checked = [row for phase in counts for row in rows[phase]]
     assert not any(row.get("faults") or row.get("failed") for row in checked)
-    ours, loop = rows["dispatcher"]
+    assert [len(own) for own in layers.values()] == [1, 2]
+    ours, loop = layers["providers"]
     assert "failed" not in ours and 0 < max(ours["errors"].values()) < 1e-5 and loop["provider"] == "per_edge_loop"
     assert (out / "compute-sanitizer.txt").read_text().startswith("compute-sanitizer memcheck")
     assert (out / "ncu.txt").read_text().startswith("ncu basic")
@@ -218,7 +224,7 @@ def test_the_command_runs_at_toy_size_and_resumes(tmp_path):
     later = {phase: measure.read_rows(out / f"{phase}.jsonl") for phase in gpu.PHASES}
     assert [row["item"] for row in later["correctness"]] == [rows["correctness"][i]["item"] for i in (1, 0)]
     same = set(gpu.PHASES) - {"correctness", "profile"}
-    assert {phase for phase in same if later[phase] == rows[phase]} == same and len(later["profile"]) == 1
+    assert {phase for phase in same if later[phase] == written[phase]} == same and len(later["profile"]) == 1
 
 
 def test_what_is_known_is_not_done_again_and_nothing_is_begun_after_a_deadline(tmp_path, capsys):

@@ -106,26 +106,17 @@ def test_rates_of_passes_follow_from_those_of_kernels():
     assert stored["backward"] == round(10 / (6 / 300 + 8 / 400 + 4 / 1024 / 4.8), 1)
     walked = static_model.pass_rates([*edge, row("delta", "edge", 200)])[0]
     assert walked["forward"] == 400 and walked["backward"] == round(10 / (6 / 300 + 8 / 400 + 4 / 200), 1)
-    assert static_model.pass_rates(joint[:2]) == []
+    assert static_model.pass_rates(joint[:2])[0] == {"head_dim": 64, "dtype": "bf16", "form": "joint", "forward": 400.0}
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the yardstick runs in the interpreter only")
 def test_the_yardstick_is_attention():
     heads, n, dim, scale = 2, 64, 16, 0.3
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(heads, n, dim, generator=generator, requires_grad=True) for _ in range(3))
-    upstream = torch.randn(heads, n, dim, generator=generator)
+    q, k, v = (torch.randn(heads, n, dim, generator=generator) for _ in range(3))
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
-    wanted_gradients = torch.autograd.grad(wanted, (q, k, v), upstream)
-    q, k, v = (x.detach() for x in (q, k, v))
-    grid, log2e = (n // 32, heads), math.log2(math.e)
-    out, dq, dk, dv = (torch.empty_like(q) for _ in range(4))
-    lse = torch.empty(heads, n)
+    out, lse = torch.empty_like(q), torch.empty(heads, n)
     sizes = dict(HEAD_DIM=dim, BLOCK_M=32, BLOCK_N=16)
-    yardstick.dense_forward_kernel[grid]((q, k, v, out, lse), n, scale * log2e, dim, **sizes)
-    delta = (upstream * out).sum(-1)
-    inputs, scales = (q, k, v, upstream, lse, delta), (n, scale, scale * log2e, dim)
-    yardstick.dense_dq_kernel[grid]((*inputs, dq), *scales, **sizes)
-    yardstick.dense_dkv_kernel[grid]((*inputs, dk, dv), *scales, **sizes)
-    for found, expected in zip((out, dq, dk, dv), (wanted, *wanted_gradients)):
-        assert (found - expected).abs().max() < 2e-5
+    yardstick.dense_forward_kernel[n // 32, heads]((q, k, v, out, lse), n, scale * math.log2(math.e), dim, **sizes)
+    logits = scale * q @ k.transpose(-1, -2)
+    assert (out - wanted).abs().max() < 2e-5 and (lse * math.log(2) - logits.logsumexp(-1)).abs().max() < 2e-5

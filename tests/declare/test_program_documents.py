@@ -95,7 +95,7 @@ HELD = {
     "issue: activity compiles nothing": (DISPATCH, "test_a_hundred_changes_of_activity_compile_once"),
     "issue: activity waits for nothing": (DISPATCH, "test_a_hundred_changes_of_activity_wait_for_nothing_on_a_gpu"),
     "issue: one call a function": (DISPATCH, "test_one_call_a_function_whatever_the_mix"),
-    "issue: what skipping saves": ("benchmarks.test_benchmarks", "test_regions_that_rest_pass_through"),
+    "issue: what skipping saves": ("house.test_belief_world", "test_it_compares_with_and_without_skipping"),
 }
 
 

@@ -864,9 +864,8 @@ def test_semantic_conditioner_of_a_schema():
     assert asked == [[bound.layout.region_spec(name).semantic_type for name in bound.field_names]]
     assert conditioner.region_names == sorted(bound.field_names)
     assert conditioner.residuals is None
-    assert isinstance(conditioner._embeddings, torch.nn.Parameter)
     row = conditioner.region_names.index("sensor")
-    assert conditioner._embeddings[row].tolist() == [len("coarse: sensor"), 1.0, -2.0]
+    assert dict(conditioner.named_parameters())["_embeddings"][row].tolist() == [len("coarse: sensor"), 1.0, -2.0]
     canvas = bound.build_canvas(conditioner)
     assert canvas.modality_embeddings is None
     placed = bound["plan"].place(bound.create_batch(1), torch.zeros(1, 4, 8))

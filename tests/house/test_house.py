@@ -162,7 +162,7 @@ def test_backends_of_the_kernels_know_nothing_of_each_other():
         ("plan/ordering.py", "from canvas_kernels.ops import attend"),
         ("dispatch.py", "def f():\n    import canvas_kernels"),
         ("dispatch.py", "from canvas_engineering import CanvasLayout"),
-        ("graft.py", "from benchmarks.naive import PerEdgeLoop"),
+        ("graft.py", "from examples.plain_attention import PerEdgeLoop"),
     ],
 )
 def test_a_misdirected_import_is_seen(module, source):

@@ -361,7 +361,7 @@ def test_views_of_one_projection_are_read_as_they_lie(tiles, head_dim):
     fused = torch.randn(2, n, 3, 2, head_dim, generator=torch.Generator().manual_seed(1))
     views = [x.transpose(1, 2) for x in fused.unbind(2)]
     upstream = torch.randn(2, n, 2, head_dim).transpose(1, 2)
-    assert all(launch._vectors(x) is x for x in (*views, upstream))
+    assert all(launch.aligned_rows(x) is x for x in (*views, upstream))
     row_scale = row_scale_of(table)
     found = computed(table, [*views, upstream], 0.2, row_scale=row_scale)
     packed = computed(table, [x.contiguous() for x in (*views, upstream)], 0.2, row_scale=row_scale)
@@ -373,9 +373,9 @@ def test_rows_that_no_lane_can_load_whole_are_copied_once(tiles, name):
     tiles("32x16")
     table = TABLES[name]()
     inputs = make_inputs(table, 20, torch.float32)
-    copy = launch._vectors(inputs[0])
+    copy = launch.aligned_rows(inputs[0])
     assert copy.stride(2) == 24 and torch.equal(copy, inputs[0])
-    assert launch._vectors(torch.zeros(2, 2, 9, 17)[..., 1:]).data_ptr() % 16 == 0
+    assert launch.aligned_rows(torch.zeros(2, 2, 9, 17)[..., 1:]).data_ptr() % 16 == 0
     check(table, inputs)
 
 
@@ -557,7 +557,7 @@ def test_row_scales_of_an_activity_take_one_launch(make, dtype):
 
 
 def test_rows_of_a_band_share_a_chunk():
-    chunks, _, _ = steps._chunks(band_table(), torch.device("cpu"))
+    chunks, _, _ = steps.scale_chunks(band_table(), torch.device("cpu"))
     assert chunks[:, :2].tolist() == [[0, 60], [60, 70]]
 
 

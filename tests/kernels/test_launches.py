@@ -11,12 +11,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import cases
-from benchmarks.host import TorchLaunches, inputs, stub_kernels
 from canvas_engineering.attention import canvas_attention
 from canvas_engineering.plan import compile_attention
 from canvas_kernels import block_table, packing
 from canvas_kernels.triton_ops import launch, steps
 from canvas_kernels.triton_ops.tiling import Tiling
+from tests.kernels.launches import TorchLaunches, inputs, stub_kernels
 
 PASSES = {"forward_kernel", "gather_kernel", "dq_kernel", "dkv_kernel"}
 
@@ -67,7 +67,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", Device)
     stub_kernels(lambda name: seen.add(current[0]), monkeypatch.setattr)
     # a fake tensor has no address to be aligned
-    monkeypatch.setattr(launch, "_vectors", lambda x: x)
+    monkeypatch.setattr(launch, "aligned_rows", lambda x: x)
     # tables stay where they are: there is no second device to copy them to
     monkeypatch.setattr(Tiling, "to", lambda self, device: self)
     for module in (steps, packing, block_table):

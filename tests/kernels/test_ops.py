@@ -430,7 +430,7 @@ def test_triton_refuses_what_it_cannot_do(table, monkeypatch):
     )
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "interpreter multiplies bfloat16 bit patterns" in message(dtype=torch.bfloat16)
-    monkeypatch.setattr(ops, "_has_triton", lambda: False)
+    monkeypatch.setattr(ops, "has_triton", lambda: False)
     assert "needs the triton package, which is not installed: use 'torch'" in message()
 
 

@@ -387,8 +387,8 @@ def test_inactive_rows_of_a_joined_slab_are_not_computed(monkeypatch):
         weight=[1.0, 2.0], edge=[0, 1],
     )  # fmt: skip
     assert len(grouping.group_table(table).strided) == 1
-    seen, softmax = [], strided._softmax_out
-    monkeypatch.setattr(strided, "_softmax_out", lambda x, *a, **k: seen.append(x.numel()) or softmax(x, *a, **k))
+    seen, softmax = [], strided.softmax_out
+    monkeypatch.setattr(strided, "softmax_out", lambda x, *a, **k: seen.append(x.numel()) or softmax(x, *a, **k))
     q, k, v = (torch.randn(1, 2, 96, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     for active, rows in (([1.0, 1.0], 64), ([1.0, 0.0], 40), ([0.0, 1.0], 24), ([0.0, 0.0], 0)):
         seen.clear()

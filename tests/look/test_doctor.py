@@ -68,7 +68,7 @@ def test_extras_are_held_against_what_is_installed(monkeypatch, capsys):
     requires = {"canvas-engineering": wanted, "pytest": ['missing>=3; extra == "more"']}
     monkeypatch.setattr(importlib.metadata, "metadata", lambda name: described)
     monkeypatch.setattr(importlib.metadata, "requires", requires.get)
-    monkeypatch.setattr(doctor, "_version_of", lambda name: versions.get(name, ""))
+    monkeypatch.setattr(doctor, "version_of", lambda name: versions.get(name, ""))
     monkeypatch.setattr(doctor, "check_numbers", lambda: iter(()))
     assert doctor.doctor() == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  "))

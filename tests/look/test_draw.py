@@ -118,11 +118,11 @@ def test_an_empty_table_is_drawn(layout, tmp_path):
 
 
 def test_offsets_in_words():
-    assert draw._in_words([(0, 0), (0, -1), (0, -2), (0, -8), (0, 1)]) == (
+    assert draw.offsets_in_words([(0, 0), (0, -1), (0, -2), (0, -8), (0, 1)]) == (
         "same frame, 1 to 2 and 8 frames back, 1 frame ahead"
     )
-    assert draw._in_words([(None, None), (None, 2), (1, 0)]) == "1 frame back, all frames, all, +2"
-    assert draw._in_words([(0, 1), (0, 3)]) == "1 and 3 frames ahead"
+    assert draw.offsets_in_words([(None, None), (None, 2), (1, 0)]) == "1 frame back, all frames, all, +2"
+    assert draw.offsets_in_words([(0, 1), (0, 3)]) == "1 and 3 frames ahead"
 
 
 def test_joint_plan_has_no_legend(layout):

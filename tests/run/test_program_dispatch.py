@@ -498,7 +498,8 @@ def test_a_step_of_which_nothing_runs_costs_nothing(monkeypatch):
     layout, topology = three(("a", "b"), Connection("c", "b", weight=0))
     x, out, dispatcher = ran(layout, topology)
     assert torch.equal(dispatcher(x, iter(["c", "a"])), out)
-    monkeypatch.setattr(dispatcher, "_attend", None)
+    for module in dispatcher.fn_modules.values():
+        monkeypatch.setattr(module, "attend", None)
     with torch.no_grad():
         assert dispatcher(x, {"b", "c"}) is x and dispatcher(x, []) is x and dispatcher(x, "b") is x
     with pytest.raises(KeyError, match=r"active_regions names \['z'\]"):
@@ -628,7 +629,8 @@ def test_a_hundred_changes_of_activity_rebuild_nothing(monkeypatch, backend):
     expected = torch.autograd.grad(step(first.clone()), x)[0]
     torch.autograd.grad(step(names), x)
     dispatcher.residual_accumulator.values.copy_(start)
-    plans = [dispatcher.plan, *dispatcher._plans.values(), *(errors.plan for errors in dispatcher._errors)]
+    plans = [dispatcher.plan, *map(dispatcher.plan.for_fn, dispatcher.fn_modules)]
+    plans += [connection.plan for connection in dispatcher.residual_connections]
     held = [plan_tensors(plan) for plan in plans]
     buffers = {name: tensor.data_ptr() for name, tensor in dispatcher.named_buffers()}
     assert sum(map(len, held)) > 50 and len(buffers) >= 6
@@ -641,7 +643,7 @@ def test_a_hundred_changes_of_activity_rebuild_nothing(monkeypatch, backend):
 
     for target in ("edge_table", "pack_positions", "resolve_attention_sets", "apply_program"):
         monkeypatch.setattr(f"canvas_engineering.plan.compile.{target}", forbidden)
-    monkeypatch.setattr("canvas_kernels.torch_ops.grouping._parts", forbidden)
+    monkeypatch.setattr("canvas_kernels.torch_ops.grouping.choose_groups", forbidden)
     monkeypatch.setattr("canvas_kernels.packing.IndexMap.sums", forbidden)
     pending = step(first)
     first.copy_(torch.tensor([0.0, 1.0, 0.0]))
@@ -766,8 +768,8 @@ def test_one_call_a_function_whatever_the_mix(monkeypatch):
         )
     dispatcher(torch.randn(1, dispatcher.layout.num_positions, D_MODEL))
     # and one more for each connection into a residual region
-    errors = [(errors.fn, errors.plan) for errors in dispatcher._errors]
-    assert calls == [*errors, *dispatcher._plans.items()] and len(errors) == 2
+    errors = [(errors.fn, errors.plan) for errors in dispatcher.residual_connections]
+    assert calls == [*errors, *((fn, dispatcher.plan.for_fn(fn)) for fn in dispatcher.fn_modules)] and len(errors) == 2
 
 
 def test_programmed_steps_save_checkpoint_and_copy(tmp_path):

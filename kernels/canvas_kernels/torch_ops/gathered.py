@@ -18,7 +18,7 @@ import torch
 from .groups import GatheredGroup
 from .indices import KEYS, QUERIES, Indices, Step
 
-_softmax_out = torch.ops.aten._softmax.out
+softmax_out = torch.ops.aten._softmax.out
 _softmax_backward_out = torch.ops.aten._softmax_backward_data.out
 _gather_reduce = torch.ops.aten._embedding_bag_forward_only.default
 
@@ -219,7 +219,7 @@ def _probabilities(out, queries, keys, group: GatheredGroup, bias, scale, write_
     if write_lse is not None:
         write_lse(out.unflatten(2, (segments, width)))
     by_segment, dim = _by_segment(out, group)
-    _softmax_out(by_segment, dim, False, out=by_segment)
+    softmax_out(by_segment, dim, False, out=by_segment)
 
 
 class LseWriter:

@@ -47,12 +47,13 @@ def group_table(table: BlockTable) -> Grouping:
     weight, edge, replace = _segments(table)
     if not len(table.query_ranges().segment):
         return Grouping((), (), (), (), weight, edge, replace)
-    strided, gathered = _parts(_KeyRanges(table), replace)
+    strided, gathered = choose_groups(_KeyRanges(table), replace)
     strided, rows_to_zero, keys_to_zero = _mark_overwrites(strided, table.n_positions)
     return Grouping(_bundles(gathered), strided, rows_to_zero, keys_to_zero, weight, edge, replace)
 
 
-def _parts(key_ranges: _KeyRanges, replace: np.ndarray) -> tuple[list[StridedGroup], list[GatheredGroup]]:
+def choose_groups(key_ranges: _KeyRanges, replace: np.ndarray) -> tuple[list[StridedGroup], list[GatheredGroup]]:
+    """Returns the strided and the gathered groups of a table's key ranges."""
     if len(key_ranges.keys) <= STRIDED_RANGES:
         strided, _ = _strided_groups(key_ranges, replace, least_pairs=1)
         if len(strided) <= MAX_STRIDED:

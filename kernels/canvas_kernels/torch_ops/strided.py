@@ -22,7 +22,7 @@ MIN_INPLACE_NUMEL, MIN_INPLACE_K = 1 << 12, 32
 # Tensor layouts that a group caches.
 MAX_LAYOUTS = 32
 
-_softmax_out = torch.softmax
+softmax_out = torch.softmax
 _softmax_backward_out = torch._softmax_backward_data  # pyright: ignore[reportPrivateImportUsage] it has no public name
 
 
@@ -341,7 +341,7 @@ def _forward_products(call: StridedCall, indices: Indices, inputs, scale, saved,
         pairs.baddbmm_(left, right.mT, beta=0 if bias is None else 1, alpha=scale)
         if lse is not None:
             lse_slices.append(torch.logsumexp(pairs, 1 if keys_first else 2))
-        _softmax_out(pairs, 1 if keys_first else 2, out=pairs)
+        softmax_out(pairs, 1 if keys_first else 2, out=pairs)
         _add_product(out, group, heads, rows, pairs.mT if keys_first else pairs, values, coefficient, overwrite)
     if lse is not None:
         _write_lse(lse, _stack_slices(lse_slices, group, heads), indices, group)

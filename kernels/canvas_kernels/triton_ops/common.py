@@ -1,5 +1,5 @@
 # pyright: basic, reportArgumentType=false, reportGeneralTypeIssues=false
-"""What all the Triton passes share: reading the tables, and tiles of rows.
+"""Loads of tables and of tiles of rows, which all the Triton passes share.
 
 A program owns one tile of rows of one head and walks its segments one after the other: first the blocks that all of its
 rows attend to, without any mask, then the others. Blocks stand in lists that are indexed by the loop's counter. A

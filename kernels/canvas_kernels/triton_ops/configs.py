@@ -39,7 +39,7 @@ def stores_segments(table: BlockTable) -> bool:
 
 
 def form_of(table: BlockTable, sigmoid: bool = False) -> str:
-    """What passes are configured for: "joint"; "edge", or "in_place" where segments are not kept; "sigmoid"."""
+    """The form that passes are configured for: "joint", "edge", "in_place" (edge, no segments kept) or "sigmoid"."""
     if sigmoid or table.form == "joint":
         return "sigmoid" if sigmoid else "joint"
     return "edge" if stores_segments(table) else "in_place"
@@ -246,8 +246,8 @@ def arch_of_cuda(capability: tuple[int, int]) -> str:
     """The architecture whose configurations run on a CUDA device of this compute capability; ValueError below 8.0."""
     major = capability[0]
     if major < 8:
-        found = ".".join(map(str, capability))
-        raise ValueError(f"the Triton kernels need compute capability 8.0 or newer, the device has {found}")
+        version = ".".join(map(str, capability))
+        raise ValueError(f"the Triton kernels need compute capability 8.0 or newer, the device has {version}")
     # 11 and 12 lack the tensor-core instructions of 9 and 10: they take Ampere's, and Ampere's shared memory
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 

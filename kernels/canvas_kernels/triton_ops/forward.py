@@ -109,15 +109,15 @@ def forward_kernel(
             total = acc
         else:
             # true of NaN too
-            seen = running_sum != 0
-            safe_sum = tl.where(seen, running_sum, 1.0)
+            has_keys = running_sum != 0
+            safe_sum = tl.where(has_keys, running_sum, 1.0)
             if not IN_PLACE:
-                # asked again, as below: what waits for the end takes registers all along
+                # loaded again, as below: what waits for the end takes registers all along
                 batch_head, _, _, tile_start, tile_rows, segment, _ = kit.load_tile(tables, n_tiles, n_heads, True)
                 in_tile = rows < tile_rows
                 slot = kit.load_slot(tables, segment)
             covered = kit.covered_rows(tables, segment, BLOCK_M)
-            lse = tl.where(seen, running_max + tl.log2(safe_sum), float("inf"))
+            lse = tl.where(has_keys, running_max + tl.log2(safe_sum), float("inf"))
             slot_base = batch_head * n_slots + slot + tile_start
             tl.store(lse_ptr + slot_base + rows, lse, mask=covered)
             acc *= (1.0 / safe_sum)[:, None]

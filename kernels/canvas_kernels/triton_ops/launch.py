@@ -42,16 +42,22 @@ move_rows, row_scale_of = on_device(steps.move_rows), on_device(steps.row_scale)
 
 @on_device
 def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None, row_scale=None, sigmoid=False):
-    """``(out, lse, kept)`` of segmented block-sparse attention (``kernels/README.md``).
+    """Segmented block-sparse attention (``kernels/README.md``).
 
-    ``q``, ``k``, ``v`` (B, H, n, D) with any strides: copied once where rows are not whole or do not begin at multiples
-    of 8 elements, as those of an odd head_dim, or where those of k and v are different strides apart. Edge form:
-    ``row_scale`` (2, n), ``gain`` and ``active`` (n_edges,), or None. ``out`` (B, H, n, D) is contiguous in q's dtype,
-    ``lse`` (B, H, n_slots) float32, without slots if ``sigmoid``. ``kept`` is what :func:`backward` wants besides:
-    ``out`` itself in joint form, the outputs of all segments (B, H, n_slots, D) where :func:`.configs.stores_segments`
-    says so, and else nothing. Raises ValueError for devices, dtypes and head dimensions without configurations.
+    Args:
+        q, k, v: (B, H, n, D) with any strides: copied once where rows are not whole or do not begin at multiples of 8
+            elements, as those of an odd head_dim, or where those of k and v are different strides apart.
+        row_scale: (2, n), and ``gain`` and ``active`` (n_edges,), or None: of edge form.
+
+    Returns:
+        ``out`` (B, H, n, D), contiguous in q's dtype; ``lse`` (B, H, n_slots) float32, without slots if ``sigmoid``;
+        and what :func:`backward` wants besides: ``out`` itself in joint form, the outputs of all segments
+        (B, H, n_slots, D) where :func:`.configs.stores_segments` says so, and else nothing.
+
+    Raises:
+        ValueError: a device, dtype or head dimension has no configuration.
     """
-    q, (k, v) = _vectors(q), _keys(k, v)
+    q, (k, v) = aligned_rows(q), _keys(k, v)
     batch, heads, n, head_dim = q.shape
     form = configs.form_of(table, sigmoid)
     out, lse = _empty(q, n, head_dim), _empty(q, 0 if sigmoid else table.n_slots)
@@ -101,16 +107,17 @@ def backward(
     need_gain: bool = False,
     sigmoid: bool = False,
 ):
-    """``(gradients, dgain)``, those of :func:`forward`, whose ``kept`` and ``lse`` these are.
+    """The gradients of :func:`forward`, whose ``kept`` and ``lse`` these are.
 
-    ``gradients`` are dq, dk, dv (B, H, n, D), contiguous, in the inputs' dtype; dgain is (n_edges,) in gain's, None
-    unless ``need_gain``.
+    Returns:
+        (dq, dk, dv), each (B, H, n, D), contiguous, in the inputs' dtype; and dgain (n_edges,) in gain's, None unless
+        ``need_gain``.
     """
-    q, (k, v), grad_out = _vectors(q), _keys(k, v), _vectors(grad_out)
+    q, (k, v), grad_out = aligned_rows(q), _keys(k, v), aligned_rows(grad_out)
     batch, heads, n, head_dim = q.shape
     form = configs.form_of(table, sigmoid)
     stored = form in ("joint", "edge")
-    kept = kept.contiguous() if stored else lse
+    segment_out = kept.contiguous() if stored else lse
     factors = _factors(table, q.device, gain, active, row_scale)
     delta = _empty(q, table.n_slots if need_gain or not sigmoid else 0)
     lse2 = lse.new_empty((2, *lse.shape)) if form in ("edge", "in_place") else lse
@@ -126,7 +133,7 @@ def backward(
                 k,
                 v,
                 grad_out,
-                kept,
+                segment_out,
                 lse,
                 lse2,
                 delta,
@@ -174,11 +181,11 @@ def _launches(table: BlockTable, q: torch.Tensor, stage: str, form: str):
     """(config, tiling, its tensors) of every launch of a pass."""
     if not q.numel():
         return
-    found = configs.lookup(arch_of(q.device), q.shape[3], q.dtype, stage, form)
+    known = configs.lookup(arch_of(q.device), q.shape[3], q.dtype, stage, form)
     by_slot = (stage, form) == ("forward", "edge")
-    for tiling in table.device_tilings(q.device, configs.classes(found), stage == "dkv", by_slot):
+    for tiling in table.device_tilings(q.device, configs.classes(known), stage == "dkv", by_slot):
         size = (tiling.block_m, tiling.block_n)
-        yield next(config for config in found if config[:2] == size), tiling, tiling.tensors
+        yield next(config for config in known if config[:2] == size), tiling, tiling.tensors
 
 
 def _factors(table: BlockTable, device, gain, active, row_scale) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -199,8 +206,8 @@ def _empty(q: torch.Tensor, rows: int, *dim: int) -> torch.Tensor:
     return torch.empty((*q.shape[:2], rows, *dim), dtype=q.dtype if dim else torch.float32, device=q.device)
 
 
-def _vectors(x: torch.Tensor) -> torch.Tensor:
-    """``x`` if lanes can load 8 elements at once, else a copy with its rows padded to that: loads of single elements
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` if threads can load 8 elements at once, else a copy with its rows padded to that: loads of single elements
     take more than twice the instructions, in every block that a row is part of."""
     *outer, unit = x.stride()
     whole = unit == 1 and x.data_ptr() % 16 == 0
@@ -210,8 +217,8 @@ def _vectors(x: torch.Tensor) -> torch.Tensor:
 
 
 def _keys(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``k`` and ``v`` as :func:`_vectors`, with one stride of rows: copies unless they lie alike, as they mostly do."""
-    k, v = _vectors(k), _vectors(v)
+    """:func:`aligned_rows` of ``k`` and ``v``, of one stride between rows: copies unless they lie alike."""
+    k, v = aligned_rows(k), aligned_rows(v)
     return (k, v) if k.stride(2) == v.stride(2) else (_padded(k), _padded(v))
 
 
@@ -229,7 +236,7 @@ def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=64)
 def arch_of(device: torch.device) -> str:
-    """The architecture whose configurations a device runs, asked once per device."""
+    """The architecture whose configurations a device runs, looked up once per device."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
@@ -250,11 +257,11 @@ def _constants(config: Config, head_dim: int, walks: bool = True) -> dict:
 
 def interpreter_refusal() -> str:
     """Why this pair of Triton and numpy cannot interpret kernels; empty where it can."""
-    found = {"triton": triton.__version__, "numpy": np.__version__}
-    minor = {name: tuple(map(int, version.split(".")[:2])) for name, version in found.items()}
+    versions = {"triton": triton.__version__, "numpy": np.__version__}
+    minor = {name: tuple(map(int, version.split(".")[:2])) for name, version in versions.items()}
     if minor["triton"] >= (3, 7) or minor["numpy"] < (2, 4):
         return ""
     return (
-        f"Triton {found['triton']}'s interpreter cannot run loops with loaded bounds under numpy {found['numpy']}: "
-        "install 'numpy<2.4' or 'triton>=3.7', or use backend 'torch'"
+        f"Triton {versions['triton']}'s interpreter cannot run loops with loaded bounds under numpy "
+        f"{versions['numpy']}: install 'numpy<2.4' or 'triton>=3.7', or use backend 'torch'"
     )

@@ -1,5 +1,5 @@
 # pyright: basic, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
-"""What a step launches beside the passes: rows moved, row scales of its activity, gradients of its gains."""
+"""Kernels beside the passes of a step: they move rows, scale them by activity, and sum gradients of gains."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def move_rows(*sources: torch.Tensor, rows: IndexMap, back: bool = False) -> tup
     batch, heads, n_in, head_dim = x.shape
     index, n_out = (rows.places(x.device), rows.n_in) if back else (rows.rows(x.device), rows.n_out)
     width = head_dim if back else -(-head_dim // VECTOR) * VECTOR
-    made = tuple([torch.empty((batch, heads, n_out, width), dtype=x.dtype, device=x.device) for _ in sources])
+    moved = tuple([torch.empty((batch, heads, n_out, width), dtype=x.dtype, device=x.device) for _ in sources])
     n_blocks = -(-n_out // MOVED_ROWS)
-    if made[0].numel():
+    if moved[0].numel():
         strides = sum([source.stride() for source in sources], ())
         sizes = {"HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), "BLOCK": MOVED_ROWS}
         move_rows_kernel[(n_blocks * batch * heads,)](
-            sources, made, strides, index, n_blocks, n_out, n_in, heads, width, **sizes, **OPTIONS
+            sources, moved, strides, index, n_blocks, n_out, n_in, heads, width, **sizes, **OPTIONS
         )
-    return made if width == head_dim else tuple([x[..., :head_dim] for x in made])
+    return moved if width == head_dim else tuple([x[..., :head_dim] for x in moved])
 
 
 @triton.jit(do_not_specialize=["n_blocks", "n_out", "n_in", "n_heads"])
@@ -64,20 +64,20 @@ def move_rows_kernel(
     dims = tl.arange(0, BLOCK_D)
     index = tl.load(index_ptr + rows, mask=rows < n_out, other=n_in).to(tl.int64)
     # [BLOCK, BLOCK_D]
-    taken = (index < n_in)[:, None] & (dims < HEAD_DIM)[None, :]
+    readable = (index < n_in)[:, None] & (dims < HEAD_DIM)[None, :]
     written = (rows < n_out)[:, None] & (dims < HEAD_DIM)[None, :]
     at = (batch_head * n_out + rows)[:, None] * width + dims[None, :]
     for i in tl.static_range(len(sources)):
         base = sources[i] + batch * strides[4 * i] + head * strides[4 * i + 1]
         source_ptrs = base + index[:, None] * strides[4 * i + 2] + dims[None, :] * strides[4 * i + 3]
-        tl.store(targets[i] + at, tl.load(source_ptrs, mask=taken, other=0), mask=written)
+        tl.store(targets[i] + at, tl.load(source_ptrs, mask=readable, other=0), mask=written)
 
 
 # -- row scales --------------------------------------------------------------------------------------------------------
 
 
 @derived(limit=4)
-def _chunks(table: BlockTable, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def scale_chunks(table: BlockTable, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(chunks, entries, weight): int32 [C, 4] first row, end of rows, first and end of entries, of rows in the same
     segments; int32 [E, 2] edge and class of these segments; float32 [E] their weights."""
     marks, lead, run = table._runs()
@@ -102,7 +102,7 @@ def _chunks(table: BlockTable, device: torch.device) -> tuple[torch.Tensor, torc
 
 def row_scale(active: torch.Tensor, table: BlockTable) -> torch.Tensor:
     """(2, n) float32: :func:`..block_table.row_scale` of an activity, in one launch."""
-    chunks, entries, weight = _chunks(table, active.device)
+    chunks, entries, weight = scale_chunks(table, active.device)
     n = table.n_positions
     scale = torch.empty((2, n), dtype=torch.float32, device=active.device)
     if n:

@@ -84,7 +84,7 @@ class Tiling:
 def cut_tiles(n: int, start: np.ndarray, stop: np.ndarray, block: int, borders: ArrayLike = ()) -> np.ndarray:
     """Tile starts for rows [0, n), ascending, int64: no tile is longer than ``block`` or lies across ``borders``.
 
-    Ranges of at least ``block`` rows get tiles of their own (a tile across two of them would walk both); stretches of
+    Ranges of at least ``block`` rows get tiles of their own (a tile across two of them would walk both); runs of
     shorter ranges are cut evenly, tiles straddling them.
     """
     marks = np.unique(np.concatenate([[0, n], start, stop]))
@@ -98,7 +98,7 @@ def cut_tiles(n: int, start: np.ndarray, stop: np.ndarray, block: int, borders: 
 
 
 class _Axes(NamedTuple):
-    """Of every rectangle, its range on the axis that is cut into tiles and that of the rows that tiles walk.
+    """Ranges of every rectangle on the axis that is cut into tiles and on that of the rows that tiles walk.
 
     ``span`` numbers the connected query range of a segment that it belongs to: the slot of its row i is span + i.
     ``shift`` is what leads from the axis of the tiles to rows, ``borders`` what no tile may lie across.
@@ -178,7 +178,7 @@ def _count_long(blocks: np.ndarray) -> int:
 
 
 def _walk(table: BlockTable, axes: _Axes, start: np.ndarray, rows: np.ndarray, tile_class: TileClass) -> dict:
-    """What tiles of ``rows`` rows from ``start``, ascending and disjoint, walk: a Tiling's fields as arrays."""
+    """A Tiling's fields as arrays, for tiles of ``rows`` rows from ``start``, ascending and disjoint."""
     block_n, joint = tile_class.block_n, table.form == "joint"
     width = partial_width(block_n)
     first = np.searchsorted(start + rows, axes.start, "right")
@@ -309,7 +309,7 @@ def cover(start: np.ndarray, stop: np.ndarray, block: int, stride: int) -> np.nd
     first, last = start[fresh], reach[np.append(fresh[1:], True)[: len(start)]]
     own = first // stride
     head = _changes(own).nonzero()[0]
-    at, group, found = first[head], own[head], []
+    at, group, starts = first[head], own[head], []
     while len(at):
         range_of = np.searchsorted(last, at, "right")
         inside = range_of < len(last)
@@ -318,9 +318,9 @@ def cover(start: np.ndarray, stop: np.ndarray, block: int, stride: int) -> np.nd
         at = np.maximum(at[inside], first[range_of])
         count = np.maximum((last[range_of] - at) // block, 1)
         owner, number = expand_ranges(np.zeros(len(at)), count)
-        found.append(at[owner] + number * block)
+        starts.append(at[owner] + number * block)
         at = at + count * block
-    return np.sort(np.concatenate(found)) if found else first
+    return np.sort(np.concatenate(starts)) if starts else first
 
 
 def _masks(part: _Blocks, left: np.ndarray, tile_class: TileClass) -> tuple[np.ndarray, np.ndarray]:

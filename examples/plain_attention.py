@@ -2,16 +2,18 @@
 
 A canvas is attended over without block tables in two ways, which take the declaration that
 :class:`canvas_engineering.AttentionDispatcher` takes, precompute all that depends on it alone, and keep its parameter
-names, so that one state dict fits all three. mamba and rwkv go position by position.
+names, so that one state dict fits all three.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from canvas_engineering.attention import MambaAttention, RWKVAttention
+from canvas_engineering.attention import create_attention
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.connectivity import CanvasTopology, Connection, connection_frames
 from canvas_engineering.masks import MaskSpec
@@ -31,16 +33,16 @@ class Projections(nn.Module):
         """(B, n, d_model) → (B, heads, n, head_dim)."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
-    def forward(self, queries: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
-        """queries (B, n, d_model), keys (B, m, d_model), additive mask (n, m) → (B, n, d_model)."""
-        q, k, v = self.split(self.q_proj(queries)), self.split(self.k_proj(keys)), self.split(self.v_proj(keys))
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """queries (B, n, d_model), keys and values (B, m, d_model), additive mask (n, m) → (B, n, d_model)."""
+        q, k, v = self.split(self.q_proj(queries)), self.split(self.k_proj(keys)), self.split(self.v_proj(values))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class PerEdgeLoop(nn.Module):
     """Edge form, one attention set after another: gather, project, attend, scatter; then divide by the sum of weights.
-    Raises ValueError for sparse masks, other functions than softmax, and other writes than "add"."""
+    Raises ValueError for sparse masks and other writes than "add"."""
 
     def __init__(self, topology: CanvasTopology, layout: CanvasLayout, d_model: int, n_heads: int = 4):
         super().__init__()
@@ -51,13 +53,13 @@ class PerEdgeLoop(nn.Module):
             fn = topology.resolve_fn(connection, layout)
             if connection.weight == 0 or fn == "none":
                 continue
-            name = f"{connection.src} → {connection.dst}"
-            if fn not in SOFTMAX_FNS:
-                raise ValueError(f"{name}: the loop knows {SOFTMAX_FNS}, not {fn!r}")
             if connection.write_mode != "add":
-                raise ValueError(f"{name}: the loop has no {connection.write_mode!r} writes")
+                raise ValueError(
+                    f"{connection.src} → {connection.dst}: {connection.write_mode!r} writes are not done here"
+                )
             if fn not in self.fn_modules:
-                self.fn_modules[fn] = Projections(d_model, n_heads)
+                kind = Projections if fn in SOFTMAX_FNS else partial(create_attention, fn)
+                self.fn_modules[fn] = kind(d_model, n_heads)
             for queries, keys, fraction in attention_sets(layout, connection):
                 weight = connection.weight * fraction
                 total_weight[queries] += weight
@@ -68,14 +70,14 @@ class PerEdgeLoop(nn.Module):
         self.register_buffer("covered", covered[:, None], persistent=False)
         self.register_buffer("total_weight", total_weight.where(covered, torch.ones(()))[:, None], persistent=False)
 
-    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """(B, N, d_model) → (B, N, d_model); positions without keys keep their input, or ``add_to``."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, d_model) → (B, N, d_model); positions without keys keep their input."""
         total = torch.zeros_like(x)
         for index, (fn, weight) in enumerate(self.sets):
             queries, keys = getattr(self, f"queries_{index}"), getattr(self, f"keys_{index}")
-            out = self.fn_modules[fn](x[:, queries], x[:, keys])
+            out = self.fn_modules[fn](x[:, queries], x[:, keys], x[:, keys])
             total = total.index_add(1, queries, (out * weight).to(total.dtype))  # which differ under autocast
-        return landed(total / self.total_weight, self.covered, x, add_to)
+        return torch.where(self.covered, total / self.total_weight, x)
 
 
 class DenseMask(nn.Module):
@@ -91,14 +93,9 @@ class DenseMask(nn.Module):
         self.register_buffer("mask", topology.to_additive_mask(layout, weighted=True), persistent=False)
         self.register_buffer("covered", covered, persistent=False)
 
-    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """(B, N, d_model) → (B, N, d_model); positions without keys keep their input, or ``add_to``."""
-        return landed(self.fn_modules["cross_attention"](x, x, self.mask), self.covered, x, add_to)
-
-
-def landed(out: Tensor, covered: Tensor, x: Tensor, add_to: Tensor | None) -> Tensor:
-    """``out`` where ``covered`` (N, 1), added to ``add_to`` if there is one; else that, or x."""
-    return torch.where(covered, out, x) if add_to is None else torch.where(covered, add_to + out, add_to)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, d_model) → (B, N, d_model); positions without keys keep their input."""
+        return torch.where(self.covered, self.fn_modules["cross_attention"](x, x, x, self.mask), x)
 
 
 def attention_sets(layout: CanvasLayout, connection: Connection) -> list[tuple[Tensor, Tensor, float]]:
@@ -137,32 +134,3 @@ def _tile_numbers(layout: CanvasLayout, mask: MaskSpec) -> Tensor:
     for extent, size in zip(layout.spatial_shape, sizes):
         number = number[..., None] * -(-extent // size) + torch.arange(extent) // size
     return number.expand(layout.T, *layout.spatial_shape).flatten()
-
-
-class MambaLoop(MambaAttention):
-    """The selective scan, position by position."""
-
-    def summarise(self, features: Tensor) -> Tensor:
-        d = len(self.D)
-        u, z, dt, b, c = features.split([d, d, self.dt_rank, self.state_size, self.state_size], dim=-1)
-        rate, h, rows, dt = -torch.exp(self.A_log), 0.0, [], F.softplus(self.dt_proj(dt))
-        for t in range(u.shape[1]):
-            h = torch.exp(rate * dt[:, t, :, None]) * h + (dt[:, t] * u[:, t])[..., None] * b[:, t, None]
-            rows.append((h * c[:, t, None]).sum(-1))
-        return (torch.stack(rows, 1) + self.D * u) * F.silu(z)
-
-
-class RWKVLoop(RWKVAttention):
-    """The weighted sums of keys and values, position by position."""
-
-    def summarise(self, features: Tensor) -> Tensor:
-        k, v = features.chunk(2, dim=-1)
-        keep, bonus = torch.exp(-torch.exp(self.decay.flatten())), torch.exp(self.bonus.flatten())
-        a, total, mass, rows = k.clamp(-10, 10).exp(), 0.0, 0.0, []
-        for t in range(k.shape[1]):
-            rows.append((total + bonus * a[:, t] * v[:, t]) / (mass + bonus * a[:, t] + 1e-6))
-            total, mass = total * keep + a[:, t] * v[:, t], mass * keep + a[:, t]
-        return torch.stack(rows, 1)
-
-
-LOOPS = {"mamba": MambaLoop, "rwkv": RWKVLoop}

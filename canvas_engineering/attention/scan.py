@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from canvas_kernels.autograd import DEVICES, OPERATIONS, TAGS, Operation, operate, under_autograd
 
 # Up to 64 steps of 2^16 numbers are faster in one chunk than in several, which are computed twice.
-_SHORT, _WIDE = 64, 1 << 16
+SHORT, WIDE = 64, 1 << 16
 
 
 def selective_scan(
@@ -71,10 +71,10 @@ def _described(*tensors: torch.Tensor) -> str:
     return ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in zip(("dt", "x", "b", "c", "rate"), tensors))
 
 
-def _chunk(length: int, channels: int) -> int:
+def chunk_length(length: int, channels: int) -> int:
     """Returns the steps per chunk for ``length`` positions of ``channels`` numbers: all of a short, wide sequence, else
     a power of two between √length and 4·√length."""
-    if length <= _SHORT and channels >= _WIDE:
+    if length <= SHORT and channels >= WIDE:
         return length
     return max(1, min(1 << ((length.bit_length() + 2) // 2), length))
 
@@ -101,7 +101,7 @@ def _scan(
     if recur is not None:
         return fla_scan(recur, dt, x, b, c, rate), dt.new_empty(0)
     batch, length, _ = dt.shape
-    chunk = _chunk(length, batch * rate.numel())
+    chunk = chunk_length(length, batch * rate.numel())
     rate = rate.t().contiguous()
     dts, xs, bs, cs = (to_chunks(t, chunk) for t in (dt, x, b, c))
     state = dt.new_zeros(len(dts), *rate.shape)
@@ -125,7 +125,7 @@ def _scan_fake(dt, x, b, c, rate, kernels):
     if kernels and fla_recurrence(dt) is not None:
         return _contiguous(dt), dt.new_empty(0)
     batch, length, width = dt.shape
-    count = -(-length // _chunk(length, batch * rate.numel()))
+    count = -(-length // chunk_length(length, batch * rate.numel()))
     return _contiguous(dt), dt.new_empty(batch * count, rate.shape[1], width)
 
 
@@ -148,7 +148,7 @@ def _scan_backward(
     if recur is not None:
         return fla_scan_backward(recur, grad, dt, x, b, c, rate)
     batch, length, _ = dt.shape
-    chunk = _chunk(length, batch * rate.numel())
+    chunk = chunk_length(length, batch * rate.numel())
     rate = rate.t().contiguous()
     dts, xs, bs, cs, grads = (to_chunks(t, chunk) for t in (dt, x, b, c, grad))
     d_dt, d_x, d_b, d_c = (torch.empty_like(t) for t in (dts, xs, bs, cs))
@@ -226,13 +226,13 @@ def decayed_sums(x: torch.Tensor, log_keep: torch.Tensor, backend: str = "auto")
     return operate("decayed_sums", x, log_keep, False, backend == "auto")[0]
 
 
-def _sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: bool) -> torch.Tensor:
+def chunked_sums(x: torch.Tensor, log_keep: torch.Tensor, backwards: bool, kernels: bool) -> torch.Tensor:
     """Computes :func:`decayed_sums`, or S_t = Σ_{j>t} exp(log_keep)^(j−1−t) x_j if ``backwards``."""
     recur = fla_recurrence(x) if kernels else None
     if recur is not None:
         return fla_sums(recur, x, log_keep, backwards)
     batch, length, width = x.shape
-    chunk = _chunk(length, batch * width)
+    chunk = chunk_length(length, batch * width)
     # S + (x + S · (keep − 1)) for keep > 1/2, whose rounding would grow with its powers; x + S · keep otherwise, where
     # x would be rounded to S
     whole = (log_keep > math.log(0.5)).to(x.dtype)
@@ -318,15 +318,17 @@ FLA_CHUNK = 128
 
 def fla_recurrence(x: torch.Tensor) -> Recurrence | None:
     """Returns the kernel for tensors like ``x``; None on a CPU, in float64 or without fla."""
-    return _fla_kernel() if _is_supported(x) else None
+    return fla_kernel() if is_supported(x) else None
 
 
-def _is_supported(x: torch.Tensor) -> bool:
+def is_supported(x: torch.Tensor) -> bool:
+    """Returns whether flash-linear-attention's kernel takes tensors like ``x``."""
     return x.is_cuda and x.dtype == torch.float32  # the kernel rounds float64
 
 
 @functools.cache
-def _fla_kernel() -> Recurrence | None:
+def fla_kernel() -> Recurrence | None:
+    """Returns the recurrence of flash-linear-attention, None where that is not installed."""
     if find_spec("fla") is None:
         return None
     # a broken installation is an error, not a fallback
@@ -424,7 +426,7 @@ for _name, _signature, _kernel, _fake in (
         _scan_backward,
         _scan_backward_fake,
     ),
-    ("decayed_sums", "(Tensor x, Tensor log_keep, bool backwards, bool kernels) -> Tensor", _sums, _sums_fake),
+    ("decayed_sums", "(Tensor x, Tensor log_keep, bool backwards, bool kernels) -> Tensor", chunked_sums, _sums_fake),
 ):
     _LIBRARY.define(_name + _signature, tags=TAGS)
     for _key in DEVICES:
