@@ -1,4 +1,4 @@
-"""Public names by module, frozen: what users may import. Printed by ``python -m tests.house.test_house``."""
+"""Public names by module, frozen: what users may import. By ``python -m tests.house.test_house``."""
 
 PUBLIC_NAMES = {
     "canvas_engineering": (
@@ -298,6 +298,10 @@ PUBLIC_NAMES = {
         "pattern_cover",
         "rect_cover",
         "split_boxes",
+    ),
+    "canvas_engineering.parallel": (
+        "PlacedPlan",
+        "ShardedPlan",
     ),
     "canvas_engineering.plan": (
         "AttentionPlan",
