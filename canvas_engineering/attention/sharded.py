@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -27,6 +29,37 @@ def sharded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, placed:
         )
     if options["dropout_p"]:
         raise ValueError("a sharded plan has no dropout: its ranks would not draw what one process draws")
+
+    def attend(q, k, v):
+        return block_attention(q, k, v, placed.table, rows=placed.order_map, **options)
+
+    return attend_by_heads(attend, q, k, v, rows, rank, group)
+
+
+def attend_by_heads(
+    attend: Callable[..., torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: Sequence[int],
+    rank: int,
+    group: str,
+) -> torch.Tensor:
+    """Runs ``attend`` on all rows of this rank's heads, between two exchanges.
+
+    Args:
+        attend: q, k and v (B, own heads, all rows, D), rows in order of ranks → the result, like q.
+        q, k, v: (B, heads, own rows, D).
+        rows: the number of rows of each rank.
+        rank: this rank's number.
+        group: name of the process group.
+
+    Returns:
+        (B, heads, own rows, D).
+
+    Raises:
+        ValueError: under torch.compile, a rank without rows.
+    """
     if torch.compiler.is_compiling() and not all(rows):
         raise ValueError(
             f"rank {rows.index(0)} of the sharded plan holds no position, and compilers leave out an exchange of which "
@@ -37,6 +70,5 @@ def sharded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, placed:
         # ranks without a head run one of zeros, for the same reason
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, ranks - n_heads)) for x in (q, k, v))
     heads = split_evenly(q.shape[1], ranks)
-    q, k, v = split_heads((q, k, v), rows, heads, rank, group)
-    out: torch.Tensor = block_attention(q, k, v, placed.table, rows=placed.order_map, **options)  # pyright: ignore[reportAssignmentType] no lse is returned
+    out = attend(*split_heads((q, k, v), rows, heads, rank, group))
     return join_heads(out, rows, heads, rank, group)[:, :n_heads]

@@ -16,7 +16,7 @@ from ..checked import checked_bool, checked_choice, checked_items, checked_kind,
 from ..connectivity import CanvasTopology
 from ..derived_buffers import outside_inference
 from ..schema import CanvasSchema
-from . import packing
+from . import packing, parallel
 from .block import LoopedCogVideoXBlock
 from .processor import CanvasAttnProcessor
 
@@ -97,8 +97,26 @@ def looped_model_class() -> type[CogVideoXTransformer3DModel]:
 
         @wraps(CogVideoXTransformer3DModel.set_attn_processor)
         def set_attn_processor(self, processor):
-            packing.check(self, processor.values() if isinstance(processor, dict) else [processor])
+            given = [*processor.values()] if isinstance(processor, dict) else [processor]
+            packing.check(self, given)
+            parallel.check(self, given)
             super().set_attn_processor(processor)
+
+        def enable_parallelism(self, *, config, cp_plan=None) -> None:
+            """Shares the heads of attention, and the tokens of everything else, over the ranks of ``ulysses_degree``.
+
+            Every rank passes the same inputs and gets the whole output. Gradients averaged over these ranks, as DDP and
+            FSDP2 average them, are those of one process. Each rank of the mesh has to call it.
+
+            Args:
+                config: diffusers' ``ContextParallelConfig``, or a ``ParallelConfig`` with one; sizes need not divide.
+                cp_plan: not possible: the model's own plan cuts its tokens.
+
+            Raises:
+                ValueError: another kind of parallelism, a ``ring_degree`` above 1, a ``cp_plan``, ranks with different
+                    models, or a model whose tokens are shared already; the model is as before.
+            """
+            parallel.install(self, config, cp_plan)
 
         @wraps(CogVideoXTransformer3DModel.save_config)
         def save_config(self, *args, **kwargs):
@@ -201,6 +219,7 @@ def set_attention(
 ) -> None:
     """Gives all blocks of a looped model a processor and its sharpening; without a processor they keep theirs."""
     if processor is not None:
+        parallel.refuse(transformer)
         packing.remove(transformer)
         if packed and packing.can_pack(processor):
             processor.packed = True
@@ -269,6 +288,7 @@ def ungraft_cogvideox(transformer: CogVideoXTransformer3DModel) -> nn.Module:
     from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
     packing.remove(transformer)
+    parallel.remove(transformer)
     for block in blocks_of(transformer):
         block.ungraft()
     transformer.__class__ = CogVideoXTransformer3DModel

@@ -18,6 +18,8 @@ from .tokens import token_plan
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
+    from .parallel import TokenShards
+
 __all__ = ["CanvasAttnProcessor"]
 
 
@@ -55,8 +57,9 @@ class CanvasAttnProcessor:
 
     # diffusers' registries of kernels and of sequence parallelism look for these two, and set them.
     _attention_backend = None
-    _parallel_config = None
     sharpens = True
+    # the ranks that share the tokens of a model; set by its enable_parallelism
+    shards: TokenShards | None = None
 
     def __init__(
         self,
@@ -100,8 +103,8 @@ class CanvasAttnProcessor:
             both streams, projected.
 
         Raises:
-            ValueError: an attention mask, a token count other than the layout's, or a kernel or parallelism of
-                diffusers that was set.
+            ValueError: an attention mask, a token count other than the layout's, or a kernel of diffusers that was
+                set.
         """
         self._check(hidden_states, encoder_hidden_states, attention_mask)
         n_text = encoder_hidden_states.shape[1]
@@ -116,15 +119,31 @@ class CanvasAttnProcessor:
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         if image_rotary_emb is not None:
+            if self.shards is not None:
+                image_rotary_emb = self.shards.own_video(image_rotary_emb)
             q, k = (_rotate(x, n_text, image_rotary_emb) for x in (q, k))
         scale = q.shape[-1] ** -0.5 * sharpness
-        if self.plan is None:
+        if self.shards is not None:
+            out = self.shards.attend(q, k, v, scale, self.backend)
+        elif self.plan is None:
             out = F.scaled_dot_product_attention(q, k, v, scale=scale)
         else:
             out = canvas_attention(q, k, v, self.plan, scale=scale, backend=self.backend, packed=self.packed)
         assert attn.to_out is not None
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         return out[:, n_text:], out[:, :n_text]
+
+    @property
+    def _parallel_config(self) -> None:
+        return None
+
+    @_parallel_config.setter
+    def _parallel_config(self, config) -> None:
+        if config is not None:
+            raise ValueError(
+                "diffusers' own parallelism would give canvas attention tokens that it does not know of: "
+                "graft the model (graft_looped_blocks), whose enable_parallelism shares its heads"
+            )
 
     def with_fused(self, fused: bool = True) -> CanvasAttnProcessor:
         """Returns this processor with fused (or separate) projections; the plan is shared."""
@@ -139,7 +158,8 @@ class CanvasAttnProcessor:
         return {"schema": CanvasSchema(self.layout, self.topology).to_dict(), "form": self.plan.normalize}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plan": None}  # tables of this process; the declaration makes them again
+        # tables and process groups of this process; the declaration makes the tables again
+        return {**self.__dict__, "plan": None, "shards": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -158,16 +178,16 @@ class CanvasAttnProcessor:
             raise ValueError(
                 f"an attention mask {tuple(attention_mask.shape)} was given: declare the pattern as a topology"
             )
-        if self._attention_backend is not None or self._parallel_config is not None:
+        if self._attention_backend is not None:
             raise ValueError(
-                f"diffusers was set to the attention backend {self._attention_backend!r} and parallelism "
-                f"{self._parallel_config!r}; canvas attention has backends of its own (backend=) and runs on one "
-                "device: reset_attention_backend(), or ungraft"
+                f"diffusers was set to the attention backend {self._attention_backend!r}; canvas attention has "
+                "backends of its own (backend=): reset_attention_backend(), or ungraft"
             )
         given = (encoder_hidden_states.shape[1], hidden_states.shape[1])
-        if self.counts is not None and given != self.counts:
+        counts = self.counts if self.shards is None else self.shards.own_counts
+        if counts is not None and given != counts:
             raise ValueError(
-                f"the layout is of {self.counts[0]} text and {self.counts[1]} video tokens; got {given[0]} and "
+                f"the layout is of {counts[0]} text and {counts[1]} video tokens; got {given[0]} and "
                 f"{given[1]}: build it with cogvideox_layout for this video's size"
             )
 
