@@ -213,7 +213,7 @@ def topology_figure(topology: CanvasTopology) -> Figure:
         size = 7.5 if len(names) <= MAX_NAMED // 2 else 6.5
         for (row, column), offsets in cells.items():
             dark = weights[row, column] > 0.6 * weights.max()
-            text = textwrap.fill(_in_words(offsets), 12, break_long_words=False)
+            text = textwrap.fill(offsets_in_words(offsets), 12, break_long_words=False)
             axes.text(column, row, text, ha="center", va="center", fontsize=size, color="w" if dark else "k")
     if len(names) <= MAX_LABELS:
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)

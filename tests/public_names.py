@@ -350,6 +350,10 @@ PUBLIC_NAMES = {
         "window",
         "window_topology",
     ),
+    "canvas_engineering.parallel": (
+        "PlacedPlan",
+        "ShardedPlan",
+    ),
     "canvas_engineering.plan": (
         "AttentionPlan",
         "NORMALIZE",

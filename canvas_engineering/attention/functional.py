@@ -7,7 +7,9 @@ import torch
 from canvas_kernels.ops import BACKENDS, block_attention
 
 from ..checked import checked_bool, checked_tensor
+from ..parallel import PlacedPlan
 from ..plan import AttentionPlan
+from .sharded import sharded_attention
 
 __all__ = ["BACKENDS", "canvas_attention"]
 
@@ -16,7 +18,7 @@ def canvas_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: AttentionPlan,
+    plan: AttentionPlan | PlacedPlan,
     *,
     scale: float | None = None,
     gain: torch.Tensor | None = None,
@@ -37,6 +39,7 @@ def canvas_attention(
         q, k, v: (B, heads, N, head_dim), positions in canvas order; with ``packed``, (B, heads, n, head_dim) in the
             plan's packed order (``plan.pack``), which saves copies.
         plan: from :func:`canvas_engineering.plan.compile_attention`; its form, "edge" or "joint", is what is computed.
+            Over several ranks ``plan.shard(…).on(mesh)``: q, k and v then hold this rank's own positions.
         scale: factor of q·k, by default head_dim^−½.
         gain: (connections,), trainable factors of connections. Edge form only, as the next two.
         active: (connections,), 0 or 1; a connection at 0 is as if it were not declared.
@@ -64,7 +67,7 @@ def canvas_attention(
     >>> canvas_attention(0 * x, x, x, plan).flatten().tolist()
     [0.0, 0.0, 4.0, 4.0]
     """
-    if not isinstance(plan, AttentionPlan):
+    if not isinstance(plan, (AttentionPlan, PlacedPlan)):
         raise ValueError(f"plan must be an AttentionPlan (from compile_attention), got {type(plan).__name__}")
     for name, value in (("q", q), ("k", k), ("v", v)):
         checked_tensor(value, name)
@@ -73,22 +76,21 @@ def canvas_attention(
     if len(shape) != 4 or k.shape != shape or v.shape != shape:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
         raise ValueError(f"q, k and v must share one shape (B, heads, positions, head_dim); got {shapes}")
+    options = {
+        "scale": scale,
+        "gain": gain,
+        "active": active,
+        "row_scale": row_scale,
+        "dropout_p": dropout_p,
+        "backend": backend,
+        "activation": activation,
+    }
+    if isinstance(plan, PlacedPlan):
+        if packed:
+            raise ValueError("a sharded plan says itself in which order its rank holds positions: leave out packed=")
+        return sharded_attention(q, k, v, plan, **options)
     positions = plan.n_packed if packed else plan.n_positions
     if shape[2] != positions:
         order = "packed" if packed else "canvas"
         raise ValueError(f"q {tuple(shape)} holds {shape[2]} positions; the plan has {positions} in {order} order")
-    return block_attention(  # pyright: ignore[reportReturnType] no lse is returned
-        q,
-        k,
-        v,
-        plan.table,
-        scale=scale,
-        gain=gain,
-        active=active,
-        row_scale=row_scale,
-        dropout_p=dropout_p,
-        backend=backend,
-        activation=activation,
-        key_mask=key_mask,
-        rows=None if packed else plan.order_map,
-    )
+    return block_attention(q, k, v, plan.table, key_mask=key_mask, rows=None if packed else plan.order_map, **options)  # pyright: ignore[reportReturnType] no lse is returned

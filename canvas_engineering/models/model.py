@@ -15,7 +15,7 @@ from ..attention import BACKENDS
 from ..checked import checked_bool, checked_choice, checked_items, checked_kind, checked_number, shown
 from ..derived_buffers import outside_inference
 from ..schema import CanvasSchema
-from . import packing
+from . import packing, parallel
 from .adapter import ModelAdapter
 from .attach import attach, detach
 from .block import LOOPED_BLOCKS, LoopedBlock
@@ -84,8 +84,26 @@ class LoopedModelOfOneProcessor(LoopedModel):
 
     def set_attn_processor(self, processor) -> None:
         """Sets the processors, as diffusers does; ValueError for one that takes tokens in another order."""
-        packing.check(self, processor.values() if isinstance(processor, dict) else [processor])  # pyright: ignore[reportArgumentType] a module
+        given: Any = [*processor.values()] if isinstance(processor, dict) else [processor]
+        packing.check(self, given)  # pyright: ignore[reportArgumentType] a module
+        parallel.check(self, given)
         super().set_attn_processor(processor)  # pyright: ignore[reportAttributeAccessIssue] of diffusers' class
+
+    def enable_parallelism(self, *, config, cp_plan=None) -> None:
+        """Shares the heads of attention, and the tokens of everything else, over the ranks of ``ulysses_degree``.
+
+        Every rank passes the same inputs and gets the whole output. Gradients averaged over these ranks, as DDP and
+        FSDP2 average them, are those of one process. Each rank of the mesh has to call it.
+
+        Args:
+            config: diffusers' ``ContextParallelConfig``, or a ``ParallelConfig`` with one; sizes need not divide.
+            cp_plan: not possible: the model's own plan cuts its tokens.
+
+        Raises:
+            ValueError: another kind of parallelism, a ``ring_degree`` above 1, a ``cp_plan``, ranks with different
+                models, or a model whose tokens are shared already; the model is as before.
+        """
+        parallel.install(self, config, cp_plan)
 
     def fuse_qkv_projections(self) -> None:
         """Fuses query, key and value projections, as the stock model does, and keeps canvas processors."""
@@ -239,6 +257,7 @@ def set_attention(
     adapter = transformer.canvas_adapter
     check_packed(adapter, packed)
     if processor is not None:
+        parallel.refuse(transformer)
         pack = adapter.packed_at is not None and packed is not False
         processor.packed = pack and processor.plan is not None and packing.can_pack(processor)
         attach(transformer, adapter, processor)
@@ -302,6 +321,7 @@ def ungraft_model(transformer: Any) -> nn.Module:
     from diffusers.configuration_utils import FrozenDict
 
     adapter = transformer.canvas_adapter
+    parallel.remove(transformer)
     for block in blocks_of(transformer):
         block.ungraft()
     detach(transformer, adapter)

@@ -22,6 +22,8 @@ from .tokens import token_plan
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
+    from .parallel import TokenShards
+
 __all__ = ["CanvasAttnProcessor"]
 
 Grid = tuple[int, int, int]
@@ -66,8 +68,9 @@ class CanvasAttnProcessor:
 
     # diffusers' registries of kernels and of sequence parallelism look for these two, and set them.
     _attention_backend = None
-    _parallel_config = None
     sharpens = True
+    # the ranks that share the tokens of a model; set by its enable_parallelism
+    shards: TokenShards | None = None
 
     def __init__(
         self,
@@ -139,8 +142,8 @@ class CanvasAttnProcessor:
             what the model's own processor returns: the video's states, projected, and the text's where there are any.
 
         Raises:
-            ValueError: an attention mask, a token count other than the layout's, or a kernel or parallelism of
-                diffusers that was set.
+            ValueError: an attention mask, a token count other than the layout's, or a kernel of diffusers that was
+                set.
         """
         adapter = ADAPTERS[self.model]
         self._check_kernels()
@@ -149,6 +152,8 @@ class CanvasAttnProcessor:
             image_rotary_emb = tuple(tables)
         n_text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         plan = self._plan_of(n_text, hidden_states.shape[1], grid)
+        if self.shards is not None and image_rotary_emb is not None:
+            image_rotary_emb = self.shards.own_video(image_rotary_emb)
         text_mask = adapter.key_mask(attention_mask, n_text)
         key_mask = None
         if text_mask is not None:
@@ -157,13 +162,27 @@ class CanvasAttnProcessor:
             key_mask = torch.cat([masks[stream] for stream in adapter.streams], 1)
         q, k, v = adapter.project(attn, hidden_states, encoder_hidden_states, image_rotary_emb, self.fused)
         scale = q.shape[-1] ** -0.5 * sharpness
-        if plan is None:
+        if self.shards is not None:
+            out = self.shards.attend(q, k, v, scale, self.backend)
+        elif plan is None:
             mask = None if key_mask is None else key_mask[:, None, None]
             out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         else:
             options: Any = {"scale": scale, "backend": self.backend, "packed": self.packed, "key_mask": key_mask}
             out = canvas_attention(q, k, v, plan, **options)
         return adapter.output(attn, out.transpose(1, 2).flatten(2), n_text, text_mask)
+
+    @property
+    def _parallel_config(self) -> None:
+        return None
+
+    @_parallel_config.setter
+    def _parallel_config(self, config) -> None:
+        if config is not None:
+            raise ValueError(
+                "diffusers' own parallelism would give canvas attention tokens that it does not know of: "
+                "graft the model (graft_looped_blocks), whose enable_parallelism shares its heads"
+            )
 
     def with_fused(self, fused: bool = True) -> CanvasAttnProcessor:
         """Returns this processor with fused (or separate) projections; the plan is shared."""
@@ -189,8 +208,8 @@ class CanvasAttnProcessor:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # tables of this process; the declaration makes them again
-        return {**self.__dict__, "plan": None, "plans": {}}
+        # tables and process groups of this process; the declaration makes the tables again
+        return {**self.__dict__, "plan": None, "plans": {}, "shards": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -206,19 +225,19 @@ class CanvasAttnProcessor:
 
     def _check_kernels(self) -> None:
         kernel = getattr(self._attention_backend, "value", self._attention_backend)
-        if kernel not in (None, "native") or self._parallel_config is not None:
+        if kernel not in (None, "native"):
             raise ValueError(
-                f"diffusers was set to the attention backend {self._attention_backend!r} and parallelism "
-                f"{self._parallel_config!r}; canvas attention has backends of its own (backend=) and runs on one "
-                'device: set_attention_backend("native"), reset_attention_backend(), or ungraft'
+                f"diffusers was set to the attention backend {self._attention_backend!r}; canvas attention has "
+                'backends of its own (backend=): set_attention_backend("native"), reset_attention_backend(), or ungraft'
             )
 
     def _plan_of(self, n_text: int, n_video: int, grid: Grid | None) -> AttentionPlan | None:
         if self.counts is None:
             return None
-        grids = self._by_counts.get((n_text, n_video))
-        if grids is None:
-            text, video = self.counts
+        own = None if self.shards is None else self.shards.own_counts
+        grids = self._by_counts.get((n_text, n_video)) if own is None else self._by_counts[self.counts]
+        if grids is None or (own is not None and own != (n_text, n_video)):
+            text, video = own or self.counts
             raise ValueError(
                 f"the layout is of {text} text and {video} video tokens; got {n_text} and {n_video}: build it with "
                 "video_layout for this video's size"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from .attention_sets import AttentionSets, SlotBank
 from .index_sets import RowSets, has_pairs, row_sets, uniform_row_sets
 from .ordering import PackedOrder
 from .tables import edge_table, join_tables, joint_table
+
+if TYPE_CHECKING:
+    from ..parallel.shards import ShardedPlan
 
 __all__ = ["AttentionPlan"]
 
@@ -215,6 +219,21 @@ class AttentionPlan:
         if "uniform row sets" not in self.index_sets:
             self.index_sets["uniform row sets"] = uniform_row_sets(self.table)
         return self.index_sets["uniform row sets"]
+
+    def shard(self, *, heads: int = 1, cut: Any = "by_rows") -> ShardedPlan:
+        """Cuts the plan over ranks: :func:`canvas_attention` takes ``plan.shard(heads=8).on(mesh)`` too.
+
+        Args:
+            heads: number of ranks that share the heads; any number of heads over any number of ranks.
+            cut: which rank holds which positions: "by_rows" (equal numbers, in packed order), an owner array (int [N],
+                the rank of each position), or a sequence with each rank's positions, in the order of its tensors.
+
+        Raises:
+            ValueError: numbers below 1, or a cut that does not give every position to one rank.
+        """
+        from ..parallel.shards import ShardedPlan
+
+        return ShardedPlan.cut(self, heads, cut)
 
     def _select(self, connections: np.ndarray) -> AttentionPlan:
         sets = self.attention_sets.of(connections)

@@ -76,7 +76,9 @@ def fsdp2(*tasks: Task, folder: Path) -> list[int]:
     return run(_steps, tasks, _under_fsdp2, folder=folder)
 
 
-def run(check: Callable[..., None], *args: Any, folder: Path, seconds: float = SECONDS) -> list[int]:
+def run(
+    check: Callable[..., None], *args: Any, folder: Path, seconds: float = SECONDS, world: int = WORLD
+) -> list[int]:
     """Calls ``check(rank, *args)`` in as many processes as there are ranks, with a process group between them.
 
     Args:
@@ -84,6 +86,7 @@ def run(check: Callable[..., None], *args: Any, folder: Path, seconds: float = S
         args: its further arguments, picklable.
         folder: an empty one, through which the processes meet.
         seconds: after which processes that wait for each other are ended.
+        world: their number.
 
     Returns:
         their exit codes, all 0.
@@ -92,11 +95,11 @@ def run(check: Callable[..., None], *args: Any, folder: Path, seconds: float = S
         AssertionError: they did not finish in time.
         torch.multiprocessing.ProcessRaisedException: what a process raised.
     """
-    processes = torch.multiprocessing.spawn(_process, (check, args, str(folder), seconds), WORLD, join=False)
+    processes = torch.multiprocessing.spawn(_process, (check, args, str(folder), seconds, world), world, join=False)
     end = time.monotonic() + seconds
     try:
         while not processes.join(timeout=1.0):
-            assert time.monotonic() < end, f"two processes did not finish within {seconds} s: one waits for the other"
+            assert time.monotonic() < end, f"{world} processes did not finish within {seconds} s: one waits"
         return [process.exitcode for process in processes.processes]
     finally:
         for process in processes.processes:
@@ -105,10 +108,10 @@ def run(check: Callable[..., None], *args: Any, folder: Path, seconds: float = S
                 process.join()
 
 
-def _process(rank: int, check: Callable[..., None], args: tuple, folder: str, seconds: float) -> None:
+def _process(rank: int, check: Callable[..., None], args: tuple, folder: str, seconds: float, world: int) -> None:
     torch.set_num_threads(1)
     meeting = (Path(folder) / "meeting").absolute().as_uri()
-    dist.init_process_group("gloo", meeting, timedelta(seconds=seconds), rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", meeting, timedelta(seconds=seconds), rank=rank, world_size=world)
     try:
         check(rank, *args)
     finally:

@@ -27,7 +27,7 @@ MAX_LINES = 600
 LAYERS = {
     "declare": "version notices checked notebook files derived_buffers canvas connectivity masks schema types semantic "
     "program learning clock_ir cortex identity",
-    "plan": "plan compiler region_parameters",
+    "plan": "plan parallel compiler region_parameters",
     "run": "attention dispatch scheduling clock_formulas residuals",
     "graft": "data looped_block models cogvideox graft curriculum sharpening action_heads checkpoint",
     "look": "draw explore doctor __main__",
@@ -35,6 +35,7 @@ LAYERS = {
 # attention alone executes tables. plan builds them, orders rows and sums weights; dispatch moves rows into that order.
 KERNEL_PARTS = {
     "plan": ("block_table.", "ranges.", "triton_ops.tiling.", "triton_ops.configs.", "derived.", "packing."),
+    "parallel": ("packing.",),
     "dispatch": ("derived.real_tensors", "packing.", "block_table.row_sums", "block_table.touched"),
     "identity": ("torch_ops.dense.",),
 }
@@ -189,7 +190,7 @@ def test_the_house_has_no_circle():
         graphlib.TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.parametrize("package", ["attention", "canvas", "data", "plan", "program"])
+@pytest.mark.parametrize("package", ["attention", "canvas", "data", "parallel", "plan", "program"])
 def test_packages_only_export(package):
     body = ast.parse((ROOT / "canvas_engineering" / package / "__init__.py").read_text()).body
     assert all(isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)) for node in body)
