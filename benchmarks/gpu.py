@@ -228,7 +228,7 @@ def time_cases(session: Session, phase: str, pool: Pool) -> None:
 
 
 def time_case(session: Session, phase: str, name: str) -> list[dict]:
-    toy = ("ours", "ours_torch", "sdpa_mask", "per_edge_loop", "grouped") if session.interpret else ()
+    toy = ("ours", "sdpa_mask", "per_edge_loop", "grouped") if session.interpret else ()
     deadline = time.perf_counter() + session.until(phase) - time.time()
     settings = session.settings(only=("ours",) if phase == "ours" else toy, deadline=deadline)
     return next(bench.run([session.cases[name]], settings))

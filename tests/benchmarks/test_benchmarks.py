@@ -183,15 +183,15 @@ def agrees(problem: Problem, form: str, attend) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "name"), [who[:2] for who in providers.of("cpu") if not who[1].startswith(("fl", "varlen"))]
+    ("form", "name"), [who[:2] for who in providers.of() if not who[1].startswith(("fl", "varlen"))]
 )
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.case.declare.__name__)
 def test_providers_on_a_cpu_are_exact(problem, form, name):
-    (build,) = (build for *who, build in providers.of("cpu") if who == [form, name])
+    (build,) = (build for *who, build in providers.of() if who == [form, name])
     try:
         attend = build(problem, "cpu", torch.float32)
     except measure.Unavailable as why:
-        assert name in ("ours_torch", "sdpa_mask_used", "grouped"), why
+        assert name in ("sdpa_mask_used", "grouped"), why
     else:
         agrees(problem, form, attend)
 
@@ -244,11 +244,9 @@ def test_variable_lengths_are_exact_with_a_stand_in(monkeypatch):
 
 
 def test_who_cannot_run_says_why(monkeypatch):
-    rows = bench.run_case(SMALL, quick(only=("ours_torch", "flex_flash", "varlen")))
+    rows = bench.run_case(SMALL, quick(only=("flex_flash", "varlen")))
     reasons = {(row["form"], row["provider"]): row["skipped"] for row in rows if "skipped" in row}
-    assert reasons["joint", "ours_torch"] == reasons["edge", "ours_torch"] == "ours runs the torch backend here"
     assert reasons["joint", "flex_flash"] == reasons["edge", "varlen"] == "it needs a GPU"
-    assert {name for _, name, _ in providers.of("cuda")} == {name for _, name, _ in providers.of("cpu")}
     monkeypatch.setitem(providers.MASK_BYTES, "cpu", 100)
     with pytest.raises(measure.Unavailable, match=r"a mask of .* GiB, more than the .* GiB"):
         providers.sdpa_mask(PROBLEMS[0], "cpu", torch.float32)
@@ -290,7 +288,7 @@ def test_rows_hold_what_was_measured(rows):
 
 def spoiled(monkeypatch, names: tuple[str, ...], change, **settings) -> list[dict]:
     """Rows of SMALL where ``change`` replaces the call of some providers."""
-    everyone = providers.of("cpu")
+    everyone = providers.of()
 
     def build(original, problem, device, dtype):
         attend = original(problem, device, dtype)
@@ -331,7 +329,7 @@ def test_who_fails_is_left_out_or_comes_too_late_is_a_row(monkeypatch):
     def fails(*args):
         raise RuntimeError("out of memory")
 
-    everyone = providers.of("cpu")
+    everyone = providers.of()
     monkeypatch.setattr(providers, "of", lambda *args: [everyone[0], ("joint", "sdpa_mask", fails)])
     rows = next(bench.run([SMALL], quick()))
     assert rows[1]["failed"] == "RuntimeError: out of memory" and "step_seconds" in rows[0]

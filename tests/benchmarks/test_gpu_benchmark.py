@@ -193,10 +193,8 @@ def test_the_command_runs_at_toy_size_and_resumes(tmp_path):
     rows |= {phase: [row for row in rows[phase] if row["item"] == "toy"] for phase in layers}
     assert [(row["provider"], row["form"]) for row in rows["providers"]] == [
         ("ours", "joint"),
-        ("ours_torch", "joint"),
         ("sdpa_mask", "joint"),
         ("ours", "edge"),
-        ("ours_torch", "edge"),
         ("per_edge_loop", "edge"),
         ("grouped", "edge"),
         ("sdpa_unmasked", "reference"),
