@@ -26,7 +26,7 @@ def oracle_step(dispatcher, x, active=None, context=None) -> torch.Tensor:
         dispatcher.plan.fns,
         {fn: {**dict(m.named_buffers()), **dict(m.named_parameters())} for fn, m in dispatcher.fn_modules.items()},
         x,
-        next((module.n_heads for module in dispatcher.fn_modules.values() if hasattr(module, "n_heads")), 1),
+        next((module.n_heads for module in dispatcher.fn_modules.modules() if hasattr(module, "n_heads")), 1),
         gates=dispatcher.edge_gates,
         active=active,
         context=context,
