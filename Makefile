@@ -46,7 +46,7 @@ bench: $(READY_EXTRAS) ## block-sparse attention against dense masks and loops, 
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --seconds 2 --save benchmarks/results/bench.json
 	@$(RUN) -m benchmarks.bench --documents
 
-costs: $(READY_EXTRAS) ## what takes long: functions, programs, fleets, CogVideoX, slow providers, an hour; docs/families.md and the report
+costs: $(READY_EXTRAS) ## what takes long: functions, fleets, CogVideoX, slow providers, most of an hour; docs/families.md and the report
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.bench --long --seconds 60 --save benchmarks/results/long.json
 	@$(RUN) -m benchmarks.bench --documents
 

@@ -24,7 +24,7 @@ from benchmarks.measure import Run, Settings
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = {"attention": providers.attention} | layers.KINDS
 TOO_LONG, NEVER = "too long: `bench --long` times it", "left out of this case"
-PROVIDERS = [*dict.fromkeys(name for _, name, _ in providers.of("cuda")), "dense_mask"]
+PROVIDERS = [*dict.fromkeys(name for _, name, _ in providers.of())]
 
 
 def run(chosen: Sequence[Case], settings: Settings) -> Iterator[list[dict]]:

@@ -184,7 +184,7 @@ _CANVASES = (
 )
 LAYERS = (
     *(Case(f"layer_{case.name}", case.declare, "layer", "layer") for case in DISPATCH),
-    Case("layer_fleet", fleet, "layer", "layer", long=True, options={"forms": ("edge",)}),
+    Case("layer_fleet", fleet, "layer", "layer", long=True),
 )
 _VIDEOS = {f"video_of_{frames}_frames": partial(long_video, frames) for frames in (16, 32, 64, 128, 256)}
 _PLANS = {case.name: case.declare for case in DISPATCH} | {"computer_use": computer_use} | _VIDEOS
@@ -207,7 +207,7 @@ FUNCTIONS = tuple(
         "layer",
         "queries" if queries else "functions",
         long=True,
-        options={"forms": ("edge",), "fn": fn, "keys": keys},
+        options={"fn": fn, "keys": keys},
     )
     for queries in (0, 64)
     for fn in CLAIMS
@@ -247,10 +247,7 @@ GPU = (
     *(dataclasses.replace(case, batch=4, heads=16, slow=()) for case in _CANVASES),
     *_lengths(8, dict.fromkeys(("per_edge_loop", "grouped"), 2**16)),
     *_cogvideox("cogvideox_2b", 30),
-    *(
-        Case(f"layer_{case.name}", case.declare, "layer", "layer", batch=4, options={"forms": ("edge",)})
-        for case in (*DISPATCH, _CANVASES[-1])
-    ),
+    *(Case(f"layer_{case.name}", case.declare, "layer", "layer", batch=4) for case in (*DISPATCH, _CANVASES[-1])),
 )
 """What a GPU is measured on, what matters most first: its time is short."""
 EARLY_ON_A_GPU = ("cogvideox_5b_previous_frame", "video_65536")
@@ -272,6 +269,6 @@ def toy() -> Declaration:
 
 TOY = (
     Case("toy", toy, sequence=("caption", "video"), heads=1, head_dim=16),
-    Case("layer_toy", toy, "layer", "layer", heads=1, options={"forms": ("edge",)}),
+    Case("layer_toy", toy, "layer", "layer", heads=1),
 )
 """For Triton's interpreter."""

@@ -9,7 +9,7 @@ ours         the cases (``bench.py``): canvas_attention and unmasked attention, 
 correctness  every other configuration, dtype, head dimension and layout
 providers    the same cases, against everyone else
 sweep        tile candidates per pass, for ``configs.py``: checked in many processes, then timed
-profile      torch.profiler on the slowest case of the second phase; how long the dispatcher's kernels wait for launches
+profile      torch.profiler on the slowest case of the second phase and on layers; how long kernels wait for launches
 tools        compute-sanitizer, and ncu on the slowest case, where the machine has them
 
 Every phase has a deadline. Its rows are in ``DIR/<phase>.jsonl`` as soon as they are known, each with the ``item`` that
@@ -228,7 +228,7 @@ def time_cases(session: Session, phase: str, pool: Pool) -> None:
 
 
 def time_case(session: Session, phase: str, name: str) -> list[dict]:
-    toy = ("ours", "ours_torch", "sdpa_mask", "per_edge_loop", "grouped") if session.interpret else ()
+    toy = ("ours", "sdpa_mask", "per_edge_loop", "grouped") if session.interpret else ()
     deadline = time.perf_counter() + session.until(phase) - time.time()
     settings = session.settings(only=("ours",) if phase == "ours" else toy, deadline=deadline)
     return next(bench.run([session.cases[name]], settings))
@@ -283,43 +283,30 @@ def time_candidate(run: Run, shipped: dict, candidate: device_checks.Candidate, 
 
 
 def profile(session: Session, phase: str, pool: Pool) -> None:
-    """Where the time of the slowest case goes, kernel by kernel: ``profile.txt``; and what launches cost layers."""
-    calls = {"slowest": partial(record_profile, session)}
-    if session.device == "cuda":
-        named = (name for name, case in session.cases.items() if case.kind == "layer")
-        calls |= {name: partial(launch_gaps, session, name) for name in named}
-    session.run(phase, calls, pool)
+    """Where the time of the slowest case and of layers goes, kernel by kernel: ``profile-ITEM.txt``."""
+    items = {"slowest": session.slowest()}
+    items |= {name: (name, "edge") for name, case in session.cases.items() if case.kind == "layer"}
+    session.run(phase, {item: partial(record_profile, session, item, *what) for item, what in items.items()}, pool)
 
 
-def record_profile(session: Session) -> list[dict]:
-    name, form = session.slowest()
+def record_profile(session: Session, item: str, name: str, form: str) -> list[dict]:
+    """ "launch_gaps" is the share of time, from the first kernel to the end of the last, in which no kernel runs."""
     run, on_gpu = session.ours(name, form), session.device == "cuda"
     run.results()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as recorded:
         for _ in range(5 if on_gpu else 1):
             run.results()
+        if on_gpu:
+            torch.cuda.synchronize()
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     text = f"{name}, {form} form\n{recorded.key_averages().table(sort_by=order, row_limit=25)}\n"
-    replace_file(session.out / "profile.txt", text.encode())
-    return [{"case": name, "form": form}]
-
-
-def launch_gaps(session: Session, name: str, steps: int = 5) -> list[dict]:
-    """The share of time, from the first kernel of several steps to the end of the last, in which no kernel runs."""
-    run = session.ours(name, "edge")
-    run.results()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in range(steps):
-            run.results()
-        torch.cuda.synchronize()
-    spans = [event.time_range for event in recorded.events() if event.device_type.name == "CUDA"]
-    if not spans:
-        return [{"case": name, "skipped": "no right to trace"}]
-    elapsed = max(span.end for span in spans) - min(span.start for span in spans)
-    # of one stream: kernels follow each other
-    return [{"case": name, "launch_gaps": 1 - sum(span.end - span.start for span in spans) / elapsed}]
+    replace_file(session.out / f"profile-{item}.txt", text.encode())
+    row, spans = {"case": name, "form": form}, [e.time_range for e in recorded.events() if e.device_type.name == "CUDA"]
+    if spans:  # of one stream: kernels follow each other; there are none without the right to trace
+        elapsed = max(span.end for span in spans) - min(span.start for span in spans)
+        row["launch_gaps"] = 1 - sum(span.end - span.start for span in spans) / elapsed
+    return [row]
 
 
 def tools(session: Session, phase: str, pool: Pool) -> None:

@@ -54,10 +54,10 @@ class Problem:
         """The compiled plan over the tokens; ``form`` "joint" or "edge"."""
         return compile_attention(self.layout, self.topology, normalize=form).reindex(self.place)
 
-    def inputs(self, device: str, dtype: torch.dtype, heads: int | None = None) -> list[Tensor]:
+    def inputs(self, device: str, dtype: torch.dtype) -> list[Tensor]:
         """q, k, v and the gradient of the output, (B, H, n, D), random, laid out as a projection leaves them."""
         generator = torch.Generator(device).manual_seed(0)
-        shape = (self.case.batch, self.tokens, heads or self.case.heads, self.case.head_dim)
+        shape = (self.case.batch, self.tokens, self.case.heads, self.case.head_dim)
         return [torch.randn(shape, generator=generator, device=device).to(dtype).transpose(1, 2) for _ in range(4)]
 
     @cached_property

@@ -1,11 +1,11 @@
 """Who computes attention on q, k and v: functions of a problem, each within one form, built before they are timed.
 
-Joint form (one softmax per query): "ours"; "ours_torch", its torch backend, which "ours" is on a CPU; "sdpa_mask",
-scaled_dot_product_attention under a dense mask of all tokens; "sdpa_mask_used", of those that attend or are attended
-to; "flex" and "flex_packed", compiled FlexAttention in canvas and in packed order; on GPUs "flex_flash", by
-FlashAttention-4. Edge form (one softmax per attention set, averaged by weight): "ours"; "ours_torch";
-"per_edge_loop", which gathers, attends and scatters set by set; "grouped", sets of equal shape in one batched call by
-hand, on views where they lie at equal distances; on GPUs "varlen", all sets as one batch through FlashAttention.
+Joint form (one softmax per query): "ours"; "sdpa_mask", scaled_dot_product_attention under a dense mask of all tokens;
+"sdpa_mask_used", of those that attend or are attended to; "flex" and "flex_packed", compiled FlexAttention in canvas
+and in packed order; on GPUs "flex_flash", by FlashAttention-4. Edge form (one softmax per attention set, averaged by
+weight): "ours"; "per_edge_loop", which gathers, attends and scatters set by set; "grouped", sets of equal shape in one
+batched call by hand, on views where they lie at equal distances; on GPUs "varlen", all sets as one batch through
+FlashAttention.
 """
 
 from __future__ import annotations
@@ -46,22 +46,16 @@ the result is always let through."""
 GATED_HEADS = 4
 
 
-def of(device: str, backend: str = "auto") -> list[tuple[str, str, Build]]:
+def of(backend: str = "auto") -> list[tuple[str, str, Build]]:
     """(form, name, build) of everyone, "ours" first in each form. ``build`` raises Unavailable where it cannot run."""
-    own_torch = "refused" if backend == "torch" or (backend, device) == ("auto", "cpu") else "torch"
+    joint, edge = (sdpa_mask, sdpa_mask_used, flex, flex_packed, flex_flash), (per_edge_loop, grouped, varlen)
     everyone = []
-    for form, builds in (
-        ("joint", (sdpa_mask, sdpa_mask_used, flex, flex_packed, flex_flash)),
-        ("edge", (per_edge_loop, grouped, varlen)),
-    ):
-        everyone += [(form, "ours", partial(ours, form, backend)), (form, "ours_torch", partial(ours, form, own_torch))]
-        everyone += [(form, build.__name__, build) for build in builds]
+    for form, builds in (("joint", joint), ("edge", edge)):
+        everyone += [(form, "ours", partial(ours, form, backend)), *((form, one.__name__, one) for one in builds)]
     return everyone
 
 
 def ours(form: str, backend: str, problem: Problem, device: str, dtype: torch.dtype) -> Attend:
-    if backend == "refused":
-        raise Unavailable("ours runs the torch backend here")
     plan = problem.plan(form).to(device)
     return lambda q, k, v: canvas_attention(q, k, v, plan, backend=backend)
 
@@ -108,7 +102,7 @@ def attention(case: Case, settings: Settings) -> Contest:
     facts |= {"connections": len(problem.topology.connections), "attention_sets": len(problem.sets)}
     tokens = case.options.get("reference_tokens") or settings.reference_tokens or REFERENCE_TOKENS[device]
     return Contest(
-        [Provider(form, name, partial(build_run, name, build)) for form, name, build in of(device, settings.backend)],
+        [Provider(form, name, partial(build_run, name, build)) for form, name, build in of(settings.backend)],
         lambda form: problem.exact(form, compared, rows),
         facts | {"reference_tokens": tokens},
         of_form,

@@ -1,4 +1,8 @@
-"""AttentionDispatcher: a topology as a layer, under a program, one fused call per attention function."""
+"""AttentionDispatcher: a topology as a layer, under a program, one fused call per attention function.
+
+Triggers become activity in :mod:`.residuals`, slot banks are bound in :mod:`.identity`, and the attention functions,
+each with its backward, are in :mod:`.attention`.
+"""
 
 from __future__ import annotations
 

@@ -276,9 +276,9 @@ FUNCTIONS = {
 def step(topology, reads, fns, state_dicts, x, n_heads, gates=None, active=None, context=None):
     """A dispatcher's step in float64: Σ_r a_r f_r(i) / Σ_r w_r, and x itself where nothing is read.
 
-    `reads` are those of `tests.oracle.reads`, each with one set of keys for all of its queries; `fns` the function of
-    each connection; `state_dicts` by function; `gates` a logit for each connection of write mode "gate", in order;
-    `active` per connection; `context` constructor arguments by function.
+    `reads` are those of `tests.oracle.reads`; `fns` the function of each connection; `state_dicts` by function; `gates`
+    a logit for each connection of write mode "gate", in order; `active` per connection; `context` constructor arguments
+    by function.
     """
     x = x.double()
     modes = [c.write_mode for c in topology.connections]
@@ -287,12 +287,14 @@ def step(topology, reads, fns, state_dicts, x, n_heads, gates=None, active=None,
     for read in reads:
         if active is not None and not active[read.connection]:
             continue
-        fn, (keys,) = fns[read.connection], set(read.keys.values())
-        queries, keys = sorted(read.keys), sorted(keys)
+        fn = fns[read.connection]
         options = (context or {}).get(fn, {})
-        seen = seen_pairs(fn, queries, keys, read.shape, options.get("window_size"))
-        some = [True] * len(queries) if seen is None else seen.any(1).tolist()
-        live.append((read, fn, queries, keys, some, options if seen is None else {"seen": seen}))
+        # under a pattern of pairs queries have keys of their own
+        for keys in set(read.keys.values()):
+            queries, keys = sorted(query for query, own in read.keys.items() if own == keys), sorted(keys)
+            seen = seen_pairs(fn, queries, keys, read.shape, options.get("window_size"))
+            some = [True] * len(queries) if seen is None else seen.any(1).tolist()
+            live.append((read, fn, queries, keys, some, options if seen is None else {"seen": seen}))
     replaced = {
         i for read, _, queries, _, some, _ in live if modes[read.connection] == "replace"
         for i, one in zip(queries, some) if one

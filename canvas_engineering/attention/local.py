@@ -1,7 +1,8 @@
 """Softmax over a window that slides over the keys of an attention set, in 1-D order or on its grid.
 
-The torch path splits the queries of a set into blocks, gathers the keys of each block and masks inside it, so that few
-pairs outside of the windows are computed. Triton and the reference run the same windows as a block table.
+The torch path (:func:`attend_blocks`) splits the queries of a set into blocks, gathers the keys of each block and masks
+inside it, so that few pairs outside of the windows are computed; its backward is autograd's. Triton and the reference
+run the same windows as a block table.
 """
 
 from __future__ import annotations

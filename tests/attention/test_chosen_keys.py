@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from canvas_engineering import (
     ATTENTION_REGISTRY,
@@ -35,10 +34,12 @@ from canvas_engineering import (
 from canvas_engineering.attention.local import BlockGroup
 from canvas_engineering.attention.random_fixed import draw_keys
 from canvas_engineering.plan.index_sets import SetShape
-from tests import family_oracle, oracle
+from tests import dispatchers, family_oracle, oracle
+from tests.dispatchers import oracle_step
 from tests.strategies import canvases
 
 D_MODEL, HEADS = 8, 2
+randomised = functools.partial(dispatchers.randomised, d_model=D_MODEL)
 
 
 class Narrow(LocalAttention):
@@ -55,27 +56,6 @@ def narrow():
         patch.setitem(ATTENTION_REGISTRY, "narrow", Narrow)
         patch.setitem(family_oracle.FUNCTIONS, "narrow", functools.partial(family_oracle.local, window_size=2))
         yield
-
-
-def randomised(layout, topology, **options):
-    torch.manual_seed(1)
-    dispatcher = AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS, **options)
-    for parameter in dispatcher.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return dispatcher.double()
-
-
-def oracle_step(dispatcher, x, **options):
-    return family_oracle.step(
-        dispatcher.topology,
-        oracle.reads(dispatcher.layout, dispatcher.topology),
-        dispatcher.plan.fns,
-        {fn: {**dict(m.named_buffers()), **dict(m.named_parameters())} for fn, m in dispatcher.fn_modules.items()},
-        x,
-        HEADS,
-        gates=dispatcher.edge_gates,
-        **options,
-    )
 
 
 def line(n, m, fn, backend="auto", t=1):

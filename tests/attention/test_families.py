@@ -25,10 +25,11 @@ from canvas_engineering import (
     create_attention,
 )
 from canvas_kernels.torch_ops import grouping
-from tests import family_oracle, oracle
+from tests import dispatchers, family_oracle, oracle
 from tests.strategies import canvases
 
 D_MODEL, HEADS = 12, 3
+randomised = functools.partial(dispatchers.randomised, d_model=D_MODEL, n_heads=HEADS)
 TABLES = ("cross_attention", "self_attention", "cogvideox", "cosine_attention", "sigmoid_attention", "gated")
 CHOSEN = ("local_attention", "random_fixed")
 SUMS = ("linear_attention", "pooling", "pooling_attention", "copy")
@@ -115,24 +116,6 @@ def test_lengths_of_16_bit_vectors_neither_overflow_nor_vanish():
 # -- dispatchers -------------------------------------------------------------------------------------------------------
 
 
-def randomised(layout, topology, **options):
-    torch.manual_seed(1)
-    return randomise(AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS, **options))
-
-
-def oracle_step(dispatcher, x, active=None):
-    return family_oracle.step(
-        dispatcher.topology,
-        oracle.reads(dispatcher.layout, dispatcher.topology),
-        dispatcher.plan.fns,
-        {fn: state(module) for fn, module in dispatcher.fn_modules.items()},
-        x,
-        HEADS,
-        gates=dispatcher.edge_gates,
-        active=active,
-    )
-
-
 def check_step(canvas, choose, batch, **options):
     layout, topology = canvas
     dispatcher = randomised(layout, topology, **options)
@@ -140,7 +123,7 @@ def check_step(canvas, choose, batch, **options):
     names = sorted(layout.regions)[:1] if choose else None
     active = None if names is None else [c.src in names for c in topology.connections]
     # weights and row scales are float32
-    same(dispatcher(x, names), oracle_step(dispatcher, x, active), [x, *dispatcher.parameters()], 1e-6)
+    same(dispatcher(x, names), dispatchers.oracle_step(dispatcher, x, active), [x, *dispatcher.parameters()], 1e-6)
 
 
 MODES = ("add", "replace", "gate")
@@ -211,7 +194,7 @@ def test_all_functions_at_once(backend, seed, active):
     assert set(dispatcher.fn_modules) == set(EVERY) - {"none"}
     x = torch.randn(2, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
     runs = None if active is None else [c.src in active for c in topology.connections]
-    same(dispatcher(x, active), oracle_step(dispatcher, x, runs), [x, *dispatcher.parameters()], 1e-6)
+    same(dispatcher(x, active), dispatchers.oracle_step(dispatcher, x, runs), [x, *dispatcher.parameters()], 1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -224,7 +207,7 @@ def test_all_functions_at_once_with_kernels_where_there_are_any(monkeypatch, see
         nn.init.normal_(parameter, std=0.2)  # of larger ones its states grow beyond what float32 tells apart
     x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
     active = None if seed else [c.src != "b" for c in topology.connections]
-    expected, grad = oracle_step(dispatcher, x, active), torch.randn_like(x)
+    expected, grad = dispatchers.oracle_step(dispatcher, x, active), torch.randn_like(x)
     leaves = dict(dispatcher.named_parameters())
     wanted = torch.autograd.grad(expected, [x, *leaves.values()], grad, allow_unused=True, materialize_grads=True)
     by_kernels = []
@@ -317,7 +300,7 @@ def test_float32_is_within_1e_5(fn):
     edges = [Connection("a", "b", fn=fn), Connection("a", "a", fn=fn, write_mode="gate", weight=0.5)]
     dispatcher = randomised(*two_regions(*edges, width=32))
     x = torch.randn(2, 128, D_MODEL, dtype=torch.float64, requires_grad=True)
-    expected, grad = oracle_step(dispatcher, x), torch.randn_like(x)
+    expected, grad = dispatchers.oracle_step(dispatcher, x), torch.randn_like(x)
     wanted = torch.autograd.grad(expected, [x, dispatcher.edge_gates], grad)
     low = x.detach().float().requires_grad_()
     out = dispatcher.float()(low)
@@ -330,7 +313,7 @@ def test_float32_is_within_1e_5(fn):
 def test_bfloat16_is_as_near_as_the_module_on_one_read(fn):
     dispatcher = randomised(*two_regions(Connection("a", "b", fn=fn), width=32))
     x = torch.randn(1, 128, D_MODEL, dtype=torch.float64)
-    expected = oracle_step(dispatcher, x)
+    expected = dispatchers.oracle_step(dispatcher, x)
     dispatcher, low = dispatcher.bfloat16(), x.bfloat16()
     (module,) = dispatcher.fn_modules.values()
     out = dispatcher(low)
@@ -354,7 +337,7 @@ def test_dropout_acts_on_probabilities_in_training_only(fn):
         queries = x[:, :16]
         assert not torch.isclose(dispatcher(x), dispatcher(x)).all()
         assert not torch.isclose(module(queries, queries, queries), module(queries, queries, queries)).all()
-        torch.testing.assert_close(dispatcher.eval()(x), oracle_step(dispatcher, x), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(dispatcher.eval()(x), dispatchers.oracle_step(dispatcher, x), rtol=1e-6, atol=1e-6)
         assert torch.equal(module(queries, queries, queries), module(queries, queries, queries))
     with pytest.raises(ValueError, match="backend 'triton' has no dropout: use 'torch' or 'auto'"):
         randomised(layout, topology, dropout=0.5, backend="triton").float()(x.float())
@@ -371,7 +354,7 @@ def test_functions_with_kernels_mix_on_triton():
     dispatcher = randomised(*two_regions(*edges, width=3), backend="triton")
     x = torch.randn(1, 12, D_MODEL, dtype=torch.float64, requires_grad=True)
     flags = torch.tensor([1.0, 1.0])
-    expected = oracle_step(dispatcher, x)
+    expected = dispatchers.oracle_step(dispatcher, x)
     names = [name for name, _ in dispatcher.named_parameters()]
     grad = torch.randn_like(x)
     wanted = torch.autograd.grad(expected, [x, *dispatcher.parameters()], grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from torch import nn
 
 from canvas_engineering import (
     ATTENTION_REGISTRY,
-    AttentionDispatcher,
     CanvasLayout,
     CanvasTopology,
     Connection,
@@ -23,10 +23,12 @@ from canvas_engineering import (
     register_attention,
 )
 from canvas_engineering.attention.base import is_fused, set_groups
-from tests import family_oracle, oracle
+from tests import dispatchers, family_oracle
+from tests.dispatchers import oracle_step
 from tests.strategies import canvases
 
 D_MODEL = 6
+randomised = functools.partial(dispatchers.randomised, d_model=D_MODEL)
 
 
 class Ranked(nn.Module):
@@ -57,28 +59,6 @@ def registered(monkeypatch):
     register_attention("ranked", Ranked)
     yield
     del ATTENTION_REGISTRY["ranked"]
-
-
-def randomised(layout, topology, **options):
-    torch.manual_seed(1)
-    dispatcher = AttentionDispatcher(topology, layout, D_MODEL, n_heads=2, **options)
-    for parameter in dispatcher.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return dispatcher.double()
-
-
-def oracle_step(dispatcher, x, active=None):
-    states = {fn: dict(module.named_parameters()) for fn, module in dispatcher.fn_modules.items()}
-    return family_oracle.step(
-        dispatcher.topology,
-        oracle.reads(dispatcher.layout, dispatcher.topology),
-        dispatcher.plan.fns,
-        states,
-        x,
-        2,
-        gates=dispatcher.edge_gates,
-        active=active,
-    )
 
 
 @settings(max_examples=50)

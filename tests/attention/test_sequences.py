@@ -15,7 +15,7 @@ from canvas_engineering import AttentionDispatcher, CanvasLayout, CanvasTopology
 from canvas_engineering.attention import scan, top_k
 from canvas_engineering.attention.hyena import average_to
 from canvas_engineering.attention.scan import decayed_sums, selective_scan
-from tests import family_oracle, oracle
+from tests import dispatchers, family_oracle, oracle
 from tests.strategies import canvases
 
 D_MODEL, HEADS = 8, 2
@@ -396,14 +396,6 @@ def mixed(fns=FNS):
     return layout, CanvasTopology([*edges, *(Connection("b", "a", fn=fn, write_mode="gate") for fn in fns)])
 
 
-def dispatcher_of(layout, topology, seed=1):
-    torch.manual_seed(seed)
-    dispatcher = AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS)
-    for parameter in dispatcher.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return dispatcher.double()
-
-
 @settings(max_examples=40)
 @given(
     canvas=canvases(60, pairs=False, write_modes=("add", "replace", "gate"), fns=(*FNS, *FNS, None)),
@@ -412,7 +404,7 @@ def dispatcher_of(layout, topology, seed=1):
 )
 def test_every_function_runs_with_all_modes_fills_and_masks(canvas, choose, batch):
     layout, topology = canvas
-    dispatcher = dispatcher_of(layout, topology)
+    dispatcher = dispatchers.randomised(layout, topology)
     x = torch.randn(batch, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
     names = sorted(layout.regions)[:1] if choose else None
     active = None if names is None else [c.src in names for c in topology.connections]
@@ -439,7 +431,7 @@ def test_every_function_runs_with_all_modes_fills_and_masks(canvas, choose, batc
 @given(canvas=canvases(60, write_modes=("add", "replace", "gate"), fns=("sparse_attention", None)))
 def test_top_k_takes_masks_of_pairs(canvas):
     layout, topology = canvas
-    dispatcher = dispatcher_of(layout, topology)
+    dispatcher = dispatchers.randomised(layout, topology)
     x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
     # it serves each query by itself: a read of many is as many reads of one
     reads = [
@@ -462,7 +454,7 @@ def test_masks_of_pairs_are_refused_where_a_read_is_one_thing(fn):
     layout = CanvasLayout(T=1, H=1, W=4, d_model=D_MODEL, regions={"a": (0, 1, 0, 1, 0, 2), "b": (0, 1, 0, 1, 2, 4)})
     mask = MaskSpec("sparse", pattern=((True, False), (False, True)))
     with pytest.raises(ValueError, match=f"connection 0, 'a' attends to 'b' by '{fn}'.*pairs.*such as cross_attention"):
-        dispatcher_of(layout, CanvasTopology([Connection("a", "b", fn=fn, mask=mask)]))
+        dispatchers.randomised(layout, CanvasTopology([Connection("a", "b", fn=fn, mask=mask)]))
 
 
 @pytest.mark.parametrize("fn", FNS)
@@ -478,7 +470,7 @@ def test_memories_are_made_once_for_each_set_of_keys(fn, monkeypatch):
     spokes = {f"s{i}": (0, 1, 0, 1, i, i + 1) for i in range(6)}
     regions = {**spokes, "pair": (0, 1, 0, 1, 6, 8), "hub": (0, 1, 0, 1, 8, 16)}
     layout = CanvasLayout(T=1, H=1, W=16, d_model=D_MODEL, regions=regions)
-    dispatcher = dispatcher_of(
+    dispatcher = dispatchers.randomised(
         layout, CanvasTopology([Connection(name, "hub", fn=fn) for name in regions if name != "hub"])
     )
     (module,) = dispatcher.fn_modules.values()
@@ -497,7 +489,7 @@ def test_memories_are_made_once_for_each_set_of_keys(fn, monkeypatch):
 
 def test_a_mixed_step_compiles_whole_and_gives_the_same_numbers():
     layout, topology = mixed()
-    dispatcher = dispatcher_of(layout, CanvasTopology(topology.connections[-len(FNS) :]))
+    dispatcher = dispatchers.randomised(layout, CanvasTopology(topology.connections[-len(FNS) :]))
     assert set(dispatcher.fn_modules) == set(FNS)
     x = torch.randn(2, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
     compiled = torch.compile(dispatcher, fullgraph=True, backend="aot_eager")
@@ -510,7 +502,7 @@ def test_a_mixed_step_compiles_whole_and_gives_the_same_numbers():
 
 def test_backward_gives_the_same_bits_and_autocast_stays_close():
     layout, topology = mixed()
-    dispatcher = dispatcher_of(layout, topology).float()
+    dispatcher = dispatchers.randomised(layout, topology).float()
     x = torch.randn(2, layout.num_positions, D_MODEL, requires_grad=True)
     leaves, upstream = [x, *dispatcher.parameters()], torch.randn_like(x)
     once, again = (gradients(dispatcher(x), leaves, upstream) for _ in range(2))
@@ -525,9 +517,9 @@ def test_backward_gives_the_same_bits_and_autocast_stays_close():
 
 def test_a_dispatcher_saves_and_loads_what_the_functions_hold():
     layout, topology = mixed()
-    saved = dispatcher_of(layout, topology, 1)
+    saved = dispatchers.randomised(layout, topology, 1)
     assert {"fn_modules.mamba.A_log", "fn_modules.mixture.experts.3.q_proj.weight"} <= set(saved.state_dict())
-    loaded = dispatcher_of(layout, topology, 2)
+    loaded = dispatchers.randomised(layout, topology, 2)
     x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64)
     assert not torch.equal(loaded(x), saved(x))
     loaded.load_state_dict(saved.state_dict())

@@ -9,6 +9,7 @@ import pytest
 from canvas_engineering import ClockSpec, ConnectionProgram, ConstraintSpec, LearningSpec, RegionProgram
 
 PROGRAM, DISPATCH, COMPILER = "declare.test_program", "run.test_program_dispatch", "run.test_compiler"
+ACTIVITY, EXPORTS = "run.test_activity", "run.test_exports"
 CLOCKS, SCHEDULES, CONSTRAINTS = "declare.test_clock_ir", "run.test_scheduling", "declare.test_constraints"
 
 # document, row: module and tests
@@ -52,7 +53,7 @@ HELD = {
     "dispatch: everything at once": (DISPATCH, "test_a_step_is_the_oracle"),
     "deploy: freeze, runtime": (COMPILER, "test_freeze_stops_gradients_and_runtime_does_not"),
     "deploy: constant": (COMPILER, "test_constants_are_buffers_of_the_same_name_and_value"),
-    "deploy: export": (COMPILER, "test_exports_are_written_whole_checked_and_frozen"),
+    "deploy: export": (EXPORTS, "test_exports_are_written_whole_checked_and_frozen"),
     "deploy: without a module": (COMPILER, "test_modes_go_by_region_learning_and_family"),
     "deploy: dead edges": (COMPILER, "test_what_is_left_is_a_smaller_plan_with_the_same_outputs"),
     "hybrid scheduling": (SCHEDULES, "test_learned_regions_are_the_scorers_and_the_others_the_clocks"),
@@ -91,10 +92,10 @@ HELD = {
     "api: CanvasProgram.summary": (PROGRAM, "test_summaries_count"),
     "api: evaluate_trigger": (PROGRAM, "test_triggers"),
     "api: resolve_operator_defaults": (PROGRAM, "test_explicit_fields_win_over_the_operator"),
-    "issue: activity rebuilds nothing": (DISPATCH, "test_a_hundred_changes_of_activity_rebuild_nothing"),
-    "issue: activity compiles nothing": (DISPATCH, "test_a_hundred_changes_of_activity_compile_once"),
-    "issue: activity waits for nothing": (DISPATCH, "test_a_hundred_changes_of_activity_wait_for_nothing_on_a_gpu"),
-    "issue: one call a function": (DISPATCH, "test_one_call_a_function_whatever_the_mix"),
+    "issue: activity rebuilds nothing": (ACTIVITY, "test_a_hundred_changes_of_activity_rebuild_nothing"),
+    "issue: activity compiles nothing": (ACTIVITY, "test_a_hundred_changes_of_activity_compile_once"),
+    "issue: activity waits for nothing": (ACTIVITY, "test_a_hundred_changes_of_activity_wait_for_nothing_on_a_gpu"),
+    "issue: one call a function": (ACTIVITY, "test_one_call_a_function_whatever_the_mix"),
     "issue: what skipping saves": ("house.test_belief_world", "test_it_compares_with_and_without_skipping"),
 }
 

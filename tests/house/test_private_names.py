@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = ("canvas_engineering", "kernels", "benchmarks", "examples", "scripts", "tests")
 # hooks of IPython, of named tuples, of torch.nn.Module and of diffusers, which everyone may call
 HOOKS = {"_repr_html_", "_asdict", "_replace", "_fields", "_apply", "_parameters", "_buffers", "_modules"}
-HOOKS |= {"_no_split_modules"}
+HOOKS |= {"_no_split_modules", "_attention_backend", "_parallel_config"}
 DOTTED = re.compile(r"(canvas_engineering|canvas_kernels|benchmarks|examples|scripts|tests)(\.\w+)+")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from dataclasses import field as dc_field
 from itertools import pairwise
 
 import pytest
@@ -14,12 +12,12 @@ from canvas_engineering import (
     CanvasSchema,
     CanvasTopology,
     Connection,
-    Field,
     RegionSpec,
     SpatiotemporalCanvas,
     compile_schema,
     transfer_distance,
 )
+from examples import fleet, surgical_robot, world_model
 
 
 def pairs_of(bound) -> set[tuple[str, str]]:
@@ -309,31 +307,8 @@ def test_canvas_schema(tmp_path):
 # -- compositional types ----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Sensor:
-    __coarse__ = Field(2, 4)
-    rgb: Field = Field(12, 12)
-    depth: Field = Field(6, 6)
-    lidar: Field = Field(4, 8)
-
-
-@dataclass
-class Arm:
-    joints: Field = Field(1, 7)
-    force_torque: Field = Field(1, 6)
-    gripper: Field = Field(1, 2, loss_weight=2.0)
-
-
-@dataclass
-class SurgicalRobot:
-    sensor: Sensor = dc_field(default_factory=Sensor)
-    left_arm: Arm = dc_field(default_factory=Arm, metadata={"coarse": Field(2, 4)})
-    right_arm: Arm = dc_field(default_factory=Arm)
-    safety: Field = Field(2, 4, loss_weight=5.0)
-
-
 def test_surgical_robot():
-    bound = compile_schema(SurgicalRobot(), d_model=256)
+    bound = compile_schema(surgical_robot.SurgicalRobot(), d_model=256)
     size = bound.layout.region_size
     assert (size("sensor"), size("left_arm"), size("right_arm")) == ((1, 2, 4), (1, 2, 4), (1, 1, 1))
     assert bound["safety"].spec.loss_weight == 5.0
@@ -349,23 +324,8 @@ def test_surgical_robot():
     assert len(bound.topology.connections) == 1 + 3 * (1 + 2 + 6 + 9)
 
 
-@dataclass
-class Vehicle:
-    __coarse__ = Field(4, 4)
-    camera: Field = Field(8, 8)
-    lidar: Field = Field(4, 8)
-    plan: Field = Field(2, 4)
-    action: Field = Field(1, 4, loss_weight=2.0)
-
-
-@dataclass
-class Fleet:
-    dispatch: Field = Field(4, 4)
-    vehicles: list = dc_field(default_factory=list)
-
-
 def test_fleet_of_fifty():
-    bound = compile_schema(Fleet(vehicles=[Vehicle() for _ in range(50)]), d_model=256)
+    bound = fleet.declare(50, d_model=256)
     assert len(bound.field_names) == 1 + 50 * 5
     assert len(bound.topology.connections) == 1_351
     pairs = pairs_of(bound)
@@ -382,31 +342,8 @@ def test_fleet_of_fifty():
     assert seen == 16 + 50 * 16
 
 
-@dataclass
-class MacroEconomy:
-    __coarse__ = Field(2, 4)
-    gdp: Field = Field(1, 2)
-    inflation: Field = Field(1, 2)
-    employment: Field = Field(1, 4)
-
-
-@dataclass
-class Country:
-    __coarse__ = Field(4, 4)
-    macro: MacroEconomy = dc_field(default_factory=MacroEconomy)
-    politics: Field = Field(2, 8)
-    demographics: Field = Field(1, 4)
-
-
-@dataclass
-class World:
-    us: Country = dc_field(default_factory=Country)
-    cn: Country = dc_field(default_factory=Country)
-    regime: Field = Field(4, 4)
-
-
 def test_world_model():
-    bound = compile_schema(World(), d_model=64)
+    bound = world_model.declare()
     size = bound.layout.region_size
     assert (size("us"), size("us.macro"), size("cn"), size("cn.macro")) == ((1, 4, 4), (1, 2, 4)) * 2
     pairs = pairs_of(bound)

@@ -99,37 +99,46 @@ def mixed_table(form: str, n: int) -> BlockTable:
     return BlockTable.from_rectangles("edge", n, 4, segment=segment, edge=edge, replace=edge == 3, **names)
 
 
+def by_kernels(table: BlockTable, inputs: list[torch.Tensor], gain=None, **options) -> dict[str, torch.Tensor]:
+    """The Triton passes' results by name, and "lse", of q, k, v and the gradient of the output."""
+    q, k, v, grad_out = inputs
+    out, lse, kept = launch.forward(q, k, v, table, gain=gain, **options)
+    needs = {"gain": gain, "need_gain": gain is not None}
+    gradients, dgain = launch.backward(grad_out, q, k, v, kept, lse, table, **needs, **options)
+    results = dict(zip(RESULTS, (out, *gradients, dgain)))
+    return {name: x for name, x in results.items() if x is not None} | {"lse": lse}
+
+
+def by_reference(
+    table: BlockTable, inputs: list[torch.Tensor], dtype=torch.float64, gain=None, sigmoid=False, **options
+) -> dict[str, torch.Tensor]:
+    """The same from the reference: exact in float64, in 16 bits what it makes of the inputs under autocast."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (*inputs[:3], gain) if x is not None]
+    options |= {"gain": leaves[3] if gain is not None else None, "activation": "sigmoid" if sigmoid else "softmax"}
+    with torch.autocast(inputs[0].device.type, dtype, enabled=dtype.itemsize == 2):
+        out, lse = reference.attention(*leaves[:3], table, **options)
+    gradients = torch.autograd.grad(out, leaves, inputs[3].to(out.dtype), allow_unused=True)
+    return dict(zip(RESULTS, (out.detach(), *gradients))) | {"lse": lse}
+
+
 def run_task(task: Task, device: str) -> list[dict]:
     """A task's row: its results against float64, twice the same bits, and every launch of its configurations made."""
     table, sigmoid = mixed_table(task.form, task.positions), task.form == "sigmoid"
-    q, k, v, grad_out = _inputs(task, device)
+    inputs = _inputs(task, device)
     gain = torch.tensor([1.2, -0.7, 0.0, 0.9], device=device) if task.gained else None
     active = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device) if task.gained else None
     scales = None if task.form == "joint" else row_scale(table, active, torch.float32, torch.device(device))
-    options = {"scale": task.head_dim**-0.5, "gain": gain, "active": active, "row_scale": scales}
-
-    def compute() -> dict[str, torch.Tensor]:
-        out, lse, kept = launch.forward(q, k, v, table, sigmoid=sigmoid, **options)
-        backward = {"sigmoid": sigmoid, "need_gain": task.gained}
-        gradients, dgain = launch.backward(grad_out, q, k, v, kept, lse, table, **options, **backward)
-        results = dict(zip(RESULTS, (out, *gradients, dgain)))
-        return {name: x for name, x in results.items() if x is not None}
-
-    def by_reference(dtype: torch.dtype, autocast: bool) -> dict[str, torch.Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, *([gain] if task.gained else []))]
-        own = options | {"gain": leaves[3] if task.gained else None, "activation": "sigmoid" if sigmoid else "softmax"}
-        with torch.autocast(device, task.dtype, enabled=autocast):
-            out = reference.attention(*leaves[:3], table, **own)[0]
-        return dict(zip(RESULTS, (out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype)))))
+    options = {"scale": task.head_dim**-0.5, "gain": gain, "active": active, "row_scale": scales, "sigmoid": sigmoid}
 
     with replaced(task.candidate), poisoned():
-        results, again = compute(), compute()
+        results, again = (by_kernels(table, inputs, **options) for _ in range(2))
     faults = [f"{name}: two runs differ" for name, x in results.items() if not torch.equal(x, again[name])]
     faults += unused(table, task, device) if device == "cuda" and task.candidate is None else []
-    exact = by_reference(torch.float64, autocast=False)
+    exact = by_reference(table, inputs, torch.float64, **options)
+    exact.pop("lse")
     budgets = dict.fromkeys(exact, FLOAT32_BUDGET)
     if task.dtype != torch.float32:
-        plain = by_reference(task.dtype, autocast=True)
+        plain = by_reference(table, inputs, task.dtype, **options)
         budgets = {name: EAGER_ERRORS * measure.error(plain[name], exact[name]) for name in exact}
         # a handful of gains can agree by luck: one unit in the last place is granted
         budgets |= {"dgain": max(budgets["dgain"], torch.finfo(task.dtype).eps)} if task.gained else {}

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from canvas_kernels import BlockTable, block_attention, ops
 from canvas_kernels.block_table import row_scale as row_scale_of
 from canvas_kernels.packing import IndexMap, gather_rows, scatter_rows
-from tests.kernels.test_reference import error
+from tests.kernels.tables import error
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 

@@ -8,7 +8,8 @@ import torch
 
 from canvas_kernels import BlockTable, block_attention
 from canvas_kernels.torch_ops import executor, grouping, groups, strided
-from tests.kernels.test_reference import check, dense_oracle, error, random_case, random_table
+from tests.kernels.tables import error
+from tests.kernels.test_reference import check, dense_oracle, random_case, random_table
 
 ENDLESS = 1 << 60
 

@@ -11,6 +11,7 @@ import torch
 
 from canvas_kernels import BlockTable, block_attention, reference
 from canvas_kernels.block_table import row_scale
+from tests.kernels.tables import error
 
 SEEDS = range(12)
 
@@ -130,14 +131,6 @@ def oracle_row_scale(table, active=None) -> torch.Tensor:
         if sums[kind]:
             scale[kind, row] = 1 / sums[kind]
     return scale
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """max |difference| / max |expected|; the difference itself where zero is expected."""
-    if not expected.numel():
-        return 0.0
-    largest = expected.abs().max().item()
-    return (found.double() - expected).abs().max().item() / (largest or 1.0)
 
 
 def check(table, inputs, options, tolerance, backend="torch", scale=0.7):

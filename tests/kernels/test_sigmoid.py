@@ -10,7 +10,7 @@ import torch
 from canvas_kernels import block_attention
 from canvas_kernels.block_table import BlockTable
 from canvas_kernels.torch_ops import sigmoid
-from tests.kernels.test_kernels_triton import TABLES, membership
+from tests.kernels.tables import TABLES, error, membership
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EDGE_TABLES = [name for name in TABLES if not name.startswith("joint")]
@@ -20,8 +20,8 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 4e-3}
 def dense(q, k, v, table, scale, gain=None, active=None):
     """Σ_r w·gain·active·row_scale · σ(scale q kᵀ) v over dense matrices, row scales from the same weights."""
     n, on = table.n_positions, torch.ones(table.n_edges) if active is None else (active.cpu() != 0).double()
-    matrices = {int(s): membership(table, int(s)).to(q) for s in set(table.segment.tolist())}
-    first = {s: table.segment.tolist().index(s) for s in matrices}
+    first = {s: table.segment.tolist().index(s) for s in set(table.segment.tolist())}
+    matrices = {s: torch.from_numpy(membership(table)[s] * table.weight[r]).to(q) for s, r in first.items()}
     sums = torch.zeros(2, n, dtype=q.dtype, device=q.device)
     for s, pairs in matrices.items():
         sums[int(table.replace[first[s]])] += pairs.amax(1) * on[table.edge[first[s]]].to(q)
@@ -46,10 +46,6 @@ def inputs(table, dtype, batch=2, heads=2, dim=20):
     gain = torch.rand(table.n_edges, device=DEVICE) - 0.3
     active = (torch.arange(table.n_edges, device=DEVICE) % 3 != 1).float()
     return [x.to(dtype).requires_grad_() for x in (q, k, v)], grad.to(dtype), gain.requires_grad_(), active
-
-
-def error(got, expected):
-    return ((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)).item()
 
 
 EXECUTORS = [

@@ -17,6 +17,7 @@ from canvas_engineering.plan import compile_attention
 from canvas_kernels.block_table import BlockTable, normalise_row_sums, row_scale, row_sums
 from canvas_kernels.triton_ops import configs
 from canvas_kernels.triton_ops.tiling import TileClass, build_tilings, cut_tiles
+from tests.kernels.tables import membership
 
 
 def random_table(seed: int) -> BlockTable:
@@ -39,14 +40,6 @@ def random_table(seed: int) -> BlockTable:
             for name, value in row.items():
                 columns[name].append(value)
     return BlockTable.from_rectangles("edge", n, 4, **columns)
-
-
-def membership(table: BlockTable) -> np.ndarray:
-    """bool [segments, n, n]: which pairs each segment holds."""
-    pairs = np.zeros((int(table.segment.max(initial=-1)) + 1, table.n_positions, table.n_positions), bool)
-    for s, q0, q1, k0, k1 in zip(table.segment, table.q_start, table.q_stop, table.k_start, table.k_stop, strict=True):
-        pairs[s, q0:q1, k0:k1] = True
-    return pairs
 
 
 def slot_owners(table: BlockTable) -> list[tuple[int, int]]:

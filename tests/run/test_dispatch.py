@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -18,41 +19,11 @@ from canvas_engineering.canvas import CanvasLayout, RegionSpec
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.dispatch import AttentionDispatcher
 from canvas_engineering.residuals import ResidualAccumulator, ResidualSpec
-from tests import oracle
+from tests import dispatchers, oracle
 from tests.strategies import canvases
 
 D_MODEL, HEADS = 12, 3
-
-
-def oracle_step(dispatcher, x, active=None):
-    """Section 4 for every read, projections per function, in x's dtype (float64)."""
-    plan = dispatcher.plan
-    reads = oracle.reads(dispatcher.layout, dispatcher.topology)
-    classes = [c.write_mode == "replace" for c in plan.connections]
-    live = [r for r in reads if active is None or active[r.connection]]
-    replaced = {q for r in live if classes[r.connection] for q in r.keys}
-    gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
-    total, weight = torch.zeros_like(x), torch.zeros(x.shape[1], dtype=x.dtype)
-    for r in live:
-        module = dispatcher.fn_modules[plan.fns[r.connection]]
-        share = r.weight
-        if r.connection in gates:
-            share = share * torch.sigmoid(dispatcher.edge_gates[gates.index(r.connection)])
-        for query, keys in r.keys.items():
-            if query in replaced and not classes[r.connection]:
-                continue
-            keyed = x[:, list(keys)]
-            total = total.index_add(1, torch.tensor([query]), share * module(x[:, [query]], keyed, keyed))
-            weight[query] += r.weight
-    return torch.where(weight[:, None] > 0, total / weight.clamp_min(1e-300)[:, None], x)
-
-
-def randomised(layout, topology, seed, **options):
-    torch.manual_seed(seed)
-    dispatcher = AttentionDispatcher(topology, layout, D_MODEL, n_heads=HEADS, **options)
-    for parameter in dispatcher.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return dispatcher.double()
+randomised = functools.partial(dispatchers.randomised, d_model=D_MODEL, n_heads=HEADS)
 
 
 @settings(max_examples=40)
@@ -72,7 +43,7 @@ def test_a_step_is_the_oracle(backend, canvas, seed, choose):
     x = torch.randn(2, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
     names = sorted(layout.regions)[: 1 + seed % len(layout.regions)] if choose else None
     active = None if names is None else [c.src in names for c in connections]
-    out, expected = dispatcher(x, names), oracle_step(dispatcher, x, active)
+    out, expected = dispatcher(x, names), dispatchers.oracle_step(dispatcher, x, active)
     # table weights are float32
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
     leaves = [x, *dispatcher.parameters()]
@@ -131,7 +102,7 @@ def test_results_are_added_where_something_is_read_and_only_there(active, everyw
             reading[list(read.keys)] = True
     assert reading.all() == (everywhere and active is None)
     out = dispatcher(h, active, add_to=x)
-    attended = oracle_step(dispatcher, h, [c.src in names for c in topology.connections])
+    attended = dispatchers.oracle_step(dispatcher, h, [c.src in names for c in topology.connections])
     torch.testing.assert_close(out, torch.where(reading, x + attended, x), rtol=1e-6, atol=1e-6)
     assert torch.equal(out[:, ~reading[:, 0]], x[:, ~reading[:, 0]])
     grad = torch.randn_like(x)
