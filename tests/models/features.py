@@ -105,6 +105,23 @@ def auto_model(name):
     assert type(loaded) is type(model) and torch.equal(run(name, loaded), run(name, model))
 
 
+@feature("`save_loop_checkpoint`, `load_loop_checkpoint`")
+def loop_checkpoints(name):
+    pytest.importorskip("safetensors", reason="loop checkpoints are safetensors files")
+    from canvas_engineering import load_loop_checkpoint, save_loop_checkpoint
+
+    model, fresh = grafted(name), tiny(name)
+    declared = topologies.window(layout_of(name, fresh))
+    other = graft_looped_blocks(fresh, 3, layout=declared[0], topology=declared[1])[0]
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/loops.safetensors"
+        save_loop_checkpoint(adapter_of(model).blocks(model), None, path)
+        load_loop_checkpoint(other, None, path)
+        with pytest.raises(ValueError, match="the model null"):
+            load_loop_checkpoint(graft_looped_blocks(tiny(name), 3)[0], None, path)
+    assert torch.equal(run(name, fresh), run(name, model))
+
+
 @feature("LoRA of the stock model (peft)")
 def lora(name):
     peft = pytest.importorskip("peft", reason="LoRA files need peft")

@@ -142,12 +142,23 @@ def test_loops_are_the_recurrence(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_freezing_half_freezes_what_makes_tokens(name):
+    model = tiny(name)
+    graft_looped_blocks(model, 2, freeze="half")
+    embedding = {
+        f"{adapter_of(model).embedding}.{key}"
+        for key, _ in getattr(model, adapter_of(model).embedding).named_parameters()
+    }
+    assert embedding and {key for key, p in model.named_parameters() if not p.requires_grad} == embedding
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_sharpening_scales_the_logits(name):
     model, twin = tiny(name, torch.float64), tiny(name, torch.float64)
     graft_looped_blocks(model, 2, loops=1, sharpening=[1.7, 1.0])
     for _, attn in adapter_of(twin).attentions(twin):  # q is normalised: scaling its norm scales the logits
         for norm in ("norm_q", "norm_added_q"):
-            for parameter in getattr(attn, norm, torch.nn.Identity()).parameters():
+            for parameter in (getattr(attn, norm, None) or torch.nn.Identity()).parameters():
                 parameter.data.mul_(1.7)
     expected = run(name, twin, torch.float64)
     assert error(run(name, model, torch.float64), expected) <= 1e-6
