@@ -141,7 +141,7 @@ def _signature(launch: Launch):
     values = {"JOINT": launch.form == "joint", "SIGMOID": sigmoid, "IN_PLACE": launch.form in ("in_place", "sigmoid")}
     values |= {"STORED": launch.form in ("joint", "edge"), "WRITE_DQ": launch.stage == "dq", "SIGNED": launch.signed}
     values |= {"WALK_DELTA": launch.stage == "delta" or (sigmoid and launch.signed), "HEAD_DIM": launch.head_dim}
-    values |= {"BLOCK_D": configs.block_d(launch.head_dim)}
+    values |= {"BLOCK_D": configs.block_d(launch.head_dim), "MASKED": False}
     values |= {"BLOCK_M": launch.config.block_m, "BLOCK_N": launch.config.block_n}
     tuples = {"tables": ("*i32", "*i32", "*fp32", "*i64", "*i32", "*i32"), "factors": ("*fp32",) * 3}
     tuples["strides"] = ("i32",) * (9 if launch.stage == "forward" else 12)

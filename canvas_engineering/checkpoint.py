@@ -15,6 +15,7 @@ from torch import nn
 from .checked import checked_depth, checked_ints, checked_items, checked_kind, checked_path, parsed_json
 from .files import replace_file
 from .looped_block import LOOP_PARAMETER_NAMES, Loops, can_loop
+from .models.block import LoopedBlock
 
 __all__ = ["load_loop_checkpoint", "save_loop_checkpoint"]
 
@@ -177,7 +178,8 @@ def _parameters(block: Loops) -> dict[str, torch.Tensor]:
 
 def _describe(blocks: Sequence[Loops], action_head: nn.Module | None) -> dict[str, Any]:
     first = blocks[0] if blocks else None
-    declaration = getattr(getattr(getattr(first, "attn1", None), "processor", None), "declaration", None)
+    attention = first.attention if isinstance(first, LoopedBlock) else "attn1"
+    declaration = getattr(getattr(getattr(first, attention, None), "processor", None), "declaration", None)
     return {
         "format": FORMATS[-1],
         "blocks": [type(block).__name__ for block in blocks],

@@ -224,6 +224,9 @@ def freeze_half(transformer: nn.Module) -> int:
     >>> freeze_half(model)
     16
     """
+    adapter = find_adapter(transformer)
+    if adapter is not None:
+        return _freeze(transformer, lambda name: name.startswith(f"{adapter.embedding}."))
     return _freeze(transformer, lambda name: "patch_embed" in name or "pos_embedding" in name)
 
 

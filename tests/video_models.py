@@ -1,4 +1,4 @@
-"""Tiny real video models of diffusers besides CogVideoX, with random weights, inputs that fit, and a masked twin."""
+"""Tiny real video models of diffusers with random weights, inputs that fit, and twins with a dense mask."""
 
 from __future__ import annotations
 
@@ -49,6 +49,19 @@ _HUNYUAN_MORE = {
     "pooled_projections": torch.linspace(-1.0, 1.0, BATCH * 8).reshape(BATCH, 8),
 }
 TINY = {
+    "cogvideox": Tiny(
+        "CogVideoXTransformer3DModel",
+        {
+            "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
+            "time_embed_dim": 8, "text_embed_dim": 16, "num_layers": 2, "sample_width": 8, "sample_height": 8,
+            "sample_frames": 9, "patch_size": 2, "max_text_seq_length": TEXT,
+        },
+        (64, 64, 9),
+        (3, 4, 8, 8),
+        16,
+        {},
+        True,
+    ),
     "wan": Tiny("WanTransformer3DModel", _WAN, (64, 64, 9), (4, 3, 8, 8), 16),
     # Wan 2.2's 5B: a timestep for each token
     "wan2.2": Tiny(

@@ -21,6 +21,7 @@ class ModelAdapter:
         model_class: name of diffusers' class.
         module: module path that pickles and saved pipelines name for the looped class.
         block_lists: dotted names of the model's lists of blocks, in the order in which they run.
+        embedding: name of the module that makes tokens of latents.
         attention: name, in a block, of the module whose processor is canvas attention; every other attention of the
             model (cross-attention, text refiners) is left alone.
         streams: regions of the token sequence of that attention, in order. Each is one raster of (frame, row, column).
@@ -38,6 +39,7 @@ class ModelAdapter:
     model_class: str
     module = "canvas_engineering.models"
     block_lists: tuple[str, ...] = ("transformer_blocks",)
+    embedding = "patch_embed"
     attention = "attn1"
     streams: tuple[str, ...] = (VIDEO,)
     looped_block: type[LoopedBlock] = LoopedBlock

@@ -16,6 +16,7 @@ from ..looped_block import LoopParameters, checked_loops, parameter_home
 
 __all__ = ["LoopedBlock", "LoopedCogVideoXBlock", "LoopedTwoStreamBlock"]
 
+_COUNTING_HOOKS = ("pyramid_attention_broadcast", "faster_cache_block", "taylorseer_cache")
 _Block = TypeVar("_Block", bound="LoopedBlock")
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _OWN = ("loop", "loops", "block_idx", "sharpening", "block_class", "block_forward", "arguments", "attention")
@@ -157,8 +158,25 @@ class LoopedBlock(CanvasModule):
         self.set_loops(n)
 
     def set_loops(self, n: int) -> None:
-        """Run ``n`` loops from now on, at most max_loops. ValueError below 1."""
-        self.loops = checked_loops(n, self.max_loops)
+        """Run ``n`` loops from now on, at most max_loops.
+
+        Raises:
+            ValueError: below 1, or more than 1 with a cache of diffusers that counts calls inside of the block as
+                steps.
+        """
+        n = checked_loops(n, self.max_loops)
+        counting = n > 1 and self._counting_hook()
+        if counting:
+            raise ValueError(
+                f"block {self.block_idx} has the cache {counting!r}, which counts every call inside of it as a step, "
+                f"and {n} loops are {n} calls: disable_cache(), or use FirstBlockCacheConfig or MagCacheConfig"
+            )
+        self.loops = n
+
+    def _counting_hook(self) -> str | None:
+        registries = (getattr(module, "_diffusers_hook", None) for module in self.modules())
+        hooks = (name for registry in registries for name in getattr(registry, "hooks", {}))
+        return next((name for name in hooks if name in _COUNTING_HOOKS), None)
 
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *args: Any, **kwargs: Any

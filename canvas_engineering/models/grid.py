@@ -1,4 +1,8 @@
-"""Hooks of a model with canvas attention: the grid of every call is checked, and told to attention where it chooses."""
+"""Hooks of a model with canvas attention: the grid of every call is checked, and told to attention where it chooses.
+
+A looped model runs its hooks inside of its forward, so that a compiled model is one graph; a stock model has them as
+forward pre-hooks.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,9 @@ class Hook:
     def remove(modules: Iterable[nn.Module], kinds: tuple[type, ...]) -> None:
         """Takes hooks of these kinds from the modules, and nothing else."""
         for module in modules:
+            own = [hook for hook in module.__dict__.pop("canvas_calls", ()) if not isinstance(hook, kinds)]
+            if own:
+                module.__dict__["canvas_calls"] = own
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for number, hook in list(hooks.items()):
                     if isinstance(hook, kinds):
@@ -72,7 +79,7 @@ def install(transformer: nn.Module, adapter: ModelAdapter, processor: CanvasAttn
     remove(transformer)
     names = [*inspect.signature(type(transformer).forward).parameters][1:]
     check = CheckGrid(adapter, processor, names)
-    transformer.register_forward_pre_hook(check, with_kwargs=True)
+    before_calls(transformer, check)
     if len(processor.plans) > 1 and adapter.rotary:
         transformer.get_submodule("rope").register_forward_hook(TagRotary(check))
     return check
@@ -84,6 +91,14 @@ def remove(transformer: nn.Module) -> None:
     Hook.remove([transformer, *ropes], (CheckGrid, TagRotary))
 
 
-def check_of(transformer: nn.Module) -> CheckGrid | None:
-    """Returns the model's grid check, if it has one."""
-    return next((hook for hook in transformer._forward_pre_hooks.values() if isinstance(hook, CheckGrid)), None)
+def before_calls(transformer: nn.Module, hook: Any) -> None:
+    """Makes ``hook(transformer, args, kwargs)``, which may return other ones, run before every call of the model."""
+    if hasattr(type(transformer), "canvas_adapter"):
+        transformer.__dict__.setdefault("canvas_calls", []).append(hook)
+    else:
+        transformer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def calls_of(transformer: nn.Module) -> list[Any]:
+    """Returns what runs before every call of the model."""
+    return [*transformer.__dict__.get("canvas_calls", ()), *transformer._forward_pre_hooks.values()]

@@ -20,6 +20,7 @@ class HunyuanVideo(ModelAdapter):
     name = "hunyuan_video"
     model_class = "HunyuanVideoTransformer3DModel"
     block_lists = ("transformer_blocks", "single_transformer_blocks")
+    embedding = "x_embedder"
     attention = "attn"
     looped_block = LoopedTwoStreamBlock
     streams = (VIDEO, TEXT)

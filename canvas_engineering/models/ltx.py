@@ -13,6 +13,7 @@ class LTXVideo(ModelAdapter):
 
     name = "ltx"
     model_class = "LTXVideoTransformer3DModel"
+    embedding = "proj_in"
     vae_scale = 32
     vae_frames = 8
     why_unpacked = "its timesteps may be one of each token, and the caller makes them in raster order"

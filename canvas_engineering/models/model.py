@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,6 +16,7 @@ from torch import nn
 from ..attention import BACKENDS
 from ..checked import checked_bool, checked_choice, checked_items, checked_kind, checked_number, shown
 from ..derived_buffers import outside_inference
+from ..files import replace_file
 from ..schema import CanvasSchema
 from . import packing, parallel
 from .adapter import ModelAdapter
@@ -22,6 +25,7 @@ from .block import LOOPED_BLOCKS, LoopedBlock
 from .processor import CanvasAttnProcessor
 from .registry import ADAPTERS, find_adapter
 
+_COUNTING_CACHES = ("PyramidAttentionBroadcastConfig", "FasterCacheConfig", "TaylorSeerCacheConfig")
 OWN_CONFIG = ("max_loops", "loops", "gate", "sharpening", "canvas", "backend", "packed")
 
 
@@ -51,6 +55,20 @@ class LoopedModel:
         for block, number in zip(blocks, numbers):
             block.set_loops(number)
 
+    def enable_cache(self, config: Any) -> None:
+        """Enables one of diffusers' caches.
+
+        Raises:
+            ValueError: a cache that counts calls inside of blocks as steps, while a block runs several loops.
+        """
+        looping = [block.block_idx for block in blocks_of(self) if block.loops > 1]
+        if looping and type(config).__name__ in _COUNTING_CACHES:
+            raise ValueError(
+                f"a {type(config).__name__} counts every call inside of a block as a step, and blocks {looping} run "
+                "several loops in one: set_loops(1), or use FirstBlockCacheConfig or MagCacheConfig"
+            )
+        super().enable_cache(config)  # pyright: ignore[reportAttributeAccessIssue] of diffusers' class
+
     def _register_loops(self) -> None:
         numbers = [block.loops for block in blocks_of(self)]
         self.register_to_config(loops=numbers[0] if len(set(numbers)) == 1 else numbers)
@@ -59,6 +77,13 @@ class LoopedModel:
         """Saves the config with the loops and the attention of the blocks, which may have been set since."""
         self._register_loops()
         register_attention(self)
+        folder = kwargs.get("save_directory", args[0] if args else None)
+        if isinstance(folder, (str, os.PathLike)) and not os.path.isfile(folder):
+            # what AutoModel with trust_remote_code=True runs to find the class
+            module, name = type(self).__module__, type(self).__name__
+            os.makedirs(folder, exist_ok=True)
+            code = f'"""Where this model is defined."""\n\nfrom {module} import {name}\n\n__all__ = ["{name}"]\n'
+            replace_file(Path(folder) / f"{module.split('.')[-1]}.py", code.encode())
         return super().save_config(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] of diffusers' class
 
     @classmethod
@@ -74,6 +99,8 @@ class LoopedModel:
                 f"this is the config of a {saved_by}, whose checkpoint holds no loops: load it as {saved_by}, then "
                 "graft_looped_blocks"
             )
+        if isinstance(config, dict):  # which diffusers would name as unknown
+            config = {name: value for name, value in config.items() if name != "auto_map"}
         return super().from_config(config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] as above
 
 
@@ -157,11 +184,23 @@ def looped_model_class(name: str) -> type[Any]:
     class_name = f"Looped{adapter.model_class}"
     __init__.__qualname__ = f"{class_name}.__init__"
     base = LoopedModelOfOneProcessor if adapter.replaces_processors else LoopedModel
+
+    # A plain function: diffusers marks some classes as opaque to torch.compile.
+    stock_forward = stock.forward
+
+    @wraps(stock_forward)
+    def forward(self, *args, **kwargs):
+        for hook in self.__dict__.get("canvas_calls", ()):
+            args, kwargs = hook(self, args, kwargs) or (args, kwargs)
+        return stock_forward(self, *args, **kwargs)
+
     body = {
+        "forward": forward,
         "__doc__": f"``{adapter.model_class}`` whose blocks loop, and whose config says how.\n\n{LoopedModel.__doc__}",
         "__init__": register_to_config(__init__),
         "__module__": adapter.module,  # where pickles and pipelines look for it
         "canvas_adapter": adapter,
+        "_auto_class": "AutoModel",
         "_no_split_modules": [*(stock._no_split_modules or ()), adapter.looped_block.__name__],
         "_repeated_blocks": [adapter.looped_block.__name__],
         # also where from_pretrained or `to` is given another dtype

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..derived_buffers import CanvasModule
 from .adapter import TEXT, ModelAdapter
-from .grid import CheckGrid, Hook
+from .grid import CheckGrid, Hook, before_calls, calls_of
 from .processor import CanvasAttnProcessor
 
 
@@ -33,7 +33,7 @@ def install(transformer: nn.Module, adapter: ModelAdapter, check: CheckGrid) -> 
     assert adapter.packed_at is not None
     first, last = adapter.packed_at
     transformer.canvas_order = order = PackedOrder(check.processor)
-    transformer.register_forward_pre_hook(_PackRotary(order, check), with_kwargs=True)
+    before_calls(transformer, _PackRotary(order, check))
     transformer.get_submodule(first).register_forward_hook(_PackTokens(order, check))
     transformer.get_submodule(last).register_forward_pre_hook(_UnpackVideo(order, check))
 
@@ -46,8 +46,7 @@ def remove(transformer: nn.Module) -> None:
 
 def check(transformer: nn.Module, processors: Iterable[Any]) -> None:
     """ValueError if one of ``processors`` takes tokens in another order than the model's hooks leave them in."""
-    hooks = (hook for hook in transformer._forward_pre_hooks.values() if isinstance(hook, _PackHook))
-    packs = next((hook.check.processor for hook in hooks), None)
+    packs = next((hook.check.processor for hook in calls_of(transformer) if isinstance(hook, _PackHook)), None)
     for processor in processors:
         if not isinstance(processor, CanvasAttnProcessor) or processor.plan is None:
             continue

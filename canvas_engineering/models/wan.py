@@ -18,6 +18,7 @@ class Wan(ModelAdapter):
     name = "wan"
     model_class = "WanTransformer3DModel"
     block_lists = ("blocks",)
+    embedding = "patch_embedding"
     rotary = ("rotary_emb",)
     why_unpacked = "its patch embedding ends inside of the forward, and the modulation of Wan 2.2 is one of each token"
 

@@ -1,4 +1,5 @@
-"""A mask of keys for each sample, over one table for all: masked keys as logits of a further dimension."""
+"""A mask of keys for each sample, over one table for all: Triton's kernels read it; for other executors masked keys are
+logits of a further dimension."""
 
 from __future__ import annotations
 
@@ -27,6 +28,12 @@ def check_key_mask(key_mask: Any, q: torch.Tensor, table: BlockTable, return_lse
         raise ValueError(f"key_mask must be bool {shape} (batch, positions) on {q.device}, got {given}")
 
 
+def clear_keys(k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns k and v (batch, heads, n, D) with 0 in masked rows, which then have no gradient either."""
+    keep, zero = key_mask[:, None, :, None], k.new_zeros(())
+    return torch.where(keep, k, zero), torch.where(keep, v, zero)
+
+
 def mask_keys(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -45,6 +52,5 @@ def mask_keys(
     zero = k.new_zeros(())
     addend = torch.where(keep, zero, k.new_full((), lowest)).expand(*k.shape[:3], 1)
     q = torch.cat([q, q.new_ones(()).expand(*q.shape[:3], 1)], -1)
-    k = torch.cat([torch.where(keep, k, zero), addend], -1)
-    v = torch.cat([torch.where(keep, v, zero), zero.expand(*v.shape[:3], 1)], -1)
-    return q, k, v
+    k, v = clear_keys(k, v, key_mask)
+    return q, torch.cat([k, addend], -1), torch.cat([v, zero.expand(*v.shape[:3], 1)], -1)

@@ -30,7 +30,7 @@ from .autograd import (
 )
 from .block_table import BlockTable
 from .block_table import row_scale as table_row_scale
-from .key_mask import check_key_mask, mask_keys
+from .key_mask import check_key_mask, clear_keys, mask_keys
 from .packing import IndexMap, empty_in, gather_rows, put_rows, scatter_rows, take_rows
 from .torch_ops import composition, frames, sigmoid
 from .torch_ops import executor as grouped
@@ -136,6 +136,12 @@ def block_attention(
         _check_activation(activation, table, return_lse)
     if key_mask is not None:
         check_key_mask(key_mask, q, table, return_lse)
+        if _check_backend(backend, q, dropout_p) == "triton":
+            k, v = clear_keys(k, v, key_mask)
+            constants = (table.key, "" if rows is None or rows.is_identity else rows.key, scale)
+            return operate(
+                "attention", *autocast(q, k, v), None, None, key_mask, *constants, TRITON, activation, False
+            )[0]
         masked = mask_keys(q, k, v, key_mask, autocast_dtype(q))
         options = {"scale": scale, "backend": backend, "dropout_p": dropout_p, "rows": rows}
         return block_attention(*masked, table, **options)[..., : q.shape[3]]  # pyright: ignore[reportCallIssue, reportArgumentType] no lse
@@ -399,13 +405,15 @@ def _attention(q, k, v, gain, active, row_scale, table, rows, scale, executor, a
 
 
 def _triton(q, k, v, table, rows, activation, need_lse, keep, options):
-    """Runs the operator on Triton. Backward packs rows again, which saves a copy in GPU memory."""
+    """Runs the operator on Triton. Backward packs rows again, which saves a copy in GPU memory. In joint form the
+    argument for row scales is the mask of keys."""
     _refuse_triton(q.device.type, q.dtype)
     from .triton_ops import launch
 
     saved = q.new_empty(0)
     if rows:
         q, k, v = launch.move_rows(q, k, v, rows=IndexMap.lookup(rows))
+    options["row_scale"] = _packed_mask(options["row_scale"], table, rows)
     sigmoid = activation == "sigmoid"
     out, lse, saved_tensors = launch.forward(q, k, v, table, sigmoid=sigmoid, **options)
     if sigmoid:
@@ -425,6 +433,7 @@ def _triton_backward(grad_out, out, lse, saved, q, k, v, table, rows, activation
     if rows:
         inputs = (grad_out, q, k, v) if table.form == "edge" else (grad_out, q, k, v, out)
         grad_out, q, k, v, *packed_out = launch.move_rows(*inputs, rows=IndexMap.lookup(rows))
+    options["row_scale"] = _packed_mask(options["row_scale"], table, rows)
     # in joint form a segment's output is the result
     saved_tensors = saved if table.form == "edge" else packed_out[0] if rows else out
     options["sigmoid"] = activation == "sigmoid"
@@ -432,6 +441,13 @@ def _triton_backward(grad_out, out, lse, saved, q, k, v, table, rows, activation
     if rows:
         gradients = launch.move_rows(*gradients, rows=IndexMap.lookup(rows), back=True)
     return *gradients, q.new_empty(0) if dgain is None else dgain
+
+
+def _packed_mask(row_scale: torch.Tensor | None, table: BlockTable, rows: str) -> torch.Tensor | None:
+    """Returns row scales as they are, and the mask of keys that stands in their place in joint form, packed."""
+    if row_scale is None or table.form != "joint" or not rows:
+        return row_scale
+    return row_scale.index_select(1, IndexMap.lookup(rows).rows(row_scale.device))
 
 
 def _out_of_force(table: BlockTable, active, row_scale, q: torch.Tensor) -> torch.Tensor:
@@ -554,7 +570,11 @@ def _differentiate(grad, needs, saved_tensors, *args):
 
 def _compose(*args):
     # the last three are executor, activation and need_lse
-    return composition.attention(*args[:-3], activation=args[-2])[0]
+    q, k, v, gain, active, row_scale, table = args[:7]
+    if row_scale is None or BlockTable.lookup(table).form != "joint":
+        return composition.attention(*args[:-3], activation=args[-2])[0]
+    masked = mask_keys(q, k, v, row_scale, q.dtype)
+    return composition.attention(*masked, gain, active, None, *args[6:-3], activation=args[-2])[0][..., : q.shape[3]]
 
 
 OPERATIONS["attention"] = Operation(

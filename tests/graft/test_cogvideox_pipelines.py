@@ -123,3 +123,14 @@ def test_a_pipeline_loads_plain_lora_files(tmp_path):
     pipe.unfuse_lora(components=["transformer"])
     pipe.unload_lora_weights()
     torch.testing.assert_close(sample(pipe), dense, rtol=1e-3, atol=1e-4)
+
+
+def test_another_pipeline_takes_the_transformer_by_name():
+    model = tiny_model("5b")
+    graft(model, window_topology(), loops=2)
+    pipe = pipeline_of(model)
+    # diffusers compares classes: without the name it would look for the stock one
+    other = diffusers.CogVideoXVideoToVideoPipeline.from_pipe(
+        pipe, transformer=pipe.transformer, tokenizer=None, text_encoder=None
+    )
+    assert other.transformer is model and other.vae is pipe.vae

@@ -17,23 +17,19 @@ BACKENDS = ["torch", "reference"] + (
 )
 
 
-def joint_table():
-    """Rows 0–7 attend to 0–9 by two weights, rows 8–10 to 6–11, row 11 to nothing."""
-    rectangles = {
-        "q_start": [0, 0, 8],
-        "q_stop": [8, 8, 11],
-        "k_start": [0, 4, 6],
-        "k_stop": [4, 10, 12],
-        "weight": [1.0, 0.5, 1.0],
-    }
-    return BlockTable.from_rectangles("joint", N, 0, **rectangles)
+def joint_table(times=1):
+    """Rows 0–7 attend to 0–9 by two weights, rows 8–10 to 6–11, row 11 to nothing; each row so many times."""
+    ranges = {"q_start": [0, 0, 8], "q_stop": [8, 8, 11], "k_start": [0, 4, 6], "k_stop": [4, 10, 12]}
+    ranges = {name: [times * row for row in rows] for name, rows in ranges.items()}
+    return BlockTable.from_rectangles("joint", times * N, 0, **ranges, weight=[1.0, 0.5, 1.0])
 
 
-def inputs(dtype=torch.float32):
+def inputs(dtype=torch.float32, times=1):
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, N, DIM, generator=g).to(dtype).requires_grad_() for _ in range(3))
-    mask = torch.rand(2, N, generator=g) < 0.6
-    mask[1, 6:] = False  # rows 8–10 of the second sample lose every key
+    q, k, v = (torch.randn(2, 3, times * N, DIM, generator=g).to(dtype).requires_grad_() for _ in range(3))
+    mask = torch.rand(2, times * N, generator=g) < 0.6
+    mask[0, : times * 2] = False  # whole blocks of keys
+    mask[1, times * 6 :] = False  # rows 8–10 of the second sample lose every key
     return q, k, v, mask
 
 
@@ -52,16 +48,17 @@ def sdpa(q, k, v, mask, table, scale):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scale", [DIM**-0.5, 3.0])
-def test_outputs_and_gradients_are_those_of_dense_attention(backend, scale):
-    table, (*tensors, mask) = joint_table(), inputs()
+@pytest.mark.parametrize(("scale", "times"), [(DIM**-0.5, 1), (3.0, 1), (DIM**-0.5, 8)])
+def test_outputs_and_gradients_are_those_of_dense_attention(backend, scale, times):
+    table, (*tensors, mask) = joint_table(times), inputs(times=times)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    weights = torch.randn(2, 3, N, DIM, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1))
     out = block_attention(*tensors, table, scale=scale, backend=backend, key_mask=mask)
     expected = dense(*exact, mask, table, scale)
     gradients = torch.autograd.grad((out * weights).sum(), tensors)
     expected_gradients = torch.autograd.grad((expected * weights.double()).sum(), exact)
-    assert (out[1, :, 8:] == 0).all() and (out[:, :, 11] == 0).all() and out.shape == tensors[0].shape
+    assert (out[1, :, 8 * times :] == 0).all() and (out[:, :, 11 * times :] == 0).all()
+    assert out.shape == tensors[0].shape
     for actual, right in zip((out, *gradients), (expected, *expected_gradients)):
         assert (actual.detach().double() - right.detach()).abs().max() <= 2e-5 * right.detach().abs().max()
 
@@ -88,12 +85,29 @@ def test_sixteen_bits_are_as_good_as_dense_ones(dtype):
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.float().sum(), tensors))
 
 
-def test_one_graph_serves_every_mask_and_order():
+@pytest.mark.parametrize("backend", [each for each in BACKENDS if each != "reference"])
+def test_second_derivatives_compose(backend):
+    table, (q, k, v, mask) = joint_table(), inputs()
+
+    def gradient(q, backend, dtype):
+        given = [x.detach().to(dtype) for x in (k, v)]
+        out = block_attention(q, *given, table, backend=backend, key_mask=mask)
+        return torch.autograd.grad(out.square().sum(), q, create_graph=True)[0]
+
+    found = torch.autograd.grad(gradient(q, backend, torch.float32).square().sum(), q)[0]
+    exact = q.detach().double().requires_grad_()
+    expected = torch.autograd.grad(gradient(exact, "reference", torch.float64).square().sum(), exact)[0]
+    assert (found.double() - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("backend", [each for each in BACKENDS if each != "reference"])
+def test_one_graph_serves_every_mask_and_order(backend):
     torch._dynamo.reset()
     table, (q, k, v, mask) = joint_table(), inputs()
     rows = IndexMap.gather(torch.arange(N - 1, -1, -1).numpy(), N)
     backward = [x.flip(2) for x in (q, k, v)]
-    run = torch.compile(lambda *x: block_attention(*x[:3], table, rows=rows, key_mask=x[3]), backend="aot_eager",
+    options = {"rows": rows, "backend": backend}
+    run = torch.compile(lambda *x: block_attention(*x[:3], table, key_mask=x[3], **options), backend="aot_eager",
                         fullgraph=True)  # fmt: skip
     for given in (mask, ~mask):
         expected = block_attention(q, k, v, table, key_mask=given).flip(2)

@@ -44,17 +44,6 @@ def run(name, model, dtype=torch.float32, **options):
     return model(**{**inputs(name, dtype), **options})[0]
 
 
-def grafted(name, loops=1, dtype=torch.float32, **options):
-    model = tiny(name, dtype)
-    declared = topologies.window(layout_of(name, model))
-    blocks, _ = graft_looped_blocks(
-        model, 3, loops=loops, **{"layout": declared[0], "topology": declared[1], "freeze": "none", **options}
-    )
-    if loops > 1:
-        randomise_loops(blocks)
-    return model
-
-
 # -- the numbers ------------------------------------------------------------------------------------------------------
 
 
@@ -153,14 +142,24 @@ def test_loops_are_the_recurrence(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_freezing_half_freezes_what_makes_tokens(name):
+    model = tiny(name)
+    graft_looped_blocks(model, 2, freeze="half")
+    embedding = {
+        f"{adapter_of(model).embedding}.{key}"
+        for key, _ in getattr(model, adapter_of(model).embedding).named_parameters()
+    }
+    assert embedding and {key for key, p in model.named_parameters() if not p.requires_grad} == embedding
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_sharpening_scales_the_logits(name):
     model, twin = tiny(name, torch.float64), tiny(name, torch.float64)
     graft_looped_blocks(model, 2, loops=1, sharpening=[1.7, 1.0])
     for _, attn in adapter_of(twin).attentions(twin):  # q is normalised: scaling its norm scales the logits
         for norm in ("norm_q", "norm_added_q"):
-            weight = getattr(getattr(attn, norm, None), "weight", None)
-            if weight is not None:
-                weight.data.mul_(1.7)
+            for parameter in (getattr(attn, norm, None) or torch.nn.Identity()).parameters():
+                parameter.data.mul_(1.7)
     expected = run(name, twin, torch.float64)
     assert error(run(name, model, torch.float64), expected) <= 1e-6
     assert error(run(name, tiny(name, torch.float64), torch.float64), expected) > 1e-4
@@ -168,75 +167,6 @@ def test_sharpening_scales_the_logits(name):
     again = run(name, model, torch.float64)
     model.train().enable_gradient_checkpointing()
     assert torch.equal(run(name, model, torch.float64), again)
-
-
-# -- features of diffusers --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_saving_round_trips(name, tmp_path):
-    model = grafted(name, loops=2, sharpening=[1.0, 1.5, 2.0])
-    model.save_pretrained(tmp_path)
-    looped = type(model)
-    loaded = looped.from_pretrained(tmp_path)
-    assert looped.__name__ == f"Looped{TINY[name].model_class}"
-    assert torch.equal(run(name, loaded), run(name, model))
-    assert [block.loops for block in adapter_of(loaded).blocks(loaded)] == [2] * len(adapter_of(model).blocks(model))
-    torch.save(model, tmp_path / "model.pt")
-    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
-        assert torch.equal(run(name, other), run(name, model))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_plain_lora_loads_onto_a_graft(name, tmp_path):
-    peft = pytest.importorskip("peft", reason="LoRA files need peft")
-    plain = tiny(name)
-    plain.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "style")
-    plain.save_lora_adapter(tmp_path, adapter_name="style")
-    bare, model = run(name, tiny(name)), tiny(name)
-    graft_looped_blocks(model, 3, loops=2)
-    file = {"weight_name": "pytorch_lora_weights.safetensors", "use_safetensors": True}
-    model.load_lora_adapter(tmp_path, prefix=None, adapter_name="style", **file)
-    assert torch.equal(run(name, model), run(name, plain)) and not torch.equal(run(name, model), bare)
-    model.delete_adapters("style")
-    assert torch.equal(run(name, model), bare)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_training_compiles_to_one_graph(name):
-    torch._dynamo.reset()
-    model = grafted(name, loops=2, sharpening=[1.0, 1.5, 2.0]).train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    again, gradients = run_with_gradients(name, compiled, torch.float32)
-    out, expected = run_with_gradients(name, model, torch.float32)
-    torch.testing.assert_close(again, out)
-    largest = max(float(g.abs().max()) for g in expected.values())
-    for parameter, value in expected.items():
-        torch.testing.assert_close(gradients[f"_orig_mod.{parameter}"], value, rtol=1e-4, atol=1e-5 * largest)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_checkpointing(name):
-    model = grafted(name, loops=2, sharpening=[1.0, 1.5, 2.0]).train()
-    out, expected = run_with_gradients(name, model, torch.float32)
-    expected = {parameter: value.clone() for parameter, value in expected.items()}
-    model.enable_gradient_checkpointing()
-    again, gradients = run_with_gradients(name, model, torch.float32)
-    assert torch.equal(out, again) and set(gradients) == set(expected)
-    for parameter, value in expected.items():
-        torch.testing.assert_close(gradients[parameter], value)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_fused_projections(name):
-    model = grafted(name, loops=2)
-    if not hasattr(model, "fuse_qkv_projections"):
-        pytest.skip(f"diffusers' {TINY[name].model_class} has no fused projections")
-    expected = run(name, model)
-    model.fuse_qkv_projections()
-    torch.testing.assert_close(run(name, model), expected)
-    model.unfuse_qkv_projections()
-    assert torch.equal(run(name, model), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -289,7 +219,8 @@ def _of_grid(name, grid):
         given.update(num_frames=grid[0], height=grid[1], width=grid[2])
         given["hidden_states"] = torch.randn(shape[0], grid[0] * grid[1] * grid[2], shape[2], generator=g)
     else:
-        given["hidden_states"] = torch.randn(*shape[:2], grid[0], 2 * grid[1], 2 * grid[2], generator=g)
+        frames = (grid[0], 4) if name == "cogvideox" else (4, grid[0])
+        given["hidden_states"] = torch.randn(shape[0], *frames, 2 * grid[1], 2 * grid[2], generator=g)
     if given["timestep"].dim() == 2:
         given["timestep"] = given["timestep"].repeat(1, 2)
     return given
@@ -299,14 +230,17 @@ def _of_grid(name, grid):
 def test_what_a_model_cannot_do_is_refused(name):
     model = tiny(name)
     declared = topologies.window(layout_of(name, model))
-    with pytest.raises(ValueError, match=rf"packed=True: tokens of {TINY[name].model_class} stay in raster order: "):
-        graft_looped_blocks(model, 2, layout=declared[0], topology=declared[1], packed=True)
+    if name != "cogvideox":
+        with pytest.raises(
+            ValueError, match=rf"packed=True: tokens of {TINY[name].model_class} stay in raster order: "
+        ):
+            graft_looped_blocks(model, 2, layout=declared[0], topology=declared[1], packed=True)
     processors = [attn.processor for _, attn in adapter_of(model).attentions(model)]
     set_canvas_attention(model, *declared)
     others = [
         m for m in model.modules() if hasattr(m, "processor") and not isinstance(m.processor, CanvasAttnProcessor)
     ]
-    assert bool(others) is (name != "mochi")  # cross-attention and refiners of text are left alone
+    assert bool(others) is (name not in ("cogvideox", "mochi"))  # cross-attention and refiners of text are left alone
     remove_canvas_attention(model)
     assert [attn.processor for _, attn in adapter_of(model).attentions(model)] == processors
     assert layout_of(name, model).region_size("video") == GRID

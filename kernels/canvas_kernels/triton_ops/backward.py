@@ -53,11 +53,13 @@ def dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr = False,
 ):
     """dq_i = scale · Σ_rj dS_rij k_j with dS_rij = 2^(logit_ij − lse_ri) · (c_ri dO_i·v_j − c_ri δ_ri).
 
     δ and lse2 of every (segment, row) are written first where f is STORED: in slots, which in joint form are rows. Else
-    a pass before this one writes them, WALK_DELTA without WRITE_DQ.
+    a pass before this one writes them, WALK_DELTA without WRITE_DQ. MASKED is that of the forward pass; dK and dV need
+    no mask, for the gradients of masked keys are dropped.
     """
     batch_head, batch, head, tile_start, tile_rows, first, count = kit.load_tile(tables, n_tiles, n_heads)
     BLOCK_P: tl.constexpr = kit.partial_width(BLOCK_N)
@@ -116,6 +118,9 @@ def dq_kernel(
                 p = kit.sigmoid(logits * scale_log2)
                 ds = p * dp * (1.0 - p) * factor[:, None]
             else:
+                if MASKED:
+                    kept = kit.load_kept(factors, batch, n_positions, start, tl.arange(0, BLOCK_N) < BLOCK_N, BLOCK_N)
+                    logits = tl.where(kept, logits, float("-inf"))
                 p = tl.exp2(logits * scale_log2 - (lse - bias)[:, None])
                 ds = p * (dp - delta[:, None]) if JOINT else p * (dp * factor[:, None] - factor_delta[:, None])
             if WALK_DELTA:
@@ -130,6 +135,8 @@ def dq_kernel(
             keep = kit.load_mask(tables, mask, BLOCK_M, BLOCK_P)
             # [BLOCK_P, BLOCK_D]
             in_block = tl.arange(0, BLOCK_P) < length
+            if MASKED:
+                keep = keep & kit.load_kept(factors, batch, n_positions, start, in_block, BLOCK_P)
             k = kit.load_rows(kit.row_base(k_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
             v = kit.load_rows(kit.row_base(v_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
             # a key that is not finite made the lse of all that attend to it NaN

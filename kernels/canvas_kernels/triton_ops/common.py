@@ -143,6 +143,14 @@ def load_partial(tables, block, JOINT: tl.constexpr):
 
 
 @triton.jit
+def load_kept(factors, batch, n_positions, start, in_block, BLOCK: tl.constexpr):
+    """[1, BLOCK] bool: the keys from ``start`` on that this sample attends to; the mask stands where edge form has its
+    row scales."""
+    kept_ptrs = factors[ROW_SCALE] + batch * n_positions + start + tl.arange(0, BLOCK)
+    return (tl.load(kept_ptrs, mask=in_block, other=0) != 0)[None, :]
+
+
+@triton.jit
 def load_mask(tables, mask, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
     """[BLOCK_M, BLOCK_P] bool: the pairs of a partial block."""
     word = tl.load(tables[MASKS] + mask * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]

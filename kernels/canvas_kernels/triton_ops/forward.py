@@ -29,12 +29,14 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr = False,
 ):
     """f_r(i) = softmax_j(scale · q_i·k_j) v_j of the segments r of row i; lse_ri = log2 Σ_j 2^(scale_log2 · q_i·k_j).
 
     IN_PLACE: ``out`` has rows and gets Σ_r c_ri f_r(i). Else tiles have one segment, and ``out`` has slots; in joint
     form slots are rows, and the logits carry log2 w. SIGMOID: out_i = Σ_rj c_ri σ(scale · q_i·k_j) v_j; nothing couples
-    the keys of a row, so c enters with each pair and one accumulator does for all segments.
+    the keys of a row, so c enters with each pair and one accumulator does for all segments. MASKED, in joint form: keys
+    that a sample's mask leaves out have the logit −inf.
     """
     batch_head, batch, head, tile_start, tile_rows, first, count = kit.load_tile(tables, n_tiles, n_heads)
     BLOCK_P: tl.constexpr = kit.partial_width(BLOCK_N)
@@ -69,9 +71,13 @@ def forward_kernel(
             if SIGMOID:
                 p = kit.sigmoid(logits * scale_log2) * factor[:, None]
             else:
+                if MASKED:
+                    kept = kit.load_kept(factors, batch, n_positions, start, tl.arange(0, BLOCK_N) < BLOCK_N, BLOCK_N)
+                    logits = tl.where(kept, logits, float("-inf"))
                 new_max = tl.maximum(running_max, tl.max(logits, 1) * scale_log2 + bias)
-                p = tl.exp2(logits * scale_log2 - (new_max - bias)[:, None])
-                correction = tl.exp2(running_max - new_max)
+                shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+                p = tl.exp2(logits * scale_log2 - (shift - bias)[:, None])
+                correction = tl.exp2(running_max - shift)
                 running_max = new_max
                 running_sum = running_sum * correction + tl.sum(p, 1)
                 acc *= correction[:, None]
@@ -86,6 +92,8 @@ def forward_kernel(
             keep = kit.load_mask(tables, mask, BLOCK_M, BLOCK_P)
             # [BLOCK_P, BLOCK_D]
             in_block = tl.arange(0, BLOCK_P) < length
+            if MASKED:
+                keep = keep & kit.load_kept(factors, batch, n_positions, start, in_block, BLOCK_P)
             k = kit.load_rows(kit.row_base(k_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
             v = kit.load_rows(kit.row_base(v_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
             # [BLOCK_M, BLOCK_P]

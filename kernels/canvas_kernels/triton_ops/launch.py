@@ -47,7 +47,8 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
     Args:
         q, k, v: (B, H, n, D) with any strides: copied once where rows are not whole or do not begin at multiples of 8
             elements, as those of an odd head_dim, or where those of k and v are different strides apart.
-        row_scale: (2, n), and ``gain`` and ``active`` (n_edges,), or None: of edge form.
+        row_scale: (2, n), and ``gain`` and ``active`` (n_edges,), or None: of edge form. In joint form ``row_scale`` is
+            None, or bool (B, n), False for keys that a sample does not attend to.
 
     Returns:
         ``out`` (B, H, n, D), contiguous in q's dtype; ``lse`` (B, H, n_slots) float32, without slots if ``sigmoid``;
@@ -81,6 +82,7 @@ def forward(q, k, v, table: BlockTable, *, scale: float, gain=None, active=None,
             JOINT=form == "joint",
             SIGMOID=sigmoid,
             IN_PLACE=form in ("in_place", "sigmoid"),
+            MASKED=form == "joint" and row_scale is not None,
             **_constants(config, head_dim),
         )
     for config, tiling, tables in _launches(table, q, "dq", form) if form == "edge" else ():
@@ -146,11 +148,12 @@ def backward(
                 STORED=stored,
                 WALK_DELTA=walk_delta,
                 WRITE_DQ=stage == "dq",
+                MASKED=form == "joint" and row_scale is not None,
                 **flags,
                 **_constants(config, head_dim),
             )
     factors_of_keys = factors
-    if row_scale is not None and not sigmoid and row_scale.numel():
+    if row_scale is not None and form in ("edge", "in_place") and row_scale.numel():
         # their signs are all that dK and dV want; a table's own are positive, whichever is looked at
         factors_of_keys = (factors[0].amin(), *factors[1:])
     for config, tiling, tables in _launches(table, q, "dkv", form):
@@ -193,7 +196,7 @@ def _factors(table: BlockTable, device, gain, active, row_scale) -> tuple[torch.
     no blocks when a program looks."""
     ones = table.ones(device)
     if table.form == "joint":
-        return ones, ones, ones
+        return ones if row_scale is None else row_scale.contiguous().view(torch.uint8), ones, ones
     row_scale = table.row_scale(device, torch.float32) if row_scale is None else row_scale.to(torch.float32)
     # of any dtype: converting them would be a launch
     given = (row_scale, ones if gain is None else gain, ones if active is None else active)
