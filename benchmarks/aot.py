@@ -152,8 +152,9 @@ def _signature(launch: Launch):
     function = (yardstick.KERNELS if launch.form == "dense" else own)[launch.stage]
     sigmoid = launch.form == "sigmoid"
     values = {"JOINT": launch.form == "joint", "SIGMOID": sigmoid, "IN_PLACE": launch.form in ("in_place", "sigmoid")}
-    values |= {"SPECIALISED": bool(launch.config.specialised)}
-    values |= {"STORED": launch.form in ("joint", "edge") and not launch.config.specialised, "WRITE_DQ": launch.stage == "dq", "SIGNED": launch.signed}
+    specialised = bool(launch.config.specialised)
+    values |= {"STORED": launch.form in ("joint", "edge") and not specialised, "SPECIALISED": specialised}
+    values |= {"WRITE_DQ": launch.stage == "dq", "SIGNED": launch.signed}
     values |= {"WALK_DELTA": launch.stage == "delta" or (sigmoid and launch.signed), "HEAD_DIM": launch.head_dim}
     values |= {"BLOCK_D": configs.block_d(launch.head_dim)}
     values |= {"BLOCK_M": launch.config.block_m, "BLOCK_N": launch.config.block_n}

@@ -203,7 +203,7 @@ def test_the_command_runs_at_toy_size_and_resumes(tmp_path):
         assert max(row.get("errors", {"out": 0.0}).values()) < 1e-5
     assert "canvas_kernels::attention" in (out / "profile.txt").read_text()
     counts = {phase: len(rows[phase]) for phase in ("defaults", "correctness", "sweep", "tools")}
-    assert counts == {"defaults": 5, "correctness": 2, "sweep": 3, "tools": 2}
+    assert counts == {"defaults": 5, "correctness": 2, "sweep": 6, "tools": 2}
     checked = [row for phase in counts for row in rows[phase]]
     assert not any(row.get("faults") or row.get("failed") for row in checked)
     ours, loop = rows["dispatcher"]

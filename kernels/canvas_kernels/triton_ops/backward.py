@@ -62,6 +62,7 @@ def dq_kernel(
     """
     batch_head, batch, head, tile_start, tile_rows, first, count = kit.load_tile(tables, n_tiles, n_heads)
     BLOCK_P: tl.constexpr = kit.partial_width(BLOCK_N)
+    AGAIN: tl.constexpr = not SPECIALISED
     rows = tl.arange(0, BLOCK_M)
     in_tile = rows < tile_rows
     q_base, q_stride = kit.head_base(q_ptr, batch, head, strides, kit.Q)
@@ -176,7 +177,7 @@ def dq_kernel(
             tl.store(delta_ptr + slots, delta, mask=covered)
     if WRITE_DQ:
         # asked again: what waits for the end takes registers all along
-        batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, not SPECIALISED)
+        batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, AGAIN)
         in_tile = rows < tile_rows
         kit.store_rows(dq_ptr, batch_head * n_positions + tile_start, acc * scale, in_tile, HEAD_DIM, BLOCK_D)
 
@@ -214,6 +215,7 @@ def dkv_kernel(
     """
     batch_head, batch, head, tile_start, tile_rows, first, count = kit.load_tile(tables, n_tiles, n_heads)
     BLOCK_P: tl.constexpr = kit.partial_width(BLOCK_N)
+    AGAIN: tl.constexpr = not SPECIALISED
     in_tile = tl.arange(0, BLOCK_M) < tile_rows
     q_base, q_stride = kit.head_base(q_ptr, batch, head, strides, kit.Q)
     k_base, k_stride = kit.head_base(k_ptr, batch, head, strides, kit.K)
@@ -307,7 +309,7 @@ def dkv_kernel(
 
         dk, dv = kit.anew(dk, SPECIALISED), kit.anew(dv, SPECIALISED)
     # asked again: what waits for the end takes registers all along
-    batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, not SPECIALISED)
+    batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, AGAIN)
     in_tile = tl.arange(0, BLOCK_M) < tile_rows
     row = batch_head * n_positions + tile_start
     kit.store_rows(dk_ptr, row, dk * (sign * scale), in_tile, HEAD_DIM, BLOCK_D)

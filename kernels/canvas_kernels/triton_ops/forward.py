@@ -39,6 +39,7 @@ def forward_kernel(
     """
     batch_head, batch, head, tile_start, tile_rows, first, count = kit.load_tile(tables, n_tiles, n_heads)
     BLOCK_P: tl.constexpr = kit.partial_width(BLOCK_N)
+    AGAIN: tl.constexpr = not SPECIALISED
     rows = tl.arange(0, BLOCK_M)
     in_tile = rows < tile_rows
     q_base, q_stride = kit.head_base(q_ptr, batch, head, strides, kit.Q)
@@ -118,7 +119,7 @@ def forward_kernel(
             safe_sum = tl.where(seen, running_sum, 1.0)
             if not IN_PLACE:
                 # asked again, as below: what waits for the end takes registers all along
-                batch_head, _, _, tile_start, tile_rows, segment, _ = kit.load_tile(tables, n_tiles, n_heads, not SPECIALISED)
+                batch_head, _, _, tile_start, tile_rows, segment, _ = kit.load_tile(tables, n_tiles, n_heads, AGAIN)
                 in_tile = rows < tile_rows
                 slot = kit.load_slot(tables, segment)
             covered = kit.covered_rows(tables, segment, BLOCK_M)
@@ -133,7 +134,7 @@ def forward_kernel(
             else:
                 kit.store_rows(out_ptr, slot_base, acc, in_tile, HEAD_DIM, BLOCK_D)
     if IN_PLACE:
-        batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, not SPECIALISED)
+        batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, AGAIN)
         in_tile = rows < tile_rows
         kit.store_rows(out_ptr, batch_head * n_positions + tile_start, total, in_tile, HEAD_DIM, BLOCK_D)
 
