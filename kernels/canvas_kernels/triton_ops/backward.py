@@ -1,4 +1,5 @@
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
 """The backward passes: dQ over query tiles, which makes δ, then dK and dV over key tiles.
 
 No atomics: every sum has one owner and a fixed order.

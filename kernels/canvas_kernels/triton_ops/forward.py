@@ -1,4 +1,4 @@
-# pyright: basic, reportArgumentType=false, reportAssignmentType=false
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 """The forward pass: the output and the log-sum-exp of every (segment, row), and the sum of a row's segments."""
 
 import triton
