@@ -35,7 +35,10 @@ def compiled(tmp_path_factory) -> list[dict]:
 def test_every_pass_in_every_form_compiles_without_a_fault(compiled):
     dense = [row for row in compiled if row["form"] == "dense"]
     assert [(row["stage"], row["head_dim"]) for row in dense] == [("forward", 128), ("forward", 64)]
-    compiled = [row for row in compiled if row["form"] != "dense"]
+    variants = {(row["stage"], row["form"], row["head_dim"]) for row in compiled if "specialised" in row["form"]}
+    listed = configs.CANDIDATES.items()
+    assert variants == {(stage, f"{form} specialised", d) for (stage, form), by_dim in listed for d in by_dim}
+    compiled = [row for row in compiled if row["form"].split()[-1] not in ("dense", "specialised")]
     passes = {(row["stage"], row["form"], row["signed"]) for row in compiled}
     wanted = {(stage, form, False) for stage in ("forward", "dq", "dkv") for form in ("edge", "joint", "sigmoid")}
     wanted |= {(stage, "in_place", False) for stage in ("forward", "delta", "dq")}
@@ -109,8 +112,10 @@ def test_small_tiles_float32_and_other_architectures_need_no_wgmma(arch, dtype, 
 
 
 def test_every_shipped_launch_is_compiled():
-    dense = {launch for launch in aot.launches() if launch.form == "dense"}
-    assert set(aot.launches()) - dense == set(configs.shipped()) and len(dense) == 2
+    others = {launch for launch in aot.launches() if launch.form == "dense" or launch.config.specialised}
+    candidates = sum(map(len, configs.CANDIDATES.values()))
+    assert set(aot.launches()) - others == set(configs.shipped()) and len(others) == 2 + candidates
+    assert not {"no run", "sweep"} & {launch.config.specialised for launch in configs.shipped()}, "a row names its run"
     assert {launch.dtype for launch in aot.launches(["sm_80"])} == {torch.bfloat16, torch.float16, torch.float32}
 
 
