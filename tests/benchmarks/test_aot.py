@@ -98,8 +98,10 @@ def test_programs_that_fit_a_multiprocessor(arch, registers, shared, num_warps, 
 
 def test_the_committed_rows_hold_what_fits():
     for row in measure.read_rows(measure.RESULTS / "aot.json"):
-        resources = (row[name] for name in ("arch", "registers", "shared", "num_warps"))
-        assert row["resident"] == aot.resident(*resources) >= 1, row
+        resources = (row[name] for name in ("arch", "registers", "shared"))
+        # of specialised ones, a group that copies and two that compute
+        warps = row["num_warps"] * (3 if "specialised" in row["form"] else 1)
+        assert row["resident"] == aot.resident(*resources, warps) >= 1, row
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_every_shipped_launch_is_compiled():
     assert {launch.dtype for launch in aot.launches(["sm_80"])} == {torch.bfloat16, torch.float16, torch.float32}
 
 
-KNOWN_FAULTS = {"aot.json": 63, "aot-3.6.0.json": 22}
+KNOWN_FAULTS = {"aot.json": 63, "aot-3.6.0.json": 15}
 """Kernels with faults that are committed: these may only become fewer."""
 RATES = {
     "aot.json": {
@@ -130,7 +132,7 @@ RATES = {
     },
     "aot-3.6.0.json": {
         ("joint", 64): (406, 350),
-        ("edge", 64): (375, 344),
+        ("edge", 64): (375, 343),
         ("joint", 128): (542, 400),
         ("edge", 128): (490, 392),
     },
