@@ -37,28 +37,30 @@ class Hook:
 
 
 class CheckGrid(Hook):
-    """Refuses calls with another token grid than the processor's; ``grid`` is that of the call that runs.
+    """Refuses calls with another token grid than the processor's, while some block has canvas attention with a
+    declaration: a model with other processors everywhere takes any grid.
 
-    It acts while some block has canvas attention with a declaration: a model with other processors everywhere takes any
-    grid.
+    Attributes:
+        grid: that of the call that runs; None if it is none of the processor's.
+        tells: whether attention is told the grid.
     """
 
     def __init__(self, adapter: ModelAdapter, processor: CanvasAttnProcessor, names: list[str]):
         self.adapter, self.processor, self.names = adapter, processor, names
         self.grid: Grid | None = None
+        self.tells = False
 
     def __call__(self, transformer, args, kwargs):
-        self.grid = None
-        if not any(getattr(attn.processor, "plan", None) for _, attn in self.adapter.attentions(transformer)):
-            return None
         given = {**dict(zip(self.names, args)), **kwargs}
         grid = self.adapter.grid(transformer.config, given)
-        if grid is None:
-            return None
-        self.processor.check_grid(grid)
-        self.adapter.check_call(given)
-        self.grid = grid
-        if len(self.processor.plans) > 1 and not self.adapter.rotary:
+        in_use = any(getattr(attn.processor, "plan", None) for _, attn in self.adapter.attentions(transformer))
+        if in_use and grid is not None:
+            self.processor.check_grid(grid)
+            self.adapter.check_call(given)
+        # a processor that stands around a canvas processor has no plan, and still takes packed tokens
+        self.grid = grid if grid in self.processor.plans else None
+        self.tells = in_use and len(self.processor.plans) > 1
+        if self.tells and not self.adapter.rotary:
             given["attention_kwargs"] = {**(given.get("attention_kwargs") or {}), "grid": grid}
             return (), given
         return None
@@ -71,7 +73,7 @@ class TagRotary(Hook):
         self.check = check
 
     def __call__(self, module, args, rotary):
-        return rotary if self.check.grid is None else tag_rotary(rotary, grid=self.check.grid)
+        return tag_rotary(rotary, grid=self.check.grid) if self.check.tells and self.check.grid else rotary
 
 
 def install(transformer: nn.Module, adapter: ModelAdapter, processor: CanvasAttnProcessor) -> CheckGrid:

@@ -444,7 +444,7 @@ def _triton_backward(grad_out, out, lse, saved, q, k, v, table, rows, activation
 
 
 def _packed_mask(row_scale: torch.Tensor | None, table: BlockTable, rows: str) -> torch.Tensor | None:
-    """Returns row scales as they are, and the mask of keys that stands in their place in joint form, packed."""
+    """Returns row scales as they are, and the mask of keys, which joint form has instead of them, packed."""
     if row_scale is None or table.form != "joint" or not rows:
         return row_scale
     return row_scale.index_select(1, IndexMap.lookup(rows).rows(row_scale.device))

@@ -273,6 +273,23 @@ def test_packing_moves_tokens_once_a_model():
     assert counts["index_select"] == 2  # in and out; the rotary tables have two dimensions
 
 
+def test_a_processor_around_a_packed_one_gets_packed_tokens():
+    model = grafted("5b", "tiles", loops=2)
+    expected, inner = run(model, "5b"), model.transformer_blocks[0].attn1.processor
+    assert inner.packed
+
+    class Counting:
+        sharpens, calls = True, 0
+
+        def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+            self.calls += 1
+            return inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+    counting = Counting()
+    model.set_attn_processor(counting)
+    assert torch.equal(run(model, "5b"), expected) and counting.calls == 4
+
+
 def test_processors_that_take_another_order_are_refused():
     model = grafted("5b", "tiles", loops=2)
     layout, expected = layout_of(model), run(model, "5b")
