@@ -35,7 +35,7 @@ LAYERS = {
 # attention alone executes tables. plan builds them, orders rows and sums weights; dispatch moves rows into that order.
 KERNEL_PARTS = {
     "plan": ("block_table.", "ranges.", "triton_ops.tiling.", "triton_ops.configs.", "derived.", "packing."),
-    "parallel": ("packing.",),
+    "parallel": ("block_table.BlockTable", "derived.", "packing.", "ranges."),
     "dispatch": ("derived.real_tensors", "packing.", "block_table.row_sums", "block_table.touched"),
     "identity": ("torch_ops.dense.",),
 }
