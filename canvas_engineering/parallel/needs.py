@@ -11,7 +11,7 @@ from canvas_kernels.ranges import clip_ranges, expand_ranges, join_ranges, runs_
 
 
 class Owners(NamedTuple):
-    """Who owns rows: the ascending ranges ``[start_i, start_i+1)``, the last up to n, belong to ``shard_i``."""
+    """The owners of all rows: range ``start_i … stop_i − 1``, ascending in i, belongs to shard ``shard_i``."""
 
     start: np.ndarray
     stop: np.ndarray
@@ -93,6 +93,18 @@ def pairs_of_rows(table: BlockTable, travels: np.ndarray) -> np.ndarray:
         np.add.at(total, start, count)
         np.add.at(total, stop, -count)
     return np.cumsum(total)[:-1]
+
+
+def local_pairs(table: BlockTable, owners: Owners) -> int:
+    """Returns the number of pairs whose query and key have one owner."""
+    owner, run, start, stop = clip_ranges(
+        table.q_start.astype(np.int64), table.q_stop.astype(np.int64), owners.start, owners.stop
+    )
+    rows, shard = stop - start, owners.shard[run]
+    part, run, start, stop = clip_ranges(
+        table.k_start.astype(np.int64)[owner], table.k_stop.astype(np.int64)[owner], owners.start, owners.stop
+    )
+    return int((rows[part] * (stop - start))[shard[part] == owners.shard[run]].sum())
 
 
 def keys_of_rows(table: BlockTable) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the ranks of one shard of rows run: their tables, and which rows they exchange."""
+"""The tables of one shard of rows, and which rows its ranks exchange."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Travel:
 
 @dataclass(frozen=True, eq=False)
 class RankPlan:
-    """What the ranks of one shard of rows run.
+    """The work of the ranks of one shard of rows.
 
     Attributes:
         n_rows: number of rows that the ranks of the shard hold, all together.

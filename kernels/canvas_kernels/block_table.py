@@ -197,9 +197,9 @@ class BlockTable:
         """
         rows = np.union1d(query_rows, key_rows)
         owner, spans = np.arange(len(self.weight)), []
-        for start, stop, kept in ((self.q_start, self.q_stop, query_rows), (self.k_start, self.k_stop, key_rows)):
+        for start, stop, own_rows in ((self.q_start, self.q_stop, query_rows), (self.k_start, self.k_stop, key_rows)):
             low, high = np.searchsorted(rows, start[owner]), np.searchsorted(rows, stop[owner])
-            rectangle, _, *own = clip_ranges(low, high, *runs_of(np.searchsorted(rows, kept)))
+            rectangle, _, *own = clip_ranges(low, high, *runs_of(np.searchsorted(rows, own_rows)))
             owner, spans = owner[rectangle], [span[rectangle] for span in spans] + own
         columns = dict(zip(("q_start", "q_stop", "k_start", "k_stop"), spans))
         columns |= {name: getattr(self, name)[owner] for name in ("weight", "segment", "edge", "replace")}
