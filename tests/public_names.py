@@ -252,6 +252,11 @@ PUBLIC_NAMES = {
         "AttentionDispatcher",
         "surviving_state",
     ),
+    "canvas_engineering.distributed": (
+        "CanvasParallel",
+        "RankRows",
+        "rank_rows",
+    ),
     "canvas_engineering.doctor": (
         "Check",
         "check_numbers",

@@ -59,7 +59,7 @@ def _attend_shard(q, k, v, placed: PlacedPlan, options: dict) -> torch.Tensor:
     if plan.pull is None:
         return attend(q, k, v)
     # keys and values of other shards come in one exchange
-    pulled = _exchanged(torch.stack((k, v)), plan.pull, placed.rows_group)
+    pulled = exchanged(torch.stack((k, v)), plan.pull, placed.rows_group)
     keys, values = (append_rows(x, y) for x, y in zip((k, v), pulled))
     queries = append_rows(q, torch.zeros_like(pulled[0]))
     out = attend(queries, keys, values)[:, :, :held]
@@ -68,7 +68,7 @@ def _attend_shard(q, k, v, placed: PlacedPlan, options: dict) -> torch.Tensor:
 
 def _attend_travelling(q, k, v, out, travel: Travel, group: str, options: dict) -> torch.Tensor:
     """Returns ``out`` with the rows of queries that travel: computed where their keys are, and merged here."""
-    guests = _exchanged(q, travel.there, group)
+    guests = exchanged(q, travel.there, group)
     nothing = torch.zeros_like(guests)
     inputs = (append_rows(q, guests), append_rows(k, nothing), append_rows(v, nothing))
     queries, keys, values = (gather_rows(x, travel.inputs, 2) for x in inputs)
@@ -85,7 +85,14 @@ def _attend_travelling(q, k, v, out, travel: Travel, group: str, options: dict) 
     return gather_rows(append_rows(out, merged), travel.targets, 2)
 
 
-def _exchanged(x: torch.Tensor, exchange: Exchange, group: str) -> torch.Tensor:
+def with_pulled_rows(x: torch.Tensor, placed: PlacedPlan) -> torch.Tensor:
+    """Returns x (B, rows held, d) with the rows behind it that this rank's queries attend to on other ranks."""
+    if placed.rank_plan.pull is None:
+        return x
+    return torch.cat((x, exchanged(x, placed.rank_plan.pull, placed.rows_group)), 1)
+
+
+def exchanged(x: torch.Tensor, exchange: Exchange, group: str) -> torch.Tensor:
     """Returns the rows (…, rows, head_dim) that this rank gets for those of ``x`` that it sends."""
     sent = gather_rows(x, exchange.rows, -2).movedim(-2, 0)
     return exchange_rows(sent, exchange.send, exchange.receive, group).movedim(0, -2)

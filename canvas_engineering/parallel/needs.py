@@ -23,6 +23,10 @@ class Owners(NamedTuple):
         start = np.flatnonzero(np.diff(owner, prepend=-1))
         return cls(start, np.append(start[1:], len(owner))[: len(start)], owner[start])
 
+    def shard_of(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the shards that own these rows."""
+        return self.shard[np.searchsorted(self.start, rows, "right") - 1]
+
 
 class Needs(NamedTuple):
     """Ranges of rows, sorted by (target, source, start): rows of shard ``source`` that shard ``target`` needs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy as np
 from canvas_kernels.block_table import BlockTable
 from canvas_kernels.packing import IndexMap
 
+from ..plan.index_sets import uniform_row_sets
 from .needs import Needs
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class RankPlan:
     """The work of the ranks of one shard of rows.
 
     Attributes:
-        n_rows: number of rows that the ranks of the shard hold, all together.
+        queries: int64, the packed rows of own queries, those aside that travel, ascending.
         pull: keys and values from other shards; None for a single shard.
         table: of own queries, those aside that travel, over own and pulled rows.
         inputs: map from the rows held and then those pulled to the rows of ``table``.
@@ -72,7 +74,7 @@ class RankPlan:
         travel: the queries that travel; None if none does.
     """
 
-    n_rows: int
+    queries: np.ndarray
     pull: Exchange | None
     table: BlockTable
     inputs: IndexMap
@@ -102,13 +104,27 @@ def rank_plan(
     queries = np.setdiff1d(own, travelling)
     used = np.unique(rows[rows >= 0])
     return RankPlan(
-        len(positions),
+        queries,
         pull,
         plan.table.subtable(queries, used),
         IndexMap.gather(_index_of(rows, used), len(rows)),
         IndexMap.gather(used, plan.n_packed),
         _travel(plan, shard, shards, held, own, visits) if len(travelling) else None,
     )
+
+
+def own_plan(plan: AttentionPlan, rank: RankPlan) -> AttentionPlan:
+    """Returns a plan in edge form, of the whole canvas or of one of its functions, for the queries of one shard.
+
+    Its positions are the rows held and then those pulled. Only its tables and its lists of rows may be used: its
+    attention sets are those of the whole plan.
+    """
+    table = plan.table.subtable(rank.queries, rank.packed.index)
+    packed = dataclasses.replace(plan.packed, order=rank.inputs.index)
+    own = dataclasses.replace(plan, n_positions=rank.inputs.n_in, table=table, packed=packed, by_fn={}, pairs=None)
+    # sets of single queries' own keys, as masks of pairs have them
+    own.index_sets["row sets"] = own.index_sets["uniform row sets"] = uniform_row_sets(table)
+    return own
 
 
 def _index_of(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:

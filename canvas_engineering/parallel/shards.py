@@ -122,6 +122,8 @@ class PlacedPlan:
         self.rows_group, self.heads_group = groups.get("rows", ""), groups.get("heads", "")
         self.rank_plan = sharded.rank(self.row)
         self.may_compile = all(len(positions) for shard in sharded.owned for positions in shard)
+        queries = sharded.owners().shard_of(np.flatnonzero(sharded.plan.table.has_keys()))
+        self.queries_everywhere = len(np.unique(queries)) == sharded.rows
         ranks_in_all, n = sharded.rows * sharded.heads, sharded.plan.n_positions
         self.share = len(self.positions) * ranks_in_all / n if n else 1.0
 

@@ -28,7 +28,7 @@ LAYERS = {
     "declare": "version notices checked notebook files derived_buffers canvas connectivity masks schema types semantic "
     "program learning clock_ir cortex identity",
     "plan": "plan parallel compiler region_parameters",
-    "run": "attention dispatch scheduling clock_formulas residuals",
+    "run": "attention dispatch distributed scheduling clock_formulas residuals",
     "graft": "data looped_block cogvideox graft curriculum sharpening action_heads checkpoint",
     "look": "draw explore doctor __main__",
 }
