@@ -109,6 +109,7 @@ class PlacedPlan:
     Attributes:
         sharded: the plan of all ranks.
         positions: int64 (own rows,), the positions that this rank holds, in the order of its tensors.
+        sent_rows: number of own rows that are sent to other shards for their queries to attend to.
         share: own rows · ranks / all rows: what the mean over own rows counts in a mean over ranks.
     """
 
@@ -122,6 +123,8 @@ class PlacedPlan:
         self.rows_group, self.heads_group = groups.get("rows", ""), groups.get("heads", "")
         self.rank_plan = sharded.rank(self.row)
         self.may_compile = all(len(positions) for shard in sharded.owned for positions in shard)
+        pull = self.rank_plan.pull
+        self.sent_rows = 0 if pull is None else sum(pull.send) - pull.send[self.row]
         queries = sharded.owners().shard_of(np.flatnonzero(sharded.plan.table.has_keys()))
         self.queries_everywhere = len(np.unique(queries)) == sharded.rows
         ranks_in_all, n = sharded.rows * sharded.heads, sharded.plan.n_positions

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from canvas_engineering import canvas_attention
 from tests.parallel.cases import frames_plan
 
-WORLD, TIMEOUT = 3, 20
+WORLD, TIMEOUT = 3, 10
 FAILURES = ("raises", "exits", "stays away")
 
 
