@@ -86,21 +86,25 @@ class ShardedPlan:
         positions = np.concatenate(self.owned[shard])
         return rank_plan(self.plan, shard, self.rows, positions, self.pulls(), self.visits())
 
-    def on(self, mesh: DeviceMesh) -> PlacedPlan:
+    def on(self, mesh: DeviceMesh, names: tuple[str, str] = ("rows", "heads")) -> PlacedPlan:
         """Returns what this rank of a mesh runs. Every rank of the mesh has to call it: they compare their plans.
 
         Args:
             mesh: with dimensions "rows" and "heads" of these sizes, or one dimension where the other is 1.
+            names: of these dimensions in the mesh, where they are others.
 
         Raises:
             ValueError: a mesh without these dimensions or of other sizes; on every rank, another declaration, cut or
                 version on some rank.
         """
-        along = mesh_dimensions(mesh, {"rows": self.rows, "heads": self.heads})
+        along = mesh_dimensions(mesh, dict(zip(names, (self.rows, self.heads))))
         check_alike(mesh, digest_of(self.plan), digest_of([own for shard in self.owned for own in shard]))
         ranks = {name: dimension.get_local_rank() for name, dimension in along.items()}
         groups = {name: str(dimension.get_group().group_name) for name, dimension in along.items()}
-        return PlacedPlan(self, ranks, groups)
+        of_rows, of_heads = names
+        return PlacedPlan(
+            self, (ranks.get(of_rows, 0), ranks.get(of_heads, 0)), (groups.get(of_rows, ""), groups.get(of_heads, ""))
+        )
 
 
 class PlacedPlan:
@@ -113,14 +117,14 @@ class PlacedPlan:
         share: own rows · ranks / all rows: what the mean over own rows counts in a mean over ranks.
     """
 
-    def __init__(self, sharded: ShardedPlan, ranks: dict[str, int], groups: dict[str, str]) -> None:
+    def __init__(self, sharded: ShardedPlan, ranks: tuple[int, int], groups: tuple[str, str]) -> None:
         self.sharded = sharded
-        self.row, self.head = ranks.get("rows", 0), ranks.get("heads", 0)
+        self.row, self.head = ranks
         own = sharded.owned[self.row]
         self.positions = own[self.head]
         # plain values, which compilers can trace
         self.n_rows = [len(positions) for positions in own]
-        self.rows_group, self.heads_group = groups.get("rows", ""), groups.get("heads", "")
+        self.rows_group, self.heads_group = groups
         self.rank_plan = sharded.rank(self.row)
         self.may_compile = all(len(positions) for shard in sharded.owned for positions in shard)
         pull = self.rank_plan.pull
