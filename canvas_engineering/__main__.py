@@ -1,6 +1,7 @@
 """``python -m canvas_engineering``: inspect a saved schema, measure this machine.
 
     python -m canvas_engineering inspect SCHEMA.json --heads 24 --head-dim 64 --dtype bfloat16
+    python -m canvas_engineering inspect SCHEMA.json --heads 48 --dtype bfloat16 --ranks 64 --node 8
     python -m canvas_engineering draw SCHEMA.json --out PICTURE.png --normalize joint
     python -m canvas_engineering explore SCHEMA.json --out PAGE.html
     python -m canvas_engineering bench --case "frames_*"
@@ -20,6 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from canvas_engineering.files import replace_file, replacing
+from canvas_engineering.parallel.report import Model, describe_ranks
 from canvas_engineering.plan import NORMALIZE, compile_attention
 
 MAX_ROWS = 60
@@ -163,6 +165,8 @@ def build_app():
         head_dim: int = typer.Option(64, min=1),
         dtype: str = typer.Option("float32", help=f"of q, k and v: {', '.join(DTYPES)}"),
         normalize: str = normalize_option,
+        ranks: int = typer.Option(0, min=0, help="cut the canvas over so many ranks, and print what they exchange"),
+        node: int = typer.Option(8, min=1, help="ranks on one node"),
     ) -> None:
         """Print regions, connections, the compiled plan, and FLOPs, bytes and fill of attention on q, k and v."""
         check("--dtype", dtype, DTYPES)
@@ -176,7 +180,10 @@ def build_app():
         plan = compile_attention(saved.layout, saved.topology, normalize=normalize)
         console.print(connection_table(saved.layout, saved.topology, plan))
         words = (describe(plan, batch, heads, head_dim, dtype) for describe in (describe_call, describe_balance))
-        console.print("\n".join([str(plan), *filter(None, words), KEY]), highlight=False, markup=False, soft_wrap=True)
+        lines = [str(plan), *filter(None, words)]
+        if ranks:
+            lines.append(describe_ranks(plan, ranks, node, Model(heads, head_dim, DTYPES[dtype], batch)))
+        console.print("\n".join([*lines, KEY]), highlight=False, markup=False, soft_wrap=True)
 
     @app.command()
     def draw(schema: Path, out: Path = out_option, normalize: str = normalize_option) -> None:

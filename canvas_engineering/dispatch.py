@@ -19,7 +19,9 @@ from canvas_kernels.derived import real_tensors
 from canvas_kernels.packing import IndexMap, gather_rows, replace_rows
 
 from .attention import ATTENTION_REGISTRY, BACKENDS, create_attention
-from .attention.base import Scales, attend_grouped, bind_plan, is_fused
+from .attention.base import Scales, attend_grouped, bind_plan, is_fused, prepare
+from .attention.sharded import with_pulled_rows
+from .attention.softmax import FixedPatternAttention
 from .canvas import ATTENTION_TYPES, CanvasLayout, SpatiotemporalCanvas
 from .canvas.tensor import parameter_key
 from .checked import checked_bool, checked_names, checked_sizes, checked_tensor
@@ -29,6 +31,8 @@ from .cortex import CortexRegistry
 from .derived_buffers import CanvasModule
 from .identity import SlotBindingModule
 from .notices import warn
+from .parallel import PlacedPlan
+from .parallel.rank import own_plan
 from .plan import AttentionPlan, compile_attention
 from .program import CanvasProgram, validate_constraints
 from .program.checks import clock_problems
@@ -36,6 +40,22 @@ from .residuals import ResidualAccumulator, TriggerFlags
 from .schema import CanvasSchema
 
 __all__ = ["AttentionDispatcher", "surviving_state"]
+
+
+ROW_FUNCTIONS = (
+    "CrossAttention",
+    "CogVideoXAttention",
+    "CosineAttention",
+    "GatedAttention",
+    "SigmoidAttention",
+    "SparseAttention",
+    "LinearAttention",
+    "PoolingAttention",
+    "PerceiverAttention",
+    "RandomFixedAttention",
+    "NoneAttention",
+)
+"""Attention functions whose rows ranks may share: each query is served by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +157,7 @@ class AttentionDispatcher(CanvasModule):
             self._plans[name] = bind_plan(names[name], self.fn_modules[name], compiled.for_fn(name), layout, backend)
         self.plan = plan = compiled.with_function_plans(self._plans)
         gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
+        self.placed, self.n_held = None, layout.num_positions
         self.register_parameter("edge_gates", nn.Parameter(torch.zeros(len(gates))) if gates else None)
         regions = {name: i for i, name in enumerate(layout.regions)}
         self._gating = frozenset(plan.connections[number].src for number in gates)
@@ -180,7 +201,7 @@ class AttentionDispatcher(CanvasModule):
             ValueError: a wrong shape of x or add_to, or a dtype of x other than the parameters' without autocast.
             KeyError: a name that is a region of neither the layout nor the program.
         """
-        n = self.layout.num_positions
+        n = self.n_held
         if checked_tensor(x, "x").dim() != 3 or x.shape[1] != n or x.shape[2] != self.d_model:
             raise ValueError(f"x must be (batch, {n}, {self.d_model}), got {tuple(x.shape)}")
         if add_to is not None and checked_tensor(add_to, "add_to").shape != x.shape:
@@ -189,13 +210,18 @@ class AttentionDispatcher(CanvasModule):
         if active_regions is not None and not isinstance(active_regions, torch.Tensor):
             names = (active_regions,) if isinstance(active_regions, str) else active_regions
             active_regions = frozenset(checked_names(names, "active_regions"))
+        if self.placed is not None and torch.compiler.is_compiling() and not self.placed.queries_everywhere:
+            raise ValueError(
+                "some rank holds no query, and compilers leave out an exchange whose rows nothing needs: cut "
+                "the canvas otherwise (CanvasParallel(cut=…)), or run the step eagerly"
+            )
         active = self._active_connections(active_regions, x.device)
         if not self.fn_modules or self._may_skip(active_regions):
             return x if add_to is None else add_to
         base = x if add_to is None else add_to
         dtype = torch.promote_types(x.dtype, torch.float32)
         row_scale = None if active is None else self.plan.row_scale(active, dtype, x.device)
-        rows = self._rows(x, active, row_scale)
+        rows = self._rows(x if self.placed is None else with_pulled_rows(x, self.placed), active, row_scale)
         if self.residual_connections and self.residual_accumulator is not None:
             self._accumulate(self.residual_accumulator, x, rows, active)
         written = self._attended(rows, active, row_scale)
@@ -209,13 +235,13 @@ class AttentionDispatcher(CanvasModule):
 
     def _map_rows(self, plan: AttentionPlan, gates: list[int], regions: dict[str, int]) -> None:
         """Builds the index maps of a step."""
-        order, n = plan.order, self.layout.num_positions
+        order, n = plan.order, plan.n_canvas
         self._n_rows = n_rows = int((order < n).sum())
         attending = plan.table.has_keys()[:n_rows].nonzero()[0]
         # canvas → packed rows; packed rows → those with keys; canvas → rows with keys
         self._packed = IndexMap.gather(order[:n_rows], n)
         self._written = IndexMap.gather(attending, plan.n_packed)
-        self._targets = IndexMap.gather(order[attending], n)
+        self._targets = IndexMap.gather(order[attending], self.n_held)
         # (gates, 1) → connections: 1 where there is no gate
         gate_number = np.full(plan.n_connections, len(gates))
         gate_number[gates] = np.arange(len(gates))
@@ -268,6 +294,7 @@ class AttentionDispatcher(CanvasModule):
         for fn, module in self.fn_modules.items():
             own, share, used = self._plans[fn], None, rows
             if factor is not None:
+                assert own_scale is not None  # as where it is shared
                 share = own.row_weight_fraction(factor, own_scale)
             if active is not None or not self._touches_all[fn]:
                 assert own_scale is not None
@@ -291,9 +318,37 @@ class AttentionDispatcher(CanvasModule):
             )
 
     def _attend(self, module, rows, plan, scales: Scales, bias_weight=None) -> torch.Tensor:
+        if not plan.table.n_slots:
+            # no query of this rank: parameters get gradients of zero, and the exchange of rows runs backward too
+            unused = [*module.parameters(), *([] if scales.gain is None else [scales.gain])]
+            unused = sum((parameter.sum() for parameter in unused), rows.new_zeros(()))
+            return torch.where(torch.zeros_like(rows, dtype=torch.bool), rows, 0.0 * unused)
         if not is_fused(type(module)):
             return attend_grouped(module, rows, plan, scales)
         return module.attend(rows, plan, scales, bias_weight=bias_weight, backend=self.backend)
+
+    def place(self, placed: PlacedPlan) -> None:
+        """Runs this rank's positions of ``placed``, a sharding of this dispatcher's plan over rows, from now on.
+
+        x and add_to then hold these alone, (B, own positions, d_model). :class:`.distributed.CanvasParallel` calls it.
+
+        Raises:
+            ValueError: functions, slot banks, residual averages or dropout that ranks cannot share, naming the
+                connection.
+        """
+        plan, rank = self.plan, placed.rank_plan
+        check_rows(self)
+        own, plans = own_plan(plan, rank), {fn: own_plan(each, rank) for fn, each in self._plans.items()}
+        for fn, module in self.fn_modules.items():
+            if isinstance(module, FixedPatternAttention):
+                selected = own_plan(module.with_pattern(self._plans[fn]), rank)
+                plans[fn] = selected.index_sets[("pattern", *module.pattern_key())] = selected
+            elif is_fused(type(module)):
+                prepare(module, plans[fn])
+        self.plan, self._plans = dataclasses.replace(own, by_fn=plans), plans
+        self.placed, self.n_held = placed, len(placed.positions)
+        gates = [i for i, c in enumerate(plan.connections) if c.write_mode == "gate"]
+        self._map_rows(self.plan, gates, self._region_number)
 
     def microsteps(self, x: torch.Tensor, plan: Iterable[Iterable[str] | torch.Tensor | None]) -> torch.Tensor:
         """Runs consecutive steps, each with its own active regions, as from ``RegionScheduler.step_plan``."""
@@ -419,6 +474,24 @@ class AttentionDispatcher(CanvasModule):
         flags = torch.tensor([name in names for name in self._region_number])
         # pinned, so that the copy is asynchronous
         return flags.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flags.to(device)
+
+
+def check_rows(dispatcher: AttentionDispatcher) -> None:
+    """ValueError, naming the connection, if ranks cannot share the rows of a dispatcher."""
+    plan = dispatcher.plan
+    for number, (fn, connection) in enumerate(zip(plan.fns, plan.connections)):
+        module = dict(dispatcher.fn_modules).get(fn)
+        if module is not None and type(module).__name__ not in ROW_FUNCTIONS:
+            raise ValueError(
+                f"connection {number}, {connection.src!r} attends to {connection.dst!r} by {fn!r}, whose results need "
+                f"other queries: ranks share the rows of {', '.join(ROW_FUNCTIONS)}"
+            )
+        if getattr(module, "dropout", 0.0):
+            raise ValueError(
+                f"connection {number} by {fn!r} has dropout, which ranks would not draw alike: set it to 0"
+            )
+    if dispatcher.slot_modules or dispatcher.residual_accumulator is not None or dispatcher.placed is not None:
+        raise ValueError("ranks cannot share the rows of a dispatcher with slot banks or residual averages, or twice")
 
 
 def surviving_state(

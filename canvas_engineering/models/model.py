@@ -117,18 +117,19 @@ class LoopedModelOfOneProcessor(LoopedModel):
         super().set_attn_processor(processor)  # pyright: ignore[reportAttributeAccessIssue] of diffusers' class
 
     def enable_parallelism(self, *, config, cp_plan=None) -> None:
-        """Shares the heads of attention, and the tokens of everything else, over the ranks of ``ulysses_degree``.
+        """Shares tokens over ``ring_degree`` · ``ulysses_degree`` ranks, and attention's heads over the latter.
 
         Every rank passes the same inputs and gets the whole output. Gradients averaged over these ranks, as DDP and
         FSDP2 average them, are those of one process. Each rank of the mesh has to call it.
 
         Args:
             config: diffusers' ``ContextParallelConfig``, or a ``ParallelConfig`` with one; sizes need not divide.
+                Over ``ring_degree`` rows move as the topology says; no ring runs.
             cp_plan: not possible: the model's own plan cuts its tokens.
 
         Raises:
-            ValueError: another kind of parallelism, a ``ring_degree`` above 1, a ``cp_plan``, ranks with different
-                models, or a model whose tokens are shared already; the model is as before.
+            ValueError: another kind of parallelism, a ``ring_degree`` above 1 without a topology, a ``cp_plan``,
+                ranks with different topologies, or a model whose tokens are shared already; it is as before.
         """
         parallel.install(self, config, cp_plan)
 

@@ -19,23 +19,25 @@ from ..parallel.exchange import gather_shards, split_evenly
 from ..parallel.mesh import check_alike, digest_of
 from .processor import CanvasAttnProcessor
 
+NAMES = ("ring", "ulysses")
+"""Names of diffusers' meshes for shards of rows, none of which runs a ring here, and for the ranks that share heads."""
+
 
 def install(transformer: Any, config: Any, cp_plan: Any) -> None:
     """Cuts a looped model's tokens over ranks; arguments and errors are those of ``enable_parallelism``."""
     refuse(transformer)
     context = getattr(config, "context_parallel_config", config)
-    if cp_plan is not None or not hasattr(context, "ulysses_degree") or context.ring_degree != 1:
+    if cp_plan is not None or not hasattr(context, "ulysses_degree"):
         raise ValueError(
-            "a looped CogVideoX model shares heads: enable_parallelism(config=ContextParallelConfig(ulysses_degree=…)) "
-            f"alone; got config={config!r}, cp_plan={cp_plan!r}"
+            "a looped CogVideoX model shares heads and rows: enable_parallelism(config=ContextParallelConfig("
+            f"ulysses_degree=…, ring_degree=…)) alone; got config={config!r}, cp_plan={cp_plan!r}"
         )
-    device = next(transformer.parameters()).device.type
-    names = ("ring", "ulysses")
-    mesh = context.mesh or init_device_mesh(device, (1, context.ulysses_degree), mesh_dim_names=names)
-    if "ulysses" not in (mesh.mesh_dim_names or ()) or mesh["ulysses"].size() != context.ulysses_degree:
-        raise ValueError(f"a mesh with {context.ulysses_degree} ranks along 'ulysses' is needed, got {mesh}")
+    device, sizes = next(transformer.parameters()).device.type, (context.ring_degree, context.ulysses_degree)
+    mesh = context.mesh or init_device_mesh(device, sizes, mesh_dim_names=NAMES)
+    if not set(NAMES) <= set(mesh.mesh_dim_names or ()) or mesh[NAMES].shape != sizes:
+        raise ValueError(f"a mesh of {sizes} ranks along {NAMES} is needed, got {mesh}")
     processors = {name: _sharable(processor) for name, processor in transformer.attn_processors.items()}
-    shards = TokenShards(next(iter(processors.values())), mesh["ulysses"])
+    shards = TokenShards(next(iter(processors.values())), mesh[NAMES])
     for name, processor in processors.items():
         processors[name] = processor.with_fused(processor.fused)
         processors[name].shards = shards
@@ -90,28 +92,35 @@ def _sharable(processor: Any) -> CanvasAttnProcessor:
 
 
 class TokenShards:
-    """The tokens of each rank: an even share of the text, then one of the video.
+    """The tokens of each rank, an even share of the text, then one of the video, in the order ring · heads + head.
 
     Args:
         processor: of all blocks.
-        mesh: the ranks, along one dimension.
+        mesh: the ranks, along the two dimensions :data:`NAMES`.
 
     Attributes:
         own_counts: this rank's text and video tokens; None before the first call where the model's layout does not say.
     """
 
     def __init__(self, processor: CanvasAttnProcessor, mesh: DeviceMesh):
-        self.rank, self.ranks, self.group = mesh.get_local_rank(), mesh.size(), mesh.get_group().group_name
+        rings, heads = (mesh[name] for name in NAMES)
+        self.sizes, self.ranks = (rings.size(), heads.size()), mesh.size()
+        self.row, self.head = rings.get_local_rank(), heads.get_local_rank()
+        self.rank = self.row * heads.size() + self.head
+        self.groups = [str(dimension.get_group().group_name) for dimension in (rings, heads)]
         self.own_counts: tuple[int, int] | None = None
         self.placed = None
         if processor.plan is None:
+            if self.sizes[0] > 1:
+                raise ValueError("dense attention shares heads alone: ring_degree is for a topology")
             check_alike(mesh, digest_of([np.array([processor.packed])]), digest_of([]))
             return
         assert processor.counts is not None  # of the plan's layout
         self.set_counts(*processor.counts)
         plan = processor.plan.reindex(processor.plan.order) if processor.packed else processor.plan
         text, video = (np.split(tokens, np.cumsum(sizes)[:-1]) for tokens, sizes in self._tokens())
-        self.placed = plan.shard(heads=self.ranks, cut=[np.concatenate(own) for own in zip(text, video)]).on(mesh)
+        cut = [np.concatenate(own) for own in zip(text, video)]
+        self.placed = plan.shard(rows=rings.size(), heads=heads.size(), cut=cut).on(mesh, NAMES)
 
     def set_counts(self, n_text: int, n_video: int) -> None:
         """Shares this many tokens from now on."""
@@ -141,7 +150,13 @@ class TokenShards:
 
     def gather(self, video: torch.Tensor) -> torch.Tensor:
         """Returns all ranks' video tokens (B, tokens, inner_dim)."""
-        return gather_shards(video.transpose(0, 1), self.video, self.rank, self.group).transpose(0, 1)
+        video, (rings, heads) = video.transpose(0, 1), self.sizes
+        shards = [self.video[row * heads : (row + 1) * heads] for row in range(rings)]
+        if heads > 1:
+            video = gather_shards(video, shards[self.row], self.head, self.groups[1])
+        if rings > 1:
+            video = gather_shards(video, [sum(counts) for counts in shards], self.row, self.groups[0])
+        return video.transpose(0, 1)
 
     def attend(self, q, k, v, scale: float, backend: str) -> torch.Tensor:
         """Returns attention (B, heads, own tokens, head_dim) over the tokens of all ranks."""
@@ -156,7 +171,7 @@ class TokenShards:
             parts = F.scaled_dot_product_attention(q, k, v, scale=scale).split(self.text + self.video, 2)
             return torch.cat([x for pair in zip(parts[: self.ranks], parts[self.ranks :]) for x in pair], 2)
 
-        return attend_by_heads(attend, q, k, v, rows, self.rank, self.group)
+        return attend_by_heads(attend, q, k, v, rows, self.rank, self.groups[1])
 
     def __deepcopy__(self, memo) -> TokenShards:
         return self

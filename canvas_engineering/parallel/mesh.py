@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 COMPARED = ("declaration", "cut", "version")
 
 
-def mesh_dimensions(mesh: DeviceMesh, sizes: Mapping[str, int]) -> list[DeviceMesh]:
-    """Returns the one-dimensional meshes of this rank along the named dimensions.
+def mesh_dimensions(mesh: DeviceMesh, sizes: Mapping[str, int]) -> dict[str, DeviceMesh]:
+    """Returns the one-dimensional meshes of this rank along the named dimensions that it has.
 
     A mesh of one dimension need not name it where only one of ``sizes`` is above 1.
 
@@ -42,7 +42,7 @@ def mesh_dimensions(mesh: DeviceMesh, sizes: Mapping[str, int]) -> list[DeviceMe
     for name, size in wanted.items():
         if along[name].size() != size:
             raise ValueError(f"the plan is cut for {size} ranks along {name!r}, the mesh has {along[name].size()}")
-    return list(along.values())
+    return along
 
 
 def digest_of(content: AttentionPlan | Sequence[np.ndarray]) -> bytes:

@@ -220,20 +220,23 @@ class AttentionPlan:
             self.index_sets["uniform row sets"] = uniform_row_sets(self.table)
         return self.index_sets["uniform row sets"]
 
-    def shard(self, *, heads: int = 1, cut: Any = "by_rows") -> ShardedPlan:
-        """Cuts the plan over ranks: :func:`canvas_attention` takes ``plan.shard(heads=8).on(mesh)`` too.
+    def shard(self, *, rows: int = 1, heads: int = 1, cut: Any = "balanced", width: int = 1024) -> ShardedPlan:
+        """Cuts the plan over ranks: :func:`canvas_attention` takes ``plan.shard(rows=4).on(mesh)`` too.
 
         Args:
-            heads: number of ranks that share the heads; any number of heads over any number of ranks.
-            cut: which rank holds which positions: "by_rows" (equal numbers, in packed order), an owner array (int [N],
-                the rank of each position), or a sequence with each rank's positions, in the order of its tensors.
+            rows: number of shards of rows.
+            heads: number of ranks that share the heads of a shard; any number of heads over any number of ranks.
+            cut: which rank holds which positions: "balanced" (shards of equal work, and few rows that move), "by_rows"
+                (equal numbers, in packed order), an owner array (int [N], the rank of each position, row · heads +
+                head), or a sequence with each rank's positions, in the order of its tensors.
+            width: of the model, for "balanced": a row counts 24 · width² operations, a pair 4 · width.
 
         Raises:
             ValueError: numbers below 1, or a cut that does not give every position to one rank.
         """
         from ..parallel.shards import ShardedPlan
 
-        return ShardedPlan.cut(self, heads, cut)
+        return ShardedPlan.cut(self, rows, heads, cut, width)
 
     def _select(self, connections: np.ndarray) -> AttentionPlan:
         sets = self.attention_sets.of(connections)

@@ -18,7 +18,7 @@ import torch
 from .autograd import apply_map, mark_for_compilers
 from .derived import Store, derived, to_device
 from .packing import RESOLVERS, IndexMap
-from .ranges import expand_ranges
+from .ranges import clip_ranges, expand_ranges, runs_of
 from .triton_ops.tiling import TileClass, Tiling, build_tilings
 
 _LIVE: weakref.WeakValueDictionary[str, BlockTable] = weakref.WeakValueDictionary()
@@ -179,6 +179,33 @@ class BlockTable:
         mark_for_compilers()
         table = cls(form, int(n_positions), int(n_edges), int(n_slots), **arrays)
         return _LIVE.setdefault(table.key, table)
+
+    def subtable(self, query_rows: np.ndarray, key_rows: np.ndarray) -> BlockTable:
+        """Returns what is left of the rectangles for some queries and some keys, renumbered.
+
+        Args:
+            query_rows, key_rows: int64, ascending, distinct; other queries have no keys, and other keys do not count.
+
+        Returns:
+            A table over the union of both, in ascending order: its row i is ``np.union1d(query_rows, key_rows)[i]``.
+            Connections and weights stay; equal numbers of rectangles where both are few runs of rows.
+
+        >>> ranges = {"q_start": [0], "q_stop": [9], "k_start": [2], "k_stop": [8]}
+        >>> table = BlockTable.from_rectangles("joint", 9, 1, **ranges, weight=[1])
+        >>> table.subtable(np.array([7, 8]), np.array([0, 4, 5])).to_dense().tolist()[3]
+        [0.0, 1.0, 1.0, 0.0, 0.0]
+        """
+        rows = np.union1d(query_rows, key_rows)
+        owner, spans = np.arange(len(self.weight)), []
+        for start, stop, own_rows in ((self.q_start, self.q_stop, query_rows), (self.k_start, self.k_stop, key_rows)):
+            low, high = np.searchsorted(rows, start[owner]), np.searchsorted(rows, stop[owner])
+            rectangle, _, *own = clip_ranges(low, high, *runs_of(np.searchsorted(rows, own_rows)))
+            owner, spans = owner[rectangle], [span[rectangle] for span in spans] + own
+        columns = dict(zip(("q_start", "q_stop", "k_start", "k_stop"), spans))
+        columns |= {name: getattr(self, name)[owner] for name in ("weight", "segment", "edge", "replace")}
+        if self.form == "joint":
+            del columns["segment"], columns["edge"], columns["replace"]
+        return BlockTable.from_rectangles(self.form, len(rows), self.n_edges, **columns)
 
     # Equal content is one object, so that derived values are shared; `lookup` works while the object is alive.
     def __deepcopy__(self, memo) -> BlockTable:

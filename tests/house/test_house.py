@@ -29,14 +29,14 @@ LAYERS = {
     "declare": "version notices checked notebook files derived_buffers canvas connectivity masks schema types semantic "
     "program learning clock_ir cortex identity",
     "plan": "plan parallel compiler region_parameters",
-    "run": "attention dispatch scheduling clock_formulas residuals",
+    "run": "attention dispatch distributed scheduling clock_formulas residuals",
     "graft": "data looped_block models cogvideox graft curriculum sharpening action_heads checkpoint",
     "look": "draw explore doctor __main__",
 }
 # attention alone executes tables. plan builds them, orders rows and sums weights; dispatch moves rows into that order.
 KERNEL_PARTS = {
     "plan": ("block_table.", "ranges.", "triton_ops.tiling.", "triton_ops.configs.", "derived.", "packing."),
-    "parallel": ("packing.",),
+    "parallel": ("block_table.BlockTable", "derived.", "packing.", "ranges."),
     "dispatch": ("derived.real_tensors", "packing.", "block_table.row_sums", "block_table.touched"),
     "identity": ("torch_ops.dense.",),
 }

@@ -89,6 +89,14 @@ def test_inspect_prints_regions_connections_and_the_plan(path):
         assert words in done.output
 
 
+def test_inspect_prints_what_ranks_would_exchange(path):
+    printed = run("inspect", path, "--ranks", "4", "--node", "2", "--heads", "4").output
+    lines = [line.strip() for line in printed.splitlines()]
+    for start in ("4 × 1", "2 × 2", "1 × 4", "all-gather", "ring"):
+        assert sum(line.startswith(start) for line in lines) == 1, start
+    assert "4 ranks" not in run("inspect", path).output
+
+
 def test_inspect_prints_flops_bytes_and_fill_of_what_it_is_asked_for(path):
     plan = compile_attention(load_schema(path).layout, load_schema(path).topology)
     call = {"--batch": 2, "--heads": 48, "--head-dim": 32, "--dtype": "bfloat16"}

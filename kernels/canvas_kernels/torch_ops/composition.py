@@ -56,10 +56,12 @@ def attention(
     scale: float,
     activation: str = "softmax",
     dropout_p: float = 0.0,
+    differentiable_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (out, lse) like :func:`canvas_kernels.reference.attention`, in few calls.
 
-    Arguments are those of the operator :func:`..ops.attention`. Dropout uses torch's generator.
+    Arguments are those of the operator :func:`..ops.attention`. Dropout uses torch's generator. The gradient of
+    lse is dropped unless ``differentiable_lse``.
     """
     block_table = BlockTable.lookup(table)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -75,6 +77,7 @@ def attention(
     scales = None if row_scale is None else row_scale.detach().to(dtype).reshape(-1, 1)
     for maps in maps_of_groups(block_table):
         values, own_lse, used = _attend(maps, inputs, edges, scales, one, scale, activation, dropout_p)
+        own_lse = own_lse if differentiable_lse else own_lse.detach()
         out = out + scatter_rows(values, maps.rows, 2)
         lse = lse + scatter_rows(own_lse, maps.slot, 2)
         slots = slots + scatter_rows(used, maps.slot)
@@ -120,7 +123,7 @@ def _attend(maps: GroupMaps, inputs, edges, scales, one, scale: float, activatio
         logits = logits + gather_rows(one, maps.bias).view(members, 1, segments * width)
     # [B, H, G, R, S, W]
     logits = torch.where(live[..., None], logits.unflatten(-1, (segments, width)), zero)
-    lse = torch.logsumexp(logits.detach(), -1) / math.log(2)
+    lse = torch.logsumexp(logits, -1) / math.log(2)
     lse = torch.where(live, lse + gather_rows(one, maps.offset).view(members, 1, 1), zero)
     p = torch.sigmoid(logits) if activation == "sigmoid" else torch.softmax(logits, -1)
     p = F.dropout(p, dropout_p) if dropout_p else p

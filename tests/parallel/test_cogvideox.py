@@ -20,6 +20,10 @@ pytestmark = pytest.mark.skipif(parallel_config is None, reason="this diffusers 
 TOLERANCE = {"2b": 1e-12, "5b": 1e-6, "1.5": 1e-6}
 
 
+def config(world: int, rings: int = 1):
+    return parallel_config(ulysses_degree=world // rings, ring_degree=rings)
+
+
 def dense(kind: str, loops: int = 1):
     model = tiny_model(kind, num_attention_heads=3)
     graft_looped_blocks(model, 3, loops=loops)
@@ -52,7 +56,9 @@ def equal_to_one_process(rank: int, world: int) -> None:
     for name, model in models().items():
         kind = name.partition(",")[0]
         expected = step(copy.deepcopy(model), kind)
-        model.enable_parallelism(config=parallel_config(ulysses_degree=world))
+        # dense attention shares heads alone
+        rings = 1 if "dense" in name else {2: 1, 3: 3, 4: 2}[world]
+        model.enable_parallelism(config=config(world, rings))
         results = step(model, kind)
         for gradient in results[1:]:
             dist.all_reduce(gradient.div_(world))
@@ -77,9 +83,9 @@ def refusals(rank: int, world: int) -> None:
     model = grafted("5b", "window").double()
     given = inputs("5b", dtype=torch.float64)
     before = model(**given)[0]
-    with pytest.raises(ValueError, match="shares heads"):
-        model.enable_parallelism(config=parallel_config(ring_degree=world))
-    with pytest.raises(ValueError, match="shares heads"):
+    with pytest.raises(ValueError, match="dense attention shares heads alone"):
+        dense("2b").enable_parallelism(config=config(world, world))
+    with pytest.raises(ValueError, match="shares heads and rows"):
         model.enable_parallelism(config=parallel_config(ulysses_degree=world), cp_plan={})
     assert torch.equal(model(**given)[0], before)
     other = grafted("5b", "window" if rank else "tiles").double()
@@ -93,8 +99,8 @@ def refusals(rank: int, world: int) -> None:
     assert torch.equal(stock(**given)[0], before)
 
 
-@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
-def test_heads_of_a_looped_model(world, tmp_path):
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_heads_and_rows_of_a_looped_model(world, tmp_path):
     assert run(equal_to_one_process, world, folder=tmp_path, seconds=240, world=world) == [0] * world
 
 
