@@ -70,14 +70,14 @@ class PerEdgeLoop(nn.Module):
         self.register_buffer("covered", covered[:, None], persistent=False)
         self.register_buffer("total_weight", total_weight.where(covered, torch.ones(()))[:, None], persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, d_model) → (B, N, d_model); positions without keys keep their input."""
+    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """(B, N, d_model) → (B, N, d_model); positions without keys keep their input, or ``add_to``."""
         total = torch.zeros_like(x)
         for index, (fn, weight) in enumerate(self.sets):
             queries, keys = getattr(self, f"queries_{index}"), getattr(self, f"keys_{index}")
             out = self.fn_modules[fn](x[:, queries], x[:, keys], x[:, keys])
             total = total.index_add(1, queries, (out * weight).to(total.dtype))  # which differ under autocast
-        return torch.where(self.covered, total / self.total_weight, x)
+        return landed(total / self.total_weight, self.covered, x, add_to)
 
 
 class DenseMask(nn.Module):
@@ -93,9 +93,14 @@ class DenseMask(nn.Module):
         self.register_buffer("mask", topology.to_additive_mask(layout, weighted=True), persistent=False)
         self.register_buffer("covered", covered, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, d_model) → (B, N, d_model); positions without keys keep their input."""
-        return torch.where(self.covered, self.fn_modules["cross_attention"](x, x, x, self.mask), x)
+    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """(B, N, d_model) → (B, N, d_model); positions without keys keep their input, or ``add_to``."""
+        return landed(self.fn_modules["cross_attention"](x, x, x, self.mask), self.covered, x, add_to)
+
+
+def landed(out: Tensor, covered: Tensor, x: Tensor, add_to: Tensor | None) -> Tensor:
+    """``out`` where ``covered`` (N, 1), added to ``add_to`` if there is one; else that, or x."""
+    return torch.where(covered, out, x) if add_to is None else torch.where(covered, add_to + out, add_to)
 
 
 def attention_sets(layout: CanvasLayout, connection: Connection) -> list[tuple[Tensor, Tensor, float]]:
