@@ -99,7 +99,7 @@ class DenseMask(nn.Module):
 
 
 def landed(out: Tensor, covered: Tensor, x: Tensor, add_to: Tensor | None) -> Tensor:
-    """Returns ``out`` where ``covered`` (N, 1), added to ``add_to`` if there is one; else that, or x."""
+    """``out`` where ``covered`` (N, 1), added to ``add_to`` if there is one; else that, or x."""
     return torch.where(covered, out, x) if add_to is None else torch.where(covered, add_to + out, add_to)
 
 

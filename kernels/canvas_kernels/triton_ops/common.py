@@ -193,7 +193,7 @@ def block_rows(
     BLOCK_D: tl.constexpr,
     SPECIALISED: tl.constexpr,
 ):
-    """Where the rows of a block lie: :func:`tile_offsets`; or of a whole head what the unit that copies (TMA) takes."""
+    """Returns where the rows of a block lie, as :func:`tile_offsets`, or the descriptor of a whole head for TMA."""
     if SPECIALISED:
         row = stride_n.to(tl.int64) * VECTOR
         rows = tl.make_tensor_descriptor(base_ptr, [n_positions, HEAD_DIM], [row, 1], [BLOCK, BLOCK_D])
@@ -235,7 +235,7 @@ def load_rows(
 @triton.jit
 def anew(x, SPECIALISED: tl.constexpr):
     """x as the result of an operation: the compiler that splits the warps loses what goes from a loop, or from a load
-    of as many rows as lanes, into another loop."""
+    of as many rows as there are threads, into another loop."""
     return x + 0.0 if SPECIALISED else x
 
 
