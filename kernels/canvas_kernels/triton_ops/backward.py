@@ -133,8 +133,8 @@ def dq_kernel(
                 ds = p * dp * (1.0 - p) * factor[:, None]
             else:
                 if MASKED:
-                    attended = kit.load_kept(factors, batch, n_positions, start, tl.arange(0, BLOCK_N) < BLOCK_N, BLOCK_N)
-                    logits = tl.where(attended, logits, float("-inf"))
+                    own = kit.load_kept(factors, batch, n_positions, start, tl.arange(0, BLOCK_N) < BLOCK_N, BLOCK_N)
+                    logits = tl.where(own, logits, float("-inf"))
                 p = tl.exp2(logits * scale_log2 - (lse - bias)[:, None])
                 ds = p * (dp - delta[:, None]) if JOINT else p * (dp * factor[:, None] - factor_delta[:, None])
             if WALK_DELTA:

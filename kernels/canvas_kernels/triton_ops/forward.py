@@ -77,8 +77,8 @@ def forward_kernel(
                 p = kit.sigmoid(logits * scale_log2) * factor[:, None]
             else:
                 if MASKED:
-                    attended = kit.load_kept(factors, batch, n_positions, start, tl.arange(0, BLOCK_N) < BLOCK_N, BLOCK_N)
-                    logits = tl.where(attended, logits, float("-inf"))
+                    own = kit.load_kept(factors, batch, n_positions, start, tl.arange(0, BLOCK_N) < BLOCK_N, BLOCK_N)
+                    logits = tl.where(own, logits, float("-inf"))
                 new_max = tl.maximum(running_max, tl.max(logits, 1) * scale_log2 + bias)
                 shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
                 p = tl.exp2(logits * scale_log2 - (shift - bias)[:, None])
