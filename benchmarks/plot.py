@@ -18,6 +18,13 @@ from canvas_engineering.files import replace_file, replacing
 
 DOCUMENTS = [ROOT / "docs" / name for name in ("benchmarks/report.md", "performance.md", "families.md")]
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NAMES = {
+    "sdpa_mask": "SDPA, dense mask",
+    "sdpa_mask_used": "SDPA, dense mask of gathered rows",
+    "flex": "FlexAttention",
+    "flex_packed": "FlexAttention, in our packed order",
+}
+"""Providers as the figure names them."""
 FEW = 3
 """Fewer rounds give no median and no quartiles."""
 
@@ -215,20 +222,24 @@ def write_documents() -> None:
 
 
 def speedup(rows: list[dict]):
-    """A figure of joint form: every provider's time over that of "ours" by density; who has no backward is told."""
+    """A figure of joint form: every provider's time over that of "ours" by density; hollow where one round was run."""
     from matplotlib.figure import Figure
 
     points: dict[str, list] = {}
     for row in timed(rows):
         if row["form"] == "joint" and f"{part_of(row)}_ratio" in row and "density" in row:
-            label = row["provider"] + ", forward alone" * (part_of(row) == "forward")
-            points.setdefault(label, []).append((row["density"], row[f"{part_of(row)}_ratio"]["p50"]))
+            label = NAMES.get(row["provider"], row["provider"]) + ", forward alone" * (part_of(row) == "forward")
+            point = row["density"], row[f"{part_of(row)}_ratio"]["p50"], row.get("rounds", 0) >= FEW
+            points.setdefault(label, []).append(point)
     result = Figure(figsize=(7.5, 5.5), layout="constrained")
     axes = result.subplots()
-    axes.set(xlabel="share of all pairs that is computed", ylabel="time over ours", xscale="log", yscale="log")
+    axes.set(xlabel="density: selected pairs of all pairs", ylabel="time over ours", xscale="log", yscale="log")
+    axes.set_title("joint form on a CPU, one thread, forward + backward; hollow: one round", fontsize=10)
     axes.grid(True, which="both", alpha=0.2)
-    for label, xy in points.items():
-        axes.plot(*zip(*sorted(xy)), "o", label=label, alpha=0.8)
+    for number, (label, several) in enumerate(points.items()):
+        x, y, firm = zip(*sorted(several))
+        faces = [f"C{number}" if each else "w" for each in firm]
+        axes.scatter(x, y, label=label, facecolors=faces, edgecolors=f"C{number}")
     axes.axhline(1, color="grey", label="as long as ours")
     result.legend(loc="outside lower center", ncols=2, fontsize="small")
     return result
