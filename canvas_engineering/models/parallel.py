@@ -143,7 +143,7 @@ class TokenShards:
             )
         return text.split(self.text, 1)[self.rank], video.split(self.video, 1)[self.rank]
 
-    def own_video(self, rotary: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def own_video(self, rotary: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns this rank's rows of the rotary tables (video tokens, head_dim)."""
         cos, sin = (table.split(self.video)[self.rank] for table in rotary)
         return cos, sin
