@@ -80,9 +80,9 @@ def line(row: dict) -> str:
     why, seconds, ratio = row.get("skipped") or row.get("failed"), seconds_of(row), row.get(f"{part_of(row)}_ratio")
     if why or not seconds:
         return f"{words} {why}"
-    words += f" {1e3 * seconds['p50']:10.2f} ms" + (f", {spread(ratio, row['rounds'])} of ours" if ratio else "")
-    rates = (f"{part} {row[f'{part}_tflops']:.3g}" for part in ("forward", "backward") if f"{part}_tflops" in row)
-    return words + "".join(f", {rate} TFLOP/s" for rate in rates)
+    words += f" {1e3 * seconds['p50']:10.2f} ms" + (f", time over ours {spread(ratio, row['rounds'])}" if ratio else "")
+    rates = (f"{part} {1e3 * row[f'{part}_tflops']:.3g}" for part in ("forward", "backward") if f"{part}_tflops" in row)
+    return words + "".join(f", {rate} GFLOP/s" for rate in rates)
 
 
 def table(titles: Sequence[str], cells: list[Sequence[str]]) -> str:
