@@ -217,7 +217,7 @@ def test_the_figure_holds_the_rows_numbers():
     pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib")
     rows = plot.timed(measure.read_rows(measure.RESULTS / "bench.json"), "canvas", "density")
     (axes,) = plot.speedup(rows).axes
-    points = {line.get_label(): sorted(map(tuple, line.get_xydata())) for line in axes.lines}
+    points = {each.get_label(): sorted(map(tuple, each.get_offsets().tolist())) for each in axes.collections}
     own = [row for row in rows if (row["form"], row["provider"]) == ("joint", "sdpa_mask")]
-    assert points["sdpa_mask"] == sorted((row["density"], row["step_ratio"]["p50"]) for row in own)
-    assert "flex, forward alone" in points and "per_edge_loop" not in points
+    assert points[plot.NAMES["sdpa_mask"]] == sorted((row["density"], row["step_ratio"]["p50"]) for row in own)
+    assert f"{plot.NAMES['flex']}, forward alone" in points and "per_edge_loop" not in points
