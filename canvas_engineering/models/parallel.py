@@ -50,7 +50,8 @@ def install(transformer: Any, config: Any, cp_plan: Any) -> None:
 
 def remove(transformer: Any) -> None:
     """Undoes :func:`install`, processors apart."""
-    transformer.__dict__.pop("_token_shards", None)
+    if transformer.__dict__.pop("_token_shards", None) is None:
+        return
     for module in (transformer.transformer_blocks[0], transformer.norm_final):
         for number, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, (_CutTokens, _GatherVideo)):
