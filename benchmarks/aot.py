@@ -53,13 +53,6 @@ def launches(archs=configs.ARCHITECTURES, head_dims=configs.HEAD_DIMS, dtypes=tu
     if "sm_90" in archs and "bf16" in dtypes:
         plain = ((dim, torch.bfloat16, yardstick.CONFIG) for dim in {64, 128}.intersection(head_dims))
         chosen += [Launch("sm_90", "forward", "dense", False, *each) for each in plain]
-        candidates = configs.CANDIDATES.items()
-        found = ((*which, head_dim, config) for which, by_dim in candidates for head_dim, config in by_dim.items())
-        chosen += [
-            Launch("sm_90", stage, form, False, head_dim, torch.bfloat16, config)
-            for stage, form, head_dim, config in found
-            if head_dim in head_dims
-        ]
     return sorted(chosen, key=lambda launch: -launch.head_dim)
 
 
@@ -113,7 +106,6 @@ def compile_launch(launch: Launch) -> dict:
 def describe(launch: Launch) -> dict:
     """A launch as plain values."""
     row = {name: getattr(launch, name) for name in ("arch", "stage", "form", "signed", "head_dim")}
-    row["form"] += " specialised" * bool(launch.config.specialised)
     row |= {"dtype": DTYPE_NAMES[launch.dtype], "tile": f"{launch.config.block_m}x{launch.config.block_n}"}
     return row | {name: getattr(launch.config, name) for name in ("num_warps", "num_stages", "max_registers")}
 
@@ -147,9 +139,7 @@ def _signature(launch: Launch):
     function = yardstick.dense_forward_kernel if launch.form == "dense" else passes[launch.stage]
     sigmoid = launch.form == "sigmoid"
     values = {"JOINT": launch.form == "joint", "SIGMOID": sigmoid, "IN_PLACE": launch.form in ("in_place", "sigmoid")}
-    specialised = bool(launch.config.specialised)
-    values |= {"STORED": launch.form in ("joint", "edge") and not specialised, "SPECIALISED": specialised}
-    values |= {"WRITE_DQ": launch.stage == "dq", "SIGNED": launch.signed}
+    values |= {"STORED": launch.form in ("joint", "edge"), "WRITE_DQ": launch.stage == "dq", "SIGNED": launch.signed}
     values |= {"WALK_DELTA": launch.stage == "delta" or (sigmoid and launch.signed), "HEAD_DIM": launch.head_dim}
     values |= {"BLOCK_D": configs.block_d(launch.head_dim), "MASKED": False}
     values |= {"BLOCK_M": launch.config.block_m, "BLOCK_N": launch.config.block_n}
@@ -184,8 +174,6 @@ def _nvidia_resources(kernel, launch: Launch) -> dict:
     wgmma = len(re.findall(r"ttng\.warp_group_dot ", ttgir))
     row = {"registers": registers, "spilled": stack + local, "wgmma": wgmma}
     row["dots"] = wgmma + len(re.findall(r"\btt\.dot ", ttgir))
-    if launch.config.specialised:
-        return row | {"copies": sum("async_tma_copy_global_to_local" in line for line in loop)}
     return row | {"copies": sum("async_copy_global_to_local" in line and tile in line for line in loop)}
 
 

@@ -62,8 +62,6 @@ SWEEP = {
     128: ((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)),
 }
 SWEPT_CASES, SWEEP_STEPS = ("frames_2_d128", "frames_2_d64"), 9
-SPECIALISED = tuple((128, block_n, 4, 2, None, "sweep") for block_n in (128, 64))
-TOY_SWEEP = ((16, 16, 1, 2), (16, 16, 1, 2, None, "sweep"))
 WORKERS = {False: 14, True: 1}
 """Processes of checks on a device, and in the interpreter."""
 
@@ -243,7 +241,7 @@ def sweep(session: Session, phase: str, pool: Pool) -> None:
     for name in ("toy",) if session.interpret else SWEPT_CASES:
         head_dim = session.cases[name].head_dim
         for form, stage in SWEPT_PASSES[:: 3 if session.interpret else 1]:
-            for shape in TOY_SWEEP if session.interpret else (*SPECIALISED, *SWEEP[head_dim]):
+            for shape in ((16, 16, 1, 2),) if session.interpret else SWEEP[head_dim]:
                 candidate = device_checks.Candidate(stage, Config(*shape))
                 positions = 40 if session.interpret else device_checks.POSITIONS
                 task = device_checks.Task(head_dim, session.dtype, form, False, positions, candidate=candidate)

@@ -211,7 +211,7 @@ def pass_rates(rows: list[dict]) -> list[dict]:
             work["backward"] = 6 / rates["dq"] + 8 / rates["dkv"]
         if "delta" in rates and "backward" in work:
             work["backward"] += 4 / rates["delta"]
-        elif form.startswith("edge"):
+        elif form == "edge":
             # 10^12 bytes in 10^12 FLOP per second: both in units of D per pair
             work = {name: each + 4 / SLOT_KEYS / (MEMORY_BYTES / 1e12) for name, each in work.items()}
         name = {"head_dim": head_dim, "dtype": dtype, "form": form}

@@ -328,7 +328,7 @@ class AttentionPlan:
         >>> print(compile_attention(layout, CanvasTopology.dense(["a"])).summary())
         AttentionPlan, edge form: 32 positions (16 with keys), 1 connections, 1 attention sets, 1 rectangles
           density 25.00 %, tile fill 100.00 %, 0.1 MFLOP forward and 0.2 backward per head of 64
-          tables 0.3 KiB, 16 log-sum-exp rows
+          tables 0.2 KiB, 16 log-sum-exp rows
         """
         table, n_queries = self.table, int(self.table.has_keys().sum())
         forward, backward = (self.flops(64, backward=b) / 1e6 for b in (False, True))

@@ -1,5 +1,4 @@
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false
 """The backward passes: dQ over query tiles, which makes δ, then dK and dV over key tiles.
 
 No atomics: every sum has one owner and a fixed order.
@@ -50,7 +49,6 @@ def dq_kernel(
     STORED: tl.constexpr,
     WALK_DELTA: tl.constexpr,
     WRITE_DQ: tl.constexpr,
-    SPECIALISED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -65,22 +63,17 @@ def dq_kernel(
     """
     batch_head, batch, head, tile_start, tile_rows, first, count = kit.load_tile(tables, n_tiles, n_heads)
     BLOCK_P: tl.constexpr = kit.partial_width(BLOCK_N)
-    AGAIN: tl.constexpr = not SPECIALISED
     rows = tl.arange(0, BLOCK_M)
     in_tile = rows < tile_rows
     q_base, q_stride = kit.head_base(q_ptr, batch, head, strides, kit.Q)
     k_base, k_stride = kit.head_base(k_ptr, batch, head, strides, kit.K)
     v_base, _ = kit.head_base(v_ptr, batch, head, strides, kit.V)
     do_base, do_stride = kit.head_base(do_ptr, batch, head, strides, kit.DO)
-    k_rows = kit.block_rows(k_base, n_positions, k_stride, HEAD_DIM, BLOCK_N, BLOCK_D, SPECIALISED)
-    v_rows = kit.block_rows(v_base, n_positions, k_stride, HEAD_DIM, BLOCK_N, BLOCK_D, SPECIALISED)
-    partial_k = kit.block_rows(k_base, n_positions, k_stride, HEAD_DIM, BLOCK_P, BLOCK_D, SPECIALISED)
-    partial_v = kit.block_rows(v_base, n_positions, k_stride, HEAD_DIM, BLOCK_P, BLOCK_D, SPECIALISED)
+    q_base, do_base = kit.row_base(q_base, tile_start, q_stride), kit.row_base(do_base, tile_start, do_stride)
+    k_offsets = kit.tile_offsets(k_stride, BLOCK_N, BLOCK_D)
     # [BLOCK_M, BLOCK_D]
-    q_rows = kit.block_rows(q_base, n_positions, q_stride, HEAD_DIM, BLOCK_M, BLOCK_D, SPECIALISED)
-    do_rows = kit.block_rows(do_base, n_positions, do_stride, HEAD_DIM, BLOCK_M, BLOCK_D, SPECIALISED)
-    q = kit.load_rows(q_base, tile_start, q_stride, q_rows, in_tile, HEAD_DIM, BLOCK_D, SPECIALISED)
-    do = kit.load_rows(do_base, tile_start, do_stride, do_rows, in_tile, HEAD_DIM, BLOCK_D, SPECIALISED)
+    q = kit.load_rows(q_base, kit.tile_offsets(q_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
+    do = kit.load_rows(do_base, kit.tile_offsets(do_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if JOINT:
         count = 1
@@ -99,8 +92,7 @@ def dq_kernel(
             lse = tl.load(lse_ptr + slots, mask=covered, other=float("inf"))
         if STORED:
             f_base = f_ptr + (batch_head * n_slots + slot + tile_start) * HEAD_DIM
-            tile_base = kit.row_base(do_base, tile_start, do_stride)
-            delta = kit.row_products(tile_base, do_stride, f_base, covered, HEAD_DIM, BLOCK_M)
+            delta = kit.row_products(do_base, do_stride, f_base, covered, HEAD_DIM, BLOCK_M)
             if not JOINT:
                 delta = tl.where(kit.is_active(tables, factors, segment), delta, 0.0)
             tl.store(delta_ptr + slots, delta, mask=covered)
@@ -113,18 +105,12 @@ def dq_kernel(
                 negative_ptr = lse2_ptr + kit.negative_plane(n_tiles, n_slots)
                 tl.store(negative_ptr + slots, tl.where(factor >= 0, float("inf"), lse2), mask=covered)
             factor_delta = tl.where(factor == 0, 0.0, factor * delta)
-        if not (WRITE_DQ or WALK_DELTA):
-            n_full, n_partial = 0, 0
-        if SPECIALISED:
-            acc, lse, delta = kit.anew(acc, True), kit.anew(lse, True), kit.anew(delta, True)
-            if not JOINT:
-                factor, factor_delta = kit.anew(factor, True), kit.anew(factor_delta, True)
 
         start, bias = kit.load_full(tables, first_full, JOINT)
-        for block in tl.range(first_full, first_full + n_full, warp_specialize=SPECIALISED):
+        for block in range(first_full, first_full + n_full):
             # [BLOCK_N, BLOCK_D]
-            k = kit.load_full_rows(k_base, start, k_stride, k_rows, HEAD_DIM, BLOCK_D, SPECIALISED)
-            v = kit.load_full_rows(v_base, start, k_stride, v_rows, HEAD_DIM, BLOCK_D, SPECIALISED)
+            k = kit.load_full_rows(kit.row_base(k_base, start, k_stride), k_offsets, HEAD_DIM, BLOCK_D)
+            v = kit.load_full_rows(kit.row_base(v_base, start, k_stride), k_offsets, HEAD_DIM, BLOCK_D)
             # [BLOCK_M, BLOCK_N]
             logits = tl.dot(q, tl.trans(k), input_precision="ieee")
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
@@ -141,22 +127,18 @@ def dq_kernel(
                 delta += tl.sum(p * dp, 1)
             if WRITE_DQ:
                 acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-            if SPECIALISED:
-                lse, delta = kit.anew(lse, True), kit.anew(delta, True)
-                if not JOINT:
-                    factor, factor_delta = kit.anew(factor, True), kit.anew(factor_delta, True)
             start, bias = kit.load_full(tables, block + 1, JOINT)
 
-        acc = kit.anew(acc, SPECIALISED)
-        start, length, words, bias = kit.load_partial(tables, first_partial, in_tile, BLOCK_M, JOINT)
+        partial_k = kit.tile_offsets(k_stride, BLOCK_P, BLOCK_D)
+        start, length, mask, bias = kit.load_partial(tables, first_partial, JOINT)
         for block in range(first_partial, first_partial + n_partial):
-            keep = kit.mask_of(words, BLOCK_P)
+            keep = kit.load_mask(tables, mask, BLOCK_M, BLOCK_P)
             # [BLOCK_P, BLOCK_D]
             in_block = tl.arange(0, BLOCK_P) < length
             if MASKED:
                 keep = keep & kit.load_kept(factors, batch, n_positions, start, in_block, BLOCK_P)
-            k = kit.load_rows(k_base, start, k_stride, partial_k, in_block, HEAD_DIM, BLOCK_D, SPECIALISED)
-            v = kit.load_rows(v_base, start, k_stride, partial_v, in_block, HEAD_DIM, BLOCK_D, SPECIALISED)
+            k = kit.load_rows(kit.row_base(k_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
+            v = kit.load_rows(kit.row_base(v_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
             # a key that is not finite made the lse of all that attend to it NaN
             tainted = kit.taint(k) if SIGMOID else tl.zeros([BLOCK_P], tl.float32)
             k = kit.finite(k)
@@ -174,18 +156,13 @@ def dq_kernel(
             if WRITE_DQ:
                 ds = tl.where(keep, ds, 0.0)
                 acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-            if SPECIALISED:
-                lse, delta = kit.anew(lse, True), kit.anew(delta, True)
-                if not JOINT:
-                    factor, factor_delta = kit.anew(factor, True), kit.anew(factor_delta, True)
-            start, length, words, bias = kit.load_partial(tables, block + 1, in_tile, BLOCK_M, JOINT)
+            start, length, mask, bias = kit.load_partial(tables, block + 1, JOINT)
 
-        acc = kit.anew(acc, SPECIALISED)
         if WALK_DELTA:
             tl.store(delta_ptr + slots, delta, mask=covered)
     if WRITE_DQ:
         # asked again: what waits for the end takes registers all along
-        batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, AGAIN)
+        batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, True)
         in_tile = rows < tile_rows
         kit.store_rows(dq_ptr, batch_head * n_positions + tile_start, acc * scale, in_tile, HEAD_DIM, BLOCK_D)
 
@@ -211,7 +188,6 @@ def dkv_kernel(
     scale_log2,
     JOINT: tl.constexpr,
     SIGMOID: tl.constexpr,
-    SPECIALISED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -223,21 +199,17 @@ def dkv_kernel(
     """
     batch_head, batch, head, tile_start, tile_rows, first, count = kit.load_tile(tables, n_tiles, n_heads)
     BLOCK_P: tl.constexpr = kit.partial_width(BLOCK_N)
-    AGAIN: tl.constexpr = not SPECIALISED
     in_tile = tl.arange(0, BLOCK_M) < tile_rows
     q_base, q_stride = kit.head_base(q_ptr, batch, head, strides, kit.Q)
     k_base, k_stride = kit.head_base(k_ptr, batch, head, strides, kit.K)
     v_base, v_stride = kit.head_base(v_ptr, batch, head, strides, kit.V)
     do_base, do_stride = kit.head_base(do_ptr, batch, head, strides, kit.DO)
-    q_rows = kit.block_rows(q_base, n_positions, q_stride, HEAD_DIM, BLOCK_N, BLOCK_D, SPECIALISED)
-    do_rows = kit.block_rows(do_base, n_positions, do_stride, HEAD_DIM, BLOCK_N, BLOCK_D, SPECIALISED)
-    partial_q = kit.block_rows(q_base, n_positions, q_stride, HEAD_DIM, BLOCK_P, BLOCK_D, SPECIALISED)
-    partial_do = kit.block_rows(do_base, n_positions, do_stride, HEAD_DIM, BLOCK_P, BLOCK_D, SPECIALISED)
+    k_base, v_base = kit.row_base(k_base, tile_start, k_stride), kit.row_base(v_base, tile_start, v_stride)
+    q_offsets = kit.tile_offsets(q_stride, BLOCK_N, BLOCK_D)
+    do_offsets = kit.tile_offsets(do_stride, BLOCK_N, BLOCK_D)
     # [BLOCK_M, BLOCK_D]
-    k_rows = kit.block_rows(k_base, n_positions, k_stride, HEAD_DIM, BLOCK_M, BLOCK_D, SPECIALISED)
-    v_rows = kit.block_rows(v_base, n_positions, v_stride, HEAD_DIM, BLOCK_M, BLOCK_D, SPECIALISED)
-    k = kit.load_rows(k_base, tile_start, k_stride, k_rows, in_tile, HEAD_DIM, BLOCK_D, SPECIALISED)
-    v = kit.load_rows(v_base, tile_start, v_stride, v_rows, in_tile, HEAD_DIM, BLOCK_D, SPECIALISED)
+    k = kit.load_rows(k_base, kit.tile_offsets(k_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
+    v = kit.load_rows(v_base, kit.tile_offsets(v_stride, BLOCK_M, BLOCK_D), in_tile, HEAD_DIM, BLOCK_D)
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sign, turns = 1.0, 1
@@ -264,11 +236,11 @@ def dkv_kernel(
             dv *= turn
 
         start, bias = kit.load_full(tables, first_full, JOINT)
-        for block in tl.range(first_full, first_full + n_full, warp_specialize=SPECIALISED):
+        for block in range(first_full, first_full + n_full):
             queries = start + tl.arange(0, BLOCK_N)
             # [BLOCK_N, BLOCK_D]
-            q = kit.load_full_rows(q_base, start, q_stride, q_rows, HEAD_DIM, BLOCK_D, SPECIALISED)
-            do = kit.load_full_rows(do_base, start, do_stride, do_rows, HEAD_DIM, BLOCK_D, SPECIALISED)
+            q = kit.load_full_rows(kit.row_base(q_base, start, q_stride), q_offsets, HEAD_DIM, BLOCK_D)
+            do = kit.load_full_rows(kit.row_base(do_base, start, do_stride), do_offsets, HEAD_DIM, BLOCK_D)
             # [BLOCK_M, BLOCK_N]
             logits = tl.dot(k, tl.trans(q), input_precision="ieee")
             if SIGMOID:
@@ -284,15 +256,16 @@ def dkv_kernel(
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
             start, bias = kit.load_full(tables, block + 1, JOINT)
 
-        dk, dv = kit.anew(dk, SPECIALISED), kit.anew(dv, SPECIALISED)
-        start, length, words, bias = kit.load_partial(tables, first_partial, in_tile, BLOCK_M, JOINT)
+        partial_q = kit.tile_offsets(q_stride, BLOCK_P, BLOCK_D)
+        partial_do = kit.tile_offsets(do_stride, BLOCK_P, BLOCK_D)
+        start, length, mask, bias = kit.load_partial(tables, first_partial, JOINT)
         for block in range(first_partial, first_partial + n_partial):
-            keep = kit.mask_of(words, BLOCK_P)
+            keep = kit.load_mask(tables, mask, BLOCK_M, BLOCK_P)
             in_block = tl.arange(0, BLOCK_P) < length
             queries = start + tl.arange(0, BLOCK_P)
             # [BLOCK_P, BLOCK_D]
-            q = kit.load_rows(q_base, start, q_stride, partial_q, in_block, HEAD_DIM, BLOCK_D, SPECIALISED)
-            do = kit.load_rows(do_base, start, do_stride, partial_do, in_block, HEAD_DIM, BLOCK_D, SPECIALISED)
+            q = kit.load_rows(kit.row_base(q_base, start, q_stride), partial_q, in_block, HEAD_DIM, BLOCK_D)
+            do = kit.load_rows(kit.row_base(do_base, start, do_stride), partial_do, in_block, HEAD_DIM, BLOCK_D)
             tainted = kit.taint(q) + kit.taint(do) if SIGMOID else tl.zeros([BLOCK_P], tl.float32)
             q, do = kit.finite(q), kit.finite(do)
             # [BLOCK_M, BLOCK_P]
@@ -313,11 +286,10 @@ def dkv_kernel(
             # keys that nothing attends to may hold anything
             ds = tl.where(keep, p * (1.0 - sigma) * dp if SIGMOID else p * (dp - delta[None, :]), 0.0)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-            start, length, words, bias = kit.load_partial(tables, block + 1, in_tile, BLOCK_M, JOINT)
+            start, length, mask, bias = kit.load_partial(tables, block + 1, JOINT)
 
-        dk, dv = kit.anew(dk, SPECIALISED), kit.anew(dv, SPECIALISED)
     # asked again: what waits for the end takes registers all along
-    batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, AGAIN)
+    batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, True)
     in_tile = tl.arange(0, BLOCK_M) < tile_rows
     row = batch_head * n_positions + tile_start
     kit.store_rows(dk_ptr, row, dk * (sign * scale), in_tile, HEAD_DIM, BLOCK_D)

@@ -133,15 +133,13 @@ def load_full(tables, block, JOINT: tl.constexpr):
 
 
 @triton.jit
-def load_partial(tables, block, in_tile, BLOCK_M: tl.constexpr, JOINT: tl.constexpr):
-    """Start, rows, words of the mask [BLOCK_M] and log2 w (joint form) of a partial block."""
-    block_ptr = tables[PARTIAL].to(tl.pointer_type(tl.int64)) + block * 2
-    where, what = tl.load(block_ptr), tl.load(block_ptr + 1)
+def load_partial(tables, block, JOINT: tl.constexpr):
+    """Start, rows, mask and log2 w (joint form) of a partial block."""
+    block_ptr = tables[PARTIAL] + block * 4
     bias = 0.0
     if JOINT:
-        bias = (what >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    words = tl.load(tables[MASKS] + what.to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M))
-    return where.to(tl.int32), (where >> 32).to(tl.int32), tl.where(in_tile, words, 0), bias
+        bias = tl.load(block_ptr + 3).to(tl.float32, bitcast=True)
+    return tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2), bias
 
 
 @triton.jit
@@ -153,9 +151,9 @@ def load_kept(factors, batch, n_positions, start, in_block, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def mask_of(words, BLOCK_P: tl.constexpr):
+def load_mask(tables, mask, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
     """[BLOCK_M, BLOCK_P] bool: the pairs of a partial block."""
-    word = words[:, None]
+    word = tl.load(tables[MASKS] + mask * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     # tensor cores give a lane columns that differ by constants: only what they have in common is not known beforehand
     common = tl.arange(0, BLOCK_P)[None, :] & 6
     return ((word >> common) & (1 << (tl.arange(0, BLOCK_P)[None, :] - common))) != 0
@@ -184,67 +182,30 @@ def tile_offsets(stride_n, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def block_rows(
-    base_ptr,
-    n_positions,
-    stride_n,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SPECIALISED: tl.constexpr,
-):
-    """Returns where the rows of a block lie, as :func:`tile_offsets`, or the descriptor of a whole head for TMA."""
-    if SPECIALISED:
-        row = stride_n.to(tl.int64) * VECTOR
-        rows = tl.make_tensor_descriptor(base_ptr, [n_positions, HEAD_DIM], [row, 1], [BLOCK, BLOCK_D])
+def load_full_rows(tile_ptr, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] tile of rows that all exist, 0 in padding dimensions."""
+    if HEAD_DIM == BLOCK_D:
+        tile = tl.load(tile_ptr + offsets)
     else:
-        rows = tile_offsets(stride_n, BLOCK, BLOCK_D)
-    return rows
+        tile = tl.load(tile_ptr + offsets, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
-def load_full_rows(
-    base_ptr, start, stride_n, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPECIALISED: tl.constexpr
-):
-    """[BLOCK, BLOCK_D] tile of rows that all exist, 0 in padding dimensions."""
-    if SPECIALISED:
-        tile = rows.load([start, 0])
-    elif HEAD_DIM == BLOCK_D:
-        tile = tl.load(row_base(base_ptr, start, stride_n) + rows)
+def load_rows(tile_ptr, offsets, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] tile, 0 in rows out of range and padding dimensions."""
+    if HEAD_DIM == BLOCK_D:
+        tile = tl.load(tile_ptr + offsets, mask=in_range[:, None], other=0.0)
     else:
         in_head = tl.arange(0, BLOCK_D) < HEAD_DIM
-        tile = tl.load(row_base(base_ptr, start, stride_n) + rows, mask=in_head[None, :], other=0.0)
+        tile = tl.load(tile_ptr + offsets, mask=in_range[:, None] & in_head[None, :], other=0.0)
     return tile
-
-
-@triton.jit
-def load_rows(
-    base_ptr, start, stride_n, rows, in_range, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPECIALISED: tl.constexpr
-):
-    """[BLOCK, BLOCK_D] tile, 0 in rows out of range, if not SPECIALISED, and in padding dimensions."""
-    if SPECIALISED:
-        tile = rows.load([start, 0])
-    elif HEAD_DIM == BLOCK_D:
-        tile = tl.load(row_base(base_ptr, start, stride_n) + rows, mask=in_range[:, None], other=0.0)
-    else:
-        mask = in_range[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-        tile = tl.load(row_base(base_ptr, start, stride_n) + rows, mask=mask, other=0.0)
-    return tile
-
-
-@triton.jit
-def anew(x, SPECIALISED: tl.constexpr):
-    """x as the result of an operation: the compiler that splits the warps loses what goes from a loop, or from a load
-    of as many rows as there are threads, into another loop."""
-    return x + 0.0 if SPECIALISED else x
 
 
 @triton.jit
 def finite(tile):
     """The tile with 0 in place of what is not finite."""
-    # one use of the tile, as :func:`taint` has: copied tiles may have one
-    wide = tile.to(tl.float32)
-    return tl.where(tl.abs(wide) < float("inf"), wide, 0.0).to(tile.dtype)
+    return tl.where(tl.abs(tile) < float("inf"), tile, 0.0).to(tile.dtype)
 
 
 @triton.jit

@@ -46,18 +46,13 @@ def form_of(table: BlockTable, sigmoid: bool = False) -> str:
 
 
 class Config(NamedTuple):
-    """One tile size of one pass, ``block_m`` rows of the tile × ``block_n`` walked rows, and how to compile it.
-
-    ``specialised``, if it says anything: which device run found the kernel right and faster with its warps specialised
-    (:data:`CANDIDATES`). ``num_warps`` are then those that compute 64 rows.
-    """
+    """One tile size of one pass, ``block_m`` rows of the tile × ``block_n`` walked rows, and how to compile it."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     max_registers: int | None = None
-    specialised: str = ""
 
     @property
     def cost(self) -> float:
@@ -114,7 +109,7 @@ _SIXTEEN_BIT = {
             256: Config(128, 32, 8, 2),
         },
         ("forward", "in_place"): {
-            64: Config(64, 64, 4, 2),  # 206 (2); a third stage takes 117 instructions more a segment
+            64: Config(64, 64, 4, 3),  # 186 (2)
             128: Config(128, 64, 8, 2),  # 236 (1)
             256: Config(32, 32, 8, 2),  # 179
         },
@@ -196,19 +191,6 @@ _FLOAT32 = {
         256: Config(16, 16, 4, 2),  # dkv 382
     },
 }
-
-# 4 warps copy blocks (by TMA) for two groups of 4 that compute 64 rows each. No device has run these: `make aot`
-# compiles them, `make gpu` checks and times them. One that is faster becomes a row above, with the name of that run.
-_LONG, _SHORT = Config(128, 128, 4, 2, None, "no run"), Config(128, 64, 4, 2, None, "no run")
-CANDIDATES = {
-    ("forward", "joint"): {64: _LONG, 128: _LONG},
-    ("forward", "edge"): {64: _LONG, 128: _LONG},
-    ("dq", "joint"): {64: _SHORT, 128: _SHORT},
-    ("dq", "edge"): {64: _SHORT, 128: _SHORT},
-    ("dkv", "joint"): {64: _SHORT, 128: _SHORT},
-    ("dkv", "edge"): {64: _SHORT},  # at 128 both tiles spill by 136 to 232 bytes
-}
-"""Warp-specialised kernels by pass, form and head dimension."""
 
 # Small, so that tests of a hundred positions meet ragged ends and several tiles of both classes.
 _INTERPRETER = (Config(32, 32, 4, 2), Config(16, 16, 1, 2))

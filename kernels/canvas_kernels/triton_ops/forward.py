@@ -1,4 +1,4 @@
-# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false
 """The forward pass: the output and the log-sum-exp of every (segment, row), and the sum of a row's segments."""
 
 import triton
@@ -25,7 +25,6 @@ def forward_kernel(
     JOINT: tl.constexpr,
     SIGMOID: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    SPECIALISED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -41,19 +40,15 @@ def forward_kernel(
     """
     batch_head, batch, head, tile_start, tile_rows, first, count = kit.load_tile(tables, n_tiles, n_heads)
     BLOCK_P: tl.constexpr = kit.partial_width(BLOCK_N)
-    AGAIN: tl.constexpr = not SPECIALISED
     rows = tl.arange(0, BLOCK_M)
     in_tile = rows < tile_rows
     q_base, q_stride = kit.head_base(q_ptr, batch, head, strides, kit.Q)
     k_base, k_stride = kit.head_base(k_ptr, batch, head, strides, kit.K)
     v_base, _ = kit.head_base(v_ptr, batch, head, strides, kit.V)
-    k_rows = kit.block_rows(k_base, n_positions, k_stride, HEAD_DIM, BLOCK_N, BLOCK_D, SPECIALISED)
-    v_rows = kit.block_rows(v_base, n_positions, k_stride, HEAD_DIM, BLOCK_N, BLOCK_D, SPECIALISED)
-    partial_k = kit.block_rows(k_base, n_positions, k_stride, HEAD_DIM, BLOCK_P, BLOCK_D, SPECIALISED)
-    partial_v = kit.block_rows(v_base, n_positions, k_stride, HEAD_DIM, BLOCK_P, BLOCK_D, SPECIALISED)
+    k_offsets = kit.tile_offsets(k_stride, BLOCK_N, BLOCK_D)
     # [BLOCK_M, BLOCK_D]
-    q_rows = kit.block_rows(q_base, n_positions, q_stride, HEAD_DIM, BLOCK_M, BLOCK_D, SPECIALISED)
-    q = kit.load_rows(q_base, tile_start, q_stride, q_rows, in_tile, HEAD_DIM, BLOCK_D, SPECIALISED)
+    q_offsets = kit.tile_offsets(q_stride, BLOCK_M, BLOCK_D)
+    q = kit.load_rows(kit.row_base(q_base, tile_start, q_stride), q_offsets, in_tile, HEAD_DIM, BLOCK_D)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if not IN_PLACE:
         count = 1
@@ -68,9 +63,9 @@ def forward_kernel(
             factor = kit.load_factor(tables, factors, segment, n_positions, tile_start, BLOCK_M)
 
         start, bias = kit.load_full(tables, first_full, JOINT)
-        for block in tl.range(first_full, first_full + n_full, warp_specialize=SPECIALISED):
+        for block in range(first_full, first_full + n_full):
             # [BLOCK_N, BLOCK_D]
-            k = kit.load_full_rows(k_base, start, k_stride, k_rows, HEAD_DIM, BLOCK_D, SPECIALISED)
+            k = kit.load_full_rows(kit.row_base(k_base, start, k_stride), k_offsets, HEAD_DIM, BLOCK_D)
             # [BLOCK_M, BLOCK_N]: scale and log2 w enter with the exponent's multiply-add
             logits = tl.dot(q, tl.trans(k), input_precision="ieee")
             if SIGMOID:
@@ -87,21 +82,20 @@ def forward_kernel(
                 running_sum = running_sum * correction + tl.sum(p, 1)
                 acc *= correction[:, None]
             # [BLOCK_N, BLOCK_D]
-            v = kit.load_full_rows(v_base, start, k_stride, v_rows, HEAD_DIM, BLOCK_D, SPECIALISED)
+            v = kit.load_full_rows(kit.row_base(v_base, start, k_stride), k_offsets, HEAD_DIM, BLOCK_D)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
             start, bias = kit.load_full(tables, block + 1, JOINT)
 
-        acc, running_max = kit.anew(acc, SPECIALISED), kit.anew(running_max, SPECIALISED)
-        running_sum = kit.anew(running_sum, SPECIALISED)
-        start, length, words, bias = kit.load_partial(tables, first_partial, in_tile, BLOCK_M, JOINT)
+        partial_k = kit.tile_offsets(k_stride, BLOCK_P, BLOCK_D)
+        start, length, mask, bias = kit.load_partial(tables, first_partial, JOINT)
         for block in range(first_partial, first_partial + n_partial):
-            keep = kit.mask_of(words, BLOCK_P)
+            keep = kit.load_mask(tables, mask, BLOCK_M, BLOCK_P)
             # [BLOCK_P, BLOCK_D]
             in_block = tl.arange(0, BLOCK_P) < length
             if MASKED:
                 keep = keep & kit.load_kept(factors, batch, n_positions, start, in_block, BLOCK_P)
-            k = kit.load_rows(k_base, start, k_stride, partial_k, in_block, HEAD_DIM, BLOCK_D, SPECIALISED)
-            v = kit.load_rows(v_base, start, k_stride, partial_v, in_block, HEAD_DIM, BLOCK_D, SPECIALISED)
+            k = kit.load_rows(kit.row_base(k_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
+            v = kit.load_rows(kit.row_base(v_base, start, k_stride), partial_k, in_block, HEAD_DIM, BLOCK_D)
             # [BLOCK_M, BLOCK_P]
             logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + (kit.taint(v) + bias)[None, :]
             if SIGMOID:
@@ -117,7 +111,7 @@ def forward_kernel(
                 running_sum = running_sum * correction + tl.sum(p, 1)
                 acc *= correction[:, None]
             acc = tl.dot(p.to(v.dtype), kit.finite(v), acc, input_precision="ieee")
-            start, length, words, bias = kit.load_partial(tables, block + 1, in_tile, BLOCK_M, JOINT)
+            start, length, mask, bias = kit.load_partial(tables, block + 1, JOINT)
 
         if SIGMOID:
             total = acc
@@ -127,7 +121,7 @@ def forward_kernel(
             safe_sum = tl.where(has_keys, running_sum, 1.0)
             if not IN_PLACE:
                 # loaded again, as below: what waits for the end takes registers all along
-                batch_head, _, _, tile_start, tile_rows, segment, _ = kit.load_tile(tables, n_tiles, n_heads, AGAIN)
+                batch_head, _, _, tile_start, tile_rows, segment, _ = kit.load_tile(tables, n_tiles, n_heads, True)
                 in_tile = rows < tile_rows
                 slot = kit.load_slot(tables, segment)
             covered = kit.covered_rows(tables, segment, BLOCK_M)
@@ -142,7 +136,7 @@ def forward_kernel(
             else:
                 kit.store_rows(out_ptr, slot_base, acc, in_tile, HEAD_DIM, BLOCK_D)
     if IN_PLACE:
-        batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, AGAIN)
+        batch_head, _, _, tile_start, tile_rows, _, _ = kit.load_tile(tables, n_tiles, n_heads, True)
         in_tile = rows < tile_rows
         kit.store_rows(out_ptr, batch_head * n_positions + tile_start, total, in_tile, HEAD_DIM, BLOCK_D)
 

@@ -130,31 +130,28 @@ def backward(
     for stage in ("delta", "dq") if form == "in_place" else ("dq",):
         walk_delta = stage == "delta" or (sigmoid and need_gain)
         for config, tiling, tables in _launches(table, q, stage, form):
-            # warps that are specialised load no rows to sum: δ is made before
-            parts = (config._replace(specialised=""), config) if stored and config.specialised else (config,)
-            for part in parts:
-                dq_kernel[(tiling.n_tiles * batch * heads,)](
-                    q,
-                    k,
-                    v,
-                    grad_out,
-                    segment_out,
-                    lse,
-                    lse2,
-                    delta,
-                    dq,
-                    tables,
-                    factors,
-                    strides,
-                    tiling.n_tiles,
-                    *common,
-                    STORED=stored and not part.specialised,
-                    WALK_DELTA=walk_delta,
-                    WRITE_DQ=stage == "dq" and part is parts[-1],
-                    MASKED=form == "joint" and row_scale is not None,
-                    **flags,
-                    **_constants(part, head_dim),
-                )
+            dq_kernel[(tiling.n_tiles * batch * heads,)](
+                q,
+                k,
+                v,
+                grad_out,
+                segment_out,
+                lse,
+                lse2,
+                delta,
+                dq,
+                tables,
+                factors,
+                strides,
+                tiling.n_tiles,
+                *common,
+                STORED=stored,
+                WALK_DELTA=walk_delta,
+                WRITE_DQ=stage == "dq",
+                MASKED=form == "joint" and row_scale is not None,
+                **flags,
+                **_constants(config, head_dim),
+            )
     factors_of_keys = factors
     if row_scale is not None and form in ("edge", "in_place") and row_scale.numel():
         # their signs are all that dK and dV want; a table's own are positive, whichever is looked at
@@ -191,11 +188,7 @@ def _launches(table: BlockTable, q: torch.Tensor, stage: str, form: str):
     by_slot = (stage, form) == ("forward", "edge")
     for tiling in table.device_tilings(q.device, configs.classes(known), stage == "dkv", by_slot):
         size = (tiling.block_m, tiling.block_n)
-        config = next(config for config in known if config[:2] == size)
-        if config.specialised and q.is_cuda:
-            # where programs put their descriptors
-            triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-        yield config, tiling, tiling.tensors
+        yield next(config for config in known if config[:2] == size), tiling, tiling.tensors
 
 
 def _factors(table: BlockTable, device, gain, active, row_scale) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -258,7 +251,7 @@ def arch_of(device: torch.device) -> str:
 def _constants(config: Config, head_dim: int, walks: bool = True) -> dict:
     constants = dict(HEAD_DIM=head_dim, BLOCK_D=configs.block_d(head_dim), BLOCK_M=config.block_m)
     if walks:
-        constants |= dict(BLOCK_N=config.block_n, SPECIALISED=bool(config.specialised))
+        constants["BLOCK_N"] = config.block_n
     constants |= dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
     if config.max_registers:
         constants["maxnreg"] = config.max_registers

@@ -324,7 +324,7 @@ def cover(start: np.ndarray, stop: np.ndarray, block: int, stride: int) -> np.nd
 
 
 def _masks(part: _Blocks, left: np.ndarray, tile_class: TileClass) -> tuple[np.ndarray, np.ndarray]:
-    """(masks, number): distinct masks int32 [M + 1, block_m], bit j of a row for row j of the block, and which one each
+    """(masks, number): distinct masks int32 [M, block_m], bit j of a row for row j of the block, and which one each
     block has that is ``left``."""
     keep = left[part.block]
     block = (np.cumsum(left) - 1)[part.block[keep]]
@@ -335,7 +335,7 @@ def _masks(part: _Blocks, left: np.ndarray, tile_class: TileClass) -> tuple[np.n
     items = shown[block].nonzero()[0]
     item, row = expand_ranges(low[items], (high - low)[items])
     item = items[item]
-    masks = np.zeros((len(first) + 1, tile_class.block_m), np.int64)
+    masks = np.zeros((len(first), tile_class.block_m), np.int64)
     # ranges of one row are disjoint: adding sets bits
     np.add.at(masks, (number[block[item]], row), (1 << end[item]) - (1 << begin[item]))
     return masks.astype(np.uint32).view(np.int32), number
