@@ -18,6 +18,13 @@ def randomised(layout, topology, seed=1, d_model=None, n_heads=2, **options) -> 
     return dispatcher.double()
 
 
+def heads_of(dispatcher: AttentionDispatcher) -> int:
+    """The heads of the functions that have any; rwkv alone knows them by its parameters."""
+    modules = list(dispatcher.fn_modules.modules())
+    known = [module.n_heads for module in modules if hasattr(module, "n_heads")]
+    return next(iter([*known, *(len(module.bonus) for module in modules if hasattr(module, "bonus"))]), 1)
+
+
 def oracle_step(dispatcher, x, active=None, context=None) -> torch.Tensor:
     """What a step computes, by ``family_oracle.step``."""
     return family_oracle.step(
@@ -26,7 +33,7 @@ def oracle_step(dispatcher, x, active=None, context=None) -> torch.Tensor:
         dispatcher.plan.fns,
         {fn: {**dict(m.named_buffers()), **dict(m.named_parameters())} for fn, m in dispatcher.fn_modules.items()},
         x,
-        next((module.n_heads for module in dispatcher.fn_modules.modules() if hasattr(module, "n_heads")), 1),
+        heads_of(dispatcher),
         gates=dispatcher.edge_gates,
         active=active,
         context=context,

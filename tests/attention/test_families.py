@@ -441,3 +441,12 @@ def test_the_temperature_of_cosines_is_one_number_that_sharpens():
             module.temperature.fill_(temperature)
             errors.append((module(keys, keys, keys) - own).abs().max().item())
         assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3 * errors[0]
+
+
+@pytest.mark.parametrize("fn", EVERY)
+def test_a_function_alone_is_the_oracle(fn):
+    """No other function of the dispatcher tells how many heads there are."""
+    layout = CanvasLayout(T=2, spatial_shape=(3,), d_model=D_MODEL, regions={"a": (0, 2, 0, 3)})
+    dispatcher = randomised(layout, CanvasTopology([Connection("a", "a", fn=fn)]))
+    x = torch.randn(1, layout.num_positions, D_MODEL, dtype=torch.float64, requires_grad=True)
+    same(dispatcher(x), dispatchers.oracle_step(dispatcher, x), [x, *dispatcher.parameters()], 1e-6)
