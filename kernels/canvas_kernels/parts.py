@@ -64,12 +64,14 @@ def _differentiate(grad, needs, saved_tensors, q, k, v, table, scale, executor):
     if executor != ops.TRITON:
         with torch._C._DisableAutocast():
             return torch.func.vjp(lambda q, k, v: _compose(q, k, v, table, scale, executor), q, k, v)[1](grad)
-    # dS = P (dP − δ + dl), and kernels take δ from the product of dO and the result: one that gives δ − dl
-    d_out, d_lse, out = grad[..., :-1], grad[..., -1:], part[..., :-1]
-    out = out - d_out * (d_lse / d_out.square().sum(-1, keepdim=True).clamp_min(torch.finfo(lse.dtype).tiny))
-    constants = (q, k, v, None, None, None, table, "", scale, executor, "softmax", False)
-    d_out, out = d_out.to(q.dtype), out.to(q.dtype)
-    return torch.ops.canvas_kernels.attention_backward.default(d_out, out, lse, saved, [], *constants)[:3]
+    # dS = P (dP − δ + dl), and kernels take δ from the product of dO and the result: a further dimension, 0 in v, with
+    # dl in dO and −1 in the result, gives them δ − dl
+    width = q.shape[-1]
+    d_out, out = grad.to(q.dtype), torch.cat((part[..., :-1], torch.full_like(part[..., -1:], -1.0)), -1).to(q.dtype)
+    wide = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
+    constants = (*wide, None, None, None, table, "", scale, executor, "softmax", False)
+    grads = torch.ops.canvas_kernels.attention_backward.default(d_out, out, lse, saved, [], *constants)[:3]
+    return tuple(x[..., :width] for x in grads)
 
 
 def _compose(q, k, v, table, scale, executor):

@@ -101,3 +101,17 @@ def test_edge_form_has_no_parts():
     x = torch.randn(1, 1, 1, 4)
     with pytest.raises(ValueError, match="joint form"):
         attention_part(x, x, x, table, scale=None)
+
+
+def test_triton_differentiates_lse_where_nothing_else_has_a_gradient():
+    """With dO = 0 the gradient of lse alone is left: that of softmax's logarithm."""
+    plan = frames_plan("joint")
+    q, k, v = (torch.randn(1, 2, plan.table.n_positions, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    results = []
+    for backend in ("triton", "torch"):
+        lse = attention_part(q, k, v, plan.table, scale=0.3, backend=backend)[..., -1]
+        total = torch.where(lse.isfinite(), lse, 0.0).sum()
+        results.append(torch.autograd.grad(total, [q, k, v]))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert results[1][0].abs().max() > 0.01
